@@ -1,0 +1,33 @@
+"""ResNeSt backbones and the RefineDet detector for Keras 3."""
+
+from keras_resnest import (
+    backbones,
+    callbacks,
+    data,
+    detection,
+    evaluation,
+    layers,
+    serving,
+    training,
+    visualization,
+)
+from keras_resnest.backbones import create_backbone
+from keras_resnest.detection import builders
+from keras_resnest.detection.refinedet import RefineDet
+from keras_resnest.version import __version__
+
+__all__ = [
+    "RefineDet",
+    "__version__",
+    "backbones",
+    "builders",
+    "callbacks",
+    "create_backbone",
+    "data",
+    "detection",
+    "evaluation",
+    "layers",
+    "serving",
+    "training",
+    "visualization",
+]

@@ -1,0 +1,69 @@
+"""What every backbone offers to a detector, whatever its architecture."""
+
+import keras
+
+
+class Backbone(keras.Model):
+    """Functional model that also names its feature maps by pyramid level.
+
+    Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. A subclass builds its
+    graph in `__init__` and hands it over here together with its constructor arguments, which
+    become attributes and the config.
+
+    Args:
+        inputs: `keras.KerasTensor`, the image.
+        outputs: `keras.KerasTensor`, the result of the model.
+        pyramid_outputs: dict of level name to `keras.KerasTensor`, by rising stride.
+        config: dict of the subclass's constructor arguments, except `dtype`, `name` and
+            `trainable`.
+        dtype: dtype policy of the layers.
+        **kwargs: `name` and `trainable` of `keras.Model`.
+
+    Example:
+        >>> backbone = create_backbone("resnest50", include_top=False)
+        >>> features = keras.Model(backbone.input, backbone.pyramid_outputs)
+        >>> features(keras.ops.zeros((1, 64, 64, 3)))["P3"].shape
+        (1, 8, 8, 512)
+    """
+
+    def __init__(self, inputs, outputs, pyramid_outputs: dict, config: dict, dtype, **kwargs):
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self.dtype_policy = keras.dtype_policies.get(dtype)
+        self._pyramid_outputs = pyramid_outputs
+        self._config_names = tuple(config)
+        for name, value in config.items():
+            setattr(self, name, value)
+
+    @property
+    def pyramid_outputs(self) -> dict:
+        """Feature maps by level: `{"P2": tensor of stride 4, "P3": tensor of stride 8, ...}`."""
+        return dict(self._pyramid_outputs)
+
+    @property
+    def pyramid_strides(self) -> dict[str, int]:
+        """Stride of every level in pixels of the image: `{"P2": 4, "P3": 8, ...}`."""
+        return {level: 2 ** int(level[1:]) for level in self._pyramid_outputs}
+
+    @property
+    def pyramid_level_inputs(self) -> dict[str, str]:
+        """Name of the layer that makes each level, as `keras_cv.models.RetinaNet` asks for."""
+        return {
+            level: tensor._keras_history.operation.name
+            for level, tensor in self._pyramid_outputs.items()
+        }
+
+    def get_config(self) -> dict:
+        config = {name: getattr(self, name) for name in self._config_names}
+        # Keras wraps lists that become attributes.
+        config = {k: list(v) if isinstance(v, list) else v for k, v in config.items()}
+        return {
+            **config,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        # keras.Model would look for a list of layers: here the arguments say everything.
+        return cls(**config)

@@ -1,0 +1,412 @@
+"""Annotated pictures: what every reader returns.
+
+`DetectionDataset.as_dataset()` is a `tf.data.Dataset` of
+
+    {"images": uint8 (h, w, 3), "image_id": string,
+     "bounding_boxes": {"boxes": float32 (n, 4), "labels": int32 (n,), "difficult": bool (n,)}}
+
+Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width, a box round the whole
+picture is [0, 0, w, h]), labels are 0 to num_classes - 1. All boxes lie inside their picture and
+have an area; what the readers had to clip or drop for that stands in the `AnnotationReport`.
+"""
+
+import collections
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from keras_resnest.data.images import (
+    PictureInfo,
+    load_image,
+    orientation_flags,
+    read_picture_info,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One fault in the annotations and what was done about it.
+
+    Attributes:
+        file: Name of the file (or id of the picture).
+        what: Kind of fault, e.g. "degenerate box".
+        action: What the reader did, e.g. "dropped".
+        detail: The box, numbers or text in question.
+    """
+
+    file: str
+    what: str
+    action: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}{' ' * bool(self.detail)}{self.detail} - {self.action}"
+
+
+@dataclasses.dataclass
+class AnnotationReport:
+    """Counts and faults of a data set; `print` it before training.
+
+    Attributes:
+        num_images: Pictures that are used.
+        num_boxes: Boxes that are used.
+        class_counts: Boxes of each class, by class name, in the order of the labels.
+        num_difficult: How many of the boxes are marked as difficult.
+        num_empty_images: Pictures without any box.
+        problems: List of `Problem`.
+    """
+
+    num_images: int
+    num_boxes: int
+    class_counts: dict[str, int]
+    num_difficult: int = 0
+    num_empty_images: int = 0
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+
+    @property
+    def problem_counts(self) -> dict[str, int]:
+        """How often each kind of fault occurs."""
+        return dict(collections.Counter(problem.what for problem in self.problems))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_images} images ({self.num_empty_images} without boxes), "
+            f"{self.num_boxes} boxes ({self.num_difficult} difficult)"
+        ]
+        width = max((len(name) for name in self.class_counts), default=0)
+        lines += [f"  {name:<{width}}  {n:>6}" for name, n in self.class_counts.items()]
+        lines.append(f"problems: {len(self.problems)}")
+        for what, count in self.problem_counts.items():
+            lines.append(f"  {count} x {what}")
+            found = [problem for problem in self.problems if problem.what == what]
+            lines += [f"      {p.file}: {p.detail} - {p.action}" for p in found[:5]]
+            if count > 5:
+                lines.append(f"      ... and {count - 5} more, see `report.problems`")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(eq=False)
+class ImageRecord:
+    """One picture with its boxes.
+
+    Args:
+        image: Path, encoded bytes or array of the picture, as `load_image` takes them; None where
+            the picture stays in a TFDS file (then `info` is needed).
+        image_id: Name of the picture, different for every picture of the data set.
+        boxes: (n, 4), "xyxy" in pixels of the upright picture; kept as float32.
+        labels: (n,), 0 to num_classes - 1; kept as int32.
+        difficult: (n,), which objects evaluation shall not count. Default: none.
+        info: Size and orientation of the picture. Default: looked up.
+
+    Raises:
+        ValueError: Unequal numbers of boxes and labels, or an unreadable picture.
+
+    Example: `ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])`
+    """
+
+    image: str | os.PathLike | bytes | np.ndarray | None
+    image_id: str
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray | None = None
+    info: PictureInfo | None = None
+
+    def __post_init__(self):
+        if isinstance(self.image, os.PathLike):
+            self.image = os.fspath(self.image)
+        self.boxes = np.asarray(self.boxes, "float32").reshape(-1, 4)
+        self.labels = np.asarray(self.labels, "int32")
+        if self.difficult is None:
+            self.difficult = np.zeros(len(self.boxes))
+        self.difficult = np.asarray(self.difficult, bool)
+        if not self.labels.shape == self.difficult.shape == (len(self.boxes),):
+            raise ValueError(
+                f"{self.image_id!r} needs as many labels (and `difficult`) as boxes. Received: "
+                f"{len(self.boxes)} boxes, {self.labels.shape} labels, {self.difficult.shape}"
+            )
+        if self.info is None:
+            in_file = isinstance(self.image, str | bytes)
+            self.info = (
+                read_picture_info(self.image)
+                if in_file
+                else PictureInfo(*load_image(self.image).shape[:2])
+            )
+
+    @property
+    def height(self) -> int:
+        """Rows of the upright picture."""
+        return self.info.height
+
+    @property
+    def width(self) -> int:
+        """Columns of the upright picture."""
+        return self.info.width
+
+
+class DetectionDataset:
+    """Annotated pictures in memory (the annotations) and on disk (the pixels).
+
+    Args:
+        records: List of `ImageRecord`, at least one.
+        class_names: Names of the labels 0, 1, 2, ...
+        report: `AnnotationReport`. Default: counted from the records.
+
+    Raises:
+        ValueError: There is no record, a label has no class name, or a box has no area or does not
+            lie inside its picture.
+
+    Example:
+
+    ```python
+    records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
+    dataset = DetectionDataset(records, class_names=["cat"])
+    for element in dataset.as_dataset(shuffle=True, seed=1):
+        print(element["images"].shape, element["bounding_boxes"]["boxes"])
+    ```
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        class_names: Sequence[str],
+        report: AnnotationReport | None = None,
+    ):
+        self.records = list(records)
+        self.class_names = check_class_names(class_names)
+        if not self.records:
+            raise ValueError("A data set needs at least one picture. Received: no records")
+        for record in self.records:
+            if np.any((record.labels < 0) | (record.labels >= self.num_classes)):
+                raise ValueError(
+                    f"Labels must be 0 to {self.num_classes - 1} ({self.num_classes} class names). "
+                    f"Received: {record.labels.tolist()} in {record.image_id!r}"
+                )
+        _check_boxes(self.records)
+        self.report = report or summarize(self.records, self.class_names, [])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without background."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__.strip('_')}: {len(self)} images, "
+            f"{self.num_classes} classes: {', '.join(self.class_names[:10])}>"
+        )
+
+    def as_dataset(
+        self,
+        shuffle: bool = False,
+        seed: int | None = None,
+        num_shards: int = 1,
+        shard_index: int = 0,
+    ):
+        """The pictures and boxes as a `tf.data.Dataset` (see the top of this module).
+
+        JPEG and PNG are decoded by TensorFlow in parallel, pixel by pixel as `load_image` does;
+        files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats) by Pillow. EXIF
+        orientation is applied.
+
+        Args:
+            shuffle: Mix the pictures, in another order in every epoch.
+            seed: Integer for a repeatable order.
+            num_shards: Give only every `num_shards`-th picture, for training on many machines.
+            shard_index: Which one of the shards, 0 to `num_shards - 1`.
+
+        Returns:
+            `tf.data.Dataset` of single (unbatched) elements. A file that turns out damaged raises
+            a TensorFlow error when it is reached.
+        """
+        import tensorflow as tf
+
+        indices = shard(tf.data.Dataset.range(len(self)), num_shards, shard_index)
+        if shuffle:
+            indices = indices.shuffle(len(self), seed=seed)
+        return indices.map(self._element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _element_loader(self):
+        """Function from the index of a record (int64 tensor) to the element."""
+        import tensorflow as tf
+
+        records = self.records
+        with tf.device("CPU:0"):  # else the tables below would live on the GPU
+            image_ids = tf.constant([record.image_id for record in records])
+            counts = [0] + [len(record.boxes) for record in records]
+            row_splits = tf.constant(np.cumsum(counts), tf.int64)
+            boxes = tf.constant(np.concatenate([r.boxes for r in records]), tf.float32)
+            labels = tf.constant(np.concatenate([r.labels for r in records]), tf.int32)
+            difficult = tf.constant(np.concatenate([r.difficult for r in records]), tf.bool)
+        read_image = _image_reader(records)
+
+        def load(index):
+            rows = slice(row_splits[index], row_splits[index + 1])
+            bounding_boxes = {
+                "boxes": tf.ensure_shape(boxes[rows], (None, 4)),
+                "labels": labels[rows],
+                "difficult": difficult[rows],
+            }
+            return {
+                "images": read_image(index),
+                "image_id": image_ids[index],
+                "bounding_boxes": bounding_boxes,
+            }
+
+        return load
+
+
+def shard(dataset, num_shards: int, shard_index: int):
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(
+            "`shard_index` must be 0 to `num_shards - 1`. "
+            f"Received: num_shards={num_shards}, shard_index={shard_index}"
+        )
+    return dataset if num_shards == 1 else dataset.shard(num_shards, shard_index)
+
+
+def _check_boxes(records: Sequence[ImageRecord]) -> None:
+    counts = [len(record.boxes) for record in records]
+    boxes = np.concatenate([record.boxes for record in records])
+    sizes = np.repeat([(record.width, record.height) for record in records], counts, axis=0)
+    good = (boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= sizes)
+    if not good.all():
+        worst = int(np.argmin(good.all(axis=1)))
+        record = records[np.repeat(np.arange(len(records)), counts)[worst]]
+        raise ValueError(
+            'Boxes must be "xyxy" in pixels, have an area and lie inside their picture. Received: '
+            f"{boxes[worst].tolist()} in {record.image_id!r} of {record.width} x {record.height}"
+        )
+
+
+def _image_reader(records: Sequence[ImageRecord]):
+    """Function from the index of a record to its uint8 pixels, inside a tf.data graph."""
+    import tensorflow as tf
+
+    by_tensorflow = [r.info.plain and isinstance(r.image, str) for r in records]
+    with tf.device("CPU:0"):
+        paths = tf.constant([r.image if isinstance(r.image, str) else "" for r in records])
+        flags = tf.constant([orientation_flags(record.info.orientation) for record in records])
+        is_plain = tf.constant(by_tensorflow)
+    is_upright = all(record.info.orientation == 1 for record in records)
+
+    def with_tensorflow(index):
+        image = decode_plain_image(tf.io.read_file(paths[index]))
+        return image if is_upright else _turn_upright(image, flags[index])
+
+    def with_pillow(index):
+        image = tf.numpy_function(lambda i: load_image(records[i].image), [index], tf.uint8)
+        return tf.ensure_shape(image, (None, None, 3))
+
+    if all(by_tensorflow):
+        return with_tensorflow
+    if not any(by_tensorflow):
+        return with_pillow
+    return lambda i: tf.cond(is_plain[i], lambda: with_tensorflow(i), lambda: with_pillow(i))
+
+
+def decode_plain_image(encoded):
+    """Decodes JPEG or PNG bytes in a TensorFlow graph to the same uint8 RGB pixels as Pillow.
+
+    Args:
+        encoded: String tensor with the bytes of one picture of which `PictureInfo.plain` is true.
+    """
+    import tensorflow as tf
+
+    # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up
+    # to 7 grey levels off what Pillow, and so `load_image` and `detect`, make of the same file.
+    image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+    return tf.ensure_shape(image, (None, None, 3))
+
+
+def _turn_upright(image, flags):
+    import tensorflow as tf
+
+    image = tf.cond(flags[0], lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+    image = tf.cond(flags[1], lambda: image[:, ::-1], lambda: image)
+    return tf.cond(flags[2], lambda: image[::-1], lambda: image)
+
+
+# === Help for the readers ===
+
+
+def summarize(
+    records: Iterable[ImageRecord], class_names: Sequence[str], problems: list[Problem]
+) -> AnnotationReport:
+    records = list(records)
+    labels = np.concatenate([record.labels for record in records])
+    counts = np.bincount(labels, minlength=len(class_names)).tolist()
+    return AnnotationReport(
+        num_images=len(records),
+        num_boxes=len(labels),
+        class_counts=dict(zip(class_names, counts, strict=True)),
+        num_difficult=int(sum(record.difficult.sum() for record in records)),
+        num_empty_images=sum(len(record.boxes) == 0 for record in records),
+        problems=problems,
+    )
+
+
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    names = [class_names] if isinstance(class_names, str) else list(class_names)
+    if not names or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            "`class_names` must be a list of different names, in the order of the labels. "
+            f"Received: {class_names}"
+        )
+    return names
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What may have been meant by a name that is not among the known ones."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    by_case = [n for n in names if n.lower() == name.lower() and n not in close]
+    if close or by_case:
+        return f"Nearest: {', '.join(map(repr, by_case + close))}"
+    return f"Known: {', '.join(map(repr, names[:20]))}{', ...' * (len(names) > 20)}"
+
+
+def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, list[str]]:
+    """Clips boxes to the picture and judges them.
+
+    Args:
+        boxes: (n, 4) "xyxy".
+        width: Width of the picture, in the unit of the boxes.
+        height: Height of the picture, in the unit of the boxes.
+
+    Returns:
+        The clipped boxes (n, 4) and a verdict for each: "" (fine), "clipped", or the reason why it
+        is to be dropped.
+    """
+    clipped = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
+    verdicts = []
+    for box, inside in zip(boxes, clipped, strict=True):
+        if not np.isfinite(box).all():
+            verdicts.append("invalid coordinates")
+        elif box[2] <= box[0] or box[3] <= box[1]:
+            verdicts.append("degenerate box")
+        elif inside[2] <= inside[0] or inside[3] <= inside[1]:
+            verdicts.append("box outside the picture")
+        else:
+            verdicts.append("" if np.array_equal(box, inside) else "clipped")
+    return clipped, verdicts
+
+
+def without_difficult(record: ImageRecord) -> ImageRecord:
+    keep = ~record.difficult
+    return dataclasses.replace(
+        record,
+        boxes=record.boxes[keep],
+        labels=record.labels[keep],
+        difficult=record.difficult[keep],
+    )
+
+
+def count_problems(problems: list[Problem]) -> str:
+    counts = collections.Counter(problem.what for problem in problems)
+    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "no pictures"

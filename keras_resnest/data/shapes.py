@@ -1,0 +1,497 @@
+"""Shapes: a synthetic detection data set that is drawn, not downloaded.
+
+Six kinds of figures, turned, stretched, coloured and overlapping, on textured backgrounds. It is
+small enough to train a detector on a processor in minutes, and drawn in seconds.
+
+`draw_scene(plan_scene(seed))` draws one picture; `Shapes` is the TFDS builder
+(`tfds.load("shapes")` works once this module is imported) and `read_shapes` the short way to it.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import os
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+_SUPERSAMPLING = 4  # figures are drawn this many times larger and averaged: smooth edges
+_MIN_VISIBLE = 0.4  # a figure of which less would be seen is put elsewhere, or left out
+_DIFFICULT_BELOW = 0.6  # a figure of which less is seen is marked as difficult
+
+
+# === What is where ===
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Figure:
+    """One figure of a scene.
+
+    Attributes:
+        label: Index into `CLASS_NAMES`.
+        outlines: One or two float32 arrays (n, 2) of corners (x, y) in pixels: the figure and, for
+            a ring, its hole. They may lie outside the picture.
+        color: float32 (3,), RGB, 0 to 255.
+        seed: Of the light and grain on the figure.
+    """
+
+    label: int
+    outlines: tuple[np.ndarray, ...]
+    color: np.ndarray
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture before it is drawn.
+
+    Attributes:
+        size: Side of the picture in pixels.
+        seed: Of the background.
+        figures: From back to front.
+        difficult: bool (n,): other figures hide more than 40 % of the part inside the picture.
+    """
+
+    size: int
+    seed: int
+    figures: tuple[Figure, ...]
+    difficult: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 (n,), indices into `CLASS_NAMES`."""
+        return np.asarray([figure.label for figure in self.figures], "int32")
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """float32 (n, 4), "xyxy" in pixels: the extent of the part of each figure that lies in the
+        picture, whether other figures hide it or not."""
+        inside = [_cut(figure.outlines[0], self.size) for figure in self.figures]
+        corners = [(*points.min(axis=0), *points.max(axis=0)) for points in inside]
+        return np.asarray(corners, "float32").reshape(-1, 4)
+
+
+def plan_scene(seed, size: int = 192) -> Scene:
+    """Decides what is to be seen where.
+
+    One picture in 25 is empty, the others have 1 to 6 figures. The longer side of a figure's box is
+    12 to 60 % of the picture; one figure in six is small (between 16 pixels and 12 %). A box may
+    reach over the border by a quarter of its sides. Figures may hide others as long as 40 % of each
+    (of its part inside the picture) can be seen.
+
+    Args:
+        seed: Integer or sequence of integers; the same seed gives the same scene.
+        size: Side of the picture in pixels, at least 48.
+
+    Returns:
+        `Scene`.
+
+    Raises:
+        ValueError: `size` is below 48.
+
+    Example:
+
+    ```python
+    scene = plan_scene(seed=7)
+    image, boxes, labels = draw_scene(scene), scene.boxes, scene.labels
+    ```
+    """
+    if size < 48:
+        raise ValueError(f"`size` must be at least 48 pixels. Received: {size}")
+    rng = np.random.default_rng(seed)
+    background_seed = int(rng.integers(2**31))
+    colors = list(_background_colors(np.random.default_rng(background_seed)))
+    count = 0 if rng.random() < 0.04 else int(rng.integers(1, 7))
+    figures: list[Figure] = []
+    masks: list[np.ndarray] = []
+    for _ in range(count):
+        for _ in range(10):  # attempts to find a free place
+            figure = _random_figure(rng, size, colors)
+            mask = _mask(figure, size)
+            if min(_visible_fractions([*masks, mask])) >= _MIN_VISIBLE:
+                figures.append(figure)
+                masks.append(mask)
+                colors.append(figure.color)
+                break
+    difficult = np.asarray(_visible_fractions(masks)) < _DIFFICULT_BELOW
+    return Scene(size, background_seed, tuple(figures), difficult)
+
+
+def _cut(points: np.ndarray, size: int) -> np.ndarray:
+    """Corners (n, 2) of the part of a polygon inside the picture (Sutherland and Hodgman, 1974)."""
+    for axis, limit, sign in ((0, 0, 1), (0, size, -1), (1, 0, 1), (1, size, -1)):
+        depth = sign * (points[:, axis] - limit)  # negative: beyond the border
+        if depth.min() >= 0:
+            continue
+        ahead, depth_ahead = np.roll(points, -1, axis=0), np.roll(depth, -1)
+        crosses = (depth < 0) != (depth_ahead < 0)
+        part = depth / np.where(crosses, depth - depth_ahead, 1)
+        crossings = points + part[:, None] * (ahead - points)
+        # Each corner is followed by the crossing between it and the next one.
+        keep = np.stack([depth >= 0, crosses], axis=1)
+        points = np.stack([points, crossings], axis=1)[keep]
+    return points.clip(0, size)  # crossings are rounded
+
+
+def _visible_fractions(masks: list[np.ndarray]) -> list[float]:
+    """Which part of each figure is not covered by those in front of it (later in the list)."""
+    fractions = []
+    in_front = np.zeros_like(masks[0]) if masks else None
+    for mask in reversed(masks):
+        fractions.append(np.count_nonzero(mask & ~in_front) / max(np.count_nonzero(mask), 1))
+        in_front |= mask
+    return fractions[::-1]
+
+
+def _random_figure(rng: np.random.Generator, size: int, colors: list[np.ndarray]) -> Figure:
+    label = int(rng.integers(len(CLASS_NAMES)))
+    medium = 0.12 * size
+    if rng.random() < 1 / 6:
+        side = rng.uniform(min(16.0, medium), max(16.0, medium))
+    else:
+        side = medium * 5 ** rng.random()  # up to 0.6, smaller ones more often
+    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.2)
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    outlines = [points * (stretch, 1.0) @ rotation for points in _unit_outlines(label)]
+    low, high = outlines[0].min(axis=0), outlines[0].max(axis=0)
+    scale = side / (high - low).max()
+    extent = scale * (high - low)
+    corner = rng.uniform(-0.25 * extent, size - 0.75 * extent)  # top left of the box
+    return Figure(
+        label=label,
+        outlines=tuple(((o - low) * scale + corner).astype("float32") for o in outlines),
+        color=_contrasting_color(rng, colors),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+@functools.cache
+def _unit_outlines(label: int) -> tuple[np.ndarray, ...]:
+    """Corners (n, 2) of a figure round the origin; for a ring also those of its hole."""
+    name = CLASS_NAMES[label]
+    if name in ("circle", "ring"):
+        circle = _polygon(np.ones(96))
+        return (circle,) if name == "circle" else (circle, 0.55 * circle)
+    if name == "star":
+        return (_polygon(np.tile([1.0, 0.42], 5)),)
+    if name == "cross":
+        a, b = 0.34, 1.0
+        quarter = [(a, b), (a, a), (b, a)]
+        corners = quarter + [(x, -y) for x, y in quarter[::-1]]
+        return (np.array(corners + [(-x, -y) for x, y in corners]),)
+    return (_polygon(np.ones({"triangle": 3, "square": 4}[name])),)
+
+
+def _polygon(radii: np.ndarray) -> np.ndarray:
+    angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
+
+
+def _contrasting_color(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
+    """Of a few random colours the one farthest from all others, so that nothing melts away."""
+    candidates = rng.uniform(0, 255, (4, 3)).astype("float32")
+    distances = np.linalg.norm(candidates[:, None] - np.asarray(others)[None], axis=-1)
+    return candidates[distances.min(axis=1).argmax()]
+
+
+# === Drawing ===
+# Inside, pictures are float32 with channels first: (3, h, w), which numpy handles much faster.
+
+
+def draw_scene(scene: Scene) -> np.ndarray:
+    """Draws a scene.
+
+    The background and each figure have their own seeds: without one of its figures, a scene looks
+    the same everywhere else.
+
+    Args:
+        scene: What `plan_scene` returned.
+
+    Returns:
+        uint8 array (size, size, 3), RGB, 0 to 255.
+    """
+    image = _background(scene.seed, scene.size)
+    for figure in scene.figures:
+        coverage, (left, top) = _coverage(figure, scene.size, _SUPERSAMPLING)
+        height, width = coverage.shape
+        patch = image[:, top : top + height, left : left + width]
+        patch += coverage * (_surface(figure, height, width) - patch)
+    image += 0.5  # rounds, as the cast cuts
+    pixels = np.clip(image, 0, 255, out=image).astype("uint8")
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
+def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Which part of each pixel a figure covers: (h, w), 0 to 1, and the (x, y) it begins at."""
+    from PIL import Image, ImageDraw
+
+    outline = figure.outlines[0]
+    left, top = np.floor(outline.min(axis=0)).astype(int).clip(0, size - 1).tolist()
+    right, bottom = np.ceil(outline.max(axis=0)).astype(int).clip(1, size).tolist()
+    canvas = Image.new("L", (supersampling * (right - left), supersampling * (bottom - top)))
+    draw = ImageDraw.Draw(canvas)
+    for points, fill in zip(figure.outlines, (255, 0), strict=False):
+        # Pillow counts from the centre of a pixel, boxes from its border.
+        corners = (points - (left, top)) * supersampling - 0.5
+        draw.polygon(corners.ravel().tolist(), fill=fill)
+    if supersampling > 1:
+        canvas = canvas.reduce(supersampling)
+    return np.asarray(canvas, "float32") / 255, (left, top)
+
+
+def _mask(figure: Figure, size: int) -> np.ndarray:
+    """bool (size, size): the pixels of a figure that lie in the picture, roughly."""
+    mask = np.zeros((size, size), bool)
+    coverage, (left, top) = _coverage(figure, size, supersampling=1)
+    height, width = coverage.shape
+    mask[top : top + height, left : left + width] = coverage > 0.5
+    return mask
+
+
+def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
+    """Colour of a figure, lit from one side, with some grain: (3, h, w)."""
+    rng = np.random.default_rng(figure.seed)
+    light = rng.uniform(0, 45) * _ramp(rng, height, width)
+    light += _noise(rng, (height, width), rng.uniform(0, 20))
+    return figure.color[:, None, None] + light
+
+
+def _background_colors(rng: np.random.Generator) -> np.ndarray:
+    """The two main colours of a background, (2, 3); the first thing drawn from its generator."""
+    first = rng.uniform(20, 235, 3)
+    return np.stack([first, (first + rng.uniform(-60, 60, 3)).clip(0, 255)]).astype("float32")
+
+
+def _background(seed: int, size: int) -> np.ndarray:
+    """Textured background: (3, size, size)."""
+    rng = np.random.default_rng(seed)
+    first, second = _background_colors(rng)[:, :, None, None]
+    texture = (_ramp, _stripes, _clouds, _clouds)[rng.integers(4)]
+    image = (texture(rng, size, size) + np.float32(0.5)) * (second - first) + first
+    if rng.random() < 0.6:
+        _add_speckles(rng, image)
+    if rng.random() < 0.5:
+        _add_lines(rng, image)
+    channels = (1, 3)[rng.integers(2)]  # grey or coloured noise
+    image += _noise(rng, (channels, size, size), rng.uniform(0, 40))
+    return image
+
+
+def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Straight gradient in some direction: (h, w), -0.5 to 0.5."""
+    angle = rng.uniform(0, 2 * np.pi)
+    direction = np.array([np.sin(angle), np.cos(angle)])
+    dy, dx = direction / np.abs(direction).sum()
+    y = np.linspace(-0.5 * dy, 0.5 * dy, height, dtype="float32")
+    x = np.linspace(-0.5 * dx, 0.5 * dx, width, dtype="float32")
+    return y[:, None] + x
+
+
+def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    cycles = rng.uniform(3, 20)
+    return np.float32(0.5) * np.sin(np.float32(2 * np.pi * cycles) * _ramp(rng, height, width))
+
+
+def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Coarse random numbers, smoothly enlarged."""
+    from PIL import Image
+
+    coarse = rng.random((int(rng.integers(3, 16)),) * 2, dtype="float32") - np.float32(0.5)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], amplitude: float) -> np.ndarray:
+    """Even noise from -amplitude to amplitude; raw bytes are the fastest random numbers."""
+    noise = np.frombuffer(rng.bytes(math.prod(shape)), "int8").reshape(shape)
+    return noise * np.float32(amplitude / 128)
+
+
+def _add_speckles(rng: np.random.Generator, image: np.ndarray) -> None:
+    color = rng.uniform(0, 255, (3, 1, 1))
+    count = int(rng.integers(10, 80))
+    corners = rng.integers(0, image.shape[-1], (count, 2)).tolist()
+    for (x, y), side in zip(corners, rng.integers(1, 4, count).tolist(), strict=True):
+        image[:, y : y + side, x : x + side] = color
+
+
+def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
+    """A few thin lines across the picture, which belong to no figure."""
+    from PIL import Image, ImageDraw
+
+    size = image.shape[-1]
+    canvas = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(int(rng.integers(1, 5))):
+        draw.line(rng.uniform(-0.2 * size, 1.2 * size, 4).tolist(), 255, int(rng.integers(1, 3)))
+    image[:, np.asarray(canvas) > 0] = rng.uniform(0, 255, (3, 1))
+
+
+# === The TFDS builder ===
+
+
+@dataclasses.dataclass
+class ShapesConfig(tfds.core.BuilderConfig):
+    """Size of the pictures and of the splits.
+
+    Attributes:
+        name: Default: made of the other attributes, so that data sets never mix.
+        size: Side of the pictures in pixels.
+        num_train: Pictures of the split "train"; 0 makes no such split.
+        num_validation: Pictures of the split "validation".
+        num_test: Pictures of the split "test".
+        seed: Start of all random numbers.
+    """
+
+    name: str = ""
+    size: int = 192
+    num_train: int = 1600
+    num_validation: int = 200
+    num_test: int = 200
+    seed: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All attributes that decide what is drawn."""
+        return self.size, self.num_train, self.num_validation, self.num_test, self.seed
+
+    def __post_init__(self):
+        counts = f"{self.num_train}-{self.num_validation}-{self.num_test}"
+        self.name = self.name or f"size{self.size}_{counts}_seed{self.seed}"
+        self.description = f"{self.size} x {self.size} pixels; {counts} pictures; seed {self.seed}"
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """TFDS data set of drawn figures: circle, square, triangle, star, cross, ring.
+
+    The configurations "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
+    pictures), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16) are ready
+    made; others are given as a `ShapesConfig`. Pictures are JPEG (quality 95).
+
+    Features of an example: `image`, `image_id` ("train_00000"), and `objects` with `bbox` (relative
+    yxyx: the part of the figure in the picture, whether other figures hide it or not), `label` and
+    `is_difficult` (others hide more than 40 % of it).
+
+    Example:
+
+    ```python
+    import tensorflow_datasets as tfds
+    from keras_resnest.data import Shapes, shapes
+
+    train = tfds.load("shapes", split="train")
+    builder = Shapes(config=shapes.ShapesConfig(size=256, num_train=500), data_dir="data")
+    ```
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    BUILDER_CONFIGS = [
+        ShapesConfig(name="small"),
+        ShapesConfig(name="medium", size=320),
+        ShapesConfig(name="tiny", size=96, num_train=48, num_validation=16, num_test=16),
+    ]
+    # TFDS would look this up with importlib_resources, which nothing installs for it.
+    code_path = epath.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.size
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
+                "image_id": tfds.features.Text(),
+                "objects": tfds.features.Sequence(
+                    {
+                        "bbox": tfds.features.BBoxFeature(),
+                        "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+                        "is_difficult": np.bool_,
+                    }
+                ),
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self, description="Drawn figures on textured backgrounds.", features=features
+        )
+
+    def _split_generators(self, dl_manager):
+        config = self.builder_config
+        counts = {
+            "train": config.num_train,
+            "validation": config.num_validation,
+            "test": config.num_test,
+        }
+        # TFDS does not allow empty splits.
+        return {name: self._generate_examples(name, n) for name, n in counts.items() if n}
+
+    def _generate_examples(self, split: str, count: int):
+        config = self.builder_config
+        split_number = ("train", "validation", "test").index(split)
+        for index in range(count):
+            scene = plan_scene((config.seed, split_number, index), config.size)
+            boxes = scene.boxes[:, [1, 0, 3, 2]] / config.size
+            objects = zip(boxes, scene.labels, scene.difficult, strict=True)
+            yield (
+                index,
+                {
+                    "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
+                    "image_id": f"{split}_{index:05d}",
+                    "objects": [
+                        {
+                            "bbox": tfds.features.BBox(*box.tolist()),
+                            "label": int(label),
+                            "is_difficult": bool(difficult),
+                        }
+                        for box, label, difficult in objects
+                    ],
+                },
+            )
+
+
+def _encode_jpeg(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=95, subsampling=0)
+    return stream.getvalue()
+
+
+def read_shapes(
+    split: str = "train",
+    size: int = 192,
+    num_train: int = 1600,
+    num_validation: int = 200,
+    num_test: int = 200,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+):
+    """Draws the Shapes data set, or reads it where it has been drawn before.
+
+    Args:
+        split: "train", "validation" or "test", or parts like "train[:50]".
+        size: Side of the pictures in pixels.
+        num_train: Pictures of the split "train".
+        num_validation: Pictures of the split "validation".
+        num_test: Pictures of the split "test".
+        seed: Start of all random numbers; another one gives other pictures.
+        data_dir: Folder to keep it in. Default: that of TFDS (`TFDS_DATA_DIR`, or
+            "~/tensorflow_datasets").
+
+    Returns:
+        `DetectionDataset` with six classes.
+
+    Example: `train = read_shapes("train", size=320, num_train=200, data_dir="/tmp/shapes")`
+    """
+    from keras_resnest.data.tfds_reader import read_tfds
+
+    config = ShapesConfig(
+        size=size,
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=num_test,
+        seed=seed,
+    )
+    # A ready-made configuration of the same numbers is the same data set.
+    known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)
+    return read_tfds(Shapes(config=next(known, config), data_dir=data_dir), split)

@@ -1,0 +1,186 @@
+"""DetectionDecoder: from the raw outputs of RefineDet to detections."""
+
+import keras
+from keras import ops
+
+from keras_resnest.detection.boxes import (
+    VARIANCES,
+    clip_boxes,
+    convert_boxes,
+    decode_boxes,
+    pairwise_iou,
+)
+
+PADDING = -1  # fills the rows beyond `num_detections`
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class DetectionDecoder:
+    """Cascade decoding, filtering and non-maximum suppression, over a whole batch.
+
+    The anchors are refined by the first stage (ARM) and again by the second
+    (ODM). Anchors whose ARM objectness is at most `objectness_threshold` are
+    discarded. Then, for each class, the `pre_nms_top_k` most confident boxes
+    above `confidence_threshold` go through NMS, and the `max_detections` best of
+    all classes are kept.
+
+    Args:
+        objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
+        confidence_threshold: lowest class probability, exclusive, 0 to 1.
+        iou_threshold: of two boxes of one class whose IoU is above, the less
+            confident one is dropped.
+        pre_nms_top_k: candidates of each class of each picture that enter NMS.
+        max_detections: detections of one picture, all classes together.
+        clip_to_image: whether the resulting boxes are clipped to the picture.
+        variances: as in training, see `encode_boxes`.
+
+    Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
+    `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has
+    1000 and 500.
+
+    Example:
+
+    >>> decoder = DetectionDecoder(max_detections=100)
+    >>> detections = decoder(model(images), model.anchors, (320, 320))
+    >>> detections["boxes"].shape
+    (batch, 100, 4)
+    """
+
+    def __init__(
+        self,
+        objectness_threshold: float = 0.01,
+        confidence_threshold: float = 0.01,
+        iou_threshold: float = 0.45,
+        pre_nms_top_k: int = 400,
+        max_detections: int = 200,
+        clip_to_image: bool = True,
+        variances=VARIANCES,
+    ):
+        for name, value in (
+            ("objectness_threshold", objectness_threshold),
+            ("confidence_threshold", confidence_threshold),
+            ("iou_threshold", iou_threshold),
+        ):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+        for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
+            if int(value) != value or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        self.objectness_threshold = float(objectness_threshold)
+        self.confidence_threshold = float(confidence_threshold)
+        self.iou_threshold = float(iou_threshold)
+        self.pre_nms_top_k = int(pre_nms_top_k)
+        self.max_detections = int(max_detections)
+        self.clip_to_image = bool(clip_to_image)
+        self.variances = tuple(variances)
+
+    def __call__(self, outputs, anchors, image_shape, bounding_box_format: str = "xyxy") -> dict:
+        """Decodes a batch.
+
+        Args:
+            outputs: raw outputs of the model, a dictionary of
+                `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
+                `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1).
+            anchors: `"xyxy"` in pixels, (anchors, 4).
+            image_shape: (height, width, ...) in pixels.
+            bounding_box_format: format of the resulting boxes.
+
+        Returns:
+            Dictionary of `"boxes"` (batch, max_detections, 4) in `bounding_box_format`,
+            `"confidence"` and `"labels"` (batch, max_detections), by falling
+            confidence, and `"num_detections"` (batch,). Rows beyond are -1.
+        """
+        boxes, confidence = self.candidates(outputs, anchors)
+        boxes, confidence = _top_k_per_class(boxes, confidence, self.pre_nms_top_k)
+        suppress = _suppress_tensorflow if keras.backend.backend() == "tensorflow" else _suppress
+        boxes, confidence, labels, count = suppress(
+            boxes, confidence, self.confidence_threshold, self.iou_threshold, self.max_detections
+        )
+        height, width = image_shape[:2]
+        if self.clip_to_image:
+            boxes = clip_boxes(boxes, height, width)
+        boxes = convert_boxes(boxes, "xyxy", bounding_box_format, height, width)
+        return self._pad(boxes, confidence, labels, count)
+
+    def candidates(self, outputs, anchors):
+        """Boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
+        raw = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        refined = decode_boxes(raw["arm_boxes"], anchors, self.variances)
+        boxes = decode_boxes(raw["odm_boxes"], refined, self.variances)
+        objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
+        confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
+        keep = objectness > self.objectness_threshold
+        return boxes, ops.where(keep, confidence, 0.0)
+
+    def _pad(self, boxes, confidence, labels, count) -> dict:
+        real = ops.arange(self.max_detections, dtype="int32")[None] < count[:, None]
+        return {
+            "boxes": ops.where(real[:, :, None], boxes, float(PADDING)),
+            "confidence": ops.where(real, confidence, float(PADDING)),
+            "labels": ops.where(real, labels, PADDING),
+            "num_detections": count,
+        }
+
+    def get_config(self) -> dict:
+        return {
+            "objectness_threshold": self.objectness_threshold,
+            "confidence_threshold": self.confidence_threshold,
+            "iou_threshold": self.iou_threshold,
+            "pre_nms_top_k": self.pre_nms_top_k,
+            "max_detections": self.max_detections,
+            "clip_to_image": self.clip_to_image,
+            "variances": self.variances,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "DetectionDecoder":
+        return cls(**config)
+
+
+def _top_k_per_class(boxes, confidence, k: int):
+    """The k most confident anchors of every class: (B, C, k, 4) and (B, C, k), falling."""
+    num_anchors, num_classes = confidence.shape[1:]
+    by_class = ops.transpose(confidence, (0, 2, 1))  # (B, C, A)
+    values, index = ops.top_k(by_class, min(k, num_anchors))  # (B, C, k)
+    flat = ops.reshape(index, (-1, num_classes * values.shape[2], 1))
+    chosen = ops.take_along_axis(boxes, flat, axis=1)
+    return ops.reshape(chosen, (-1, num_classes, values.shape[2], 4)), values
+
+
+def _suppress_tensorflow(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """NMS by TensorFlow's own batched op: standard in every TF Serving, and fast."""
+    import tensorflow as tf
+
+    kept = tf.image.combined_non_max_suppression(
+        tf.transpose(boxes, (0, 2, 1, 3)),  # (B, k, C, 4)
+        tf.transpose(confidence, (0, 2, 1)),  # (B, k, C)
+        max_output_size_per_class=boxes.shape[2],
+        max_total_size=max_detections,
+        iou_threshold=iou_threshold,
+        score_threshold=confidence_threshold,
+        pad_per_class=False,
+        clip_boxes=False,
+    )
+    return kept[0], kept[1], tf.cast(kept[2], "int32"), kept[3]
+
+
+def _suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """The same in `keras.ops`, for the backends without such an op."""
+    num_classes, k = confidence.shape[1:]
+    position = ops.arange(k, dtype="int32")
+
+    def drop_neighbours(i, alive):
+        box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
+        iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
+        is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
+        return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
+
+    alive = ops.fori_loop(0, k, drop_neighbours, confidence > confidence_threshold)
+    scores = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
+    missing = max(0, max_detections - num_classes * k)
+    values, index = ops.top_k(scores, max_detections - missing)
+    boxes = ops.take_along_axis(ops.reshape(boxes, (-1, num_classes * k, 4)), index[..., None], 1)
+    labels = ops.cast(index // k, "int32")
+    count = ops.sum(ops.cast(values > confidence_threshold, "int32"), axis=1)
+    padded = (ops.pad(x, [[0, 0], [0, missing]]) for x in (values, labels))
+    return ops.pad(boxes, [[0, 0], [0, missing], [0, 0]]), *padded, count

@@ -1,0 +1,544 @@
+"""RefineDet: the single-shot detector that refines its anchors."""
+
+import os
+import warnings
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_resnest.backbones import create_backbone
+from keras_resnest.data.images import find_images, load_image, resize_image
+from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.boxes import (
+    check_box_format,
+    convert_boxes,
+    decode_boxes,
+    scale_boxes,
+)
+from keras_resnest.detection.checks import checked_ground_truth, checked_images, plain_errors
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.heads import PredictionHead
+from keras_resnest.detection.losses import MultiBoxLoss
+from keras_resnest.detection.matching import BoxMatcher, encode_targets
+from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
+from keras_resnest.serving import export_saved_model
+
+LEVELS = ("P3", "P4", "P5")  # of the backbone; the detector adds P6
+SIDE_MULTIPLE = 64  # stride of P6
+L2_SCALES = (10.0, 8.0)  # of P3 and P4, as in the authors' code
+STAGE_LOSSES = (
+    "arm_box_loss",
+    "arm_classification_loss",
+    "odm_box_loss",
+    "odm_classification_loss",
+)
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class RefineDet(keras.Model):
+    """RefineDet on any backbone with `pyramid_outputs`.
+
+    The Anchor Refinement Module (ARM) finds out which anchors hold an object and
+    moves them; Transfer Connection Blocks (TCB) carry features top-down; the Object
+    Detection Module (ODM) classifies the refined anchors and moves them again.
+
+    `model(images)` gives raw outputs, `predict` detections in the model's pixels,
+    `detect` detections of pictures of any size. The two-stage loss is built in:
+    compile with an optimizer alone and `fit` on batches of
+    `(images, {"boxes", "labels"})` or
+    `{"images", "bounding_boxes": {"boxes", "labels"}}`. Labels are 0 to
+    `num_classes - 1`; rows of label -1 are padding.
+
+    Args:
+        num_classes: number of classes, without background.
+        backbone: a name for `create_backbone`, or a model with `pyramid_outputs`
+            `"P3"`, `"P4"`, `"P5"` at strides 8, 16 and 32.
+        image_shape: (height, width, 3) of the pictures, sides multiples of 64.
+            Pictures are RGB, 0 to 255, uint8 or float.
+        bounding_box_format: format of ground truth and detections, as in
+            `keras.utils.bounding_boxes`; `"xyxy"` is pixels of `image_shape`.
+        class_names: names of the classes; saved with the model.
+        anchor_generator: `AnchorGenerator` for strides 8, 16, 32, 64.
+        matcher: `BoxMatcher` of both stages.
+        decoder: `DetectionDecoder`. Its `objectness_threshold` also filters the
+            negatives that the ODM learns from.
+        multibox_loss: `MultiBoxLoss` of both stages.
+        filters: channels of the TCBs.
+        use_batch_norm: whether the layers after the backbone are batch normalised.
+            The paper's are not; it helps training from scratch.
+        dtype: precision of the layers after the backbone, for instance
+            `"mixed_bfloat16"`. Loss and boxes are always float32.
+        name: name of the model.
+
+    Raises:
+        ValueError: for an argument that does not fit, saying what does.
+
+    Source: Zhang et al., "Single-Shot Refinement Neural Network for Object
+    Detection", arXiv 1711.06897.
+
+    Example:
+
+    >>> model = RefineDet(num_classes=3, backbone="resnest50", image_shape=(320, 320, 3))
+    >>> model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
+    >>> model.fit(train_batches, epochs=10)
+    >>> model.detect("photo.jpg")["boxes"]
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone="resnest50",
+        image_shape=(320, 320, 3),
+        bounding_box_format: str = "xyxy",
+        class_names=None,
+        anchor_generator: AnchorGenerator | None = None,
+        matcher: BoxMatcher | None = None,
+        decoder: DetectionDecoder | None = None,
+        multibox_loss: MultiBoxLoss | None = None,
+        filters: int = 256,
+        use_batch_norm: bool = False,
+        dtype=None,
+        name: str = "refinedet",
+    ):
+        # === Arguments ===
+        image_shape = _check_image_shape(image_shape)
+        class_names = _check_class_names(class_names, num_classes)
+        bounding_box_format = check_box_format(bounding_box_format)
+        if isinstance(backbone, str):
+            backbone = create_backbone(
+                backbone,
+                include_top=False,
+                include_rescaling=True,
+                input_shape=(None, None, 3),
+                dtype=dtype,
+            )
+        anchor_generator = anchor_generator or AnchorGenerator()
+        if anchor_generator.strides != (8, 16, 32, 64):
+            raise ValueError(
+                "`anchor_generator` must have the strides of the feature maps, (8, 16, 32, 64). "
+                f"Received: strides={anchor_generator.strides}"
+            )
+
+        # === Functional model ===
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        head = {"filters": int(filters), "use_batch_norm": bool(use_batch_norm), "dtype": policy}
+        images = keras.Input(image_shape, name="images")
+        features = _backbone_features(backbone)(images)
+        outputs = _two_stages(
+            _source_levels(features, head), anchor_generator, int(num_classes), head
+        )
+        super().__init__(inputs=images, outputs=outputs, name=name)
+
+        # === Config ===
+        self.num_classes = int(num_classes)
+        self.backbone = backbone
+        self.image_shape = image_shape
+        self.bounding_box_format = bounding_box_format
+        self.class_names = class_names
+        self.anchor_generator = anchor_generator
+        self.matcher = matcher or BoxMatcher()
+        self.decoder = decoder or DetectionDecoder()
+        self.multibox_loss = multibox_loss or MultiBoxLoss()
+        self.filters = head["filters"]
+        self.use_batch_norm = head["use_batch_norm"]
+        self._head_policy = policy
+        self.anchors = anchor_generator(image_shape)  # "xyxy" pixels, (anchors, 4)
+        # NMS is no XLA op, and ground truth changes its shape from batch to batch.
+        self.supports_jit = False
+        self._stage_trackers = [keras.metrics.Mean(name=n) for n in STAGE_LOSSES]
+
+    # === Training ===
+
+    def compile(self, optimizer="sgd", **kwargs):
+        """As `keras.Model.compile`, with the loss built in.
+
+        Raises:
+            ValueError: if `loss` or `metrics` are given. For mean average precision
+                use the `DetectionEvaluation` callback.
+        """
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"RefineDet has its loss built in and takes no `{name}`; average precision "
+                    f"comes from the DetectionEvaluation callback. Received: {name}={kwargs[name]}"
+                )
+        super().compile(optimizer=optimizer, **kwargs)
+
+    def compile_from_config(self, config: dict):
+        """Compiles as the saved model was, its optimizer state included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.fit`; faulty pictures or boxes raise a `ValueError`."""
+        self._check_arrays(x)
+        if y is None and not isinstance(x, dict):  # Keras warns where it cannot shuffle
+            kwargs.setdefault("shuffle", False)
+        with plain_errors():
+            return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.evaluate`: the losses. For mAP see `DetectionEvaluation`."""
+        self._check_arrays(x)
+        with plain_errors():
+            return super().evaluate(x, y, *args, **kwargs)
+
+    def train_step(self, *args):
+        """One step; the batch, in either layout, is the last argument on every backend."""
+        return super().train_step(*args[:-1], self._checked(args[-1]))
+
+    def test_step(self, *args):
+        return super().test_step(*args[:-1], self._checked(args[-1]))
+
+    def _checked(self, data):
+        """A batch of either layout as (images, ground truth, sample weight)."""
+        images, y, sample_weight = _unpack(data)
+        boxes, labels = self._corners(y)
+        relative = convert_boxes(boxes, "xyxy", "rel_xyxy", *self.image_shape[:2])
+        images = checked_ground_truth(
+            images, boxes, labels, relative, self.num_classes, self.bounding_box_format
+        )
+        return checked_images(images), y, sample_weight
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The two-stage loss, RefineDet eq. 1. The ODM learns from ARM-refined anchors."""
+        boxes, labels = self._corners(y)
+        values = self.stage_losses(boxes, labels, y_pred)
+        batch, replicas = ops.shape(labels)[0], _num_replicas()
+        for tracker in self._stage_trackers:
+            # The values add up over replicas; the mean that Keras takes must give that sum.
+            tracker.update_state(values[tracker.name] * replicas, sample_weight=batch)
+        regularization = [ops.sum(value) / replicas for value in self.losses]
+        return sum(values.values()) + sum(regularization)
+
+    def stage_losses(self, boxes, labels, outputs) -> dict:
+        """The four losses of a batch.
+
+        Args:
+            boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
+            labels: int, (batch, objects), padding is -1.
+            outputs: raw outputs of the model.
+
+        Returns:
+            Dictionary of float32 scalars, each divided by the positives of its stage
+            in the global batch of all replicas.
+        """
+        arm_boxes = ops.cast(outputs["arm_boxes"], "float32")
+        arm_objectness = ops.cast(outputs["arm_objectness"], "float32")
+        any_object = ops.minimum(labels, 0)  # the ARM knows one class
+        arm_targets = encode_targets(
+            boxes, any_object, self.anchors, self.matcher, self.decoder.variances
+        )
+        arm = self.multibox_loss(*arm_targets, arm_boxes, arm_objectness)
+
+        refined = decode_boxes(arm_boxes, self.anchors, self.decoder.variances)
+        refined = ops.stop_gradient(refined)
+        odm_targets = encode_targets(boxes, labels, refined, self.matcher, self.decoder.variances)
+        objectness = ops.softmax(ops.stop_gradient(arm_objectness), axis=-1)[..., 1]
+        not_easy = objectness > self.decoder.objectness_threshold
+        odm = self.multibox_loss(
+            *odm_targets, outputs["odm_boxes"], outputs["odm_logits"], not_easy
+        )
+
+        values = {}
+        for stage, (box_sum, class_sum, positives) in (("arm", arm), ("odm", odm)):
+            count = ops.maximum(_sum_over_replicas(positives), 1.0)
+            values[f"{stage}_box_loss"] = box_sum / count
+            values[f"{stage}_classification_loss"] = class_sum / count
+        return values
+
+    def _corners(self, y):
+        """Ground truth as `"xyxy"` pixel boxes and int32 labels."""
+        if not isinstance(y, dict) or not {"boxes", "labels"} <= set(y):
+            raise ValueError(
+                'Ground truth must be a dictionary {"boxes": (batch, objects, 4), "labels": '
+                f"(batch, objects)}}. Received: {list(y) if isinstance(y, dict) else type(y)}"
+            )
+        boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *self.image_shape[:2])
+        return boxes, ops.cast(y["labels"], "int32")
+
+    # === Prediction ===
+
+    def decode(self, outputs) -> dict:
+        """Detections in `bounding_box_format` from raw outputs; see `DetectionDecoder`."""
+        return self.decoder(outputs, self.anchors, self.image_shape, self.bounding_box_format)
+
+    def predict_step(self, *args):
+        images, _, _ = _unpack(args[-1])
+        result = super().predict_step(*args[:-1], (checked_images(images),))
+        if keras.backend.backend() == "jax":  # there a step hands its state on
+            return self.decode(result[0]), result[1]
+        return self.decode(result)
+
+    def predict(self, x, *args, **kwargs) -> dict:
+        """Detections of pictures that already have the model's size.
+
+        Args:
+            x: pictures (batch, height, width, 3), RGB, 0 to 255, uint8 or float; or a
+                `tf.data.Dataset` of them or of training batches.
+            *args: as in `keras.Model.predict`.
+            **kwargs: as in `keras.Model.predict`.
+
+        Returns:
+            Dictionary of arrays: `"boxes"` (batch, max_detections, 4) in
+            `bounding_box_format`, `"confidence"` and `"labels"` (batch,
+            max_detections), by falling confidence, `"num_detections"` (batch,). Rows
+            beyond `num_detections` are -1.
+        """
+        self._check_arrays(x)
+        with plain_errors():
+            return super().predict(x, *args, **kwargs)
+
+    def detect(self, images, confidence_threshold: float = 0.3, batch_size: int = 8):
+        """Detections of pictures of any size.
+
+        Args:
+            images: a path, an encoded picture (bytes), a PIL image, an array (height,
+                width, channels) 0 to 255, a folder, or a list or 4-D array of pictures.
+            confidence_threshold: lowest confidence that is returned, 0 to 1.
+            batch_size: pictures that go through the network together.
+
+        Returns:
+            For one picture a dictionary of arrays: `"boxes"` (n, 4) in
+            `bounding_box_format` and the picture's own pixels, `"confidence"` (n,),
+            `"labels"` (n,), by falling confidence, and `"class_names"`, a list of n
+            names. For several pictures a list of these. In it a picture that cannot
+            be read is None, and a warning names it.
+
+        Raises:
+            ValueError: if a single picture cannot be read.
+        """
+        if isinstance(images, str | os.PathLike) and os.path.isdir(images):
+            images = find_images(images)
+        if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
+            return self._detect_batch([load_image(images)], confidence_threshold)[0]
+        results = []
+        for start in range(0, len(images), batch_size):
+            loaded = [_load_or_warn(image) for image in images[start : start + batch_size]]
+            found = iter(
+                self._detect_batch([i for i in loaded if i is not None], confidence_threshold)
+            )
+            results += [None if image is None else next(found) for image in loaded]
+        return results
+
+    def _detect_batch(self, pictures: list, confidence_threshold: float) -> list[dict]:
+        if not pictures:
+            return []
+        height, width = self.image_shape[:2]
+        resized = [ops.convert_to_numpy(resize_image(p, height, width)) for p in pictures]
+        batch = self.predict_on_batch(np.stack(resized))
+        return [
+            self._own_pixels({k: v[i] for k, v in batch.items()}, p.shape, confidence_threshold)
+            for i, p in enumerate(pictures)
+        ]
+
+    def _own_pixels(self, detections: dict, shape, confidence_threshold: float) -> dict:
+        """Detections of one picture, without padding, in the pixels of a picture of `shape`."""
+        chosen = detections["confidence"] >= max(confidence_threshold, 0.0)
+        height, width = self.image_shape[:2]
+        boxes = scale_boxes(
+            detections["boxes"][chosen],
+            self.bounding_box_format,
+            shape[1] / width,
+            shape[0] / height,
+        )
+        labels = detections["labels"][chosen]
+        return {
+            "boxes": ops.convert_to_numpy(boxes),
+            "confidence": detections["confidence"][chosen],
+            "labels": labels,
+            "class_names": [self.class_name(label) for label in labels],
+        }
+
+    def class_name(self, label: int) -> str:
+        """Name of a class, its number where the model has no `class_names`."""
+        return self.class_names[int(label)] if self.class_names else str(int(label))
+
+    def _check_arrays(self, images) -> None:
+        """The checks of the graph, where arrays are given and every backend can look."""
+        if isinstance(images, dict):
+            images = images.get("images")
+        if not isinstance(images, np.ndarray):
+            return
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"`x` must have shape (batch, {', '.join(map(str, self.image_shape))}); `detect` "
+                f"takes pictures of any size. Received: x.shape={images.shape}"
+            )
+        if keras.backend.backend() != "tensorflow":
+            checked_images(images)
+
+    # === Saving ===
+
+    def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
+        """Writes a SavedModel that serves detections, for TensorFlow Serving.
+
+        Its signatures are `serving_default`, a batch of pictures of the model's size,
+        and `serve_bytes`, a batch of encoded pictures of any size; see
+        `keras_resnest.serving.export_saved_model`. Nothing of Keras or of this
+        package is needed to load it.
+
+        Args:
+            filepath: folder to write, for instance `"serving/1"`.
+            format: only `"tf_saved_model"`.
+            verbose: whether to print the signatures.
+            **kwargs: none is known.
+        """
+        if format != "tf_saved_model" or kwargs:
+            raise ValueError(
+                'RefineDet exports format="tf_saved_model" and takes no further options. '
+                f"Received: format={format!r}, {kwargs}"
+            )
+        export_saved_model(self, filepath, verbose=bool(verbose))
+
+    def get_config(self) -> dict:
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "num_classes": self.num_classes,
+            "backbone": serialize(self.backbone),
+            "image_shape": self.image_shape,
+            "bounding_box_format": self.bounding_box_format,
+            "class_names": self.class_names,
+            "anchor_generator": serialize(self.anchor_generator),
+            "matcher": serialize(self.matcher),
+            "decoder": serialize(self.decoder),
+            "multibox_loss": serialize(self.multibox_loss),
+            "filters": self.filters,
+            "use_batch_norm": self.use_batch_norm,
+            "dtype": serialize(self._head_policy),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects=None) -> "RefineDet":
+        parts = ("backbone", "anchor_generator", "matcher", "decoder", "multibox_loss", "dtype")
+        config = dict(config)
+        for part in parts:
+            if isinstance(config.get(part), dict):
+                config[part] = keras.saving.deserialize_keras_object(
+                    config[part], custom_objects=custom_objects
+                )
+        return cls(**config)
+
+
+def _check_image_shape(image_shape) -> tuple[int, int, int]:
+    shape = tuple(image_shape)
+    if (
+        len(shape) != 3
+        or shape[2] != 3
+        or any(not isinstance(s, int) or s < SIDE_MULTIPLE or s % SIDE_MULTIPLE for s in shape[:2])
+    ):
+        raise ValueError(
+            f"`image_shape` must be (height, width, 3) with sides that are multiples of "
+            f"{SIDE_MULTIPLE}. Received: image_shape={image_shape}"
+        )
+    return shape
+
+
+def _check_class_names(class_names, num_classes):
+    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
+        raise ValueError(
+            f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
+        )
+    if class_names is None:
+        return None
+    if len(class_names) != num_classes or len(set(class_names)) != num_classes:
+        raise ValueError(
+            f"`class_names` must hold {num_classes} different names, one per class. "
+            f"Received: class_names={list(class_names)}"
+        )
+    return [str(name) for name in class_names]
+
+
+def _backbone_features(backbone) -> keras.Model:
+    pyramid = getattr(backbone, "pyramid_outputs", None)
+    if not isinstance(pyramid, dict) or not set(LEVELS) <= set(pyramid):
+        raise ValueError(
+            f"`backbone` must be a name or a model with `pyramid_outputs` for {', '.join(LEVELS)}. "
+            f"Received: {backbone!r} with {list(pyramid or [])}"
+        )
+    return keras.Model(
+        backbone.inputs, [pyramid[p] for p in LEVELS], name=f"{backbone.name}_pyramid"
+    )
+
+
+def _source_levels(features, head: dict) -> list:
+    """The four feature maps that the heads read, strides 8 to 64."""
+    p3, p4, p5 = features
+    x = _convolution(p5, 256, 1, 1, "conv6_1", head)
+    p6 = _convolution(x, 512, 3, 2, "conv6_2", head)
+    dtype = head["dtype"]
+    p3 = L2Normalization(scale=L2_SCALES[0], dtype=dtype, name="l2_normalization_p3")(p3)
+    p4 = L2Normalization(scale=L2_SCALES[1], dtype=dtype, name="l2_normalization_p4")(p4)
+    return [p3, p4, p5, p6]
+
+
+def _convolution(x, filters: int, kernel_size: int, strides: int, name: str, head: dict):
+    """Convolution with symmetric padding, optional batch normalisation, ReLU."""
+    dtype, batch_norm = head["dtype"], head["use_batch_norm"]
+    if kernel_size > 1:
+        x = layers.ZeroPadding2D(kernel_size // 2, dtype=dtype, name=f"{name}_padding")(x)
+    x = layers.Conv2D(
+        filters, kernel_size, strides, use_bias=not batch_norm, dtype=dtype, name=name
+    )(x)
+    if batch_norm:
+        x = BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_batch_norm")(
+            x
+        )
+    return layers.ReLU(dtype=dtype, name=f"{name}_relu")(x)
+
+
+def _two_stages(sources, anchor_generator, num_classes: int, head: dict) -> dict:
+    """ARM on the sources, TCBs from the top level down, ODM on what they give."""
+    counts, dtype = anchor_generator.num_anchors_per_cell, head["dtype"]
+    arm_boxes, arm_objectness = PredictionHead(counts, 2, dtype=dtype, name="arm")(sources)
+    transferred, upper = [], None
+    for level, source in zip((6, 5, 4, 3), reversed(sources), strict=True):
+        block = TransferConnectionBlock(**head, name=f"tcb_p{level}")
+        upper = block(source) if upper is None else block(source, upper)
+        transferred.insert(0, upper)
+    odm_boxes, odm_logits = PredictionHead(counts, num_classes + 1, dtype=dtype, name="odm")(
+        transferred
+    )
+    return {
+        "arm_boxes": arm_boxes,
+        "arm_objectness": arm_objectness,
+        "odm_boxes": odm_boxes,
+        "odm_logits": odm_logits,
+    }
+
+
+def _unpack(data):
+    """(images, ground truth, sample weight) of either layout of a batch."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if isinstance(x, dict):
+        if "images" not in x:
+            raise ValueError(f'A batch must have the key "images". Received: {list(x)}')
+        x, y = x["images"], x.get("bounding_boxes", y)
+    return x, y, sample_weight
+
+
+def _load_or_warn(image):
+    try:
+        return load_image(image)
+    except ValueError as error:
+        warnings.warn(f"skipped a picture: {error}", stacklevel=3)
+        return None
+
+
+def _num_replicas() -> int:
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def _sum_over_replicas(value):
+    """Sum of a scalar over the replicas of a `tf.distribute` strategy."""
+    if _num_replicas() == 1:
+        return value
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)

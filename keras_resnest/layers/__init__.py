@@ -1,0 +1,19 @@
+"""Layers of ResNeSt and RefineDet."""
+
+from keras_resnest.layers.convolution import GroupedConv2D
+from keras_resnest.layers.l2_normalization import L2Normalization
+from keras_resnest.layers.normalization import BatchNormalization
+from keras_resnest.layers.regularization import DropBlock2D
+from keras_resnest.layers.split_attention import RadixSoftmax, SplitAttention
+from keras_resnest.layers.transfer_connection import TCB, TransferConnectionBlock
+
+__all__ = [
+    "TCB",
+    "BatchNormalization",
+    "DropBlock2D",
+    "GroupedConv2D",
+    "L2Normalization",
+    "RadixSoftmax",
+    "SplitAttention",
+    "TransferConnectionBlock",
+]

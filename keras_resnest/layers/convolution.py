@@ -1,0 +1,102 @@
+"""Convolution whose channel groups are fast, differentiable and servable on every backend."""
+
+import functools
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class GroupedConv2D(keras.layers.Conv2D):
+    """2D convolution with channel groups; a drop-in for `keras.layers.Conv2D`.
+
+    On TensorFlow, Keras wraps every grouped convolution into a function that must be compiled
+    by XLA: it is slow on a CPU, above all its gradient, and it stays in every SavedModel, where
+    model servers refuse it. This layer uses TensorFlow's own grouped kernels instead (oneDNN on
+    a CPU, cuDNN on a GPU). Where a CPU build has no gradient for them, it convolves group by
+    group. With `channels_first` on a CPU it transposes. On JAX and PyTorch it does what
+    `keras.layers.Conv2D` does.
+
+    Args: those of `keras.layers.Conv2D`, with the same defaults.
+
+    Input shape:
+        `(batch, height, width, channels)`, or `(batch, channels, height, width)` with
+        `data_format="channels_first"`. `channels` and `filters` are divisible by `groups`.
+
+    Returns:
+        Feature map with `filters` channels in the same layout.
+
+    Raises:
+        ValueError: if `channels` or `filters` is not divisible by `groups`.
+
+    Example:
+        >>> layer = GroupedConv2D(128, 3, padding="same", groups=2)
+        >>> layer(keras.ops.ones((1, 32, 32, 64))).shape
+        (1, 32, 32, 128)
+
+    Source: grouped convolution as in ResNeXt, https://arxiv.org/abs/1611.05431, section 3.
+    """
+
+    def convolution_op(self, inputs, kernel):
+        if keras.backend.backend() != "tensorflow":
+            return super().convolution_op(inputs, kernel)
+        if self.data_format == "channels_last":
+            return self._tensorflow_convolution(inputs, kernel, "NHWC")
+        if _has_gpu():
+            return self._tensorflow_convolution(inputs, kernel, "NCHW")
+        # Not all of TensorFlow's CPU kernels know channels_first.
+        inputs = ops.transpose(inputs, (0, 2, 3, 1))
+        outputs = self._tensorflow_convolution(inputs, kernel, "NHWC")
+        return ops.transpose(outputs, (0, 3, 1, 2))
+
+    def _tensorflow_convolution(self, inputs, kernel, tensorflow_format):
+        import tensorflow as tf
+
+        # Not tf.nn.conv2d: that has no gradient on all CPUs where the kernel is dilated.
+        convolve = functools.partial(
+            tf.nn.convolution,
+            strides=self.strides,
+            padding=self.padding.upper(),
+            data_format=tensorflow_format,
+            dilations=self.dilation_rate,
+        )
+        if self.groups == 1 or _has_native_grouped_gradient(inputs.dtype.name):
+            return convolve(inputs, kernel)
+        channel_axis = tensorflow_format.index("C")
+        groups = zip(
+            tf.split(inputs, self.groups, axis=channel_axis),
+            tf.split(kernel, self.groups, axis=-1),
+            strict=True,
+        )
+        return tf.concat([convolve(x, k) for x, k in groups], axis=channel_axis)
+
+
+@functools.cache
+def _has_gpu():
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+@functools.cache
+def _has_native_grouped_gradient(dtype):
+    """Whether TensorFlow can differentiate a grouped convolution of `dtype` on this machine.
+
+    A CPU build without oneDNN (or one with TF_ENABLE_ONEDNN_OPTS=0) runs the forward pass only.
+    There is no public flag to ask, so a convolution of a few numbers is tried once.
+    """
+    import tensorflow as tf
+
+    # init_scope: the trial must run at once, also while a graph is being traced.
+    with tf.init_scope():
+        try:
+            tf.raw_ops.Conv2DBackpropInput(
+                input_sizes=(1, 3, 3, 4),
+                filter=tf.ones((3, 3, 2, 4), dtype),
+                out_backprop=tf.ones((1, 3, 3, 4), dtype),
+                strides=(1, 1, 1, 1),
+                padding="SAME",
+            )
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            return False
+    return True

@@ -1,0 +1,80 @@
+"""L2 normalization of feature vectors with a learned scale."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class L2Normalization(keras.layers.Layer):
+    """Scales the channel vector of every pixel to length 1, then by a learned factor per channel.
+
+    Early feature maps have larger values than late ones. This brings the maps that feed
+    detection heads to one scale. A pixel whose channels are all zero stays zero, and its
+    gradient is zero, never NaN.
+
+    Args:
+        scale: float, initial value of the factors (RefineDet: 10 on conv4_3, 8 on conv5_3).
+        axis: integer, the channel axis. Use 1 with `channels_first`.
+        epsilon: small positive float added to the squared length.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Input shape:
+        Any shape with a known number of channels.
+
+    Returns:
+        Tensor of the same shape.
+
+    Raises:
+        ValueError: if `epsilon` is not positive or the number of channels is unknown.
+
+    Example:
+        >>> float(L2Normalization(scale=10.0)(keras.ops.ones((1, 1, 1, 4)))[0, 0, 0, 0])
+        5.0
+
+    Source: ParseNet, https://arxiv.org/abs/1506.04579, section 3.3; RefineDet,
+    https://arxiv.org/abs/1711.06897, section 3.2.
+    """
+
+    def __init__(self, scale: float = 10.0, axis: int = -1, epsilon: float = 1e-6, **kwargs):
+        super().__init__(**kwargs)
+        if epsilon <= 0:
+            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        self.scale = scale
+        self.axis = axis
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        channels = input_shape[self.axis]
+        if channels is None:
+            raise ValueError(
+                f"The size of axis {self.axis} must be known. Received: input_shape={input_shape}"
+            )
+        self.gamma = self.add_weight(
+            name="gamma",
+            shape=(channels,),
+            initializer=keras.initializers.Constant(self.scale),
+        )
+        self.built = True
+
+    def call(self, inputs):
+        # Squares of half precision numbers overflow soon.
+        x = ops.cast(inputs, "float32")
+        squared_length = ops.sum(ops.square(x), axis=self.axis, keepdims=True)
+        inverse_length = ops.where(
+            squared_length > 0.0, ops.rsqrt(squared_length + self.epsilon), 0.0
+        )
+        gamma_shape = [1] * len(inputs.shape)
+        gamma_shape[self.axis] = -1
+        gamma = ops.reshape(ops.cast(self.gamma, "float32"), gamma_shape)
+        return ops.cast(x * inverse_length * gamma, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "scale": self.scale,
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+        }

@@ -1,0 +1,652 @@
+"""Pictures with boxes, loss curves and precision-recall curves, drawn with matplotlib.
+
+Every function returns a `matplotlib.figure.Figure` that belongs to no global state:
+a notebook shows it as the last value of a cell, `path=` writes it to a file, and it
+works without a display.
+"""
+
+import colorsys
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from keras import ops
+
+from keras_resnest.detection.boxes import check_box_format, convert_boxes
+
+DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
+GAP = 10  # pixels between the pictures of a grid
+MAX_LABELS = 40  # in one picture; more would hide it
+LABEL_PADDING = 0.2  # around the text of a label, in font sizes
+TITLE_HEIGHT = 24  # pixels above a picture with a title
+FOOTER_HEIGHT = 22  # pixels below the pictures for the meaning of the lines
+
+# Strong, well separated colours that show on pale and on dark pictures.
+COLORS = (
+    "#e6194b",
+    "#1f77ff",
+    "#18b24b",
+    "#ff9f00",
+    "#b13ee6",
+    "#00c8d7",
+    "#f25cc8",
+    "#8a5a2b",
+    "#c6e000",
+    "#3a3aa8",
+    "#ff6f61",
+    "#00806b",
+    "#20f020",
+    "#733359",
+    "#1010ff",
+    "#006699",
+    "#e8c34a",
+    "#597300",
+    "#00ffcc",
+    "#ff2600",
+)
+
+LEGEND = {"fontsize": 8, "edgecolor": "none", "framealpha": 0.8, "loc": "best"}
+
+LOSSES = (
+    "loss",
+    "arm_box_loss",
+    "arm_classification_loss",
+    "odm_box_loss",
+    "odm_classification_loss",
+)
+
+
+def class_color(label: int) -> tuple[float, float, float]:
+    """Colour of a class, red, green, blue in 0..1; the same for a label in every plot."""
+    if label < len(COLORS):
+        value = COLORS[label]
+        return tuple(int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    # Steps of the golden ratio spread any number of hues; brightness and
+    # saturation take turns, so that neighbouring hues still differ.
+    step = label - len(COLORS)
+    hue = (0.05 + 0.6180339887 * step) % 1.0
+    return colorsys.hsv_to_rgb(hue, (0.95, 0.55, 0.8)[step % 3], (0.95, 0.95, 0.6)[step % 3])
+
+
+# --- Pictures with boxes --------------------------------------------------------------------
+
+
+def plot_detections(
+    image,
+    detections: Mapping | Sequence[Mapping],
+    class_names: Sequence[str] | None = None,
+    *,
+    ground_truth: Mapping | Sequence[Mapping] | None = None,
+    confidence_threshold: float = 0.3,
+    bounding_box_format: str = "xyxy",
+    columns: int | None = None,
+    size: int | None = None,
+    titles: Sequence[str] | None = None,
+    ax=None,
+    path: str | os.PathLike | None = None,
+):
+    """Draws boxes with class and confidence into one picture or a grid of pictures.
+
+    The 40 most confident boxes of each picture get a label, all others only their
+    class's colour.
+
+    Args:
+        image: one picture, array (H, W, 3) or (H, W), 0 to 255, or a file name; or
+            several, as a list or an array (B, H, W, 3).
+        detections: of one picture a dictionary with `"boxes"` (n, 4), `"labels"` (n,)
+            and, if known, `"confidence"` (n,) and `"class_names"` (n names), as
+            `RefineDet.detect` gives it; for several pictures a list of these, or the
+            arrays of `predict` with pictures as first axis. Rows with label -1 are
+            padding.
+        class_names: names in the order of the labels; where there are none, those in
+            `detections`, else the numbers, are shown.
+        ground_truth: the true `"boxes"` and `"labels"` in the same form, drawn dashed.
+        confidence_threshold: detections below are not drawn.
+        bounding_box_format: format of all boxes, in pixels of the picture or `"rel_*"`.
+        columns: pictures side by side in a grid.
+        size: wanted length of the longer side of each picture in pixels of the figure,
+            640 for one picture and 400 in a grid by default. Small pictures are
+            enlarged by a whole factor, without blur, so that labels stay legible.
+        titles: one line above each picture.
+        ax: matplotlib axes to draw into, for one picture only.
+        path: file to write, `.png`, `.pdf`, `.svg`, ...
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if pictures, boxes or their numbers do not fit together.
+
+    Example:
+
+    >>> detections = model.detect("horses.jpg")
+    >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
+    """
+    check_box_format(bounding_box_format)
+    images = _load_images(image)
+    found = _boxes_of_pictures(detections, "detections", len(images))
+    truths = [None] * len(images)
+    if ground_truth is not None:
+        truths = _boxes_of_pictures(ground_truth, "ground_truth", len(images))
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(
+            f"`titles` must name every picture. Received: {len(titles)} for {len(images)} pictures"
+        )
+    if ax is not None and len(images) != 1:
+        raise ValueError(f"`ax` takes one picture. Received: {len(images)} pictures")
+    if ax is None:
+        size = size or (640 if len(images) == 1 else 400)
+        title = 0 if titles is None else TITLE_HEIGHT
+        footer = 0 if ground_truth is None else FOOTER_HEIGHT
+        figure, all_axes = _grid(images, columns, size, title, footer)
+    else:
+        figure, all_axes = ax.figure, [ax]
+    for number, (axes, picture) in enumerate(zip(all_axes, images, strict=True)):
+        _show_picture(axes, picture, exact=ax is None)
+        if titles is not None:
+            axes.set_title(str(titles[number]), fontsize=9, pad=4, parse_math=False)
+        source = (class_names, bounding_box_format, picture.shape)
+        boxes, labels, texts = _select(found[number], *source, confidence_threshold)
+        _draw_boxes(axes, boxes, labels, dashed=False)
+        if truths[number] is not None:
+            _draw_boxes(axes, *_select(truths[number], *source)[:2], dashed=True)
+        most = slice(MAX_LABELS)
+        _draw_labels(axes, texts[most], boxes[most], labels[most])
+    return _finish(figure, path)
+
+
+def plot_dataset(
+    dataset,
+    class_names: Sequence[str] | None = None,
+    rows: int = 3,
+    columns: int = 3,
+    *,
+    bounding_box_format: str = "xyxy",
+    size: int = 320,
+    path: str | os.PathLike | None = None,
+):
+    """Draws the first pictures of a data set with their boxes: the first thing to look at.
+
+    Args:
+        dataset: a `tf.data.Dataset` or other iterable of `{"images", "bounding_boxes":
+            {"boxes", "labels"}}` or `(images, {"boxes", "labels"})`, batched or not; or
+            a data set object with `.as_dataset()` and `.class_names`.
+        class_names: names in the order of the labels, by default those of the data set.
+        rows: pictures one above the other.
+        columns: pictures side by side.
+        bounding_box_format: format of the boxes.
+        size: as in `plot_detections`.
+        path: file to write.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if the data set is empty or its elements have another structure.
+
+    Example:
+
+    >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
+    """
+    if class_names is None:
+        class_names = getattr(dataset, "class_names", None)
+    if hasattr(dataset, "as_dataset"):
+        dataset = dataset.as_dataset()
+    pictures = list(itertools.islice(_pictures_of(dataset), rows * columns))
+    if not pictures:
+        raise ValueError("`dataset` must hold at least one picture. Received: an empty data set")
+    return plot_detections(
+        [image for image, _ in pictures],
+        [boxes for _, boxes in pictures],
+        class_names,
+        bounding_box_format=bounding_box_format,
+        columns=columns,
+        size=size,
+        path=path,
+    )
+
+
+def _pictures_of(dataset):
+    """Single `(image, boxes)` pairs of batched or unbatched elements."""
+    for element in dataset:
+        if isinstance(element, Mapping):
+            images, boxes = element.get("images"), element.get("bounding_boxes")
+        else:
+            images, boxes = element[:2] if isinstance(element, tuple | list) else (None, None)
+        if images is None or not isinstance(boxes, Mapping) or not {"boxes", "labels"} <= {*boxes}:
+            raise ValueError(
+                "`dataset` must yield {'images', 'bounding_boxes': {'boxes', 'labels'}} or "
+                f"(images, {{'boxes', 'labels'}}). Received: {type(element).__name__}"
+            )
+        boxes = {name: boxes[name] for name in ("boxes", "labels")}
+        if len(images.shape) == 3:
+            yield images, boxes
+        else:
+            for i in range(len(images)):
+                yield images[i], {name: values[i] for name, values in boxes.items()}
+
+
+def _load_images(image) -> list[np.ndarray]:
+    """The pictures as uint8 arrays (H, W, 3)."""
+    if isinstance(image, list | tuple):
+        pictures = list(image)
+    elif isinstance(image, str | os.PathLike):
+        pictures = [image]
+    else:
+        array = image if hasattr(image, "ndim") else np.asarray(image)
+        pictures = list(array) if len(array.shape) == 4 else [array]
+    if not pictures:
+        raise ValueError("`image` must be at least one picture. Received: an empty list")
+    return [_load_image(picture) for picture in pictures]
+
+
+def _load_image(picture) -> np.ndarray:
+    if isinstance(picture, str | os.PathLike):
+        from PIL import Image, ImageOps
+
+        with Image.open(picture) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    picture = ops.convert_to_numpy(picture)
+    if picture.ndim == 2:
+        picture = picture[:, :, None]
+    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or not picture.size:
+        raise ValueError(
+            f"`image` must have shape (height, width, 3). Received: shape={picture.shape}"
+        )
+    if picture.dtype != np.uint8:
+        if picture.dtype.kind == "f" and 0 < picture.max() <= 1:
+            raise ValueError("`image` must have values in 0..255. Received: values in 0..1")
+        picture = np.clip(np.rint(picture.astype("float32")), 0, 255).astype("uint8")
+    return np.broadcast_to(picture, (*picture.shape[:2], 3))
+
+
+def _boxes_of_pictures(boxes, argument: str, num_pictures: int) -> list[Mapping]:
+    """One dictionary per picture from any of the accepted forms."""
+    if isinstance(boxes, Mapping):
+        missing = {"boxes", "labels"} - set(boxes)
+        if missing:
+            raise ValueError(
+                f"`{argument}` lacks {', '.join(sorted(missing))}. Received: {sorted(boxes)}"
+            )
+        if np.ndim(boxes["labels"]) == 2:
+            names = [name for name in ("boxes", "labels", "confidence") if name in boxes]
+            rows = zip(*(boxes[name] for name in names), strict=True)
+            boxes = [dict(zip(names, row, strict=True)) for row in rows]
+        else:
+            boxes = [boxes]
+    if len(boxes) != num_pictures:
+        raise ValueError(
+            f"`{argument}` must hold one entry per picture. "
+            f"Received: {len(boxes)} for {num_pictures} pictures"
+        )
+    return list(boxes)
+
+
+def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshold: float = 0.0):
+    """What is to be drawn, most confident first: `(boxes "xyxy", labels, texts)`."""
+    coordinates = np.asarray(boxes["boxes"], dtype="float32").reshape(-1, 4)
+    labels = np.asarray(boxes["labels"], dtype=int).reshape(-1)
+    confidence, own_names = boxes.get("confidence"), boxes.get("class_names")
+    for name, column in (("boxes", coordinates), ("confidence", confidence)):
+        if column is not None and len(column) != len(labels):
+            raise ValueError(
+                f"`{name}` and `labels` of a picture must be of the same number. "
+                f"Received: {len(column)} {name} and {len(labels)} labels"
+            )
+    if source != "xyxy":
+        coordinates = ops.convert_to_numpy(
+            convert_boxes(coordinates, source, "xyxy", height=shape[0], width=shape[1])
+        )
+    rows = np.flatnonzero(labels >= 0)
+    if confidence is not None:
+        confidence = np.asarray(confidence, dtype="float32")
+        rows = rows[confidence[rows] >= confidence_threshold]
+        rows = rows[np.argsort(-confidence[rows], kind="stable")]
+    texts = []
+    for row in rows:
+        text = str(labels[row])
+        if class_names is not None and labels[row] < len(class_names):
+            text = str(class_names[labels[row]])
+        elif class_names is None and own_names is not None:
+            text = str(own_names[row])
+        texts.append(text if confidence is None else f"{text} {confidence[row]:.2f}")
+    return coordinates[rows], labels[rows], texts
+
+
+def _grid(images, columns: int | None, size: int, title: int, footer: int):
+    """A figure in which every picture is shown pixel by pixel, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
+    shown = [_shown_size(picture.shape[:2], size) for picture in images]
+    cell_width = max(width for _, width in shown)
+    row_heights = [
+        max(height for height, _ in shown[i : i + columns]) for i in range(0, len(shown), columns)
+    ]
+    gap = GAP if len(images) > 1 else 0
+    width = columns * cell_width + (columns + 1) * gap
+    height = sum(row_heights) + len(row_heights) * (title + gap) + gap + footer
+    # The number of pixels is rounded down, so a little more than wanted, never less.
+    full = np.array([width, height]) + 0.01
+    figure = Figure(figsize=full / DPI, dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    if footer:
+        text = "solid: detections    dashed: ground truth"
+        place = {"horizontalalignment": "center", "verticalalignment": "center"}
+        figure.text(0.5, 0.5 * footer / height, text, fontsize=8, color="0.3", **place)
+    all_axes = []
+    for number, (own_height, own_width) in enumerate(shown):
+        row, column = divmod(number, columns)
+        left = gap + column * (cell_width + gap) + (cell_width - own_width) // 2
+        top = gap + title + sum(row_heights[:row]) + row * (title + gap)
+        top += (row_heights[row] - own_height) // 2
+        bottom = height - top - own_height
+        corner, extent = np.array([left, bottom]) / full, np.array([own_width, own_height]) / full
+        all_axes.append(figure.add_axes((*corner, *extent)))
+    return figure, all_axes
+
+
+def _show_picture(axes, picture: np.ndarray, exact: bool) -> None:
+    """Fills the axes with a picture, if `exact` pixel by pixel."""
+    from PIL import Image
+
+    # Pixel i reaches from i to i + 1, as the continuous coordinates of the boxes say.
+    extent = (0, picture.shape[1], picture.shape[0], 0)
+    frame = axes.get_window_extent()
+    shown = (round(frame.width), round(frame.height))
+    if exact and shown[0] < picture.shape[1]:  # Pillow reduces without faded borders
+        picture = np.asarray(Image.fromarray(picture).resize(shown, Image.Resampling.LANCZOS))
+    if exact:
+        axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
+    else:
+        axes.imshow(picture, extent=extent)
+    axes.set_axis_off()
+
+
+def _shown_size(shape, size: int) -> tuple[int, int]:
+    """Height and width on the figure: a whole multiple, or reduced to `size` if larger."""
+    longer = max(shape)
+    if longer <= size:
+        factor = round(size / longer)
+    elif longer < 1.25 * size:
+        factor = 1
+    else:
+        factor = size / longer
+    return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
+
+
+def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> None:
+    """Outlines in the colours of the classes, the first box on top."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    linewidth = 1.4 if dashed else 1.8 if len(boxes) <= MAX_LABELS else 0.9
+    # A solid line has a dark rim, a dashed one lies on a white line, so that each
+    # shows on any picture, and the dashed one also upon a solid one.
+    rim = withStroke(
+        linewidth=linewidth + 1.4, foreground=(1, 1, 1, 0.9) if dashed else (0, 0, 0, 0.35)
+    )
+    for rank, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        outline = Rectangle(
+            box[:2],
+            *(box[2:] - box[:2]),
+            fill=False,
+            edgecolor=class_color(int(label)),
+            linewidth=linewidth,
+            linestyle=(0, (4, 3)) if dashed else "solid",
+            path_effects=[rim],
+            zorder=(3.5 if dashed else 3) - rank / 1000,
+        )
+        axes.add_patch(outline)
+
+
+def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) -> None:
+    """Writes each text at a corner of its box, where it hides the fewest other texts."""
+    axes.apply_aspect()  # so that data and figure coordinates fit together
+    to_figure, bounds = axes.transData, axes.get_window_extent()
+    placed = np.zeros((0, 4))  # left, bottom, right, top in pixels of the figure, y upwards
+    for text, box, label in zip(texts, boxes, labels, strict=True):
+        color = class_color(int(label))
+        brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+        drawn = axes.text(
+            0,
+            0,
+            text,
+            fontsize=8,
+            color="black" if brightness > 0.6 else "white",
+            bbox={
+                "boxstyle": f"square,pad={LABEL_PADDING}",
+                "facecolor": color,
+                "edgecolor": "none",
+            },
+            parse_math=False,
+            verticalalignment="baseline",
+            clip_on=True,
+            zorder=4 - len(placed) / 1000,
+        )
+        padding = LABEL_PADDING * drawn.get_fontsize() * axes.figure.dpi / 72
+        extent = drawn.get_window_extent().padded(padding)
+        origin = to_figure.transform((0, 0)) - (extent.x0, extent.y0)
+        (left, top), (right, bottom) = to_figure.transform(box.reshape(2, 2))
+        corner = _label_corner(left, bottom, right, top, extent.size, bounds, placed)
+        placed = np.concatenate([placed, [[*corner, *(corner + extent.size)]]])
+        drawn.set_position(to_figure.inverted().transform(corner + origin))
+
+
+def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) -> np.ndarray:
+    """Lower left corner of a text of a box, all in pixels of the figure, y upwards."""
+    width, height = size
+    xs = np.array([left, left, left, left, right - width, right - width, right - width])
+    ys = np.array([top, top - height, bottom - height, bottom, top, top - height, bottom])
+    xs = np.clip(xs, bounds.x0, max(bounds.x0, bounds.x1 - width))
+    inside = np.clip(ys, bounds.y0, max(bounds.y0, bounds.y1 - height))
+    hidden = np.zeros(len(xs))
+    for other in placed:
+        across = np.minimum(xs + width, other[2]) - np.maximum(xs, other[0])
+        down = np.minimum(inside + height, other[3]) - np.maximum(inside, other[1])
+        hidden += np.maximum(across, 0) * np.maximum(down, 0)
+    # Places outside the picture last; of equally good ones the first.
+    cost = hidden + width * height * (np.abs(inside - ys) > 1)
+    best = int(np.argmin(cost))
+    return np.array([xs[best], inside[best]])
+
+
+# --- Curves ---------------------------------------------------------------------------------
+
+
+def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: bool = False):
+    """Draws the losses of a training and, beside them, the average precision.
+
+    Training losses are solid, validation losses dashed. `val_mAP...` is a thick line,
+    `val_AP.../<class name>` are thin ones. Epochs without a value (None or nan) are
+    skipped.
+
+    Args:
+        history: what `model.fit` returns, a dictionary of lists (with an optional list
+            `"epoch"`, counted from 0), a `DetectionEvaluation` callback, or a list of
+            these. A Keras `History` does not know in which epochs a value that was not
+            computed in every epoch belongs; such values are spread evenly up to the
+            last epoch. `[history, evaluation]` sets them at the right epochs.
+        path: file to write.
+        log_scale: logarithmic axis for the losses.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is neither a loss nor an average precision.
+
+    Example:
+
+    >>> history = model.fit(dataset, callbacks=[evaluation])
+    >>> plot_history([history, evaluation], path="history.png")
+    """
+    curves = {}
+    for part in history if isinstance(history, list | tuple) else [history]:
+        curves |= _history_curves(part)
+    losses = [name for name in LOSSES if name in curves or f"val_{name}" in curves]
+    means = [name for name in curves if name.startswith("val_mAP")]
+    classes = [name for name in curves if name.startswith("val_AP") and "/" in name]
+    panels = [names for names in (losses, means + classes) if names]
+    if not panels:
+        raise ValueError(
+            f"`history` must hold losses ({', '.join(LOSSES)}) or val_mAP values. "
+            f"Received: {', '.join(curves) or 'no values'}"
+        )
+    figure = _figure(6.4 * len(panels), 4.2)
+    for number, names in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        if names is losses:
+            _draw_losses(axes, curves, losses, log_scale)
+        else:
+            _draw_precisions(axes, curves, means, classes)
+        axes.set_xlabel("epoch")
+        axes.margins(x=0.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _clean(axes)
+    return _finish(figure, path)
+
+
+def plot_precision_recall(
+    result, path: str | os.PathLike | None = None, *, iou_threshold: float | None = None
+):
+    """Draws precision over recall of every class that has objects.
+
+    The solid line is the highest precision at this or any higher recall, of which
+    the average precision is the area; the faint one is the measured precision.
+
+    Args:
+        result: an `AveragePrecision`.
+        path: file to write.
+        iou_threshold: which of the thresholds of `result`, if it has several.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
+    """
+    per_class = result.per_class(iou_threshold)
+    figure = _figure(6.4, 4.8)
+    axes = figure.add_subplot()
+    for label, (name, numbers) in enumerate(per_class.items()):
+        if numbers["average_precision"] is None:
+            continue
+        curve = result.curve(name, iou_threshold)
+        recall, precision = curve["recall"], curve["precision"]
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        last = recall[-1:]  # beyond the highest recall precision is 0
+        axes.plot(
+            np.concatenate([[0.0], recall, last]),
+            np.concatenate([envelope[:1] if len(envelope) else [0.0], envelope, 0 * last]),
+            drawstyle="steps-pre",
+            color=class_color(label),
+            linewidth=1.8,
+            label=f"{name} {numbers['average_precision']:.3f}",
+        )
+        axes.plot(recall, precision, color=class_color(label), linewidth=0.8, alpha=0.35)
+    threshold = result.iou_thresholds[0] if iou_threshold is None else iou_threshold
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.005), ylim=(0, 1.02))
+    mean = result.at(threshold).mAP
+    mean = "undefined, no objects" if np.isnan(mean) else f"{mean:.3f}"
+    axes.set_title(f"IoU {threshold:g}: mAP {mean}", fontsize=10, loc="left")
+    _clean(axes)
+    num_curves = len(axes.get_legend_handles_labels()[0])
+    if num_curves:
+        figure.legend(
+            loc="outside right upper", fontsize=8, frameon=False, ncols=-(-num_curves // 24)
+        )
+    return _finish(figure, path)
+
+
+def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`{name: (epochs counted from 1, values)}` of one of the accepted histories."""
+    values = getattr(part, "history", part)
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            "`history` must be what `model.fit` returns or a dictionary of lists. "
+            f"Received: {type(part).__name__}"
+        )
+    series = {
+        name: np.array([np.nan if v is None else v for v in column], dtype=float)
+        for name, column in values.items()
+        if name != "epoch"
+    }
+    longest = max(map(len, series.values()), default=0)
+    given = getattr(part, "epoch", None) or values.get("epoch") or range(longest)
+    epochs = np.asarray(list(given)) + 1
+    curves = {}
+    for name, column in series.items():
+        # With fewer values than epochs they are spread evenly, the last at the end.
+        at = np.ceil((np.arange(len(column)) + 1) * len(epochs) / max(len(column), 1)) - 1
+        known = ~np.isnan(column)
+        if known.any():
+            curves[name] = epochs[at.astype(int)][known], column[known]
+    return curves
+
+
+def _draw_losses(axes, curves, losses, log_scale: bool) -> None:
+    for name in losses:
+        color = "black" if name == "loss" else class_color(LOSSES.index(name) - 1)
+        label = name  # once, for the solid and the dashed line
+        for prefix, linestyle in (("", "solid"), ("val_", (0, (4, 2)))):
+            if prefix + name in curves:
+                _draw_curve(axes, curves[prefix + name], label, color, linestyle)
+                label = None
+    if any(f"val_{name}" in curves for name in losses):
+        axes.plot([], [], color="0.4", linestyle=(0, (4, 2)), label="validation")
+    axes.set_ylabel("loss")
+    axes.set_yscale("log" if log_scale else "linear")
+    axes.legend(**LEGEND)
+
+
+def _draw_precisions(axes, curves, means, classes) -> None:
+    for label, name in enumerate(classes):
+        # More names than this would hide the curves.
+        shown = name.split("/", 1)[1] if len(classes) <= 10 else None
+        _draw_curve(axes, curves[name], shown, class_color(label), "solid", linewidth=1.0)
+    for name, linestyle in zip(means, itertools.cycle(["solid", "dashed", "dotted"]), strict=False):
+        _draw_curve(axes, curves[name], name, "black", linestyle, linewidth=2.2)
+    axes.set(ylabel="average precision", ylim=(0, 1.02))
+    axes.legend(**LEGEND)
+
+
+def _draw_curve(axes, curve, label, color, linestyle, linewidth: float = 1.6) -> None:
+    epochs, values = curve
+    marker = "o" if len(epochs) <= 20 else None  # a single point would not show as a line
+    axes.plot(
+        epochs,
+        values,
+        label=label,
+        color=color,
+        linestyle=linestyle,
+        linewidth=linewidth,
+        marker=marker,
+        markersize=3,
+    )
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _clean(axes) -> None:
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure, path):
+    if path is not None:
+        folder = os.path.dirname(os.fspath(path))
+        os.makedirs(folder or ".", exist_ok=True)
+        figure.savefig(path, dpi=figure.dpi)
+    return figure

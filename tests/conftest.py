@@ -1,0 +1,18 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of reference numbers and pictures beside the project; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the reference folder {SHARED.name}/ is not beside the project")
+    return SHARED

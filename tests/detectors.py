@@ -1,0 +1,52 @@
+"""A detector small enough to be trained inside a test, and pictures for it."""
+
+import keras
+import numpy as np
+
+from keras_resnest.backbones import ResNet
+from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.refinedet import RefineDet
+
+CLASS_NAMES = ["red", "green", "blue"]
+
+
+def small_backbone(name="small"):
+    return ResNet(
+        stackwise_num_filters=[8, 16, 16, 16],
+        stackwise_num_blocks=[1, 1, 1, 1],
+        block_type="basic",
+        include_top=False,
+        include_rescaling=True,
+        image_shape=(None, None, 3),
+        name=name,
+    )
+
+
+def small_detector(image_shape=(64, 128, 3), **kwargs):
+    keras.utils.set_random_seed(1)
+    options = {
+        "backbone": small_backbone(),
+        "filters": 16,
+        "use_batch_norm": True,
+        "anchor_generator": AnchorGenerator(sizes=(16, 32, 64, 128)),
+        "class_names": CLASS_NAMES,
+        **kwargs,
+    }
+    return RefineDet(3, image_shape=image_shape, **options)
+
+
+def rectangles(count, image_shape=(64, 128, 3), seed=0, objects=2):
+    """Grey noise with one-coloured rectangles; labels are the colours of CLASS_NAMES."""
+    rng = np.random.default_rng(seed)
+    height, width, _ = image_shape
+    images = rng.integers(90, 130, (count, *image_shape)).astype("float32")
+    boxes, labels = np.zeros((count, objects, 4), "float32"), np.full((count, objects), -1, "int32")
+    for i in range(count):
+        for j in range(objects):
+            w, h = rng.integers(14, 40, 2)
+            x = rng.integers(j * width // objects, max((j + 1) * width // objects - w, 1) + 1)
+            x, y = min(x, width - w), rng.integers(0, height - h)
+            label = rng.integers(0, 3)
+            images[i, y : y + h, x : x + w] = np.eye(3)[label] * 220
+            boxes[i, j], labels[i, j] = (x, y, x + w, y + h), label
+    return images, {"boxes": boxes, "labels": labels}

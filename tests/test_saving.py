@@ -1,0 +1,212 @@
+"""Saving a detector: whole models, weights alone, and training that goes on after loading."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
+
+from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.builders import refinedet_tiny
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.losses import MultiBoxLoss
+from keras_resnest.detection.matching import BoxMatcher
+from keras_resnest.detection.refinedet import STAGE_LOSSES, RefineDet
+
+OUTPUTS = ("boxes", "confidence", "labels", "num_detections")
+
+# Run by a fresh interpreter: an import and a plain load_model must do.
+FRESH = """
+import json, pathlib, sys
+import keras
+import numpy as np
+import keras_resnest
+
+root, found, configs = pathlib.Path(sys.argv[1]), {}, {}
+batch = dict(np.load(root / "batch.npz"))
+for path in root.glob("*.keras"):
+    model = keras.saving.load_model(path)
+    assert type(model) is keras_resnest.RefineDet
+    configs[path.stem] = json.loads(json.dumps(model.get_config()))
+    for output, value in model.predict(batch["images"], verbose=0).items():
+        found[f"{path.stem}/{output}"] = value
+    if path.stem == "trained":
+        truth = {"boxes": batch["boxes"], "labels": batch["labels"]}
+        found["iterations"] = model.optimizer.iterations.numpy()
+        found["next losses"] = model.train_on_batch(batch["images"], truth)
+        found["next kernel"] = model.get_layer("conv6_1").kernel.numpy()
+np.savez(root / "found.npz", **found)
+(root / "configs.json").write_text(json.dumps(configs))
+"""
+
+
+def custom_detector():
+    """Every part unlike the default, with numpy numbers where one easily gets them."""
+    keras.utils.set_random_seed(3)
+    return RefineDet(
+        num_classes=np.int64(3),
+        backbone=small_backbone("another"),
+        image_shape=[64, 128, 3],
+        bounding_box_format="center_xywh",
+        class_names=np.array(CLASS_NAMES),
+        anchor_generator=AnchorGenerator(sizes=np.array([16, 32, 64, 128]), clip=True),
+        matcher=BoxMatcher(np.float32(0.6)),
+        decoder=DetectionDecoder(max_detections=np.int64(7), variances=np.array([0.1, 0.25])),
+        multibox_loss=MultiBoxLoss(2.0),
+        filters=np.int32(16),
+        name="custom",
+    )
+
+
+@pytest.fixture(scope="module")
+def models():
+    trained = small_detector()
+    # Eager steps, since tracing a training graph takes longer than the rest of this file.
+    trained.compile(
+        keras.optimizers.AdamW(
+            keras.optimizers.schedules.ExponentialDecay(1e-3, 1, 0.5), global_clipnorm=10.0
+        ),
+        run_eagerly=True,
+    )
+    images, truth = rectangles(2)
+    for _ in range(2):
+        trained.train_on_batch(images, truth)
+        trained.reset_metrics()
+    return {"trained": trained, "custom": custom_detector()}
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory):
+    """Folder with the models and what the fresh process has found, and what was to be found."""
+    root = tmp_path_factory.mktemp("saving")
+    images, truth = rectangles(2)
+    np.savez(root / "batch.npz", images=images, **truth)
+    want = {}
+    for name, model in models.items():
+        model.save(root / f"{name}.keras")
+        for output, value in model.predict(images, verbose=0).items():
+            want[f"{name}/{output}"] = value
+    want["iterations"] = models["trained"].optimizer.iterations.numpy()
+    want["next losses"] = models["trained"].train_on_batch(images, truth)
+    want["next kernel"] = models["trained"].get_layer("conv6_1").kernel.numpy()
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, str(root)], cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return root, want
+
+
+@pytest.fixture(scope="module")
+def found(saved):
+    with np.load(saved[0] / "found.npz") as arrays:
+        return dict(arrays)
+
+
+# === Whole models ===
+
+
+@pytest.mark.parametrize("name", ["trained", "custom"])
+def test_a_fresh_process_loads_the_same_detector(saved, found, name):
+    _, want = saved
+    assert (want[f"{name}/num_detections"] > 0).all()
+    for output in OUTPUTS:
+        key = f"{name}/{output}"
+        np.testing.assert_allclose(found[key], want[key], rtol=1e-5, atol=1e-4, err_msg=key)
+
+
+def test_training_goes_on_where_it_stopped(saved, found):
+    """Optimizer moments, step count and schedule survive: the next step is the same."""
+    _, want = saved
+    assert found["iterations"] == want["iterations"] == 2
+    assert len(want["next losses"]) == 1 + len(STAGE_LOSSES)
+    np.testing.assert_allclose(found["next losses"], want["next losses"], rtol=1e-5)
+    np.testing.assert_allclose(found["next kernel"], want["next kernel"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["trained", "custom"])
+def test_configs_survive(models, saved, name):
+    configs = json.loads((saved[0] / "configs.json").read_text())
+    assert configs[name] == json.loads(json.dumps(models[name].get_config()))
+    assert configs[name]["class_names"] == CLASS_NAMES
+
+
+def test_config_holds_what_was_asked_for(models):
+    model = RefineDet.from_config(models["custom"].get_config())
+    assert model.anchor_generator.clip
+    np.testing.assert_array_equal(np.ravel(model.anchor_generator.sizes), [16, 32, 64, 128])
+    assert model.matcher.iou_threshold == pytest.approx(0.6)
+    assert (model.decoder.max_detections, model.decoder.variances) == (7, (0.1, 0.25))
+    assert (model.num_classes, model.filters, model.name) == (3, 16, "custom")
+    assert model.image_shape == (64, 128, 3) and model.bounding_box_format == "center_xywh"
+    np.testing.assert_array_equal(model.anchors, models["custom"].anchors)
+
+
+def test_loading_without_compiling(saved):
+    model = keras.saving.load_model(saved[0] / "trained.keras", compile=False)
+    assert isinstance(model, RefineDet) and not model.compiled
+    assert model.class_name(1) == "green"
+
+
+def test_a_copy_by_config_and_weights(models):
+    """`keras.models.clone_model` gives a plain functional model; this gives a detector."""
+    model = models["custom"]
+    copy = RefineDet.from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    images, _ = rectangles(1)
+    for a, b in zip(copy(images).values(), model(images).values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# === Weights alone ===
+
+
+def test_weights_round_trip(models, tmp_path):
+    original = models["trained"]
+    original.save_weights(tmp_path / "w.weights.h5")
+    keras.utils.set_random_seed(99)
+    other = RefineDet.from_config(original.get_config())
+    images, _ = rectangles(1)
+    assert not np.allclose(other(images)["odm_logits"], original(images)["odm_logits"])
+    other.load_weights(tmp_path / "w.weights.h5")
+    for a, b in zip(other.weights, original.weights, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=a.path)
+    # The network has no part that depends on the size of the pictures.
+    larger = small_detector((128, 128, 3))
+    larger.load_weights(tmp_path / "w.weights.h5")
+    np.testing.assert_array_equal(larger.get_weights()[0], original.get_weights()[0])
+
+
+@pytest.mark.parametrize(
+    "other, layer",
+    [
+        (lambda: small_detector(filters=32), "tcb_p6|bn1"),
+        (lambda: small_detector(use_batch_norm=False), "conv6_1"),
+        (lambda: refinedet_tiny(3, image_shape=(64, 128, 3)), "conv1_0"),
+    ],
+    ids=["filters", "batch_norm", "backbone"],
+)
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_weights_of_another_model_are_refused(models, tmp_path, other, layer):
+    """The error names layers that do not fit."""
+    path = tmp_path / "w.weights.h5"
+    models["trained"].save_weights(path)
+    with pytest.raises(ValueError, match=rf"(?s)objects could not be loaded.*({layer})"):
+        other().load_weights(path)
+
+
+def test_weights_for_other_classes_are_refused(models, tmp_path):
+    models["custom"].save_weights(tmp_path / "w.weights.h5")
+    config = {**models["custom"].get_config(), "num_classes": 5, "class_names": None}
+    with pytest.raises(ValueError, match=r"(?s)4 objects could not be loaded.*classes_0"):
+        RefineDet.from_config(config).load_weights(tmp_path / "w.weights.h5")
+
+
+def test_a_damaged_file_is_refused(saved, tmp_path):
+    path = tmp_path / "damaged.keras"
+    path.write_bytes(Path(saved[0] / "trained.keras").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"damaged\.keras"):
+        keras.saving.load_model(path)
