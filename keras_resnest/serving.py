@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import keras
 from keras import ops
@@ -129,14 +130,11 @@ def _to_own_pixels(detections: dict, sizes, model) -> dict:
 
 def _write_extra_assets(filepath, model) -> None:
     """What a client must know and the signatures do not tell."""
-    folder = os.path.join(filepath, "assets.extra")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "detector.json"), "w", encoding="utf-8") as file:
-        facts = {
-            "bounding_box_format": model.bounding_box_format,
-            "image_shape": model.image_shape,
-        }
-        json.dump(facts, file)
+    folder = pathlib.Path(filepath) / "assets.extra"
+    folder.mkdir(exist_ok=True)
+    facts = {"bounding_box_format": model.bounding_box_format, "image_shape": model.image_shape}
+    (folder / "detector.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    names = folder / "class_names.txt"
+    names.unlink(missing_ok=True)  # of a model that was here before
     if model.class_names:
-        with open(os.path.join(folder, "class_names.txt"), "w", encoding="utf-8") as file:
-            file.write("\n".join(model.class_names) + "\n")
+        names.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from keras import ops
 
+from keras_resnest.data.images import load_image
 from keras_resnest.detection.boxes import check_box_format, convert_boxes
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
@@ -238,27 +239,12 @@ def _load_images(image) -> list[np.ndarray]:
         pictures = list(array) if len(array.shape) == 4 else [array]
     if not pictures:
         raise ValueError("`image` must be at least one picture. Received: an empty list")
-    return [_load_image(picture) for picture in pictures]
+    return [load_image(_as_array(picture)) for picture in pictures]
 
 
-def _load_image(picture) -> np.ndarray:
-    if isinstance(picture, str | os.PathLike):
-        from PIL import Image, ImageOps
-
-        with Image.open(picture) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    picture = ops.convert_to_numpy(picture)
-    if picture.ndim == 2:
-        picture = picture[:, :, None]
-    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or not picture.size:
-        raise ValueError(
-            f"`image` must have shape (height, width, 3). Received: shape={picture.shape}"
-        )
-    if picture.dtype != np.uint8:
-        if picture.dtype.kind == "f" and 0 < picture.max() <= 1:
-            raise ValueError("`image` must have values in 0..255. Received: values in 0..1")
-        picture = np.clip(np.rint(picture.astype("float32")), 0, 255).astype("uint8")
-    return np.broadcast_to(picture, (*picture.shape[:2], 3))
+def _as_array(picture):
+    """Tensors as arrays; paths and the rest as they are."""
+    return ops.convert_to_numpy(picture) if hasattr(picture, "shape") else picture
 
 
 def _boxes_of_pictures(boxes, argument: str, num_pictures: int) -> list[Mapping]:

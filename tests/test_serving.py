@@ -41,9 +41,14 @@ def nodes_of(folder):
         yield from function.node_def
         yield function  # its attributes are of interest as well
 
-def answers(loaded, images, pictures):
+def answers(loaded, images, pictures, every_way):
     floats, integers = tf.constant(images, tf.float32), tf.constant(images, tf.uint8)
     default, serve_bytes = (loaded.signatures[n] for n in ("serving_default", "serve_bytes"))
+    if not every_way:
+        return {
+            "float 3": default(images=floats),
+            "bytes": serve_bytes(image_bytes=tf.constant(pictures)),
+        }
     return {
         "float 1": default(images=floats[:1]),
         "float 3": default(images=floats),
@@ -74,7 +79,9 @@ for folder in (root / "models").iterdir():
         for name, signature in loaded.signatures.items()
     }
     images = np.load(root / f"{folder.name}.npy")
-    for call, answer in answers(loaded, images, pictures).items():
+    for call, answer in answers(
+        loaded, images, pictures, folder.name == "small"
+    ).items():
         for output, value in answer.items():
             found[f"{folder.name}/{call}/{output}"] = value.numpy()
 for name in ("keras", "tf_keras", "keras_resnest"):
@@ -186,10 +193,14 @@ def test_served_images_give_what_predict_gives(models, exported, found, name):
     want = models[name].predict(np.load(exported / f"{name}.npy"), verbose=0)
     assert ((want["num_detections"] > 0) & (want["num_detections"] < 40)).all()
     tolerance = 1e-4 if name == RELATIVE else 1e-2  # fractions, or pixels
-    for call in ("float 3", "uint8", "serve float", "serve uint8"):
-        assert_same(found[name, call], want, tolerance)
-    first = {output: value[:1] for output, value in want.items()}
-    assert_same(found[name, "float 1"], first, tolerance)
+    assert_same(found[name, "float 3"], want, tolerance)
+
+
+def test_every_signature_gives_the_same(found):
+    want = found[SMALL, "float 3"]
+    for call in ("uint8", "serve float", "serve uint8"):
+        assert_same(found[SMALL, call], want)
+    assert_same(found[SMALL, "float 1"], {output: value[:1] for output, value in want.items()})
 
 
 @pytest.mark.parametrize("call", ["float 0", "bytes 0"])
@@ -203,7 +214,7 @@ def test_a_batch_without_pictures(found, call):
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [SMALL, RELATIVE])
 def test_served_files_give_what_detect_gives(models, found, name):
     """Whatever the kind and the size of the picture; boxes in its own pixels, or fractions."""
     pictures = encoded_pictures()

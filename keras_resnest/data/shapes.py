@@ -1,12 +1,14 @@
 """Shapes: a synthetic detection data set that is drawn, not downloaded.
 
-Six kinds of figures, turned, stretched, coloured and overlapping, on textured backgrounds. It is
-small enough to train a detector on a processor in minutes, and drawn in seconds.
+Six kinds of figures, turned, stretched and overlapping, each kind in its range of colours, on
+textured greyish backgrounds. It is small enough to train a detector on a processor in minutes,
+and drawn in seconds.
 
 `draw_scene(plan_scene(seed))` draws one picture; `Shapes` is the TFDS builder
 (`tfds.load("shapes")` works once this module is imported) and `read_shapes` the short way to it.
 """
 
+import colorsys
 import dataclasses
 import functools
 import io
@@ -19,6 +21,7 @@ from etils import epath
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 
+_HUE_SPREAD = 0.07  # standard deviation of a class's hue, where 1 / 6 lies between two classes
 _SUPERSAMPLING = 4  # figures are drawn this many times larger and averaged: smooth edges
 _MIN_VISIBLE = 0.4  # a figure of which less would be seen is put elsewhere, or left out
 _DIFFICULT_BELOW = 0.6  # a figure of which less is seen is marked as difficult
@@ -164,7 +167,7 @@ def _random_figure(rng: np.random.Generator, size: int, colors: list[np.ndarray]
     return Figure(
         label=label,
         outlines=tuple(((o - low) * scale + corner).astype("float32") for o in outlines),
-        color=_contrasting_color(rng, colors),
+        color=_contrasting_color(rng, label, colors),
         seed=int(rng.integers(2**31)),
     )
 
@@ -191,9 +194,20 @@ def _polygon(radii: np.ndarray) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=-1)
 
 
-def _contrasting_color(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
-    """Of a few random colours the one farthest from all others, so that nothing melts away."""
-    candidates = rng.uniform(0, 255, (4, 3)).astype("float32")
+def _contrasting_color(
+    rng: np.random.Generator, label: int, others: list[np.ndarray]
+) -> np.ndarray:
+    """Of a few colours of a class the one farthest from all others, so that nothing melts away.
+
+    Every class has a typical hue, as real things have, but hues of neighbouring classes overlap:
+    colour helps, form decides.
+    """
+    hues = label / len(CLASS_NAMES) + rng.normal(0.0, _HUE_SPREAD, 4)
+    strengths = rng.uniform((0.55, 0.45), 1.0, (4, 2))  # saturation, value
+    candidates = np.asarray(
+        [colorsys.hsv_to_rgb(h % 1.0, *sv) for h, sv in zip(hues, strengths, strict=True)]
+    )
+    candidates = (255 * candidates).astype("float32")
     distances = np.linalg.norm(candidates[:, None] - np.asarray(others)[None], axis=-1)
     return candidates[distances.min(axis=1).argmax()]
 
@@ -262,8 +276,9 @@ def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
 
 def _background_colors(rng: np.random.Generator) -> np.ndarray:
     """The two main colours of a background, (2, 3); the first thing drawn from its generator."""
-    first = rng.uniform(20, 235, 3)
-    return np.stack([first, (first + rng.uniform(-60, 60, 3)).clip(0, 255)]).astype("float32")
+    first, second = rng.uniform(40, 215, 2)[:, None] + rng.uniform(-25, 25, (2, 3))
+    second = first + (second - first) * rng.uniform(0.2, 0.6)
+    return np.stack([first, second]).clip(0, 255).astype("float32")
 
 
 def _background(seed: int, size: int) -> np.ndarray:
