@@ -11,13 +11,27 @@ from keras_resnest import (
     training,
     visualization,
 )
-from keras_resnest.backbones import create_backbone
+from keras_resnest.backbones import (
+    ResNeSt14,
+    ResNeSt26,
+    ResNeSt50,
+    ResNeSt101,
+    ResNeSt200,
+    ResNeSt269,
+    create_backbone,
+)
 from keras_resnest.detection import builders
 from keras_resnest.detection.refinedet import RefineDet
 from keras_resnest.version import __version__
 
 __all__ = [
     "RefineDet",
+    "ResNeSt14",
+    "ResNeSt26",
+    "ResNeSt50",
+    "ResNeSt101",
+    "ResNeSt200",
+    "ResNeSt269",
     "__version__",
     "backbones",
     "builders",

@@ -427,13 +427,16 @@ def _check_image_shape(image_shape) -> tuple[int, int, int]:
     if (
         len(shape) != 3
         or shape[2] != 3
-        or any(not isinstance(s, int) or s < SIDE_MULTIPLE or s % SIDE_MULTIPLE for s in shape[:2])
+        or any(
+            not isinstance(s, int | np.integer) or s < SIDE_MULTIPLE or s % SIDE_MULTIPLE
+            for s in shape[:2]
+        )
     ):
         raise ValueError(
             f"`image_shape` must be (height, width, 3) with sides that are multiples of "
             f"{SIDE_MULTIPLE}. Received: image_shape={image_shape}"
         )
-    return shape
+    return tuple(int(s) for s in shape)
 
 
 def _check_class_names(class_names, num_classes):

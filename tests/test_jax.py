@@ -1,0 +1,50 @@
+"""The detector on the JAX backend, in its own process: it trains, and predicts as on TensorFlow."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from detectors import rectangles, small_detector
+
+PROGRAM = """
+import sys
+import keras, numpy as np
+import keras_resnest
+folder = sys.argv[1]
+assert keras.backend.backend() == "jax"
+model = keras.saving.load_model(folder + "/detector.keras")
+images = np.load(folder + "/images.npy")
+np.savez(folder + "/predicted.npz", **model.predict(images, verbose=0))
+model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0))
+truth = dict(np.load(folder + "/truth.npz"))
+logs = model.fit(images, truth, batch_size=2, epochs=2, verbose=0).history
+assert np.isfinite(logs["loss"]).all() and logs["loss"][1] < logs["loss"][0], logs
+"""
+
+
+def test_trains_and_predicts_as_on_tensorflow(tmp_path):
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("JAX is not installed")
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("compares with the TensorFlow backend")
+    model = small_detector((64, 64, 3))
+    images, truth = rectangles(2, (64, 64, 3), objects=1)
+    want = model.predict(images, verbose=0)
+    model.save(tmp_path / "detector.keras")
+    np.save(tmp_path / "images.npy", images)
+    np.savez(tmp_path / "truth.npz", **truth)
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parent,
+    )
+    got = np.load(tmp_path / "predicted.npz")
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-2 if name == "boxes" else 1e-4)
