@@ -4,17 +4,7 @@ from typing import Any
 
 import numpy as np
 
-BOX_FORMATS = (
-    "xyxy",
-    "yxyx",
-    "xywh",
-    "center_xywh",
-    "center_yxhw",
-    "rel_xyxy",
-    "rel_yxyx",
-    "rel_xywh",
-    "rel_center_xywh",
-)
+from keras_resnest.detection.boxes import check_box_format
 
 
 def check_ground_truth(
@@ -49,11 +39,7 @@ def check_ground_truth(
 
     >>> check_ground_truth([[10, 20, 50, 60]], [0], num_classes=3, image_size=(100, 100))
     """
-    if bounding_box_format not in BOX_FORMATS:
-        raise ValueError(
-            f"`bounding_box_format` must be one of {', '.join(BOX_FORMATS)}. "
-            f"Received: {bounding_box_format!r}"
-        )
+    bounding_box_format = check_box_format(bounding_box_format)
     boxes, labels = _check_shapes(boxes, labels, name)
     _check_labels(labels, num_classes, name)
     used = labels != -1
