@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder")
-    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 64")
@@ -116,7 +116,7 @@ def main() -> None:
     print(f"RefineDet with {model.count_params():,} parameters for {', '.join(class_names)}")
     evaluation = kr.callbacks.DetectionEvaluation(validation, frequency=2)
     history = model.fit(train, epochs=epochs, callbacks=[evaluation])
-    kr.visualization.plot_history(history, path=arguments.output / "history.png")
+    kr.visualization.plot_history([history, evaluation], path=arguments.output / "history.png")
 
     result = kr.evaluation.evaluate_detections(model, test)
     print(f"On test pictures never seen in training:\n{result}")

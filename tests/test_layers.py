@@ -18,6 +18,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from keras_resnest import layers
 from keras_resnest.backbones import load_torch_state_dict
 from keras_resnest.layers import (
+    BatchNormalization,
     DropBlock2D,
     GroupedConv2D,
     L2Normalization,
@@ -492,6 +493,7 @@ LAYERS = [
     DropBlock2D(0.1, block_size=5, seed=3),
     L2Normalization(8.0, axis=1, epsilon=1e-5),
     TransferConnectionBlock(16, use_batch_norm=True),
+    BatchNormalization(momentum=0.8, epsilon=1e-4),
 ]
 
 

@@ -332,8 +332,8 @@ def test_plot_precision_recall(tmp_path):
 @pytest.mark.parametrize(
     ("image", "found", "options", "message"),
     [
-        (np.zeros((5, 5, 4)), NOTHING, {}, r"\(height, width, 3\).*\(5, 5, 4\)"),
-        (np.full((5, 5, 3), 0.5), NOTHING, {}, "0..255"),
+        (np.zeros((5, 5, 5)), NOTHING, {}, r"\(5, 5, 5\)"),
+        (np.full((5, 5, 3), 0.5), NOTHING, {}, "0 to 255"),
         ([], [], {}, "at least one picture"),
         (np.zeros((5, 5, 3)), {"boxes": []}, {}, "lacks labels"),
         (np.zeros((2, 5, 5, 3)), [NOTHING], {}, "1 for 2 pictures"),
