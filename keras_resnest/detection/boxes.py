@@ -77,7 +77,7 @@ def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
         return boxes
     x_first = name in ("xyxy", "xywh", "center_xywh")
     pair = (scale_x, scale_y) if x_first else (scale_y, scale_x)
-    return boxes * ops.stack([*pair, *pair], axis=-1)
+    return ops.multiply(boxes, ops.stack([*pair, *pair], axis=-1))
 
 
 def center_form(boxes):

@@ -105,6 +105,7 @@ class DetectionDecoder:
     def candidates(self, outputs, anchors):
         """Boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
         raw = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        anchors = ops.convert_to_tensor(anchors, dtype="float32")
         refined = decode_boxes(raw["arm_boxes"], anchors, self.variances)
         boxes = decode_boxes(raw["odm_boxes"], refined, self.variances)
         objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]

@@ -226,13 +226,14 @@ class RefineDet(keras.Model):
         """
         arm_boxes = ops.cast(outputs["arm_boxes"], "float32")
         arm_objectness = ops.cast(outputs["arm_objectness"], "float32")
+        anchors = ops.convert_to_tensor(self.anchors)
         any_object = ops.minimum(labels, 0)  # the ARM knows one class
         arm_targets = encode_targets(
-            boxes, any_object, self.anchors, self.matcher, self.decoder.variances
+            boxes, any_object, anchors, self.matcher, self.decoder.variances
         )
         arm = self.multibox_loss(*arm_targets, arm_boxes, arm_objectness)
 
-        refined = decode_boxes(arm_boxes, self.anchors, self.decoder.variances)
+        refined = decode_boxes(arm_boxes, anchors, self.decoder.variances)
         refined = ops.stop_gradient(refined)
         odm_targets = encode_targets(boxes, labels, refined, self.matcher, self.decoder.variances)
         objectness = ops.softmax(ops.stop_gradient(arm_objectness), axis=-1)[..., 1]
