@@ -81,6 +81,7 @@ def test_builder_passes_its_options_on():
         ({"backbone": "resnest51"}, "resnest50"),
         ({"backbone": keras.Sequential([keras.Input((None, None, 3))])}, "pyramid_outputs"),
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
+        ({"anchor_generator": AnchorGenerator(bounding_box_format="yxyx")}, "anchor_generator"),
     ],
 )
 def test_bad_arguments(arguments, word):
@@ -279,6 +280,15 @@ def test_detect_agrees_with_predict(trained):
     n = want["num_detections"][0]
     np.testing.assert_allclose(got["boxes"], want["boxes"][0, :n], atol=1e-3)
     np.testing.assert_allclose(got["confidence"], want["confidence"][0, :n], atol=1e-5)
+
+
+def test_detect_takes_the_darkest_pictures(trained):
+    """The noise of a covered lens is no picture scaled to 0-1."""
+    noise = np.random.default_rng(0).integers(0, 2, (100, 150, 3)).astype("uint8")
+    for picture in (noise, np.zeros_like(noise), np.ones((1, 1, 3), "uint8")):
+        assert np.isfinite(trained.detect(picture, confidence_threshold=0.0)["boxes"]).all()
+    with pytest.raises(ValueError, match="0 to 255"):
+        trained.detect(rectangles(1)[0][0] / 255.0)
 
 
 def test_detect_odd_pictures(trained, shared):

@@ -119,6 +119,11 @@ class RefineDet(keras.Model):
                 "`anchor_generator` must have the strides of the feature maps, (8, 16, 32, 64). "
                 f"Received: strides={anchor_generator.strides}"
             )
+        if anchor_generator.bounding_box_format != "xyxy":
+            raise ValueError(
+                '`anchor_generator` must give "xyxy" boxes. '
+                f"Received: bounding_box_format={anchor_generator.bounding_box_format!r}"
+            )
 
         # === Functional model ===
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
@@ -146,6 +151,7 @@ class RefineDet(keras.Model):
         self.anchors = anchor_generator(image_shape)  # "xyxy" pixels, (anchors, 4)
         # NMS is no XLA op, and ground truth changes its shape from batch to batch.
         self.supports_jit = False
+        self._detect_function = None
         self._stage_trackers = [keras.metrics.Mean(name=n) for n in STAGE_LOSSES]
 
     # === Training ===
@@ -328,11 +334,23 @@ class RefineDet(keras.Model):
             return []
         height, width = self.image_shape[:2]
         resized = [ops.convert_to_numpy(resize_image(p, height, width)) for p in pictures]
-        batch = self.predict_on_batch(np.stack(resized))
+        batch = self._predict_pictures(np.stack(resized))
         return [
             self._own_pixels({k: v[i] for k, v in batch.items()}, p.shape, confidence_threshold)
             for i, p in enumerate(pictures)
         ]
+
+    def _predict_pictures(self, images) -> dict:
+        """As `predict_on_batch`, for pictures that were read as 0 to 255, however dark they are."""
+        if keras.backend.backend() != "tensorflow":
+            return self.predict_on_batch(images)
+        if self._detect_function is None:
+            import tensorflow as tf
+
+            self._detect_function = tf.function(
+                lambda images: self.decode(self(images, training=False)), reduce_retracing=True
+            )
+        return {name: value.numpy() for name, value in self._detect_function(images).items()}
 
     def _own_pixels(self, detections: dict, shape, confidence_threshold: float) -> dict:
         """Detections of one picture, without padding, in the pixels of a picture of `shape`."""
