@@ -8,8 +8,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`, with a fused training step on TensorFlow.
 
     Keras 3 computes mean, variance and result in separate passes over the feature
-    map. One fused kernel gives the same numbers and makes a training step of a small
-    network on a CPU a third shorter. Everything else, arguments, weights and
+    map. One fused kernel gives the same numbers; a training step of `refinedet_tiny` on
+    a CPU took 0.85 of the time. Everything else, arguments, weights and
     inference, is Keras' own; so is training where the kernel does not fit (other
     backends, other ranks, masks, `synchronized`, `renorm`, no `scale` or `center`).
 
