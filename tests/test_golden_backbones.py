@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from keras_resnest.backbones import VARIANTS, create_backbone, load_torch_state_dict
-from keras_resnest.backbones.pretrained import VGG16_TORCH_NAMES
+from keras_resnest.backbones.torch_names import VGG16_TORCH_NAMES
 from keras_resnest.layers import L2Normalization, TransferConnectionBlock
 
 # Rounding alone gives about 1e-6 here, a mistake of structure more than 1e-3.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_resnest.backbones import create_backbone
-from keras_resnest.backbones.pretrained import VGG16_TORCH_NAMES, load_torch_state_dict
+from keras_resnest.backbones.torch_names import VGG16_TORCH_NAMES, load_torch_state_dict
 from keras_resnest.detection.refinedet import RefineDet
 
 OUTPUTS = {

@@ -1,7 +1,7 @@
 """Networks that turn images into feature maps or classes."""
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.pretrained import load_torch_state_dict
+from keras_resnest.backbones.torch_names import load_torch_state_dict
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.variants import (
     VARIANTS,

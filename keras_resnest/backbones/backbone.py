@@ -56,6 +56,9 @@ class Backbone(keras.Model):
         config = {name: getattr(self, name) for name in self._config_names}
         # Keras wraps lists that become attributes.
         config = {k: list(v) if isinstance(v, list) else v for k, v in config.items()}
+        if "classifier_activation" in config:
+            activation = keras.activations.serialize(config["classifier_activation"])
+            config["classifier_activation"] = activation
         return {
             **config,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),

@@ -4,11 +4,8 @@ import keras
 from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.layers import BatchNormalization, DropBlock2D, GroupedConv2D, SplitAttention
-
-# Means and standard deviations of ImageNet's training images, RGB, 0 to 255.
-IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+from keras_resnest.backbones.graph import GraphBuilder, check_choices, complete_config
+from keras_resnest.layers import SplitAttention
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -97,9 +94,6 @@ class ResNet(Backbone):
         dtype=None,
         **kwargs,
     ):
-        data_format = keras.config.image_data_format() if data_format is None else data_format
-        if image_shape is None:
-            image_shape = (None, None, 3) if data_format == "channels_last" else (3, None, None)
         config = {
             "stackwise_num_filters": list(stackwise_num_filters),
             "stackwise_num_blocks": list(stackwise_num_blocks),
@@ -117,31 +111,27 @@ class ResNet(Backbone):
             "dropout_rate": dropout_rate,
             "include_top": include_top,
             "classes": classes,
-            "classifier_activation": keras.activations.get(classifier_activation),
+            "classifier_activation": classifier_activation,
             "pooling": pooling,
             "include_rescaling": include_rescaling,
-            "image_shape": tuple(image_shape),
+            "image_shape": image_shape,
             "data_format": data_format,
         }
+        config = complete_config(config)
         _check_config(config)
         dtype = keras.dtype_policies.get(dtype)
-        inputs = keras.Input(image_shape, name="images")
+        inputs = keras.Input(config["image_shape"], name="images")
         outputs, pyramid_outputs = _residual_network(
-            GraphBuilder(data_format, dtype), inputs, config
+            GraphBuilder(config["data_format"], dtype), inputs, config
         )
         super().__init__(inputs, outputs, pyramid_outputs, config, dtype, **kwargs)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config["classifier_activation"] = keras.activations.serialize(self.classifier_activation)
-        return config
 
 
 def _residual_network(graph, inputs, config):
     """Returns the output of the whole network and its feature maps by pyramid level."""
     x = graph.rescale(inputs) if config["include_rescaling"] else inputs
-    stem = graph.deep_stem if config["deep_stem"] else graph.plain_stem
-    x = stem(x, config["stem_width"])
+    stem = deep_stem if config["deep_stem"] else plain_stem
+    x = graph.max_pool(stem(graph, x, config["stem_width"]), "maxpool")
     block = BLOCKS[config["block_type"]]
     stages = zip(
         config["stackwise_num_filters"],
@@ -160,19 +150,13 @@ def _residual_network(graph, inputs, config):
             name = f"layer{stage}_{index}"
             x = block(graph, x, filters, strides if index == 0 else 1, name, block_config)
         pyramid_outputs[f"P{stride.bit_length() - 1}"] = x
-    if config["include_top"]:
-        x = graph.pool(x, "avg")
-        activation = config["classifier_activation"]
-        x = graph.classifier(x, config["classes"], activation, config["dropout_rate"])
-    elif config["pooling"] is not None:
-        x = graph.pool(x, config["pooling"])
-    return x, pyramid_outputs
+    return graph.top(x, config), pyramid_outputs
 
 
 def basic_block(graph, x, filters, strides, name, config):
     """Two 3x3 convolutions beside a shortcut."""
     rate = config["dropblock_rate"]
-    shortcut = graph.shortcut(x, filters, strides, config["avg_down"], name)
+    shortcut = shortcut_of(graph, x, filters, strides, config["avg_down"], name)
     x = graph.convolution(x, filters, 3, f"{name}_conv1", strides=strides)
     x = graph.dropblock(graph.norm(x, f"{name}_bn1"), rate, f"{name}_dropblock1")
     x = graph.relu(x, f"{name}_relu1")
@@ -187,16 +171,14 @@ def bottleneck_block(graph, x, filters, strides, name, config):
     rate, avd, cardinality = config["dropblock_rate"], config["avd"], config["cardinality"]
     width = int(filters * (config["base_width"] / 64)) * cardinality
     pool_strides, conv_strides = (strides, 1) if avd and strides > 1 else (1, strides)
-    shortcut = graph.shortcut(x, filters * 4, strides, config["avg_down"], name)
+    shortcut = shortcut_of(graph, x, filters * 4, strides, config["avg_down"], name)
     x = graph.convolution(x, width, 1, f"{name}_conv1")
     x = graph.dropblock(graph.norm(x, f"{name}_bn1"), rate, f"{name}_dropblock1")
     x = graph.relu(x, f"{name}_relu1")
     if pool_strides > 1 and avd == "before":
         x = graph.average_pool(x, pool_strides, f"{name}_avd")
     if config["radix"]:
-        x = graph.split_attention(
-            x, width, conv_strides, config["radix"], cardinality, rate, f"{name}_conv2"
-        )
+        x = split_attention(graph, x, width, conv_strides, config, f"{name}_conv2")
     else:
         x = graph.convolution(x, width, 3, f"{name}_conv2", conv_strides, groups=cardinality)
         x = graph.dropblock(graph.norm(x, f"{name}_bn2"), rate, f"{name}_dropblock2")
@@ -212,130 +194,53 @@ def bottleneck_block(graph, x, filters, strides, name, config):
 BLOCKS = {"basic": basic_block, "bottleneck": bottleneck_block}
 
 
-class GraphBuilder:
-    """Adds layers that share one data format and dtype, with PyTorch's symmetric padding."""
+def plain_stem(graph, x, width):
+    x = graph.convolution(x, width, 7, strides=2, name="conv1")
+    return graph.relu(graph.norm(x, "bn1"), "relu")
 
-    def __init__(self, data_format, dtype):
-        self.channel_axis = -1 if data_format == "channels_last" else 1
-        self.image_options = {"data_format": data_format, "dtype": dtype}
-        self.options = {"dtype": dtype}
 
-    def rescale(self, x):
-        return layers.Normalization(
-            axis=self.channel_axis,
-            mean=IMAGENET_MEAN,
-            variance=[s**2 for s in IMAGENET_STANDARD_DEVIATION],
-            name="rescaling",
-            **self.options,
-        )(x)
+def deep_stem(graph, x, width):
+    # The numbers are the places in PyTorch's sequence of convolutions, norms and ReLUs.
+    x = graph.convolution(x, width, 3, strides=2, name="conv1_0")
+    x = graph.relu(graph.norm(x, "conv1_1"), "conv1_2")
+    x = graph.convolution(x, width, 3, name="conv1_3")
+    x = graph.relu(graph.norm(x, "conv1_4"), "conv1_5")
+    x = graph.convolution(x, width * 2, 3, name="conv1_6")
+    return graph.relu(graph.norm(x, "bn1"), "relu")
 
-    def plain_stem(self, x, width):
-        x = self.convolution(x, width, 7, strides=2, name="conv1")
-        return self._stem_end(x)
 
-    def deep_stem(self, x, width):
-        # The numbers are the places in PyTorch's sequence of convolutions, norms and ReLUs.
-        x = self.convolution(x, width, 3, strides=2, name="conv1_0")
-        x = self.relu(self.norm(x, "conv1_1"), "conv1_2")
-        x = self.convolution(x, width, 3, name="conv1_3")
-        x = self.relu(self.norm(x, "conv1_4"), "conv1_5")
-        x = self.convolution(x, width * 2, 3, name="conv1_6")
-        return self._stem_end(x)
+def split_attention(graph, x, filters, strides, config, name):
+    padding = "same"
+    if strides > 1:
+        x = graph.pad(x, 1, f"{name}_pad")
+        padding = "valid"
+    return SplitAttention(
+        filters,
+        strides=strides,
+        padding=padding,
+        radix=config["radix"],
+        cardinality=config["cardinality"],
+        dropblock_rate=config["dropblock_rate"],
+        name=name,
+        **graph.image_options,
+    )(x)
 
-    def _stem_end(self, x):
-        x = self.relu(self.norm(x, "bn1"), "relu")
-        # Zeros pad like minus infinity here, since nothing is negative after ReLU.
-        x = self.pad(x, 1, "maxpool_pad")
-        return layers.MaxPooling2D(3, strides=2, name="maxpool", **self.image_options)(x)
 
-    def convolution(self, x, filters, kernel_size, name, strides=1, groups=1):
-        padding = "same"
-        if strides > 1 and kernel_size > 1:
-            x = self.pad(x, kernel_size // 2, f"{name}_pad")
-            padding = "valid"
-        return GroupedConv2D(
-            filters,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            groups=groups,
-            use_bias=False,
-            kernel_initializer="he_normal",
-            name=name,
-            **self.image_options,
-        )(x)
-
-    def split_attention(self, x, filters, strides, radix, cardinality, dropblock_rate, name):
-        padding = "same"
+def shortcut_of(graph, x, filters, strides, avg_down, name):
+    """The block's input, in the shape of its output."""
+    if strides == 1 and graph.channels(x) == filters:
+        return x
+    first = 0
+    if avg_down:
+        first = 1
         if strides > 1:
-            x = self.pad(x, 1, f"{name}_pad")
-            padding = "valid"
-        return SplitAttention(
-            filters,
-            strides=strides,
-            padding=padding,
-            radix=radix,
-            cardinality=cardinality,
-            dropblock_rate=dropblock_rate,
-            name=name,
-            **self.image_options,
-        )(x)
-
-    def shortcut(self, x, filters, strides, avg_down, name):
-        """The block's input, in the shape of its output."""
-        if strides == 1 and x.shape[self.channel_axis] == filters:
-            return x
-        first = 0
-        if avg_down:
-            first = 1
-            if strides > 1:
-                # "same" averages the cells inside of the map only, also where its side is odd.
-                x = layers.AveragePooling2D(
-                    strides, padding="same", name=f"{name}_downsample_0", **self.image_options
-                )(x)
-                strides = 1
-        x = self.convolution(x, filters, 1, strides=strides, name=f"{name}_downsample_{first}")
-        return self.norm(x, f"{name}_downsample_{first + 1}")
-
-    def norm(self, x, name, zero_init=False):
-        return BatchNormalization(
-            axis=self.channel_axis,
-            momentum=0.9,
-            epsilon=1e-5,
-            gamma_initializer="zeros" if zero_init else "ones",
-            name=name,
-            **self.options,
-        )(x)
-
-    def relu(self, x, name):
-        return layers.ReLU(name=name, **self.options)(x)
-
-    def add(self, x, shortcut, name):
-        return layers.Add(name=name, **self.options)([x, shortcut])
-
-    def dropblock(self, x, rate, name):
-        if rate == 0:
-            return x
-        return DropBlock2D(rate, block_size=3, name=name, **self.image_options)(x)
-
-    def pad(self, x, size, name):
-        return layers.ZeroPadding2D(size, name=name, **self.image_options)(x)
-
-    def average_pool(self, x, strides, name):
-        """3x3 average pooling that counts the zeros of the padding."""
-        x = self.pad(x, 1, f"{name}_pad")
-        return layers.AveragePooling2D(3, strides=strides, name=name, **self.image_options)(x)
-
-    def pool(self, x, pooling):
-        pools = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}
-        return pools[pooling](name=f"{pooling}_pool", **self.image_options)(x)
-
-    def classifier(self, x, classes, activation, dropout_rate):
-        if dropout_rate:
-            x = layers.Dropout(dropout_rate, name="dropout", **self.options)(x)
-        x = layers.Dense(classes, name="fc", **self.options)(x)
-        # Probabilities in half precision are too coarse for a loss.
-        return layers.Activation(activation, dtype="float32", name="predictions")(x)
+            # "same" averages the cells inside of the map only, also where its side is odd.
+            x = layers.AveragePooling2D(
+                strides, padding="same", name=f"{name}_downsample_0", **graph.image_options
+            )(x)
+            strides = 1
+    x = graph.convolution(x, filters, 1, strides=strides, name=f"{name}_downsample_{first}")
+    return graph.norm(x, f"{name}_downsample_{first + 1}")
 
 
 def _check_config(config):
@@ -347,17 +252,7 @@ def _check_config(config):
         )
     if not set(stages[2]) <= {1, 2}:
         raise ValueError(f"`stackwise_num_strides` must be 1 or 2. Received: {stages[2]}")
-    choices = {
-        "block_type": tuple(BLOCKS),
-        "avd": (None, "before", "after"),
-        "pooling": (None, "avg", "max"),
-        "data_format": ("channels_last", "channels_first"),
-    }
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise ValueError(
-                f"`{name}` must be one of {allowed}. Received: {name}={config[name]!r}"
-            )
+    check_choices(config, block_type=tuple(BLOCKS), avd=(None, "before", "after"))
     bottleneck_only = {"radix": 0, "cardinality": 1, "base_width": 64, "avd": None}
     wrong = {name: config[name] for name, value in bottleneck_only.items() if config[name] != value}
     if config["block_type"] == "basic" and wrong:

@@ -1,0 +1,162 @@
+"""The layers that all networks are made of, with PyTorch's padding."""
+
+import keras
+from keras import layers
+
+from keras_resnest.layers import BatchNormalization, DropBlock2D, GroupedConv2D
+
+# Means and standard deviations of ImageNet's training images, RGB, 0 to 255.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class GraphBuilder:
+    """Adds layers that share one data format and dtype, with PyTorch's symmetric padding.
+
+    Args:
+        data_format: `"channels_last"` or `"channels_first"`.
+        dtype: dtype policy of all layers.
+    """
+
+    def __init__(self, data_format: str, dtype):
+        self.channel_axis = -1 if data_format == "channels_last" else 1
+        self.image_options = {"data_format": data_format, "dtype": dtype}
+        self.options = {"dtype": dtype}
+
+    def rescale(self, x):
+        return layers.Normalization(
+            axis=self.channel_axis,
+            mean=IMAGENET_MEAN,
+            variance=[s**2 for s in IMAGENET_STANDARD_DEVIATION],
+            name="rescaling",
+            **self.options,
+        )(x)
+
+    def channels(self, x) -> int:
+        return x.shape[self.channel_axis]
+
+    def convolution(self, x, filters, kernel_size, name, strides=1, groups=1, use_bias=False):
+        padding = "same"
+        if strides > 1 and kernel_size > 1:
+            x = self.pad(x, kernel_size // 2, f"{name}_pad")
+            padding = "valid"
+        return GroupedConv2D(
+            filters,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            groups=groups,
+            use_bias=use_bias,
+            kernel_initializer="he_normal",
+            name=name,
+            **self.image_options,
+        )(x)
+
+    def norm(self, x, name, zero_init=False):
+        return BatchNormalization(
+            axis=self.channel_axis,
+            momentum=0.9,
+            epsilon=1e-5,
+            gamma_initializer="zeros" if zero_init else "ones",
+            name=name,
+            **self.options,
+        )(x)
+
+    def relu(self, x, name):
+        return layers.ReLU(name=name, **self.options)(x)
+
+    def add(self, x, shortcut, name):
+        return layers.Add(name=name, **self.options)([x, shortcut])
+
+    def dropblock(self, x, rate, name):
+        if rate == 0:
+            return x
+        return DropBlock2D(rate, block_size=3, name=name, **self.image_options)(x)
+
+    def pad(self, x, size, name):
+        return layers.ZeroPadding2D(size, name=name, **self.image_options)(x)
+
+    def max_pool(self, x, name):
+        """3x3 max pooling of stride 2 of a map without negative values, as after ReLU."""
+        # Zeros pad like minus infinity here, since nothing is negative.
+        x = self.pad(x, 1, f"{name}_pad")
+        return layers.MaxPooling2D(3, strides=2, name=name, **self.image_options)(x)
+
+    def average_pool(self, x, strides, name):
+        """3x3 average pooling that counts the zeros of the padding."""
+        x = self.pad(x, 1, f"{name}_pad")
+        return layers.AveragePooling2D(3, strides=strides, name=name, **self.image_options)(x)
+
+    def pool(self, x, pooling):
+        pools = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}
+        return pools[pooling](name=f"{pooling}_pool", **self.image_options)(x)
+
+    def top(self, x, config, use_bias=True):
+        """What follows the last feature map: classifier, global pooling or nothing."""
+        if not config["include_top"]:
+            return x if config["pooling"] is None else self.pool(x, config["pooling"])
+        x = self.pool(x, "avg")
+        if config["dropout_rate"]:
+            x = layers.Dropout(config["dropout_rate"], name="dropout", **self.options)(x)
+        x = layers.Dense(config["classes"], use_bias=use_bias, name="fc", **self.options)(x)
+        return self.predictions(x, config["classifier_activation"])
+
+    def predictions(self, x, activation):
+        # Probabilities in half precision are too coarse for a loss.
+        return layers.Activation(activation, dtype="float32", name="predictions")(x)
+
+
+def complete_config(config: dict) -> dict:
+    """Fills in what a network's common arguments leave open, and checks them.
+
+    Args:
+        config: constructor arguments of a network.
+
+    Returns:
+        The arguments with `data_format`, `image_shape` and `classifier_activation` resolved.
+
+    Raises:
+        ValueError: if `data_format`, `image_shape`, `pooling`, `classes` or `dropout_rate` has
+            a wrong value.
+    """
+    config = dict(config)
+    if config["data_format"] is None:
+        config["data_format"] = keras.config.image_data_format()
+    check_choices(
+        config, data_format=("channels_last", "channels_first"), pooling=(None, "avg", "max")
+    )
+    config["image_shape"] = _complete_image_shape(config["image_shape"], config["data_format"])
+    config["classifier_activation"] = keras.activations.get(config["classifier_activation"])
+    if not isinstance(config["classes"], int) or config["classes"] < 1:
+        raise ValueError(
+            f"`classes` must be a positive integer. Received: classes={config['classes']!r}"
+        )
+    if not 0.0 <= config["dropout_rate"] < 1.0:
+        raise ValueError(
+            "`dropout_rate` must be a number in [0, 1). "
+            f"Received: dropout_rate={config['dropout_rate']!r}"
+        )
+    return config
+
+
+def _complete_image_shape(image_shape, data_format):
+    channels_last = data_format == "channels_last"
+    if image_shape is None:
+        return (None, None, 3) if channels_last else (3, None, None)
+    image_shape = tuple(image_shape)
+    if len(image_shape) != 3 or image_shape[-1 if channels_last else 0] is None:
+        wanted = "(height, width, channels)" if channels_last else "(channels, height, width)"
+        raise ValueError(
+            f"The shape of one image must be {wanted}; height and width may be None. "
+            f"Received: {image_shape}"
+        )
+    return image_shape
+
+
+def check_choices(config: dict, **choices) -> None:
+    """Raises a `ValueError` if `config[name]` is not among the values allowed for `name`."""
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise ValueError(
+                f"`{name}` must be one of {allowed}. Received: {name}={config[name]!r}"
+            )
