@@ -1,158 +1,161 @@
 """The backbones against reference numbers of the PyTorch implementations.
 
-Weights are drawn by a recipe, so no file of weights is needed.
+Weights are drawn by a recipe, so no file of weights is needed. `golden_networks.py` prints all
+comparisons as a table.
 """
 
+import inspect
 import json
-import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from golden_networks import Comparison, our_name
 
-from keras_resnest.backbones import VARIANTS, create_backbone, load_torch_state_dict
-from keras_resnest.backbones.torch_names import VGG16_TORCH_NAMES
-from keras_resnest.layers import L2Normalization, TransferConnectionBlock
+from keras_resnest.backbones import VARIANTS, ResNet, create_backbone
+from keras_resnest.backbones.regnet import regnet_arguments
 
-# Rounding alone gives about 1e-6 here, a mistake of structure more than 1e-3.
-TOLERANCE = 1e-5
-
-# Reference network: our name.
-NETWORKS = {
-    "timm.resnest14d": "resnest14",
-    "timm.resnest26d": "resnest26",
-    "timm.resnest50d": "resnest50",
-    "official.resnest101": "resnest101",
-    "official.resnest50_fast_1s1x64d": "resnest50_fast_1s1x64d",
-    "official.resnest50_fast_2s1x64d": "resnest50_fast_2s1x64d",
-    "official.resnest50_fast_4s1x64d": "resnest50_fast_4s1x64d",
-    "official.resnest50_fast_1s2x40d": "resnest50_fast_1s2x40d",
-    "official.resnest50_fast_2s2x40d": "resnest50_fast_2s2x40d",
-    "official.resnest50_fast_4s2x40d": "resnest50_fast_4s2x40d",
-    "official.resnest50_fast_1s4x24d": "resnest50_fast_1s4x24d",
-    "timm.resnet18": "resnet18",
-    "timm.resnet50": "resnet50",
-    "timm.resnext50_32x4d": "resnext50_32x4d",
-}
-SLOW_NETWORKS = {
-    "official.resnest200": "resnest200",
-    "official.resnest269": "resnest269",
-    "timm.resnet34": "resnet34",
-    "timm.resnet101": "resnet101",
-    "timm.resnet152": "resnet152",
-    "timm.resnet50c": "resnet50c",
-    "timm.resnet26d": "resnet26d",
-    "timm.resnet50d": "resnet50d",
-    "timm.resnet101d": "resnet101d",
-    "timm.resnext101_32x8d": "resnext101_32x8d",
+# The networks that take seconds to build; they run with `pytest -m slow`.
+DEEP = ("101", "152", "200", "269", "vgg16", "res2net", "resnet34")
+# Rows without reference numbers, and how else they are proven.
+UNPROVEN = {
+    "resnest14_tiny": "not published",
+    "vgg16_reduced": "test_golden_refinedet.py",
+    "seresnet18": "seresnet50, other depth",
+    "seresnet34": "seresnet50, other depth",
+    "seresnet101": "seresnet50, other depth",
+    "seresnet152": "seresnet50, other depth",
+    "regnetx_006": "parameter count",
+    "regnety_006": "parameter count",
 }
 
 
-@pytest.fixture(scope="module")
-def recipe(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    try:
-        import recipe
-    finally:
-        sys.path.pop(0)
-    return recipe
+def references() -> list[str]:
+    path = Path(__file__).parents[2] / "shared" / "golden" / "networks.json"
+    if not path.is_file():
+        return []
+    return [name for name in json.loads(path.read_text()) if our_name(name) in VARIANTS]
 
 
-@pytest.fixture(scope="module")
-def networks(shared):
-    return json.loads((shared / "golden" / "networks.json").read_text())
+def is_deep(reference: str) -> bool:
+    # The authors' networks and timm's are the same rows of our table.
+    twice = reference.startswith("official.") and our_name(reference) == "resnest50"
+    return twice or any(part in reference for part in DEEP)
 
 
-def relative_error(actual, expected, largest):
-    return np.abs(np.asarray(actual) - expected).max() / largest
+def check(reference, shared):
+    comparison = Comparison(reference, shared / "golden")
+    assert comparison.parameters == comparison.expected_parameters
+    for what, error, tolerance in comparison.errors:
+        assert error < tolerance, (what, error, tolerance)
 
 
-def values_at(feature_map, index):
-    """Values of a channels_last map at (image, channel, row, column)."""
-    return np.asarray(feature_map)[index[:, 0], index[:, 2], index[:, 3], index[:, 1]]
-
-
-def check_network(reference, name, shared, recipe, networks):
-    folder = shared / "golden"
-    entry = networks[reference]
-    manifest = recipe.load_manifest(folder / "manifests" / f"{reference}.json")
-    model = create_backbone(name, include_rescaling=False, classifier_activation=None)
-    load_torch_state_dict(model, recipe.make_state_dict(manifest, entry["seed"]))
-    # PyTorch does not count the running statistics, which are not trained.
-    num_params = sum(np.prod(variable.shape) for variable in model.trainable_variables)
-    assert num_params == entry["num_params"]
-    features = keras.Model(model.input, {**model.pyramid_outputs, "logits": model.output})
-    with np.load(folder / "networks" / f"{reference}.npz") as arrays:
-        for case, facts in entry["cases"].items():
-            image = recipe.make_input(facts["input_shape"], entry["seed"], facts["input_name"])
-            outputs = features(image.transpose(0, 2, 3, 1))
-            expected = arrays[f"{case}_logits"]
-            error = relative_error(outputs["logits"], expected, facts["logits_absmax"])
-            assert error < TOLERANCE, (case, "logits")
-            for level, stage in zip(("P2", "P3", "P4", "P5"), range(1, 5), strict=True):
-                stage_facts = facts["stages"][stage - 1]
-                shape = stage_facts["shape"]
-                assert outputs[level].shape == (shape[0], shape[2], shape[3], shape[1])
-                values = values_at(outputs[level], arrays[f"{case}_stage{stage}_index"])
-                error = relative_error(
-                    values, arrays[f"{case}_stage{stage}_value"], stage_facts["absmax"]
-                )
-                assert error < TOLERANCE, (case, level)
-
-
-@pytest.mark.parametrize("reference", NETWORKS)
-def test_network_equals_reference(reference, shared, recipe, networks):
-    check_network(reference, NETWORKS[reference], shared, recipe, networks)
+@pytest.mark.parametrize("reference", [name for name in references() if not is_deep(name)])
+def test_network_equals_reference(reference, shared):
+    check(reference, shared)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", SLOW_NETWORKS)
-def test_large_network_equals_reference(reference, shared, recipe, networks):
-    check_network(reference, SLOW_NETWORKS[reference], shared, recipe, networks)
+@pytest.mark.parametrize("reference", [name for name in references() if is_deep(name)])
+def test_deep_network_equals_reference(reference, shared):
+    check(reference, shared)
 
 
-def test_every_published_variant_has_a_reference():
-    ours = {*NETWORKS.values(), *SLOW_NETWORKS.values(), "resnest14_tiny", "vgg16_reduced"}
-    assert ours == set(VARIANTS)
+def test_every_variant_has_a_reference_or_a_reason(shared):
+    assert {our_name(name) for name in references()} | set(UNPROVEN) == set(VARIANTS)
+    assert len(references()) == 67
 
 
-def test_vgg16_and_transfer_connections_equal_reference(shared, recipe):
-    reference = "luuuyi.refinedet_vgg16_320"
-    folder = shared / "golden"
-    entry = json.loads((folder / "networks_refinedet.json").read_text())[reference]
-    manifest = recipe.load_manifest(folder / "manifests" / f"{reference}.json")
-    weights = recipe.make_state_dict(manifest, entry["seed"])
-    model, names = refinedet_features()
-    parts = ("vgg.", "conv4_3", "conv5_3", "extras.", "tcb")
-    weights = {name: array for name, array in weights.items() if name.startswith(parts)}
-    load_torch_state_dict(model, weights, names)
-    image = recipe.make_input(entry["input_shape"], entry["seed"], entry["input_name"])
-    outputs = model(image.transpose(0, 2, 3, 1))
-    with np.load(folder / "networks" / f"{reference}.npz") as arrays:
-        for module, facts in entry["features"].items():
-            values = values_at(outputs[module], arrays[f"feature.{module}_index"])
-            error = relative_error(values, arrays[f"feature.{module}_value"], facts["absmax"])
-            # As the reference documents: up to twenty times its own rounding error.
-            assert error < 20 * facts["rel_err"], module
+# What the reference counts, without needing its files: timm's published numbers.
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("regnetx_006", 6_196_040), ("regnety_006", 6_055_160)],
+)
+def test_parameter_counts(name, parameters):
+    model = create_backbone(name)
+    assert sum(np.prod(v.shape) for v in model.trainable_variables) == parameters
 
 
-def refinedet_features():
-    """Backbone, extra level and transfer connections of RefineDet, with the port's names."""
-    backbone = create_backbone("vgg16_reduced", include_rescaling=False)
-    names = dict(VGG16_TORCH_NAMES)
-    p3, p4, p5 = (backbone.pyramid_outputs[level] for level in ("P3", "P4", "P5"))
-    x = keras.layers.Conv2D(256, 1, activation="relu", name="extras_0")(p5)
-    x = keras.layers.ZeroPadding2D(1)(x)
-    p6 = keras.layers.Conv2D(512, 3, strides=2, activation="relu", name="extras_1")(x)
-    p3 = L2Normalization(10.0, name="conv4_3_L2Norm")(p3)
-    p4 = L2Normalization(8.0, name="conv5_3_L2Norm")(p4)
-    outputs = {"conv4_3_L2Norm": p3, "conv5_3_L2Norm": p4, "vgg.34": p5}
-    upper = None
-    for level, x in ((3, p6), (2, p5), (1, p4), (0, p3)):
-        upper = TransferConnectionBlock(256, name=f"level{level}")(x, upper)
-        outputs[f"tcb2.{3 * level + 2}"] = upper
-        names[f"level{level}_conv1"] = f"tcb0.{3 * level}"
-        names[f"level{level}_conv2"] = f"tcb0.{3 * level + 2}"
-        names[f"level{level}_upsample"] = f"tcb1.{level}"
-        names[f"level{level}_conv3"] = f"tcb2.{3 * level + 1}"
-    return keras.Model(backbone.input, outputs), names
+def test_regnet_widths_follow_the_paper():
+    # Table of the paper's appendix: RegNetX-1.6GF and RegNetY-3.2GF.
+    arguments = regnet_arguments(18, 80, 34.01, 2.25, 24)
+    assert arguments["stackwise_num_filters"] == [72, 168, 408, 912]
+    assert arguments["stackwise_num_blocks"] == [2, 4, 10, 2]
+    arguments = regnet_arguments(21, 80, 42.63, 2.66, 24, se_ratio=0.25)
+    assert arguments["stackwise_num_filters"] == [72, 216, 576, 1512]
+    assert arguments["stackwise_num_blocks"] == [2, 5, 13, 1]
+    with pytest.raises(ValueError, match="Received: depth=0"):
+        regnet_arguments(0, 80, 34.01, 2.25, 24)
+
+
+# --- The refinements B, C and D, against Keras' own ResNet -----------------------------------
+
+
+def test_without_refinements_it_is_the_network_of_keras_applications():
+    """The first publication's network has its stride in the 1x1 convolutions, as Keras' has."""
+    theirs = keras.applications.ResNet50(
+        weights=None, include_top=False, input_shape=(None, None, 3)
+    )
+    ours = create_backbone(
+        "resnet50", include_top=False, include_rescaling=False, stride_in_1x1=True
+    )
+    rng = np.random.default_rng(0)
+
+    def keras_name(name):  # "layer2_0_conv1" is "conv3_block1_1_conv"
+        if not name.startswith("layer"):
+            return {"conv1": "conv1_conv", "bn1": "conv1_bn"}[name]
+        stage, block, *rest = name.removeprefix("layer").split("_")
+        kind, place = ("conv", rest[0][4:]) if rest[0].startswith("conv") else ("bn", rest[0][2:])
+        if rest[0] == "downsample":
+            kind, place = ("conv", "0") if rest[1] == "0" else ("bn", "0")
+        return f"conv{int(stage) + 1}_block{int(block) + 1}_{place}_{kind}"
+
+    for layer in ours.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            bias = np.zeros(layer.filters, "float32")
+            kernel = layer.kernel.numpy() * np.float32(0.7)
+            layer.kernel.assign(kernel)
+            theirs.get_layer(keras_name(layer.name)).set_weights([kernel, bias])
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            weights = [rng.uniform(0.5, 1.0, w.shape).astype("float32") for w in layer.weights]
+            layer.set_weights(weights)
+            norm = theirs.get_layer(keras_name(layer.name))
+            norm.epsilon = layer.epsilon
+            norm.set_weights(weights)
+    image = rng.normal(size=(1, 91, 107, 3)).astype("float32")
+    want, got = np.asarray(theirs(image)), np.asarray(ours(image))
+    assert want.std() > 1e-3
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("strides", [(1, 2)])
+def test_refinements_are_separate_switches(strides):
+    small = {
+        "stackwise_num_filters": [8, 16],
+        "stackwise_num_blocks": [1, 1],
+        "stackwise_num_strides": strides,
+        "stem_width": 8,
+    }
+    kinds = ("stride_in_1x1", "deep_stem", "avg_down")
+    for code in range(8):
+        switches = {name: bool(code >> i & 1) for i, name in enumerate(kinds)}
+        model = ResNet(**small, **switches)
+        layers = {layer.name: layer for layer in model.layers}
+        first, spatial = layers["layer2_0_conv1"].strides, layers["layer2_0_conv2"].strides
+        assert (first, spatial) == (
+            ((2, 2), (1, 1)) if switches["stride_in_1x1"] else ((1, 1), (2, 2))
+        )
+        assert ("conv1_6" in layers) == switches["deep_stem"]
+        pooled = layers.get("layer2_0_downsample_0").__class__.__name__ == "AveragePooling2D"
+        assert pooled == switches["avg_down"]
+        assert model(np.zeros((1, 33, 47, 3), "float32")).shape == (1, 5, 6, 64)
+
+
+def test_no_builder_has_a_body_of_its_own():
+    from keras_resnest import backbones
+
+    builders = [getattr(backbones, name) for name in backbones.__all__]
+    builders = [b for b in builders if inspect.isfunction(b) and b.__name__[:1].isupper()]
+    assert len(builders) == len(VARIANTS)
+    assert len({b.__code__ for b in builders}) == 1

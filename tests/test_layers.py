@@ -23,7 +23,9 @@ from keras_resnest.layers import (
     GroupedConv2D,
     L2Normalization,
     RadixSoftmax,
+    SelectiveKernel,
     SplitAttention,
+    SqueezeExcitation,
     TransferConnectionBlock,
 )
 
@@ -485,6 +487,8 @@ def test_transfer_connection_crops_odd_levels(data_format, known_size):
 # --- Serialization -------------------------------------------------------------------------
 
 LAYERS = [
+    SqueezeExcitation(4, data_format="channels_first", name="se"),
+    SelectiveKernel(8, 2, 2, groups=2, reduction_ratio=0.5, divisor=4, split_input=True, name="sk"),
     GroupedConv2D(8, 3, groups=2, strides=2, kernel_initializer="he_normal"),
     SplitAttention(
         8, kernel_size=5, radix=4, cardinality=2, dropblock_rate=0.1, data_format="channels_first"

@@ -32,6 +32,15 @@ class GraphBuilder:
             **self.options,
         )(x)
 
+    def subtract_mean(self, x, mean):
+        return layers.Normalization(
+            axis=self.channel_axis,
+            mean=mean,
+            variance=[1.0] * len(mean),
+            name="rescaling",
+            **self.options,
+        )(x)
+
     def channels(self, x) -> int:
         return x.shape[self.channel_axis]
 
@@ -67,6 +76,17 @@ class GraphBuilder:
 
     def add(self, x, shortcut, name):
         return layers.Add(name=name, **self.options)([x, shortcut])
+
+    def split(self, x, parts):
+        """The map in parts of equal width, `channels / parts`."""
+        width = self.channels(x) // parts
+        bounds = [(i * width, (i + 1) * width) for i in range(parts)]
+        if self.channel_axis == -1:
+            return [x[..., start:stop] for start, stop in bounds]
+        return [x[:, start:stop] for start, stop in bounds]
+
+    def concatenate(self, maps, name):
+        return layers.Concatenate(axis=self.channel_axis, name=name, **self.options)(maps)
 
     def dropblock(self, x, rate, name):
         if rate == 0:

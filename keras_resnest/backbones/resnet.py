@@ -5,7 +5,8 @@ from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.graph import GraphBuilder, check_choices, complete_config
-from keras_resnest.layers import SplitAttention
+from keras_resnest.layers import SelectiveKernel, SplitAttention, SqueezeExcitation
+from keras_resnest.layers.channel_attention import rounded_channels
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -18,26 +19,43 @@ class ResNet(Backbone):
 
     Args:
         stackwise_num_filters: list of integers, width of the blocks of each stage before
-            `base_width`, `cardinality` and the expansion (4 in bottleneck blocks) are applied.
+            `base_width`, `cardinality` and `expansion` are applied.
         stackwise_num_blocks: list of integers, blocks of each stage.
         stackwise_num_strides: list of 1 or 2, stride of each stage's first block.
         block_type: `"bottleneck"` (1x1, 3x3, 1x1 convolution) or `"basic"` (two 3x3).
+        expansion: integer. A bottleneck block has `filters * expansion` output channels.
         radix: integer, splits of Split-Attention in place of the 3x3 convolution of bottleneck
             blocks. 0 for a plain convolution.
+        scale: integer. From 2 on, the 3x3 convolution of bottleneck blocks is one of Res2Net:
+            the channels in `scale` parts, each but the last convolved together with the result
+            of the part before it.
+        selective_kernel: dict of arguments of `SelectiveKernel`, which then takes the place of
+            the 3x3 convolution (of the first one in basic blocks), or None.
+        se_ratio: float. If not 0, blocks have squeeze-and-excitation with hidden channels of
+            this share.
+        se_position: `"output"`, squeeze-and-excitation of the block's result before the
+            addition, its hidden channels a share of that rounded to a multiple of 8 (SE-ResNet);
+            or `"middle"`, after the 3x3 convolution, a share of the block's input (RegNetY).
         cardinality: integer, channel groups of the 3x3 convolution of bottleneck blocks.
         base_width: integer. The 3x3 convolution of a bottleneck block has
-            `int(filters * base_width / 64) * cardinality` channels.
+            `int(filters * base_width / 64) * cardinality` channels, times `scale` if given.
+        group_width: integer, channels of each group of the 3x3 convolution of bottleneck
+            blocks, as another way to say `cardinality`; or None.
         stem_width: integer, channels of the first convolution.
+        stem_kernel_size: integer, size of the stem's convolution, if that is not deep.
+        stem_pooling: whether 3x3 max pooling of stride 2 ends the stem.
         deep_stem: whether the stem is three 3x3 convolutions of `stem_width`, `stem_width` and
-            `2 * stem_width` channels, or one 7x7 of `stem_width`.
+            `2 * stem_width` channels ("C"), or one of `stem_width`.
+        stride_in_1x1: whether bottleneck blocks have their stride in the first 1x1 convolution,
+            as the first publication, or in the 3x3 convolution ("B").
         avg_down: whether shortcuts are downsampled by 2x2 average pooling before their 1x1
-            convolution, or by the strides of that.
+            convolution ("D"), or by the strides of that.
         avd: `"after"` or `"before"`, to downsample a bottleneck block by 3x3 average pooling
             after or before its 3x3 convolution (Split-Attention), or None for strides.
         zero_init_last_gamma: whether the last batch normalization of every block starts with
             a scale of zero, so that the block starts as its shortcut.
-        dropblock_rate: float in [0, 1), share of values dropped in 3x3 blocks after every
-            convolution of bottleneck blocks in the last two stages, while training.
+        dropblock_rate: float in [0, 1), share of values dropped in 3x3 blocks after the
+            convolutions of the last two stages, while training.
         dropout_rate: float in [0, 1), dropout before the classifier.
         include_top: whether the model ends with the classifier.
         classes: integer, number of classes.
@@ -64,8 +82,11 @@ class ResNet(Backbone):
         >>> list(model.pyramid_outputs)
         ['P2', 'P3']
 
-    Source: ResNet, https://arxiv.org/abs/1512.03385; deep stem and `avg_down`,
-    https://arxiv.org/abs/1812.01187, section 4; ResNeSt, https://arxiv.org/abs/2004.08955.
+    Source: ResNet, https://arxiv.org/abs/1512.03385; refinements B, C and D,
+    https://arxiv.org/abs/1812.01187, section 4; ResNeXt, https://arxiv.org/abs/1611.05431;
+    SE-ResNet, https://arxiv.org/abs/1709.01507; SKNet, https://arxiv.org/abs/1903.06586;
+    Res2Net, https://arxiv.org/abs/1904.01169; RegNet, https://arxiv.org/abs/2003.13678;
+    ResNeSt, https://arxiv.org/abs/2004.08955.
     """
 
     def __init__(
@@ -74,11 +95,20 @@ class ResNet(Backbone):
         stackwise_num_blocks,
         stackwise_num_strides=(1, 2, 2, 2),
         block_type: str = "bottleneck",
+        expansion: int = 4,
         radix: int = 0,
+        scale: int = 1,
+        selective_kernel: dict | None = None,
+        se_ratio: float = 0.0,
+        se_position: str = "output",
         cardinality: int = 1,
         base_width: int = 64,
+        group_width: int | None = None,
         stem_width: int = 64,
+        stem_kernel_size: int = 7,
+        stem_pooling: bool = True,
         deep_stem: bool = False,
+        stride_in_1x1: bool = False,
         avg_down: bool = False,
         avd: str | None = None,
         zero_init_last_gamma: bool = False,
@@ -99,11 +129,20 @@ class ResNet(Backbone):
             "stackwise_num_blocks": list(stackwise_num_blocks),
             "stackwise_num_strides": list(stackwise_num_strides),
             "block_type": block_type,
+            "expansion": expansion,
             "radix": radix,
+            "scale": scale,
+            "selective_kernel": None if selective_kernel is None else dict(selective_kernel),
+            "se_ratio": se_ratio,
+            "se_position": se_position,
             "cardinality": cardinality,
             "base_width": base_width,
+            "group_width": group_width,
             "stem_width": stem_width,
+            "stem_kernel_size": stem_kernel_size,
+            "stem_pooling": stem_pooling,
             "deep_stem": deep_stem,
+            "stride_in_1x1": stride_in_1x1,
             "avg_down": avg_down,
             "avd": avd,
             "zero_init_last_gamma": zero_init_last_gamma,
@@ -130,16 +169,13 @@ class ResNet(Backbone):
 def _residual_network(graph, inputs, config):
     """Returns the output of the whole network and its feature maps by pyramid level."""
     x = graph.rescale(inputs) if config["include_rescaling"] else inputs
-    stem = deep_stem if config["deep_stem"] else plain_stem
-    x = graph.max_pool(stem(graph, x, config["stem_width"]), "maxpool")
-    block = BLOCKS[config["block_type"]]
+    x, stride = stem(graph, x, config)
     stages = zip(
         config["stackwise_num_filters"],
         config["stackwise_num_blocks"],
         config["stackwise_num_strides"],
         strict=True,
     )
-    stride = 4
     pyramid_outputs = {}
     for stage, (filters, num_blocks, strides) in enumerate(stages, start=1):
         stride *= strides
@@ -148,65 +184,90 @@ def _residual_network(graph, inputs, config):
         block_config = {**config, "dropblock_rate": config["dropblock_rate"] if drop else 0.0}
         for index in range(num_blocks):
             name = f"layer{stage}_{index}"
-            x = block(graph, x, filters, strides if index == 0 else 1, name, block_config)
+            x = residual_block(graph, x, filters, strides if index == 0 else 1, name, block_config)
         pyramid_outputs[f"P{stride.bit_length() - 1}"] = x
     return graph.top(x, config), pyramid_outputs
 
 
-def basic_block(graph, x, filters, strides, name, config):
-    """Two 3x3 convolutions beside a shortcut."""
-    rate = config["dropblock_rate"]
-    shortcut = shortcut_of(graph, x, filters, strides, config["avg_down"], name)
-    x = graph.convolution(x, filters, 3, f"{name}_conv1", strides=strides)
-    x = graph.dropblock(graph.norm(x, f"{name}_bn1"), rate, f"{name}_dropblock1")
-    x = graph.relu(x, f"{name}_relu1")
-    x = graph.convolution(x, filters, 3, f"{name}_conv2")
-    x = graph.norm(x, f"{name}_bn2", zero_init=config["zero_init_last_gamma"])
-    x = graph.dropblock(x, rate, f"{name}_dropblock2")
+def stem(graph, x, config):
+    """The layers before the first stage. Returns their map and its stride."""
+    width = config["stem_width"]
+    if config["deep_stem"]:
+        # The numbers are the places in PyTorch's sequence of convolutions, norms and ReLUs.
+        x = graph.convolution(x, width, 3, strides=2, name="conv1_0")
+        x = graph.relu(graph.norm(x, "conv1_1"), "conv1_2")
+        x = graph.convolution(x, width, 3, name="conv1_3")
+        x = graph.relu(graph.norm(x, "conv1_4"), "conv1_5")
+        x = graph.convolution(x, width * 2, 3, name="conv1_6")
+    else:
+        x = graph.convolution(x, width, config["stem_kernel_size"], strides=2, name="conv1")
+    x = graph.relu(graph.norm(x, "bn1"), "relu")
+    if config["stem_pooling"]:
+        return graph.max_pool(x, "maxpool"), 4
+    return x, 2
+
+
+def residual_block(graph, x, filters, strides, name, config):
+    """A branch of two (basic) or three (bottleneck) convolutions beside a shortcut."""
+    bottleneck = config["block_type"] == "bottleneck"
+    out_channels = filters * config["expansion"] if bottleneck else filters
+    in_channels = graph.channels(x)
+    projects = strides > 1 or in_channels != out_channels
+    shortcut = shortcut_of(graph, x, out_channels, strides, config["avg_down"], name)
+    last = 3 if bottleneck else 2
+    if bottleneck:
+        filters = int(filters * (config["base_width"] / 64)) * config["cardinality"]
+        first_strides, strides = (strides, 1) if config["stride_in_1x1"] else (1, strides)
+        x = graph.convolution(x, filters * config["scale"], 1, f"{name}_conv1", first_strides)
+        x = norm_relu(graph, x, 1, name, config)
+    x = spatial_convolution(graph, x, filters, strides, projects, last - 1, name, config)
+    if config["se_ratio"] and config["se_position"] == "middle":
+        x = squeeze_excitation(graph, x, round(in_channels * config["se_ratio"]), name)
+    x = graph.convolution(x, out_channels, 1 if bottleneck else 3, f"{name}_conv{last}")
+    x = graph.norm(x, f"{name}_bn{last}", zero_init=config["zero_init_last_gamma"])
+    x = graph.dropblock(x, config["dropblock_rate"], f"{name}_dropblock{last}")
+    if config["se_ratio"] and config["se_position"] == "output":
+        hidden = rounded_channels(out_channels * config["se_ratio"], 8)
+        x = squeeze_excitation(graph, x, hidden, name)
     return graph.relu(graph.add(x, shortcut, f"{name}_add"), f"{name}_relu")
 
 
-def bottleneck_block(graph, x, filters, strides, name, config):
-    """1x1 convolution, 3x3 convolution or Split-Attention, 1x1 convolution beside a shortcut."""
-    rate, avd, cardinality = config["dropblock_rate"], config["avd"], config["cardinality"]
-    width = int(filters * (config["base_width"] / 64)) * cardinality
-    pool_strides, conv_strides = (strides, 1) if avd and strides > 1 else (1, strides)
-    shortcut = shortcut_of(graph, x, filters * 4, strides, config["avg_down"], name)
-    x = graph.convolution(x, width, 1, f"{name}_conv1")
-    x = graph.dropblock(graph.norm(x, f"{name}_bn1"), rate, f"{name}_dropblock1")
-    x = graph.relu(x, f"{name}_relu1")
-    if pool_strides > 1 and avd == "before":
+def norm_relu(graph, x, place, name, config):
+    """What follows convolution number `place` of a block."""
+    x = graph.norm(x, f"{name}_bn{place}")
+    x = graph.dropblock(x, config["dropblock_rate"], f"{name}_dropblock{place}")
+    return graph.relu(x, f"{name}_relu{place}")
+
+
+def spatial_convolution(graph, x, filters, strides, projects, place, name, config):
+    """The 3x3 convolution that a block is about, or what takes its place; ends with ReLU."""
+    pool_strides = 1
+    if config["avd"] is not None:
+        pool_strides, strides = strides, 1
+    if pool_strides > 1 and config["avd"] == "before":
         x = graph.average_pool(x, pool_strides, f"{name}_avd")
     if config["radix"]:
-        x = split_attention(graph, x, width, conv_strides, config, f"{name}_conv2")
+        x = split_attention(graph, x, filters, strides, config, f"{name}_conv{place}")
+    elif config["selective_kernel"] is not None:
+        x = SelectiveKernel(
+            filters,
+            strides=strides,
+            groups=config["cardinality"],
+            name=f"{name}_conv{place}",
+            **config["selective_kernel"],
+            **graph.image_options,
+        )(x)
+    elif config["scale"] > 1:
+        x = hierarchical_convolution(graph, x, filters, strides, projects, name, config)
     else:
-        x = graph.convolution(x, width, 3, f"{name}_conv2", conv_strides, groups=cardinality)
-        x = graph.dropblock(graph.norm(x, f"{name}_bn2"), rate, f"{name}_dropblock2")
-        x = graph.relu(x, f"{name}_relu2")
-    if pool_strides > 1 and avd == "after":
+        groups = config["cardinality"]
+        if config["group_width"] is not None:
+            groups = filters // config["group_width"]
+        x = graph.convolution(x, filters, 3, f"{name}_conv{place}", strides, groups=groups)
+        x = norm_relu(graph, x, place, name, config)
+    if pool_strides > 1 and config["avd"] == "after":
         x = graph.average_pool(x, pool_strides, f"{name}_avd")
-    x = graph.convolution(x, filters * 4, 1, f"{name}_conv3")
-    x = graph.norm(x, f"{name}_bn3", zero_init=config["zero_init_last_gamma"])
-    x = graph.dropblock(x, rate, f"{name}_dropblock3")
-    return graph.relu(graph.add(x, shortcut, f"{name}_add"), f"{name}_relu")
-
-
-BLOCKS = {"basic": basic_block, "bottleneck": bottleneck_block}
-
-
-def plain_stem(graph, x, width):
-    x = graph.convolution(x, width, 7, strides=2, name="conv1")
-    return graph.relu(graph.norm(x, "bn1"), "relu")
-
-
-def deep_stem(graph, x, width):
-    # The numbers are the places in PyTorch's sequence of convolutions, norms and ReLUs.
-    x = graph.convolution(x, width, 3, strides=2, name="conv1_0")
-    x = graph.relu(graph.norm(x, "conv1_1"), "conv1_2")
-    x = graph.convolution(x, width, 3, name="conv1_3")
-    x = graph.relu(graph.norm(x, "conv1_4"), "conv1_5")
-    x = graph.convolution(x, width * 2, 3, name="conv1_6")
-    return graph.relu(graph.norm(x, "bn1"), "relu")
+    return x
 
 
 def split_attention(graph, x, filters, strides, config, name):
@@ -224,6 +285,29 @@ def split_attention(graph, x, filters, strides, config, name):
         name=name,
         **graph.image_options,
     )(x)
+
+
+def hierarchical_convolution(graph, x, filters, strides, projects, name, config):
+    """The 3x3 convolutions of Res2Net, over `scale` parts of the channels, and their results."""
+    parts = graph.split(x, config["scale"])
+    results = []
+    for i, part in enumerate(parts[:-1]):
+        # The first block of a stage convolves the parts one by one: their sides may change.
+        if results and not projects:
+            part = graph.add(part, results[-1], f"{name}_add{i}")
+        part = graph.convolution(part, filters, 3, f"{name}_convs_{i}", strides)
+        part = graph.norm(part, f"{name}_bns_{i}")
+        part = graph.dropblock(part, config["dropblock_rate"], f"{name}_dropblock2_{i}")
+        results.append(graph.relu(part, f"{name}_relus_{i}"))
+    if projects:
+        results.append(graph.average_pool(parts[-1], strides, f"{name}_pool"))
+    else:
+        results.append(parts[-1])
+    return graph.concatenate(results, f"{name}_concatenate")
+
+
+def squeeze_excitation(graph, x, hidden_channels, name):
+    return SqueezeExcitation(hidden_channels, name=f"{name}_se", **graph.image_options)(x)
 
 
 def shortcut_of(graph, x, filters, strides, avg_down, name):
@@ -252,8 +336,40 @@ def _check_config(config):
         )
     if not set(stages[2]) <= {1, 2}:
         raise ValueError(f"`stackwise_num_strides` must be 1 or 2. Received: {stages[2]}")
-    check_choices(config, block_type=tuple(BLOCKS), avd=(None, "before", "after"))
-    bottleneck_only = {"radix": 0, "cardinality": 1, "base_width": 64, "avd": None}
-    wrong = {name: config[name] for name, value in bottleneck_only.items() if config[name] != value}
+    check_choices(
+        config,
+        block_type=("basic", "bottleneck"),
+        avd=(None, "before", "after"),
+        se_position=("output", "middle"),
+    )
+    _check_block(config)
+
+
+def _check_block(config):
+    spatial = {"radix": 0, "scale": 1, "selective_kernel": None}
+    given = _different(config, spatial)
+    if len(given) > 1:
+        raise ValueError(
+            "Only one of `radix`, `scale` and `selective_kernel` can take the place of the 3x3 "
+            f"convolution. Received: {given}"
+        )
+    groups = _different(config, {"cardinality": 1, **spatial})
+    if config["group_width"] is not None and groups:
+        raise ValueError(f"`group_width` goes with plain convolutions only. Received: {groups}")
+    bottleneck_only = {"radix": 0, "scale": 1, "cardinality": 1, "base_width": 64, "avd": None}
+    bottleneck_only |= {"group_width": None, "stride_in_1x1": False}
+    wrong = _different(config, bottleneck_only)
     if config["block_type"] == "basic" and wrong:
         raise ValueError(f"Basic blocks have no {', '.join(bottleneck_only)}. Received: {wrong}")
+    if config["group_width"] is not None:
+        for filters in config["stackwise_num_filters"]:
+            width = int(filters * (config["base_width"] / 64))
+            if width % config["group_width"]:
+                raise ValueError(
+                    "The channels of the 3x3 convolution must be divisible by `group_width`. "
+                    f"Received: {width} channels, group_width={config['group_width']}"
+                )
+
+
+def _different(config, values):
+    return {name: config[name] for name, value in values.items() if config[name] != value}

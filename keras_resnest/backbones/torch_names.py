@@ -1,5 +1,6 @@
 """Weights of PyTorch implementations in Keras models, every array accounted for."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import keras
@@ -14,23 +15,73 @@ _WEIGHT_NAMES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-# PyTorch modules of the layers of VGG-16, as the ports of SSD and RefineDet number them.
-VGG16_TORCH_NAMES = {
-    "conv1_1": "vgg.0",
-    "conv1_2": "vgg.2",
-    "conv2_1": "vgg.5",
-    "conv2_2": "vgg.7",
-    "conv3_1": "vgg.10",
-    "conv3_2": "vgg.12",
-    "conv3_3": "vgg.14",
-    "conv4_1": "vgg.17",
-    "conv4_2": "vgg.19",
-    "conv4_3": "vgg.21",
-    "conv5_1": "vgg.24",
-    "conv5_2": "vgg.26",
-    "conv5_3": "vgg.28",
-    "fc6": "vgg.31",
-    "fc7": "vgg.33",
+# Place of each convolution in PyTorch's sequence of convolutions, ReLUs and poolings.
+_VGG16_PLACES = {
+    **{0: "conv1_1", 2: "conv1_2", 5: "conv2_1", 7: "conv2_2"},
+    **{10: "conv3_1", 12: "conv3_2", 14: "conv3_3", 17: "conv4_1", 19: "conv4_2", 21: "conv4_3"},
+    **{24: "conv5_1", 26: "conv5_2", 28: "conv5_3", 31: "fc6", 33: "fc7"},
+}
+
+
+def _vgg16_layer(match):
+    return f"{_VGG16_PLACES.get(int(match['place']), match['place'])}."
+
+
+def _regnet_block(match):
+    return f"layer{match['stage']}.{int(match['block']) - 1}."
+
+
+def _tcb_layer(match):
+    # PyTorch's lists: tcb0 convolution, ReLU, convolution; tcb1 upsampling; tcb2 ReLU,
+    # convolution, ReLU of each level.
+    part, place = int(match["list"]), int(match["place"])
+    if part == 1:
+        return f"tcb_p{place + 3}.upsample."
+    level, place = divmod(place, 3)
+    return f"tcb_p{level + 3}.{'conv3' if part == 2 else 'conv1' if place == 0 else 'conv2'}."
+
+
+_CONV_NORM = [(r"\.conv(\d)\.conv\.", r".conv\1."), (r"\.conv(\d)\.bn\.", r".bn\1.")]
+# Families of PyTorch implementations whose modules are not named as our layers are: a pattern
+# that tells them by one of their names, and what to replace.
+_FAMILIES = {
+    "RegNet of timm": (
+        r"^s1\.b1\.",
+        [
+            (r"^s(?P<stage>\d)\.b(?P<block>\d+)\.", _regnet_block),
+            *_CONV_NORM,
+            (r"^stem\.conv\.", "conv1."),
+            (r"^stem\.bn\.", "bn1."),
+            (r"\.downsample\.conv\.", ".downsample.0."),
+            (r"\.downsample\.bn\.", ".downsample.1."),
+            (r"^head\.fc\.", "fc."),
+        ],
+    ),
+    "SKNet of timm": (r"\.paths\.0\.conv\.", _CONV_NORM),
+    "VGG-16 of timm and torchvision": (
+        r"^features\.28\.",
+        [
+            (r"^features\.(?P<place>\d+)\.", _vgg16_layer),
+            (r"^pre_logits\.fc1\.|^classifier\.0\.", "fc6."),
+            (r"^pre_logits\.fc2\.|^classifier\.3\.", "fc7."),
+            (r"^head\.fc\.|^classifier\.6\.", "fc."),
+        ],
+    ),
+    "RefineDet of PyTorch": (
+        r"^arm_loc\.0\.",
+        [
+            (r"^vgg\.(?P<place>\d+)\.", _vgg16_layer),
+            (r"^model\.", ""),
+            (r"^extras\.0\.", "conv6_1."),
+            (r"^extras\.1\.", "conv6_2."),
+            (r"^conv4_3_L2Norm\.", "l2_normalization_p3."),
+            (r"^conv5_3_L2Norm\.", "l2_normalization_p4."),
+            (r"^(arm|odm)_loc\.", r"\1_boxes_"),
+            (r"^(arm|odm)_conf\.", r"\1_classes_"),
+            (r"^tcb(?P<list>\d)\.(?P<place>\d+)\.", _tcb_layer),
+        ],
+    ),
+    "VGG-16 with reduced dense layers": (r"^33\.", [(r"^(?P<place>\d+)\.", _vgg16_layer)]),
 }
 
 # State of random generators and counters, which have no counterpart on the other side.
@@ -47,8 +98,10 @@ def load_torch_state_dict(
     """Copies a PyTorch `state_dict` into a Keras model: all of it or nothing.
 
     A module `layer1.0.conv2.conv` belongs to the layer `layer1_0_conv2_conv`, or to the layer
-    `conv` inside of the layer `layer1_0_conv2`. Layouts of convolution, transposed convolution
-    and dense kernels are converted.
+    `conv` inside of the layer `layer1_0_conv2`. Layouts of convolution, depthwise and transposed
+    convolution and dense kernels are converted. The modules of timm's RegNet, SKNet and VGG-16,
+    of torchvision's VGG-16, of megvii's ShuffleNet and of the RefineDet ports are recognised and
+    renamed.
 
     Args:
         model: a built Keras model, such as `ResNeSt50()`.
@@ -70,7 +123,8 @@ def load_torch_state_dict(
         for name, array in state_dict.items()
         if not name.endswith(_TORCH_ONLY) and not _in_modules(name, ignore)
     }
-    torch_names = {name.replace(".", "_"): name for name in arrays}
+    replacements = _replacements(arrays)
+    torch_names = {_layer_name(name, replacements).replace(".", "_"): name for name in arrays}
     values, problems = [], []
     for keras_name, variable in _named_variables(model, module_names or {}):
         name = torch_names.pop(keras_name, None)
@@ -95,6 +149,22 @@ def load_torch_state_dict(
         variable.assign(value)
 
 
+def _replacements(names):
+    """What to replace in the names of a state dict."""
+    return [
+        replacement
+        for mark, replacements in _FAMILIES.values()
+        if any(re.search(mark, name) for name in names)
+        for replacement in replacements
+    ]
+
+
+def _layer_name(torch_name, replacements):
+    for pattern, replacement in replacements:
+        torch_name = re.sub(pattern, replacement, torch_name)
+    return torch_name
+
+
 def _in_modules(name, modules):
     return any(name.startswith(f"{module}.") for module in modules)
 
@@ -117,6 +187,14 @@ def _named_variables(model, module_names):
 
 
 def _to_keras_layout(array, variable):
+    if variable.name == "kernel" and array.ndim == 2 and variable.ndim == 4:
+        # A dense layer over a flattened map, which is a convolution here.
+        height, width, channels, _ = variable.shape
+        if array.shape[1] == height * width * channels:
+            array = array.reshape(-1, channels, height, width)
+    if variable.name == "kernel" and array.ndim == 4 and variable.shape[-1] == array.shape[1] == 1:
+        # Depthwise: (channels, 1, h, w) to (h, w, channels, 1).
+        return array.transpose(2, 3, 0, 1)
     if variable.name == "kernel" and array.ndim == 4:
         # (out, in, h, w) to (h, w, in, out); transposed: (in, out, h, w) to (h, w, out, in).
         return array.transpose(2, 3, 1, 0)

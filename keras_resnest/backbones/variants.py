@@ -1,79 +1,28 @@
-"""The published networks: a table of arguments, and a builder for each row."""
+"""The published networks: one row of arguments, and so one builder, for each."""
 
 import difflib
 import fnmatch
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.regnet import regnet_arguments
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.vgg import VGG
 
-_RESNEST = {
-    "stackwise_num_filters": [64, 128, 256, 512],
-    "radix": 2,
-    "stem_width": 32,
-    "deep_stem": True,
-    "avg_down": True,
-    "avd": "after",
-}
-_RESNEST_FAST = {**_RESNEST, "stackwise_num_blocks": [3, 4, 6, 3], "avd": "before"}
-_RESNET = {"stackwise_num_filters": [64, 128, 256, 512]}
-_DEEP_STEM = {"stem_width": 32, "deep_stem": True}
-_RESNET_D = {**_RESNET, **_DEEP_STEM, "avg_down": True}
 
-# The arguments of `ResNet` (or `VGG`) that make each network.
-VARIANTS = {
-    "resnest14": {**_RESNEST, "stackwise_num_blocks": [1, 1, 1, 1]},
-    "resnest26": {**_RESNEST, "stackwise_num_blocks": [2, 2, 2, 2]},
-    "resnest50": {**_RESNEST, "stackwise_num_blocks": [3, 4, 6, 3]},
-    "resnest101": {**_RESNEST, "stackwise_num_blocks": [3, 4, 23, 3], "stem_width": 64},
-    "resnest200": {**_RESNEST, "stackwise_num_blocks": [3, 24, 36, 3], "stem_width": 64},
-    "resnest269": {**_RESNEST, "stackwise_num_blocks": [3, 30, 48, 8], "stem_width": 64},
-    # <radix>s<cardinality>x<base width>d
-    "resnest50_fast_1s1x64d": {**_RESNEST_FAST, "radix": 1},
-    "resnest50_fast_2s1x64d": {**_RESNEST_FAST},
-    "resnest50_fast_4s1x64d": {**_RESNEST_FAST, "radix": 4},
-    "resnest50_fast_1s2x40d": {**_RESNEST_FAST, "radix": 1, "cardinality": 2, "base_width": 40},
-    "resnest50_fast_2s2x40d": {**_RESNEST_FAST, "cardinality": 2, "base_width": 40},
-    "resnest50_fast_4s2x40d": {**_RESNEST_FAST, "radix": 4, "cardinality": 2, "base_width": 40},
-    "resnest50_fast_1s4x24d": {**_RESNEST_FAST, "radix": 1, "cardinality": 4, "base_width": 24},
-    # Not published: ResNeSt-14 with a quarter of the channels, to be trained on a CPU.
-    "resnest14_tiny": {
-        **_RESNEST,
-        "stackwise_num_filters": [16, 32, 64, 128],
-        "stackwise_num_blocks": [1, 1, 1, 1],
-        "stem_width": 8,
-    },
-    "resnet18": {**_RESNET, "stackwise_num_blocks": [2, 2, 2, 2], "block_type": "basic"},
-    "resnet34": {**_RESNET, "stackwise_num_blocks": [3, 4, 6, 3], "block_type": "basic"},
-    "resnet50": {**_RESNET, "stackwise_num_blocks": [3, 4, 6, 3]},
-    "resnet101": {**_RESNET, "stackwise_num_blocks": [3, 4, 23, 3]},
-    "resnet152": {**_RESNET, "stackwise_num_blocks": [3, 8, 36, 3]},
-    # C: deep stem; D: and average pooling in the shortcuts. ResNeXt: <cardinality>x<base width>d
-    "resnet50c": {**_RESNET, **_DEEP_STEM, "stackwise_num_blocks": [3, 4, 6, 3]},
-    "resnet26d": {**_RESNET_D, "stackwise_num_blocks": [2, 2, 2, 2]},
-    "resnet50d": {**_RESNET_D, "stackwise_num_blocks": [3, 4, 6, 3]},
-    "resnet101d": {**_RESNET_D, "stackwise_num_blocks": [3, 4, 23, 3]},
-    "resnext50_32x4d": {
-        **_RESNET,
-        "stackwise_num_blocks": [3, 4, 6, 3],
-        "cardinality": 32,
-        "base_width": 4,
-    },
-    "resnext101_32x8d": {
-        **_RESNET,
-        "stackwise_num_blocks": [3, 4, 23, 3],
-        "cardinality": 32,
-        "base_width": 8,
-    },
-    "vgg16_reduced": {
-        "stackwise_num_filters": [64, 128, 256, 512, 512],
-        "stackwise_num_blocks": [2, 2, 3, 3, 3],
-    },
-}
+class Variant(NamedTuple):
+    """A network class and the arguments that make one of its published members."""
 
-_RESNET_DOCSTRING = """Builds {title}.
+    network: type[Backbone]
+    arguments: dict
+
+
+# All that `create_backbone` knows, by name. Filled by `_variant`.
+VARIANTS: dict[str, Variant] = {}
+
+_DOCSTRING = """Builds {title}.
 
     Args:
         include_top: whether the model ends with the classifier.
@@ -84,46 +33,33 @@ _RESNET_DOCSTRING = """Builds {title}.
         classifier_activation: activation of the classifier; None for logits.
         include_rescaling: whether images are RGB with values 0 to 255, uint8 or float, and are
             normalized by the model; otherwise they are expected normalized.
-        name: name of the model, by default `{variant!r}`.
-        **kwargs: more arguments of `ResNet`, such as `dropblock_rate`, `data_format`, `dtype`.
+        name: name of the model, by default `{name!r}`.
+        **kwargs: more arguments of `{network}`, such as `dropout_rate`, `data_format`, `dtype`.
 
     Returns:
-        A `ResNet`, which is a `keras.Model`.
+        A `{network}`, which is a `keras.Model`.
 
     Raises:
-        ValueError: if `weights` is neither None nor an existing `.weights.h5` file.
+        ValueError: if `weights` is neither None nor an existing `.weights.h5` file, or another
+            argument does not fit.
 
     Example:
-        >>> model = {title}(classes=10)
+        >>> model = {title}(include_top=False)
+        >>> features = model.pyramid_outputs["P3"]
     """
 
 
-_VGG_DOCSTRING = """Builds {title}, the backbone of the published SSD and RefineDet.
+def _variant(
+    variant: str,
+    title: str,
+    arguments: dict,
+    network: type[Backbone] = ResNet,
+    has_top: bool = True,
+) -> Callable[..., Backbone]:
+    """Adds a row to the table. Returns its builder, in the manner of `keras.applications`."""
 
-    Args:
-        include_top: must be False: the network has no classifier.
-        weights: path of a `.weights.h5` file of this network, or None for random weights.
-        input_shape: shape of one image, by default `(None, None, 3)`: any size.
-        include_rescaling: whether images are RGB with values 0 to 255, uint8 or float, and the
-            model subtracts the mean (123, 117, 104); otherwise it is expected subtracted.
-        name: name of the model, by default `{variant!r}`.
-        **kwargs: more arguments of `VGG`: `data_format`, `dtype`.
-
-    Returns:
-        A `VGG`, which is a `keras.Model`.
-
-    Raises:
-        ValueError: if `include_top` is true, or `weights` is neither None nor an existing
-            `.weights.h5` file.
-
-    Example:
-        >>> model = {title}(input_shape=(320, 320, 3))
-    """
-
-
-def _resnet_builder(variant: str, title: str) -> Callable[..., Backbone]:
     def build(
-        include_top: bool = True,
+        include_top: bool = has_top,
         weights: str | os.PathLike | None = None,
         input_shape=None,
         pooling: str | None = None,
@@ -133,50 +69,29 @@ def _resnet_builder(variant: str, title: str) -> Callable[..., Backbone]:
         name: str | None = None,
         **kwargs,
     ) -> Backbone:
-        arguments = {
-            **VARIANTS[variant],
-            "include_top": include_top,
-            "image_shape": input_shape,
-            "pooling": pooling,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "include_rescaling": include_rescaling,
-            "name": name or variant,
-            **kwargs,
-        }
-        return _with_weights(ResNet(**arguments), weights)
+        model = network(
+            **{
+                **arguments,
+                "include_top": include_top,
+                "image_shape": input_shape,
+                "pooling": pooling,
+                "classes": classes,
+                "classifier_activation": classifier_activation,
+                "include_rescaling": include_rescaling,
+                "name": name or variant,
+                **kwargs,
+            }
+        )
+        return _with_weights(model, weights)
 
+    VARIANTS[variant] = Variant(network, arguments)
+    _BUILDERS[variant] = build
     build.__name__ = build.__qualname__ = title
-    build.__doc__ = _RESNET_DOCSTRING.format(title=title, variant=variant)
+    build.__doc__ = _DOCSTRING.format(title=title, name=variant, network=network.__name__)
     return build
 
 
-def _vgg_builder(variant: str, title: str) -> Callable[..., Backbone]:
-    def build(
-        include_top: bool = False,
-        weights: str | os.PathLike | None = None,
-        input_shape=None,
-        include_rescaling: bool = True,
-        name: str | None = None,
-        **kwargs,
-    ) -> Backbone:
-        if include_top:
-            raise ValueError(
-                f"{title} has no classifier: `include_top` must be False. "
-                f"Received: include_top={include_top}"
-            )
-        arguments = {
-            **VARIANTS[variant],
-            "image_shape": input_shape,
-            "include_rescaling": include_rescaling,
-            "name": name or variant,
-            **kwargs,
-        }
-        return _with_weights(VGG(**arguments), weights)
-
-    build.__name__ = build.__qualname__ = title
-    build.__doc__ = _VGG_DOCSTRING.format(title=title, variant=variant)
-    return build
+_BUILDERS: dict[str, Callable[..., Backbone]] = {}
 
 
 def _with_weights(model, weights):
@@ -192,18 +107,152 @@ def _with_weights(model, weights):
     return model
 
 
-ResNeSt14 = _resnet_builder("resnest14", "ResNeSt14")
-ResNeSt26 = _resnet_builder("resnest26", "ResNeSt26")
-ResNeSt50 = _resnet_builder("resnest50", "ResNeSt50")
-ResNeSt101 = _resnet_builder("resnest101", "ResNeSt101")
-ResNeSt200 = _resnet_builder("resnest200", "ResNeSt200")
-ResNeSt269 = _resnet_builder("resnest269", "ResNeSt269")
-ResNet18 = _resnet_builder("resnet18", "ResNet18")
-ResNet34 = _resnet_builder("resnet34", "ResNet34")
-ResNet50 = _resnet_builder("resnet50", "ResNet50")
-ResNet101 = _resnet_builder("resnet101", "ResNet101")
-ResNet152 = _resnet_builder("resnet152", "ResNet152")
-VGG16Reduced = _vgg_builder("vgg16_reduced", "VGG16Reduced")
+# --- ResNet and its refinements --------------------------------------------------------------
+
+_14, _18, _26, _50 = [1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2], [3, 4, 6, 3]
+_101, _152 = [3, 4, 23, 3], [3, 8, 36, 3]
+
+
+def _resnet(num_blocks: list, **arguments) -> dict:
+    return {
+        "stackwise_num_filters": [64, 128, 256, 512],
+        "stackwise_num_blocks": num_blocks,
+        **arguments,
+    }
+
+
+_BASIC = {"block_type": "basic"}
+_C = {"stem_width": 32, "deep_stem": True}  # deep stem
+_D = {**_C, "avg_down": True}  # and average pooling in the shortcuts
+_SE = {"se_ratio": 1 / 16}
+
+ResNet18 = _variant("resnet18", "ResNet18", _resnet(_18, **_BASIC))
+ResNet34 = _variant("resnet34", "ResNet34", _resnet(_50, **_BASIC))
+# As all implementations today, B: the stride is in the 3x3 convolution.
+ResNet50 = _variant("resnet50", "ResNet50", _resnet(_50))
+ResNet101 = _variant("resnet101", "ResNet101", _resnet(_101))
+ResNet152 = _variant("resnet152", "ResNet152", _resnet(_152))
+ResNet50C = _variant("resnet50c", "ResNet50C", _resnet(_50, **_C))
+ResNet26D = _variant("resnet26d", "ResNet26D", _resnet(_26, **_D))
+ResNet50D = _variant("resnet50d", "ResNet50D", _resnet(_50, **_D))
+ResNet101D = _variant("resnet101d", "ResNet101D", _resnet(_101, **_D))
+SEResNet18 = _variant("seresnet18", "SEResNet18", _resnet(_18, **_BASIC, **_SE))
+SEResNet34 = _variant("seresnet34", "SEResNet34", _resnet(_50, **_BASIC, **_SE))
+SEResNet50 = _variant("seresnet50", "SEResNet50", _resnet(_50, **_SE))
+SEResNet101 = _variant("seresnet101", "SEResNet101", _resnet(_101, **_SE))
+SEResNet152 = _variant("seresnet152", "SEResNet152", _resnet(_152, **_SE))
+# <cardinality>x<base width>d
+ResNeXt50_32x4d = _variant(
+    "resnext50_32x4d", "ResNeXt50_32x4d", _resnet(_50, cardinality=32, base_width=4)
+)
+ResNeXt101_32x8d = _variant(
+    "resnext101_32x8d", "ResNeXt101_32x8d", _resnet(_101, cardinality=32, base_width=8)
+)
+
+# --- SKNet and Res2Net -----------------------------------------------------------------------
+
+_SK = {"selective_kernel": {"reduction_ratio": 1 / 8, "divisor": 16, "split_input": True}}
+SKResNet18 = _variant("skresnet18", "SKResNet18", _resnet(_18, **_BASIC, **_SK))
+SKResNet34 = _variant("skresnet34", "SKResNet34", _resnet(_50, **_BASIC, **_SK))
+SKResNeXt50_32x4d = _variant(
+    "skresnext50_32x4d",
+    "SKResNeXt50_32x4d",
+    _resnet(
+        _50,
+        cardinality=32,
+        base_width=4,
+        selective_kernel={"reduction_ratio": 1 / 16, "divisor": 32},
+    ),
+)
+# <base width>w_<scale>s
+Res2Net50_26w_4s = _variant(
+    "res2net50_26w_4s", "Res2Net50_26w_4s", _resnet(_50, base_width=26, scale=4)
+)
+Res2Net50_14w_8s = _variant(
+    "res2net50_14w_8s", "Res2Net50_14w_8s", _resnet(_50, base_width=14, scale=8)
+)
+Res2Net101_26w_4s = _variant(
+    "res2net101_26w_4s", "Res2Net101_26w_4s", _resnet(_101, base_width=26, scale=4)
+)
+
+# --- ResNeSt ---------------------------------------------------------------------------------
+
+_RESNEST = {"radix": 2, "deep_stem": True, "stem_width": 32, "avg_down": True, "avd": "after"}
+_RESNEST_LARGE = {**_RESNEST, "stem_width": 64}
+_FAST = {**_RESNEST, "avd": "before"}
+
+ResNeSt14 = _variant("resnest14", "ResNeSt14", _resnet(_14, **_RESNEST))
+ResNeSt26 = _variant("resnest26", "ResNeSt26", _resnet(_26, **_RESNEST))
+ResNeSt50 = _variant("resnest50", "ResNeSt50", _resnet(_50, **_RESNEST))
+ResNeSt101 = _variant("resnest101", "ResNeSt101", _resnet(_101, **_RESNEST_LARGE))
+ResNeSt200 = _variant("resnest200", "ResNeSt200", _resnet([3, 24, 36, 3], **_RESNEST_LARGE))
+ResNeSt269 = _variant("resnest269", "ResNeSt269", _resnet([3, 30, 48, 8], **_RESNEST_LARGE))
+# <radix>s<cardinality>x<base width>d
+ResNeSt50Fast1s1x64d = _variant(
+    "resnest50_fast_1s1x64d", "ResNeSt50Fast1s1x64d", _resnet(_50, **{**_FAST, "radix": 1})
+)
+ResNeSt50Fast2s1x64d = _variant(
+    "resnest50_fast_2s1x64d", "ResNeSt50Fast2s1x64d", _resnet(_50, **_FAST)
+)
+ResNeSt50Fast4s1x64d = _variant(
+    "resnest50_fast_4s1x64d", "ResNeSt50Fast4s1x64d", _resnet(_50, **{**_FAST, "radix": 4})
+)
+ResNeSt50Fast1s2x40d = _variant(
+    "resnest50_fast_1s2x40d",
+    "ResNeSt50Fast1s2x40d",
+    _resnet(_50, **{**_FAST, "radix": 1}, cardinality=2, base_width=40),
+)
+ResNeSt50Fast2s2x40d = _variant(
+    "resnest50_fast_2s2x40d",
+    "ResNeSt50Fast2s2x40d",
+    _resnet(_50, **_FAST, cardinality=2, base_width=40),
+)
+ResNeSt50Fast4s2x40d = _variant(
+    "resnest50_fast_4s2x40d",
+    "ResNeSt50Fast4s2x40d",
+    _resnet(_50, **{**_FAST, "radix": 4}, cardinality=2, base_width=40),
+)
+ResNeSt50Fast1s4x24d = _variant(
+    "resnest50_fast_1s4x24d",
+    "ResNeSt50Fast1s4x24d",
+    _resnet(_50, **{**_FAST, "radix": 1}, cardinality=4, base_width=24),
+)
+# Not published: ResNeSt-14 with a quarter of the channels, to be trained on a CPU.
+ResNeSt14Tiny = _variant(
+    "resnest14_tiny",
+    "ResNeSt14Tiny",
+    {
+        **_resnet(_14, **{**_RESNEST, "stem_width": 8}),
+        "stackwise_num_filters": [16, 32, 64, 128],
+    },
+)
+
+# --- RegNet: depth, initial width, slope, multiplier, group width ----------------------------
+
+RegNetX002 = _variant("regnetx_002", "RegNetX002", regnet_arguments(13, 24, 36.44, 2.49, 8))
+RegNetX004 = _variant("regnetx_004", "RegNetX004", regnet_arguments(22, 24, 24.48, 2.54, 16))
+RegNetX006 = _variant("regnetx_006", "RegNetX006", regnet_arguments(16, 48, 36.97, 2.24, 24))
+RegNetX008 = _variant("regnetx_008", "RegNetX008", regnet_arguments(16, 56, 35.73, 2.28, 16))
+RegNetX016 = _variant("regnetx_016", "RegNetX016", regnet_arguments(18, 80, 34.01, 2.25, 24))
+RegNetX032 = _variant("regnetx_032", "RegNetX032", regnet_arguments(25, 88, 26.31, 2.25, 48))
+RegNetY002 = _variant("regnety_002", "RegNetY002", regnet_arguments(13, 24, 36.44, 2.49, 8, 0.25))
+RegNetY004 = _variant("regnety_004", "RegNetY004", regnet_arguments(16, 48, 27.89, 2.09, 8, 0.25))
+RegNetY006 = _variant("regnety_006", "RegNetY006", regnet_arguments(15, 48, 32.54, 2.32, 16, 0.25))
+RegNetY008 = _variant("regnety_008", "RegNetY008", regnet_arguments(14, 56, 38.84, 2.4, 16, 0.25))
+RegNetY016 = _variant("regnety_016", "RegNetY016", regnet_arguments(27, 48, 20.71, 2.65, 24, 0.25))
+RegNetY032 = _variant("regnety_032", "RegNetY032", regnet_arguments(21, 80, 42.63, 2.66, 24, 0.25))
+
+# --- VGG -------------------------------------------------------------------------------------
+
+_VGG16 = {
+    "stackwise_num_filters": [64, 128, 256, 512, 512],
+    "stackwise_num_blocks": [2, 2, 3, 3, 3],
+}
+VGG16 = _variant("vgg16", "VGG16", _VGG16, VGG)
+# With the dense layers of SSD and RefineDet, and without classifier.
+VGG16Reduced = _variant(
+    "vgg16_reduced", "VGG16Reduced", {**_VGG16, "reduced_top": True}, VGG, has_top=False
+)
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
@@ -217,7 +266,7 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
     Example:
         >>> list_backbones("*vgg*")
-        ['vgg16_reduced']
+        ['vgg16', 'vgg16_reduced']
     """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern.lower())]
 
@@ -247,5 +296,4 @@ def create_backbone(name: str, **kwargs) -> Backbone:
             f"Unknown backbone. Received: name={name!r}. Nearest names: {', '.join(nearest)}. "
             "`list_backbones()` returns all."
         )
-    builder = _vgg_builder if variant.startswith("vgg") else _resnet_builder
-    return builder(variant, variant)(**kwargs)
+    return _BUILDERS[variant](**kwargs)

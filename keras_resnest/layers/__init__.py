@@ -1,5 +1,6 @@
 """Layers of ResNeSt and RefineDet."""
 
+from keras_resnest.layers.channel_attention import SelectiveKernel, SqueezeExcitation
 from keras_resnest.layers.convolution import GroupedConv2D
 from keras_resnest.layers.l2_normalization import L2Normalization
 from keras_resnest.layers.normalization import BatchNormalization
@@ -14,6 +15,8 @@ __all__ = [
     "GroupedConv2D",
     "L2Normalization",
     "RadixSoftmax",
+    "SelectiveKernel",
     "SplitAttention",
+    "SqueezeExcitation",
     "TransferConnectionBlock",
 ]

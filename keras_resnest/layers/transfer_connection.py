@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_resnest.layers.convolution import GroupedConv2D
 from keras_resnest.layers.normalization import BatchNormalization
 
 
@@ -59,7 +60,11 @@ class TransferConnectionBlock(keras.layers.Layer):
         self.conv2 = self._convolution("conv2")
         self.conv3 = self._convolution("conv3")
         self.upsample = keras.layers.Conv2DTranspose(
-            filters, 2, strides=2, **self._convolution_options("upsample")
+            filters,
+            2,
+            strides=2,
+            # TensorFlow has no channels_first kernel for CPUs: `_upsample` transposes.
+            **{**self._convolution_options("upsample"), "data_format": "channels_last"},
         )
         self.bn1 = self._batch_norm("bn1")
         self.bn2 = self._batch_norm("bn2")
@@ -76,7 +81,7 @@ class TransferConnectionBlock(keras.layers.Layer):
         }
 
     def _convolution(self, name):
-        return keras.layers.Conv2D(
+        return GroupedConv2D(
             self.filters, 3, padding="same", **self._convolution_options(name)
         )
 
@@ -98,7 +103,8 @@ class TransferConnectionBlock(keras.layers.Layer):
         self.conv3.build(output_shape)
         norms = [self.bn1, self.bn2, self.bn3]
         if upper_shape is not None:
-            self.upsample.build(upper_shape)
+            channels = upper_shape[self._channel_axis]
+            self.upsample.build((None, None, None, channels))
             norms.append(self.upsample_bn)
         if self.use_batch_norm:
             for norm in norms:
@@ -109,10 +115,16 @@ class TransferConnectionBlock(keras.layers.Layer):
         x = ops.relu(self._normalize(self.bn1, self.conv1(inputs), training))
         x = self._normalize(self.bn2, self.conv2(x), training)
         if upper is not None:
-            upsampled = self._normalize(self.upsample_bn, self.upsample(upper), training)
+            upsampled = self._normalize(self.upsample_bn, self._upsample(upper), training)
             x = x + self._crop(upsampled, like=x)
         x = ops.relu(x)
         return ops.relu(self._normalize(self.bn3, self.conv3(x), training))
+
+    def _upsample(self, upper):
+        if self.data_format == "channels_last":
+            return self.upsample(upper)
+        upsampled = self.upsample(ops.transpose(upper, (0, 2, 3, 1)))
+        return ops.transpose(upsampled, (0, 3, 1, 2))
 
     def _normalize(self, norm, x, training):
         return x if norm is None else norm(x, training=training)
