@@ -3,7 +3,7 @@
 import keras
 from keras import layers
 
-from keras_resnest.layers import BatchNormalization, DropBlock2D, GroupedConv2D
+from keras_resnest.layers import BatchNormalization, DepthwiseConv2D, DropBlock2D, GroupedConv2D
 
 # Means and standard deviations of ImageNet's training images, RGB, 0 to 255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -61,6 +61,17 @@ class GraphBuilder:
             **self.image_options,
         )(x)
 
+    def depthwise_convolution(self, x, kernel_size, name, strides=1):
+        x = self.pad(x, kernel_size // 2, f"{name}_pad")
+        return DepthwiseConv2D(
+            kernel_size,
+            strides=strides,
+            use_bias=False,
+            depthwise_initializer="he_normal",
+            name=name,
+            **self.image_options,
+        )(x)
+
     def norm(self, x, name, zero_init=False):
         return BatchNormalization(
             axis=self.channel_axis,
@@ -73,6 +84,9 @@ class GraphBuilder:
 
     def relu(self, x, name):
         return layers.ReLU(name=name, **self.options)(x)
+
+    def activation(self, x, activation, name):
+        return layers.Activation(activation, name=name, **self.options)(x)
 
     def add(self, x, shortcut, name):
         return layers.Add(name=name, **self.options)([x, shortcut])
@@ -115,14 +129,15 @@ class GraphBuilder:
         """What follows the last feature map: classifier, global pooling or nothing."""
         if not config["include_top"]:
             return x if config["pooling"] is None else self.pool(x, config["pooling"])
-        x = self.pool(x, "avg")
+        return self.classifier(self.pool(x, "avg"), config, use_bias)
+
+    def classifier(self, x, config, use_bias=True):
+        """Class probabilities of feature vectors."""
         if config["dropout_rate"]:
             x = layers.Dropout(config["dropout_rate"], name="dropout", **self.options)(x)
         x = layers.Dense(config["classes"], use_bias=use_bias, name="fc", **self.options)(x)
-        return self.predictions(x, config["classifier_activation"])
-
-    def predictions(self, x, activation):
         # Probabilities in half precision are too coarse for a loss.
+        activation = config["classifier_activation"]
         return layers.Activation(activation, dtype="float32", name="predictions")(x)
 
 

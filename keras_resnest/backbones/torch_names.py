@@ -31,6 +31,12 @@ def _regnet_block(match):
     return f"layer{match['stage']}.{int(match['block']) - 1}."
 
 
+def _shufflenet_block(match):
+    # The stages have 4, 8 and 4 blocks.
+    first = {"2": 0, "3": 4, "4": 12}[match["stage"]]
+    return f"features.{first + int(match['block'])}."
+
+
 def _tcb_layer(match):
     # PyTorch's lists: tcb0 convolution, ReLU, convolution; tcb1 upsampling; tcb2 ReLU,
     # convolution, ReLU of each level.
@@ -58,6 +64,17 @@ _FAMILIES = {
         ],
     ),
     "SKNet of timm": (r"\.paths\.0\.conv\.", _CONV_NORM),
+    "ShuffleNet V2 of torchvision": (
+        r"^stage2\.0\.branch1\.",
+        [
+            (r"^stage(?P<stage>\d)\.(?P<block>\d+)\.", _shufflenet_block),
+            (r"\.branch1\.", ".branch_proj."),
+            (r"\.branch2\.", ".branch_main."),
+            (r"^conv1\.", "first_conv."),
+            (r"^conv5\.", "conv_last."),
+        ],
+    ),
+    "ShuffleNet of megvii": (r"^first_conv\.", [(r"^classifier\.0\.", "fc.")]),
     "VGG-16 of timm and torchvision": (
         r"^features\.28\.",
         [

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.regnet import regnet_arguments
 from keras_resnest.backbones.resnet import ResNet
+from keras_resnest.backbones.shufflenet import ShuffleNet
 from keras_resnest.backbones.vgg import VGG
 
 
@@ -252,6 +253,160 @@ VGG16 = _variant("vgg16", "VGG16", _VGG16, VGG)
 # With the dense layers of SSD and RefineDet, and without classifier.
 VGG16Reduced = _variant(
     "vgg16_reduced", "VGG16Reduced", {**_VGG16, "reduced_top": True}, VGG, has_top=False
+)
+
+
+# --- ShuffleNet ------------------------------------------------------------------------------
+
+
+def _shufflenet_v1(groups: int, scale: float, stem_width: int) -> dict:
+    width = int({3: 240, 8: 384}[groups] * scale)  # table 1 of the paper
+    return {
+        "stackwise_num_filters": [width, 2 * width, 4 * width],
+        "stackwise_num_blocks": [4, 8, 4],
+        "groups": groups,
+        "stem_width": stem_width,
+        "use_classifier_bias": False,
+        "trained_on_bgr": True,
+    }
+
+
+def _shufflenet_v2(width: int, head_filters: int = 1024, **arguments) -> dict:
+    return {
+        "stackwise_num_filters": [width, 2 * width, 4 * width],
+        "stackwise_num_blocks": [4, 8, 4],
+        "head_filters": head_filters,
+        **arguments,
+    }
+
+
+_MEGVII = {"channel_split": "alternate", "use_classifier_bias": False, "trained_on_bgr": True}
+
+
+def _shufflenet_v2_plus(*widths: int) -> dict:
+    return {
+        "stackwise_num_filters": list(widths),
+        "stackwise_num_blocks": [4, 4, 8, 4],
+        "block_kinds": [
+            *(3, 3, "xception", 5),
+            *(5, 5, 3, 3),
+            *(7, 3, 7, 5, 5, 3, 7, 3),
+            *(7, 5, "xception", 7),
+        ],
+        "stackwise_activations": ["relu", "hard_swish", "hard_swish", "hard_swish"],
+        "stackwise_se": [False, False, True, True],
+        "stem_width": 16,
+        "stem_activation": "hard_swish",
+        "stem_pooling": False,
+        "head_filters": 1280,
+        "head_units": 1280,
+        **_MEGVII,
+    }
+
+
+ShuffleNetV1G3_0_5x = _variant(
+    "shufflenet_v1_g3_0_5x",
+    "ShuffleNetV1G3_0_5x",
+    _shufflenet_v1(3, 0.5, 12),
+    ShuffleNet,
+)
+ShuffleNetV1G3_1_0x = _variant(
+    "shufflenet_v1_g3_1_0x",
+    "ShuffleNetV1G3_1_0x",
+    _shufflenet_v1(3, 1.0, 24),
+    ShuffleNet,
+)
+ShuffleNetV1G3_1_5x = _variant(
+    "shufflenet_v1_g3_1_5x",
+    "ShuffleNetV1G3_1_5x",
+    _shufflenet_v1(3, 1.5, 24),
+    ShuffleNet,
+)
+ShuffleNetV1G3_2_0x = _variant(
+    "shufflenet_v1_g3_2_0x",
+    "ShuffleNetV1G3_2_0x",
+    _shufflenet_v1(3, 2.0, 48),
+    ShuffleNet,
+)
+ShuffleNetV1G8_0_5x = _variant(
+    "shufflenet_v1_g8_0_5x",
+    "ShuffleNetV1G8_0_5x",
+    _shufflenet_v1(8, 0.5, 16),
+    ShuffleNet,
+)
+ShuffleNetV1G8_1_0x = _variant(
+    "shufflenet_v1_g8_1_0x",
+    "ShuffleNetV1G8_1_0x",
+    _shufflenet_v1(8, 1.0, 24),
+    ShuffleNet,
+)
+ShuffleNetV1G8_1_5x = _variant(
+    "shufflenet_v1_g8_1_5x",
+    "ShuffleNetV1G8_1_5x",
+    _shufflenet_v1(8, 1.5, 24),
+    ShuffleNet,
+)
+ShuffleNetV1G8_2_0x = _variant(
+    "shufflenet_v1_g8_2_0x",
+    "ShuffleNetV1G8_2_0x",
+    _shufflenet_v1(8, 2.0, 48),
+    ShuffleNet,
+)
+# As in torchvision.
+ShuffleNetV2_0_5x = _variant(
+    "shufflenet_v2_0_5x", "ShuffleNetV2_0_5x", _shufflenet_v2(48), ShuffleNet
+)
+ShuffleNetV2_1_0x = _variant(
+    "shufflenet_v2_1_0x", "ShuffleNetV2_1_0x", _shufflenet_v2(116), ShuffleNet
+)
+ShuffleNetV2_1_5x = _variant(
+    "shufflenet_v2_1_5x", "ShuffleNetV2_1_5x", _shufflenet_v2(176), ShuffleNet
+)
+ShuffleNetV2_2_0x = _variant(
+    "shufflenet_v2_2_0x", "ShuffleNetV2_2_0x", _shufflenet_v2(244, 2048), ShuffleNet
+)
+# As in megvii's implementation.
+ShuffleNetV2_0_5x_megvii = _variant(
+    "shufflenet_v2_0_5x_megvii",
+    "ShuffleNetV2_0_5x_megvii",
+    _shufflenet_v2(48, **_MEGVII),
+    ShuffleNet,
+)
+ShuffleNetV2_1_0x_megvii = _variant(
+    "shufflenet_v2_1_0x_megvii",
+    "ShuffleNetV2_1_0x_megvii",
+    _shufflenet_v2(116, **_MEGVII),
+    ShuffleNet,
+)
+ShuffleNetV2_1_5x_megvii = _variant(
+    "shufflenet_v2_1_5x_megvii",
+    "ShuffleNetV2_1_5x_megvii",
+    _shufflenet_v2(176, **_MEGVII),
+    ShuffleNet,
+)
+ShuffleNetV2_2_0x_megvii = _variant(
+    "shufflenet_v2_2_0x_megvii",
+    "ShuffleNetV2_2_0x_megvii",
+    _shufflenet_v2(244, 2048, **_MEGVII),
+    ShuffleNet,
+)
+ShuffleNetV2PlusSmall = _variant(
+    "shufflenet_v2_plus_small",
+    "ShuffleNetV2PlusSmall",
+    _shufflenet_v2_plus(36, 104, 208, 416),
+    ShuffleNet,
+)
+ShuffleNetV2PlusMedium = _variant(
+    "shufflenet_v2_plus_medium",
+    "ShuffleNetV2PlusMedium",
+    _shufflenet_v2_plus(48, 128, 256, 512),
+    ShuffleNet,
+)
+ShuffleNetV2PlusLarge = _variant(
+    "shufflenet_v2_plus_large",
+    "ShuffleNetV2PlusLarge",
+    _shufflenet_v2_plus(68, 168, 336, 672),
+    ShuffleNet,
 )
 
 

@@ -1,7 +1,8 @@
 """Layers of ResNeSt and RefineDet."""
 
 from keras_resnest.layers.channel_attention import SelectiveKernel, SqueezeExcitation
-from keras_resnest.layers.convolution import GroupedConv2D
+from keras_resnest.layers.channel_shuffle import ChannelShuffle
+from keras_resnest.layers.convolution import DepthwiseConv2D, GroupedConv2D
 from keras_resnest.layers.l2_normalization import L2Normalization
 from keras_resnest.layers.normalization import BatchNormalization
 from keras_resnest.layers.regularization import DropBlock2D
@@ -11,6 +12,8 @@ from keras_resnest.layers.transfer_connection import TCB, TransferConnectionBloc
 __all__ = [
     "TCB",
     "BatchNormalization",
+    "ChannelShuffle",
+    "DepthwiseConv2D",
     "DropBlock2D",
     "GroupedConv2D",
     "L2Normalization",

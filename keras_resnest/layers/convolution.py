@@ -71,6 +71,47 @@ class GroupedConv2D(keras.layers.Conv2D):
         return tf.concat([convolve(x, k) for x, k in groups], axis=channel_axis)
 
 
+@keras.saving.register_keras_serializable("keras_resnest")
+class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D` that knows `channels_first` on every device.
+
+    TensorFlow has no such kernel for a CPU: there the map is transposed before and after.
+    Everything else is Keras' own.
+
+    Args: those of `keras.layers.DepthwiseConv2D`, with the same defaults.
+
+    Input shape:
+        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
+
+    Returns:
+        Feature map with `channels * depth_multiplier` channels in the same layout.
+
+    Example:
+        >>> layer = DepthwiseConv2D(3, padding="same", data_format="channels_first")
+        >>> layer(keras.ops.ones((1, 64, 32, 32))).shape
+        (1, 64, 32, 32)
+
+    Source: https://arxiv.org/abs/1704.04861, section 3.1.
+    """
+
+    def call(self, inputs):
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        if self.data_format == "channels_last" or not on_tensorflow or _has_gpu():
+            return super().call(inputs)
+        outputs = ops.depthwise_conv(
+            ops.transpose(inputs, (0, 2, 3, 1)),
+            self.kernel,
+            strides=list(self.strides),
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            data_format="channels_last",
+        )
+        if self.use_bias:
+            outputs = outputs + self.bias
+        outputs = ops.transpose(outputs, (0, 3, 1, 2))
+        return outputs if self.activation is None else self.activation(outputs)
+
+
 @functools.cache
 def _has_gpu():
     import tensorflow as tf

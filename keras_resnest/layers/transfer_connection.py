@@ -81,9 +81,7 @@ class TransferConnectionBlock(keras.layers.Layer):
         }
 
     def _convolution(self, name):
-        return GroupedConv2D(
-            self.filters, 3, padding="same", **self._convolution_options(name)
-        )
+        return GroupedConv2D(self.filters, 3, padding="same", **self._convolution_options(name))
 
     def _batch_norm(self, name):
         if not self.use_batch_norm:

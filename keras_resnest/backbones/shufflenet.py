@@ -1,0 +1,300 @@
+"""ShuffleNet: the residual and the split networks that shuffle channels between groups."""
+
+import keras
+from keras import layers, ops
+
+from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.graph import GraphBuilder, check_choices, complete_config
+from keras_resnest.layers import ChannelShuffle
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class ShuffleNet(Backbone):
+    """ShuffleNet V1, V2 or V2+, described by its arguments.
+
+    With `groups` the blocks are those of V1: a grouped 1x1 convolution, a shuffle, a depthwise
+    convolution and a grouped 1x1 convolution beside a shortcut. Otherwise they are those of V2:
+    half of the channels passes a block unchanged, the other half goes through a 1x1, a depthwise
+    and a 1x1 convolution. P2 is the map after the stem in V1 and V2, that of the first stage in
+    V2+. Layers are named after the modules of megvii's implementation.
+
+    Args:
+        stackwise_num_filters: list of integers, output channels of each stage.
+        stackwise_num_blocks: list of integers, blocks of each stage; the first has stride 2.
+        groups: integer, groups of the 1x1 convolutions of V1; 0 for the blocks of V2.
+        channel_split: how blocks of V2 take halves of the channels: `"halves"`, the first and
+            the second half, with a shuffle at the end of the block (torchvision), or
+            `"alternate"`, even and odd channels (megvii). Weights fit one of them only.
+        block_kinds: list of one entry per block: the size of the depthwise convolution, or
+            `"xception"` for three depthwise and 1x1 convolutions. None for 3 everywhere.
+        stackwise_activations: activation of each stage; None for `"relu"` everywhere.
+        stackwise_se: list of booleans, whether the blocks of a stage end with
+            squeeze-and-excitation; None for nowhere.
+        stem_width: integer, channels of the stem's 3x3 convolution.
+        stem_activation: activation of the stem.
+        stem_pooling: whether 3x3 max pooling of stride 2 ends the stem.
+        head_filters: integer, channels of a 1x1 convolution after the last stage; 0 for none.
+        head_units: integer. If not 0, global pooling is followed by squeeze-and-excitation and
+            a dense layer of this many units (V2+).
+        use_classifier_bias: whether the classifier has a bias.
+        trained_on_bgr: whether the weights were trained on BGR pictures of values 0 to 255, as
+            megvii's. It says what `include_rescaling` does.
+        dropout_rate: float in [0, 1), dropout before the classifier.
+        include_top: whether the model ends with the classifier.
+        classes: integer, number of classes.
+        classifier_activation: activation of the classifier; None for logits.
+        pooling: without classifier, `"avg"` or `"max"` for a feature vector, None for the last
+            feature map.
+        include_rescaling: whether images are RGB with values 0 to 255, uint8 or float, and are
+            brought by the model into the form that its weights expect: normalized by ImageNet's
+            statistics, or BGR. Otherwise they are expected in that form.
+        image_shape: shape of one image, `(height, width, 3)`, or `(3, height, width)` with
+            `channels_first`. Height and width may be None. Any size works, odd ones too.
+        data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
+        dtype: dtype or dtype policy of all layers.
+        **kwargs: `name` and `trainable` of `keras.Model`.
+
+    Returns:
+        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
+        features.
+
+    Raises:
+        ValueError: if an argument has a value that no network can be built from.
+
+    Example:
+        >>> model = ShuffleNet([116, 232, 464], [4, 8, 4], include_top=False)
+        >>> list(model.pyramid_outputs)
+        ['P2', 'P3', 'P4', 'P5']
+
+    Source: V1, https://arxiv.org/abs/1707.01083; V2, https://arxiv.org/abs/1807.11164; V2+ is
+    unpublished, https://github.com/megvii-model/ShuffleNet-Series.
+    """
+
+    def __init__(
+        self,
+        stackwise_num_filters,
+        stackwise_num_blocks,
+        groups: int = 0,
+        channel_split: str = "halves",
+        block_kinds=None,
+        stackwise_activations=None,
+        stackwise_se=None,
+        stem_width: int = 24,
+        stem_activation: str = "relu",
+        stem_pooling: bool = True,
+        head_filters: int = 0,
+        head_units: int = 0,
+        use_classifier_bias: bool = True,
+        trained_on_bgr: bool = False,
+        dropout_rate: float = 0.0,
+        include_top: bool = False,
+        classes: int = 1000,
+        classifier_activation="softmax",
+        pooling: str | None = None,
+        include_rescaling: bool = True,
+        image_shape=None,
+        data_format: str | None = None,
+        dtype=None,
+        **kwargs,
+    ):
+        num_stages = len(stackwise_num_filters)
+        config = {
+            "stackwise_num_filters": list(stackwise_num_filters),
+            "stackwise_num_blocks": list(stackwise_num_blocks),
+            "groups": groups,
+            "channel_split": channel_split,
+            "block_kinds": list(block_kinds or [3] * sum(stackwise_num_blocks)),
+            "stackwise_activations": list(stackwise_activations or ["relu"] * num_stages),
+            "stackwise_se": list(stackwise_se or [False] * num_stages),
+            "stem_width": stem_width,
+            "stem_activation": stem_activation,
+            "stem_pooling": stem_pooling,
+            "head_filters": head_filters,
+            "head_units": head_units,
+            "use_classifier_bias": use_classifier_bias,
+            "trained_on_bgr": trained_on_bgr,
+            "dropout_rate": dropout_rate,
+            "include_top": include_top,
+            "classes": classes,
+            "classifier_activation": classifier_activation,
+            "pooling": pooling,
+            "include_rescaling": include_rescaling,
+            "image_shape": image_shape,
+            "data_format": data_format,
+        }
+        config = complete_config(config)
+        _check_config(config)
+        dtype = keras.dtype_policies.get(dtype)
+        inputs = keras.Input(config["image_shape"], name="images")
+        graph = GraphBuilder(config["data_format"], dtype)
+        x, pyramid_outputs = _stages(graph, inputs, config)
+        outputs = _head(graph, x, config)
+        super().__init__(inputs, outputs, pyramid_outputs, config, dtype, **kwargs)
+
+
+def _stages(graph, x, config):
+    """Returns the last stage's map and all maps by pyramid level."""
+    if config["include_rescaling"]:
+        x = _bgr(graph, x) if config["trained_on_bgr"] else graph.rescale(x)
+    x = graph.convolution(x, config["stem_width"], 3, "first_conv_0", strides=2)
+    x = graph.norm(x, "first_conv_1")
+    x = graph.activation(x, config["stem_activation"], "first_conv_2")
+    stride, pyramid_outputs = 2, {}
+    if config["stem_pooling"]:
+        x = graph.max_pool(x, "maxpool")
+        stride, pyramid_outputs = 4, {"P2": x}
+    block = group_block if config["groups"] else split_block
+    place = 0
+    for stage, num_blocks in enumerate(config["stackwise_num_blocks"]):
+        for index in range(num_blocks):
+            options = {
+                "filters": config["stackwise_num_filters"][stage],
+                "strides": 2 if index == 0 else 1,
+                "kind": config["block_kinds"][place],
+                "activation": config["stackwise_activations"][stage],
+                "use_se": config["stackwise_se"][stage],
+                # The stem has too few channels for groups.
+                "groups": 1 if place == 0 else config["groups"],
+                "config": config,
+            }
+            x = block(graph, x, name=f"features_{place}", **options)
+            place += 1
+        stride *= 2
+        pyramid_outputs[f"P{stride.bit_length() - 1}"] = x
+    return x, pyramid_outputs
+
+
+def _bgr(graph, x):
+    x = graph.subtract_mean(x, (0.0, 0.0, 0.0))  # makes floats of integers
+    return ops.flip(x, axis=graph.channel_axis)
+
+
+def group_block(graph, x, filters, strides, groups, config, name, **_):
+    """The block of V1. With strides the shortcut is pooled, and its channels are kept."""
+    shortcut, out_channels = x, filters
+    if strides > 1:
+        out_channels = filters - graph.channels(x)
+        shortcut = graph.average_pool(x, strides, f"{name}_branch_proj")
+    hidden = filters // 4
+    steps = [*pointwise(hidden, "relu", groups), *depthwise(3, strides)]
+    x = sequence(graph, x, steps, f"{name}_branch_main_1")
+    # megvii's shuffle is the inverse of the paper's.
+    x = shuffle(graph, x, hidden // config["groups"], f"{name}_shuffle")
+    steps = pointwise(out_channels, None, config["groups"])
+    x = sequence(graph, x, steps, f"{name}_branch_main_2")
+    if strides > 1:
+        return graph.concatenate([shortcut, graph.relu(x, f"{name}_relu")], f"{name}_concatenate")
+    return graph.relu(graph.add(x, shortcut, f"{name}_add"), f"{name}_relu")
+
+
+def split_block(graph, x, filters, strides, kind, activation, use_se, config, name, **_):
+    """The block of V2: one half of the channels beside a branch for the other half."""
+    halves = config["channel_split"] == "halves"
+    if strides > 1:
+        # megvii's shortcut keeps its channels, torchvision's is half of the result.
+        kept = filters // 2 if halves else graph.channels(x)
+        steps = [*depthwise(kind, strides), *pointwise(kept, activation)]
+        shortcut = sequence(graph, x, steps, f"{name}_branch_proj")
+    else:
+        kept = filters // 2
+        shortcut, x = graph.split(x, 2) if halves else alternating(graph, x)
+    hidden, out_channels = filters // 2, filters - kept
+    if kind == "xception":
+        steps = []
+        for width in (hidden, hidden, out_channels):
+            steps += [*depthwise(3), *pointwise(width, activation)]
+    else:
+        steps = [*pointwise(hidden, activation), *depthwise(kind, strides)]
+        steps += pointwise(out_channels, activation)
+    x = sequence(graph, x, steps, f"{name}_branch_main")
+    if use_se:
+        x = squeeze_excitation(graph, x, f"{name}_branch_main_{len(steps)}_SE_opr")
+    x = graph.concatenate([shortcut, x], f"{name}_concatenate")
+    return shuffle(graph, x, 2, f"{name}_shuffle") if halves else x
+
+
+def pointwise(filters, activation=None, groups=1):
+    """Steps of `sequence`: 1x1 convolution, normalization and, if given, activation."""
+    steps = [("convolution", (filters, 1), {"groups": groups}), ("norm", (), {})]
+    return steps + ([("activation", (activation,), {})] if activation else [])
+
+
+def depthwise(kernel_size, strides=1):
+    """Steps of `sequence`: depthwise convolution and normalization."""
+    return [
+        ("depthwise_convolution", (kernel_size,), {"strides": strides}),
+        ("norm", (), {}),
+    ]
+
+
+def sequence(graph, x, steps, name):
+    """Adds layers one after another, numbered as in PyTorch's sequences."""
+    for place, (method, arguments, options) in enumerate(steps):
+        x = getattr(graph, method)(x, *arguments, name=f"{name}_{place}", **options)
+    return x
+
+
+def alternating(graph, x):
+    """The even and the odd channels."""
+    if graph.channel_axis == -1:
+        return x[..., ::2], x[..., 1::2]
+    return x[:, ::2], x[:, 1::2]
+
+
+def shuffle(graph, x, groups, name):
+    return ChannelShuffle(groups, name=name, **graph.image_options)(x)
+
+
+def squeeze_excitation(graph, x, name):
+    """That of V2+: without biases, with normalization and a hard sigmoid."""
+    channels = graph.channels(x)
+    gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_0", **graph.image_options)(x)
+    gate = graph.convolution(gate, channels // 4, 1, f"{name}_1")
+    gate = graph.relu(graph.norm(gate, f"{name}_2"), f"{name}_3")
+    gate = graph.convolution(gate, channels, 1, f"{name}_4")
+    gate = graph.activation(gate, "hard_sigmoid", f"{name}_5")
+    return layers.Multiply(name=f"{name}_6", **graph.options)([x, gate])
+
+
+def _head(graph, x, config):
+    last = config["stackwise_activations"][-1]
+    if config["head_filters"]:
+        steps = pointwise(config["head_filters"], last)
+        x = sequence(graph, x, steps, "conv_last")
+    if not config["include_top"] or not config["head_units"]:
+        return graph.top(x, config, use_bias=config["use_classifier_bias"])
+    x = layers.GlobalAveragePooling2D(keepdims=True, name="globalpool", **graph.image_options)(x)
+    x = squeeze_excitation(graph, x, "LastSE_SE_opr")
+    x = layers.Flatten(name="flatten", **graph.options)(x)
+    x = layers.Dense(config["head_units"], use_bias=False, name="fc_0", **graph.options)(x)
+    x = graph.activation(x, last, "fc_1")
+    return graph.classifier(x, config, use_bias=config["use_classifier_bias"])
+
+
+def _check_config(config):
+    check_choices(config, channel_split=("halves", "alternate"))
+    filters, blocks = config["stackwise_num_filters"], config["stackwise_num_blocks"]
+    names = ("stackwise_num_filters", "stackwise_num_blocks", "stackwise_activations")
+    if len({len(config[name]) for name in (*names, "stackwise_se")}) > 1 or not filters:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in names)} and `stackwise_se` must have one entry "
+            f"per stage. Received: {[config[name] for name in (*names, 'stackwise_se')]}"
+        )
+    kinds = config["block_kinds"]
+    if len(kinds) != sum(blocks) or not set(kinds) <= {3, 5, 7, "xception"}:
+        raise ValueError(
+            "`block_kinds` must have one of 3, 5, 7 and 'xception' for each of the "
+            f"{sum(blocks)} blocks. Received: block_kinds={kinds}"
+        )
+    firsts = [kinds[sum(blocks[:stage])] for stage in range(len(blocks))]
+    if "xception" in firsts:
+        raise ValueError(
+            "The first block of a stage has strides and cannot be 'xception'. "
+            f"Received: first blocks {firsts}"
+        )
+    divisor = 4 * max(config["groups"], 1)
+    if any(width % divisor for width in filters):
+        raise ValueError(
+            f"`stackwise_num_filters` must be multiples of 4 * max(groups, 1) = {divisor}. "
+            f"Received: stackwise_num_filters={filters}"
+        )
