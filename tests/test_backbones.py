@@ -19,6 +19,7 @@ from keras_resnest.backbones import (
     ResNeSt14,
     ResNeSt50,
     ResNet,
+    ShuffleNet,
     create_backbone,
     list_backbones,
     load_torch_state_dict,
@@ -238,18 +239,6 @@ def test_resnet_refuses(options, match):
 # --- Files ---------------------------------------------------------------------------------
 
 
-def test_weights_come_from_a_file(tmp_path):
-    model = create_backbone("resnest14_tiny", include_top=False)
-    path = tmp_path / "tiny.weights.h5"
-    model.save_weights(path)
-    loaded = create_backbone("resnest14_tiny", include_top=False, weights=path)
-    for ours, theirs in zip(loaded.get_weights(), model.get_weights(), strict=True):
-        assert np.array_equal(ours, theirs)
-    for wrong in ("imagenet", str(tmp_path / "absent.weights.h5"), str(tmp_path)):
-        with pytest.raises(ValueError, match="`weights` must be None or the path"):
-            create_backbone("resnest14_tiny", weights=wrong)
-
-
 NETWORKS = {
     "ResNet": lambda: ResNet(
         **SMALL,
@@ -265,6 +254,24 @@ NETWORKS = {
         image_shape=(None, 64, 3),
         dtype="mixed_bfloat16",
         name="small",
+    ),
+    "ShuffleNet": lambda: ShuffleNet(
+        [16, 32],
+        [2, 2],
+        channel_split="alternate",
+        block_kinds=[5, "xception", 7, 3],
+        stackwise_activations=["relu", "hard_swish"],
+        stackwise_se=[False, True],
+        stem_width=8,
+        stem_activation="hard_swish",
+        stem_pooling=False,
+        head_filters=24,
+        head_units=12,
+        use_classifier_bias=False,
+        trained_on_bgr=True,
+        dropout_rate=0.2,
+        include_top=True,
+        classes=5,
     ),
     "VGG": lambda: VGG([4, 8, 8], [1, 1, 1], include_rescaling=False, image_shape=(32, 32, 3)),
 }

@@ -19,6 +19,8 @@ from keras_resnest import layers
 from keras_resnest.backbones import load_torch_state_dict
 from keras_resnest.layers import (
     BatchNormalization,
+    ChannelShuffle,
+    DepthwiseConv2D,
     DropBlock2D,
     GroupedConv2D,
     L2Normalization,
@@ -487,6 +489,8 @@ def test_transfer_connection_crops_odd_levels(data_format, known_size):
 # --- Serialization -------------------------------------------------------------------------
 
 LAYERS = [
+    ChannelShuffle(4),
+    DepthwiseConv2D(5, strides=2, padding="same", data_format="channels_first"),
     SqueezeExcitation(4, data_format="channels_first", name="se"),
     SelectiveKernel(8, 2, 2, groups=2, reduction_ratio=0.5, divisor=4, split_input=True, name="sk"),
     GroupedConv2D(8, 3, groups=2, strides=2, kernel_initializer="he_normal"),

@@ -1,6 +1,8 @@
 """Networks that turn images into feature maps or classes."""
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.pretrained import load_pretrained, read_state_dict
+from keras_resnest.backbones.published_weights import PRETRAINED
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.shufflenet import ShuffleNet
 from keras_resnest.backbones.torch_names import load_torch_state_dict
@@ -81,6 +83,7 @@ from keras_resnest.backbones.variants import (
 from keras_resnest.backbones.vgg import VGG
 
 __all__ = [
+    "PRETRAINED",
     "VARIANTS",
     "VGG",
     "VGG16",
@@ -157,5 +160,7 @@ __all__ = [
     "VGG16Reduced",
     "create_backbone",
     "list_backbones",
+    "load_pretrained",
     "load_torch_state_dict",
+    "read_state_dict",
 ]

@@ -52,6 +52,34 @@ class Backbone(keras.Model):
             for level, tensor in self._pyramid_outputs.items()
         }
 
+    def replace_top(self, classes: int, classifier_activation="softmax") -> "Backbone":
+        """The same network with a new classifier.
+
+        Args:
+            classes: positive integer, number of classes.
+            classifier_activation: activation of the classifier; None for logits.
+
+        Returns:
+            A new model. All weights are copies of this model's; those of the last dense layer
+            are random.
+
+        Raises:
+            ValueError: if the architecture has no classifier.
+
+        Example:
+            >>> model = ResNeSt50(weights="imagenet").replace_top(classes=5)
+        """
+        config = {**self.get_config(), "include_top": True, "classes": classes}
+        config["classifier_activation"] = keras.activations.serialize(
+            keras.activations.get(classifier_activation)
+        )
+        model = type(self).from_config(config)
+        mine = {layer.name: layer for layer in self.layers}
+        for layer in model.layers:
+            if layer.name != "fc" and layer.name in mine:
+                layer.set_weights(mine[layer.name].get_weights())
+        return model
+
     def get_config(self) -> dict:
         config = {name: getattr(self, name) for name in self._config_names}
         # Keras wraps lists that become attributes.

@@ -151,8 +151,8 @@ def complete_config(config: dict) -> dict:
         The arguments with `data_format`, `image_shape` and `classifier_activation` resolved.
 
     Raises:
-        ValueError: if `data_format`, `image_shape`, `pooling`, `classes` or `dropout_rate` has
-            a wrong value.
+        ValueError: if `data_format`, `image_shape`, `include_rescaling`, `pooling`, `classes` or
+            `dropout_rate` has a wrong value.
     """
     config = dict(config)
     if config["data_format"] is None:
@@ -161,6 +161,12 @@ def complete_config(config: dict) -> dict:
         config, data_format=("channels_last", "channels_first"), pooling=(None, "avg", "max")
     )
     config["image_shape"] = _complete_image_shape(config["image_shape"], config["data_format"])
+    channels = config["image_shape"][-1 if config["data_format"] == "channels_last" else 0]
+    if config["include_rescaling"] and channels != 3:
+        raise ValueError(
+            "`include_rescaling` is for RGB images of 3 channels: use include_rescaling=False for "
+            f"others. Received: image_shape={config['image_shape']}"
+        )
     config["classifier_activation"] = keras.activations.get(config["classifier_activation"])
     if not isinstance(config["classes"], int) or config["classes"] < 1:
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.pretrained import load_pretrained
 from keras_resnest.backbones.regnet import regnet_arguments
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.shufflenet import ShuffleNet
@@ -27,7 +28,9 @@ _DOCSTRING = """Builds {title}.
 
     Args:
         include_top: whether the model ends with the classifier.
-        weights: path of a `.weights.h5` file of this network, or None for random weights.
+        weights: `"imagenet"`, or another tag of `list_models({name!r})`, for published weights;
+            the path of a `.safetensors`, `.weights.h5` or PyTorch `state_dict` file; or None
+            for random weights.
         input_shape: shape of one image, by default `(None, None, 3)`: any size.
         pooling: without classifier, `"avg"` or `"max"` for a feature vector, None for a map.
         classes: integer, number of classes of the classifier.
@@ -41,8 +44,8 @@ _DOCSTRING = """Builds {title}.
         A `{network}`, which is a `keras.Model`.
 
     Raises:
-        ValueError: if `weights` is neither None nor an existing `.weights.h5` file, or another
-            argument does not fit.
+        ValueError: if an argument does not fit, or `weights` do not fit the network.
+        ConnectionError: if published weights cannot be fetched.
 
     Example:
         >>> model = {title}(include_top=False)
@@ -83,7 +86,9 @@ def _variant(
                 **kwargs,
             }
         )
-        return _with_weights(model, weights)
+        if weights is not None:
+            load_pretrained(model, weights, variant)
+        return model
 
     VARIANTS[variant] = Variant(network, arguments)
     _BUILDERS[variant] = build
@@ -93,19 +98,6 @@ def _variant(
 
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {}
-
-
-def _with_weights(model, weights):
-    if weights is None:
-        return model
-    path = os.fspath(weights)
-    if not path.endswith(".weights.h5") or not os.path.isfile(path):
-        raise ValueError(
-            "`weights` must be None or the path of an existing `.weights.h5` file. "
-            f"Received: weights={path!r}"
-        )
-    model.load_weights(path)
-    return model
 
 
 # --- ResNet and its refinements --------------------------------------------------------------

@@ -101,7 +101,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         outputs = ops.depthwise_conv(
             ops.transpose(inputs, (0, 2, 3, 1)),
             self.kernel,
-            strides=list(self.strides),
+            strides=self.strides,
             padding=self.padding,
             dilation_rate=self.dilation_rate,
             data_format="channels_last",

@@ -1,0 +1,104 @@
+"""A small server on loopback that speaks as the Hugging Face hub and as a plain file server."""
+
+import contextlib
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789" * 4
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves one file in several ways, chosen by the address.
+
+    `/timm/<name>/resolve/main/model.safetensors`, as the hub, where `ways[name]` is `"right"`,
+    `"redirect"` (to a content server, as the hub does with large files), `"cut"` (the connection
+    breaks once in the middle), `"wrong hash"` or `"truncated"` (half of the promised file); other
+    names are not found. `/files/right/<name>` and `/files/cut/<name>` are a plain file server.
+    `requests` lists (method, path).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, ways: dict):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.ways, self.requests = content, ways, []
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        self.server.requests.append((self.command, self.path))
+        parts = self.path.strip("/").split("/")
+        if parts[0] == "timm":
+            way, headers = self.server.ways.get(parts[1]), self.hub_headers(parts[1])
+        else:
+            way, headers = parts[1] if parts[0] == "files" else None, {}
+        if way is None:
+            self.send(404, {**headers, "X-Error-Code": "EntryNotFound"}, b"", with_body)
+        elif way == "redirect":
+            # Another host, for the client: it takes the facts from this answer then.
+            port = self.server.server_port
+            location = f"http://localhost:{port}/files/right/model.safetensors"
+            self.send(302, {**headers, "Location": location}, b"", with_body)
+        else:
+            self.send_file(headers, way, with_body)
+
+    def send_file(self, headers, way, with_body):
+        content = self.server.content
+        if way == "truncated":
+            content = content[: len(content) // 2]
+        start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+        status = 206 if int(start) else 200
+        self.send(status, headers, content[int(start) :], with_body, cut=way == "cut")
+
+    def hub_headers(self, name):
+        sha256 = self.server.sha256
+        if self.server.ways.get(name) == "wrong hash":
+            sha256 = "f" * 64
+        return {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{sha256}"',
+            "X-Linked-Etag": f'"{sha256}"',
+            "X-Linked-Size": str(len(self.server.content)),
+        }
+
+    def send(self, status, headers, body, with_body, cut=False):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            # Only an answer from the beginning breaks: who resumes gets the rest.
+            cut = cut and len(body) == len(self.server.content)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection = cut
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def running(content: bytes, ways: dict):
+    """The server, in a thread of its own."""
+    server = HubServer(content, ways)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,304 @@
+"""Weights by name and from files, against a real server on loopback and real files."""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from golden_networks import load_recipe
+from hub_server import running
+from safetensors.numpy import save, save_file
+
+from keras_resnest.backbones import (
+    PRETRAINED,
+    VARIANTS,
+    ResNet18,
+    VGG16Reduced,
+    create_backbone,
+    read_state_dict,
+)
+
+WAYS = {
+    "resnet18.a1_in1k": "right",
+    "resnet18.gluon_in1k": "redirect",
+    "resnet18.a2_in1k": "wrong hash",
+    "resnet18.a3_in1k": "truncated",
+    "resnet18.tv_in1k": "cut",
+    "resnet34.a1_in1k": "right",  # the file of another network
+}
+# Loads what the command line asks for, one after another; prints what came of it.
+PROGRAM = """
+import json, sys, numpy as np
+from keras_resnest.backbones import PRETRAINED, create_backbone
+from keras_resnest.backbones.published_weights import PretrainedWeights
+address, sha256, image = sys.argv[1:4]
+def row(way, promised):
+    source = f"{address}/files/{way}/resnet18-{way}-{promised}.safetensors"
+    return PretrainedWeights(source, 224, 0.875, "bilinear", None, "none", promised)
+PRETRAINED["resnet18"] |= {
+    "url": row("right", sha256[:8]),
+    "url_wrong_hash": row("right", "00000000"),
+    "url_cut": row("cut", sha256[:8]),
+    "url_absent": row("absent", sha256[:8])._replace(source=f"{address}/nothing.safetensors"),
+}
+for name, tag in [request.split(":") for request in sys.argv[4:]]:
+    options = {"include_rescaling": False, "classifier_activation": None}
+    try:
+        logits = create_backbone(name, weights=tag, **options)(np.load(image), training=False)
+        answer = {"logits": np.asarray(logits).tolist()}
+    except Exception as error:
+        answer = {"kind": type(error).__name__, "error": str(error)}
+    print("\\n" + json.dumps(answer))  # progress bars leave their line open
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(shared):
+    golden = shared / "golden"
+    manifest = golden / "manifests" / "timm.resnet18.json"
+    recipe = load_recipe(golden)
+    return recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+
+
+@pytest.fixture(scope="module")
+def golden_case(shared):
+    golden = shared / "golden"
+    facts = json.loads((golden / "networks.json").read_text())["timm.resnet18"]["cases"]["main"]
+    image = load_recipe(golden).make_input(facts["input_shape"], 1, facts["input_name"])
+    with np.load(golden / "networks" / "timm.resnet18.npz") as arrays:
+        return image.transpose(0, 2, 3, 1), arrays["main_logits"]
+
+
+def fetch(folder, address, sha256, image, *requests):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "hub"),
+        "KERAS_HOME": str(folder / "keras"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    np.save(folder / "image.npy", image)
+    command = [sys.executable, "-c", PROGRAM, address, sha256, str(folder / "image.npy")]
+    result = subprocess.run(
+        [*command, *requests], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines]
+
+
+def cached_files(folder):
+    """Whole or partial weight files anywhere below."""
+    files = [path for name in ("hub", "keras") for path in (folder / name).rglob("*")]
+    return sorted({p.resolve() for p in files if p.is_file() and p.stat().st_size > 10_000})
+
+
+def check_logits(result, want):
+    assert "logits" in result, result
+    assert np.abs(np.array(result["logits"]) - want).max() < 1e-5 * np.abs(want).max()
+
+
+def check_sentence(result, kind, *parts):
+    assert result["kind"] == kind, result
+    assert "\n" not in result["error"].strip(), result
+    for part in parts:
+        assert part in result["error"], result
+
+
+def test_the_hub_gives_weights_or_a_sentence(weights, golden_case, tmp_path):
+    image, want = golden_case
+    good = ("resnet18:imagenet", "resnet18:gluon_in1k", "resnet18:tv_in1k")
+    bad = ("resnet18:a2_in1k", "resnet18:a3_in1k", "resnet34:a2_in1k", "resnet34:a1_in1k")
+    with running(save(weights), WAYS) as server:
+        answers = fetch(tmp_path, server.address, server.sha256, image, *good, *bad)
+    for answer in answers[:3]:
+        check_logits(answer, want)
+    wrong_hash, truncated, absent, other = answers[3:]
+    check_sentence(wrong_hash, "ValueError", "not the published one", "ffffffff", "removed")
+    check_sentence(truncated, "ConnectionError", "resnet18.a3_in1k", "could not be fetched")
+    check_sentence(absent, "ConnectionError", "resnet34.a2_in1k", "weights=<path>")
+    assert other["kind"] == "ValueError" and "missing: layer4_2_conv2" in other["error"]
+    # The file of the last one is whole, and what the hub promised.
+    assert len(cached_files(tmp_path)) == len(good) + 1
+
+
+def test_a_file_server_gives_weights_or_a_sentence(weights, golden_case, tmp_path):
+    image, want = golden_case
+    requests = [f"resnet18:{tag}" for tag in ("url", "url_wrong_hash", "url_cut", "url_absent")]
+    with running(save(weights), WAYS) as server:
+        answers = fetch(tmp_path, server.address, server.sha256, image, *requests)
+    check_logits(answers[0], want)
+    check_sentence(answers[1], "ValueError", "not the published one", "00000000")
+    check_sentence(answers[2], "ConnectionError", "could not be fetched")
+    check_sentence(answers[3], "ConnectionError", "404")
+    assert len(cached_files(tmp_path)) == 1
+
+
+def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
+    image, want = golden_case
+    with running(save(weights), WAYS) as server:
+        address, sha256 = server.address, server.sha256
+        for answer in fetch(tmp_path, address, sha256, image, "resnet18:imagenet", "resnet18:url"):
+            check_logits(answer, want)
+    # Now nobody listens there.
+    requests = ("resnet18:imagenet", "resnet18:url", "resnet34:tv_in1k")
+    *cached, absent = fetch(tmp_path, address, sha256, image, *requests)
+    for answer in cached:
+        check_logits(answer, want)
+    check_sentence(absent, "ConnectionError", "timm/resnet34.tv_in1k", "weights=<path>")
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def logits_of(weights, image, **options):
+    model = ResNet18(
+        weights=weights, include_rescaling=False, classifier_activation=None, **options
+    )
+    return np.asarray(model(image, training=False))
+
+
+def test_safetensors_file(weights, golden_case, tmp_path):
+    image, want = golden_case
+    path = tmp_path / "resnet18.safetensors"
+    save_file(weights, path)
+    assert np.abs(logits_of(path, image) - want).max() < 1e-5 * np.abs(want).max()
+    # Without classifier, the classifier alone is left over.
+    features = ResNet18(include_top=False, weights=path, include_rescaling=False)
+    whole = ResNet18(weights=path, include_rescaling=False)
+    assert np.array_equal(
+        features(image, training=False),
+        keras.Model(whole.input, whole.pyramid_outputs["P5"])(image, training=False),
+    )
+    # Half precision becomes full, and a wrapper of data-parallel training is taken off.
+    half = {f"module.{name}": array.astype("float16") for name, array in weights.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    assert np.abs(logits_of(tmp_path / "half.safetensors", image) - want).max() < 0.02
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"no whole \.safetensors file"):
+        ResNet18(weights=path)
+
+
+def test_torch_files(weights, golden_case, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    image, want = golden_case
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    tensors["bn1.num_batches_tracked"] = torch.tensor(7)
+    for name, content in {
+        "plain.pth": tensors,
+        "wrapped.pth.tar": {"epoch": 3, "state_dict": tensors},
+        "model.pt": {"model": {f"module.{k}": v for k, v in tensors.items()}},
+    }.items():
+        torch.save(content, tmp_path / name)
+        assert np.abs(logits_of(tmp_path / name, image) - want).max() < 1e-5 * np.abs(want).max()
+    torch.save({"weight": "text"}, tmp_path / "text.pth")
+    with pytest.raises(ValueError, match="must hold a state dict"):
+        read_state_dict(tmp_path / "text.pth")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_no_pickle_is_ever_executed(tmp_path):
+    target = tmp_path / "executed"
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"fc.weight": Malicious(target)}))
+    wanted = ImportError if importlib.util.find_spec("torch") is None else ValueError
+    with pytest.raises(wanted, match=r"evil\.pth"):
+        ResNet18(weights=tmp_path / "evil.pth")
+    assert not target.exists()
+    pickle.loads((tmp_path / "evil.pth").read_bytes())  # it would have worked
+    assert target.exists()
+
+
+def test_keras_files(tmp_path):
+    model = create_backbone("resnest14_tiny", classes=5)
+    path = str(tmp_path / "tiny.weights.h5")
+    model.save_weights(path)
+    loaded = create_backbone("resnest14_tiny", classes=5, weights=path)
+    for ours, theirs in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        assert np.array_equal(ours, theirs)
+    features = create_backbone("resnest14_tiny", include_top=False, weights=path)
+    assert np.array_equal(features.layers[5].get_weights(), model.layers[5].get_weights())
+    for name, options in (
+        ("resnest14_tiny", {"classes": 7}),
+        ("resnet18", {}),
+        ("skresnet18", {"include_top": False}),
+    ):
+        with pytest.raises(ValueError, match=f"does not hold the weights of {name}"):
+            create_backbone(name, weights=path, **options)
+
+
+# --- Wrong arguments, before anything is fetched ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options, match",
+    [
+        ("resnet18", {"weights": "a1_in2k"}, r"Nearest tag: 'a1_in1k'"),
+        ("resnet18", {"weights": "nothing"}, "must be None, 'imagenet', a tag"),
+        ("resnest14_tiny", {"weights": "imagenet"}, "no published weights of resnest14_tiny"),
+        ("resnet18", {"weights": "imagenet", "classes": 5}, r"model\.replace_top\(classes\)"),
+        ("resnet18", {"weights": "imagenet", "input_shape": (64, 64, 1)}, "3 channels"),
+        ("resnet18", {"weights": "absent.safetensors"}, "does not exist"),
+        ("resnet18", {"weights": "absent/resnet18.h5"}, "does not exist"),
+    ],
+)
+def test_refuses(name, options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        create_backbone(name, **options)
+    if "weights" in match:
+        assert "Received" in str(error.value)
+
+
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"the path of a .safetensors, .weights.h5 or PyTorch"):
+        ResNet18(weights=path)
+
+
+def test_other_classes_keep_the_backbone():
+    model = create_backbone("resnest14_tiny", classes=5)
+    image = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    other = model.replace_top(classes=3)
+    assert other(image).shape == (2, 3) and other.classes == 3
+    level = {name: m.pyramid_outputs["P5"] for name, m in (("a", model), ("b", other))}
+    a = keras.Model(model.input, level["a"])(image, training=False)
+    b = keras.Model(other.input, level["b"])(image, training=False)
+    assert np.array_equal(a, b)
+    grown = create_backbone("resnest14_tiny", include_top=False).replace_top(4, None)
+    assert grown(image).shape == (2, 4) and np.asarray(grown(image)).min() < 0
+    with pytest.raises(ValueError, match="no classifier"):
+        VGG16Reduced().replace_top(3)
+
+
+# --- The table -------------------------------------------------------------------------------
+
+
+def test_the_table_names_networks_and_complete_facts():
+    assert set(PRETRAINED) <= set(VARIANTS)
+    for name, tags in PRETRAINED.items():
+        for tag, row in tags.items():
+            where = (name, tag)
+            assert row.on_hub or row.source.startswith("https://"), where
+            assert row.licence and 128 <= row.crop_size <= 448 and 0.8 < row.crop_share <= 1, where
+            assert row.top1 is None or 60 < row.top1 < 90, where
+            assert row.interpolation in ("bilinear", "bicubic"), where
+            if row.sha256 is not None:  # the authors put it into the name
+                assert f"-{row.sha256}.pth" in row.source, where
+            if row.on_hub:
+                assert row.source.endswith(f".{tag}"), where
