@@ -19,6 +19,7 @@ from keras_resnest.backbones import (
     ResNeSt200,
     ResNeSt269,
     create_backbone,
+    list_models,
 )
 from keras_resnest.detection import builders
 from keras_resnest.detection.refinedet import RefineDet
@@ -41,6 +42,7 @@ __all__ = [
     "detection",
     "evaluation",
     "layers",
+    "list_models",
     "serving",
     "training",
     "visualization",

@@ -1,6 +1,7 @@
 """Networks that turn images into feature maps or classes."""
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.classification import decode_predictions, preprocess_input
 from keras_resnest.backbones.pretrained import load_pretrained, read_state_dict
 from keras_resnest.backbones.published_weights import PRETRAINED
 from keras_resnest.backbones.resnet import ResNet
@@ -81,6 +82,7 @@ from keras_resnest.backbones.variants import (
     list_backbones,
 )
 from keras_resnest.backbones.vgg import VGG
+from keras_resnest.backbones.zoo import count_multiply_adds, list_models
 
 __all__ = [
     "PRETRAINED",
@@ -158,9 +160,13 @@ __all__ = [
     "ShuffleNetV2_2_0x",
     "ShuffleNetV2_2_0x_megvii",
     "VGG16Reduced",
+    "count_multiply_adds",
     "create_backbone",
+    "decode_predictions",
     "list_backbones",
+    "list_models",
     "load_pretrained",
     "load_torch_state_dict",
+    "preprocess_input",
     "read_state_dict",
 ]

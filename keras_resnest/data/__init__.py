@@ -6,7 +6,12 @@ TensorFlow Datasets and the `tf.data` code are imported at the first use of a na
 import importlib
 
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
-from keras_resnest.data.images import find_images, load_image, resize_image
+from keras_resnest.data.images import (
+    center_crop_image,
+    find_images,
+    load_image,
+    resize_image,
+)
 from keras_resnest.data.readers import read_voc
 from keras_resnest.data.tfds_reader import read_tfds
 from keras_resnest.data.validation import check_ground_truth
@@ -30,6 +35,7 @@ __all__ = [
     "AnnotationReport",
     "DetectionDataset",
     "ImageRecord",
+    "center_crop_image",
     "check_ground_truth",
     "find_images",
     "load_image",

@@ -179,6 +179,47 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # === Files and bytes ===
 
 
+def center_crop_image(
+    image: np.ndarray,
+    crop_size: int,
+    crop_share: float = 0.875,
+    interpolation: str = "bilinear",
+) -> np.ndarray:
+    """The middle of a picture, as classifiers are evaluated: resize the shorter side, then cut.
+
+    Args:
+        image: Picture (height, width, 3), uint8, RGB.
+        crop_size: Side of the result in pixels.
+        crop_share: The crop as a share of the resized shorter side, above 0, at most 1.
+        interpolation: `"bilinear"` or `"bicubic"`, antialiased.
+
+    Returns:
+        Picture (crop_size, crop_size, 3), uint8.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> center_crop_image(load_image("photo.jpg"), 224).shape
+        (224, 224, 3)
+    """
+    from PIL import Image
+
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    if crop_size < 1 or not 0 < crop_share <= 1 or interpolation not in filters:
+        raise ValueError(
+            "`crop_size` must be positive, `crop_share` above 0 and at most 1, `interpolation` "
+            f"one of {tuple(filters)}. Received: crop_size={crop_size}, "
+            f"crop_share={crop_share}, interpolation={interpolation!r}"
+        )
+    height, width = image.shape[:2]
+    scale = int(crop_size / crop_share) / min(height, width)
+    size = max(round(width * scale), crop_size), max(round(height * scale), crop_size)
+    resized = Image.fromarray(image).resize(size, filters[interpolation])
+    left, top = ((side - crop_size) // 2 for side in size)
+    return np.asarray(resized.crop((left, top, left + crop_size, top + crop_size)))
+
+
 def _as_path_or_bytes(source):
     if isinstance(source, bytearray | memoryview):
         return bytes(source)

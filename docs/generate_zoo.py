@@ -1,0 +1,72 @@
+"""Builds every network, counts, and writes the figures, `docs/zoo.md` and README's table."""
+
+import argparse
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+
+import keras_resnest as kr
+from keras_resnest.backbones import figures, zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+IN_README = "resnest[0-9]*"
+MARKS = ("<!-- zoo:start -->\n", "<!-- zoo:end -->")
+INTRODUCTION = """# Networks
+
+Written by `docs/generate_zoo.py`, which builds every network and counts. Parameters are the
+trainable ones; GFLOPs are thousand millions of multiply-adds for one picture of the size beside
+them; top-1 is what the publishers of the first weights measured on ImageNet. `weights="imagenet"`
+stands for the first tag.
+
+"""
+
+
+def figures_of(name: str) -> tuple[int, float]:
+    size = zoo.crop_size(name)
+    model = kr.create_backbone(name, input_shape=(size, size, 3))
+    figures = zoo.count_parameters(model), zoo.count_multiply_adds(model, (size, size, 3)) / 1e9
+    keras.backend.clear_session()
+    return figures
+
+
+def write_figures() -> None:
+    rows = []
+    for name in kr.backbones.list_backbones():
+        parameters, gflops = figures_of(name)
+        print(f"{name}: {parameters:,} parameters, {gflops:.3f} GFLOPs", flush=True)
+        rows.append(f'    "{name}": ({parameters}, {gflops:.4f}),\n')
+    docstring = f'"""{figures.__doc__}"""\n\n'
+    table = "# (trainable parameters, thousand millions of multiply-adds at the crop size)\n"
+    table += f"FIGURES: dict[str, tuple[int, float]] = {{\n{''.join(rows)}}}\n"
+    Path(figures.__file__).write_text(docstring + table)
+
+
+def tables() -> tuple[str, str]:
+    """Texts of `docs/zoo.md` and of README's part."""
+    return f"{INTRODUCTION}{zoo.list_models()}\n", f"{zoo.list_models(IN_README)}\n"
+
+
+def write_tables() -> None:
+    whole, part = tables()
+    (ROOT / "docs" / "zoo.md").write_text(whole)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(MARKS[0])
+    readme.write_text(before + MARKS[0] + part + MARKS[1] + rest.split(MARKS[1])[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables-only", action="store_true", help="do not build the networks")
+    if not parser.parse_args().tables_only:
+        write_figures()
+        importlib.reload(figures)
+        importlib.reload(zoo)
+        subprocess.run([sys.executable, "-m", "ruff", "format", "-q", figures.__file__], check=True)
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Pictures in and class names out, in the manner of `keras.applications`."""
+
+import keras
+import numpy as np
+
+
+def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
+    """Prepares a batch of pictures for a network of this package.
+
+    The networks normalize pictures themselves (`include_rescaling=True`), so nothing is done by
+    default: the function is here because programs written for `keras.applications` call it.
+
+    Args:
+        x: pictures (batch, height, width, 3), RGB, 0 to 255, uint8 or float.
+        data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
+        mode: None to return `x` as it is, or `"torch"` to normalize by ImageNet's means and
+            standard deviations, for a network with `include_rescaling=False`.
+
+    Returns:
+        `x`, or a normalized float copy.
+
+    Raises:
+        ValueError: if `mode` is something else.
+
+    Example:
+        >>> model.predict(preprocess_input(images))
+    """
+    if mode is None:
+        return x
+    if mode != "torch":
+        raise ValueError(f"`mode` must be None or 'torch'. Received: mode={mode!r}")
+    if isinstance(x, np.ndarray):
+        x = x.astype("float32")  # a copy: Keras would work in place
+    return keras.applications.imagenet_utils.preprocess_input(
+        x, data_format=data_format, mode="torch"
+    )
+
+
+def decode_predictions(predictions, top: int = 5, class_names=None):
+    """The most probable classes of each picture, by name.
+
+    Args:
+        predictions: class probabilities (batch, classes).
+        top: positive integer, how many classes of each picture are given.
+        class_names: names of the classes in order. None for those of ImageNet, which Keras
+            fetches once.
+
+    Returns:
+        List of one list per picture, of (class id, class name, probability), by falling
+        probability. With `class_names` the id is the number of the class, for ImageNet its
+        WordNet id.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+        ConnectionError: if ImageNet's names cannot be fetched.
+
+    Example:
+        >>> decode_predictions(model.predict(images), top=1, class_names=["cat", "dog"])
+        [[(1, 'dog', 0.93)]]
+    """
+    predictions = np.asarray(predictions)
+    classes = 1000 if class_names is None else len(class_names)
+    if predictions.ndim != 2 or predictions.shape[1] != classes:
+        raise ValueError(
+            f"`predictions` must be of shape (batch, {classes}), as many as there are class names "
+            f"({'of ImageNet' if class_names is None else '`class_names`'}). "
+            f"Received: {predictions.shape}"
+        )
+    if not 0 < top <= classes:
+        raise ValueError(f"`top` must be 1 to {classes}. Received: top={top}")
+    if class_names is None:
+        return _decode_imagenet(predictions, top)
+    order = np.argsort(-predictions, axis=1, kind="stable")[:, :top]
+    return [
+        [(int(i), str(class_names[i]), float(row[i])) for i in best]
+        for row, best in zip(predictions, order, strict=True)
+    ]
+
+
+def _decode_imagenet(predictions, top):
+    try:
+        return keras.applications.imagenet_utils.decode_predictions(predictions, top=top)
+    except Exception as error:
+        raise ConnectionError(
+            f"The names of ImageNet's classes could not be fetched: {str(error).splitlines()[0]} "
+            "(give `class_names` to do without)"
+        ) from error
