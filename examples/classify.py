@@ -5,13 +5,15 @@
     python examples/classify.py photo.jpg --model my_classifier.keras --classes names.txt
 
 MODEL is the name of a network (--list shows all, with their published weights) or a `.keras`
-file. Pictures are resized and cut as when the network was measured. The names of ImageNet's
-classes are fetched once; with --classes, a text file of one name a line, they are not needed.
+file. Pictures, folders or patterns such as "photos/*.jpg" are resized and cut as when the network
+was measured. The names of ImageNet's classes are fetched once; with --classes, a text file of one
+name a line, they are not needed.
 
 Exit status: 0 if at least one picture worked, 1 if none did, 2 if the command is wrong.
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -22,19 +24,31 @@ import numpy as np
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # fewer messages of TensorFlow
 
 
+def positive(text: str) -> int:
+    """A positive integer of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pictures", nargs="*", type=Path, help="pictures and folders of pictures")
+    parser.add_argument("pictures", nargs="*", help="pictures, folders, patterns")
     parser.add_argument("--model", default="resnest50", help="name or .keras file (%(default)s)")
     parser.add_argument(
         "--weights", default="imagenet", help="tag or file of a named network (%(default)s)"
     )
-    parser.add_argument("--classes", type=Path, help="text file with one class name a line")
-    parser.add_argument("--top", type=int, default=5, help="classes a picture (%(default)s)")
-    parser.add_argument("--crop-size", type=int, help="side of the crop in pixels")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at once (%(default)s)")
+    parser.add_argument(
+        "--classes", "--classes-file", type=Path, help="text file with one class name a line"
+    )
+    parser.add_argument("--top", type=positive, default=5, help="classes a picture (%(default)s)")
+    parser.add_argument("--crop-size", type=positive, help="side of the crop in pixels")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="pictures at once (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="also write the result into this file")
     parser.add_argument("--list", action="store_true", help="show the networks and end")
     arguments = parser.parse_args(argv)
@@ -43,7 +57,7 @@ def parse_arguments(argv):
     return arguments
 
 
-def load_classifier(name, weights, classes):
+def load_classifier(name, weights, classes=None):
     """Returns the model and how pictures are cut for it: (size, share, interpolation)."""
     import keras
 
@@ -51,22 +65,52 @@ def load_classifier(name, weights, classes):
 
     if name.endswith(".keras"):
         model = keras.saving.load_model(name)
-        size = next((side for side in model.input_shape[1:3] if side), 224)
-        return model, (size, 0.875, "bilinear")
-    kwargs = {} if classes is None or weights == "imagenet" else {"classes": len(classes)}
-    model = kr.create_backbone(name, include_top=True, weights=weights, **kwargs)
-    tags = kr.backbones.PRETRAINED.get(name.lower(), {})
-    row = tags.get(weights) or next(iter(tags.values()), None)
-    return model, (row[1:4] if row else (224, 0.875, "bilinear"))
+        crop = (224, 0.875, "bilinear")
+    else:
+        kwargs = {} if classes is None or weights == "imagenet" else {"classes": classes}
+        model = kr.create_backbone(name, include_top=True, weights=weights, **kwargs)
+        tags = kr.backbones.PRETRAINED.get(name.lower(), {})
+        row = tags.get(weights) or next(iter(tags.values()), None)
+        crop = (
+            (row.crop_size, row.crop_share, row.interpolation) if row else (224, 0.875, "bilinear")
+        )
+    if len(model.output_shape) != 2 or len(model.input_shape) != 4:
+        raise ValueError(f"{name} is no classifier of pictures: its output is {model.output_shape}")
+    side = model.input_shape[1]
+    return model, (side or crop[0], *crop[1:])
 
 
-def collect(paths):
+def collect(names):
+    """Paths of all pictures that the command line names."""
     from keras_resnest.data import find_images
 
     found = []
-    for path in paths:
-        found += find_images(path) if path.is_dir() else [path]
+    for name in names:
+        # A file whose name looks like a pattern is that file.
+        exists = Path(name).exists() or not glob.has_magic(name)
+        paths = [name] if exists else sorted(glob.glob(name, recursive=True))
+        if not paths:
+            raise ValueError(f"nothing fits the pattern {name!r}")
+        for path in map(Path, paths):
+            found += find_images(path) if path.is_dir() else [path]
     return found
+
+
+def read_names(path):
+    return [name for name in path.read_text(encoding="utf-8").split("\n") if name.strip()]
+
+
+def class_names(model, path):
+    """Names of the model's classes, from a file; None for those of ImageNet."""
+    classes = model.output_shape[-1]
+    if path is None:
+        if classes != 1000:
+            raise ValueError(f"the model has {classes} classes: name them with --classes")
+        return None
+    names = read_names(path)
+    if len(names) != classes:
+        raise ValueError(f"{path} holds {len(names)} names, the model has {classes} classes")
+    return names
 
 
 def crops(paths, size, share, interpolation):
@@ -99,15 +143,16 @@ def main(argv=None) -> int:
         print(kr.list_models())
         return 0
     try:
-        names = arguments.classes and arguments.classes.read_text().split("\n")
-        names = names and [name for name in names if name.strip()]
-        model, crop = load_classifier(arguments.model, arguments.weights, names)
-        crop = (arguments.crop_size or crop[0], *crop[1:])
         paths = collect(arguments.pictures)
+        classes = len(read_names(arguments.classes)) if arguments.classes else None
+        model, crop = load_classifier(arguments.model, arguments.weights, classes)
+        names = class_names(model, arguments.classes)
+        top = min(arguments.top, model.output_shape[-1])
+        crop = (arguments.crop_size or crop[0], *crop[1:])
         results = []
         for batch in batches(crops(paths, *crop), arguments.batch_size):
             predictions = model.predict(np.stack([picture for _, picture in batch]), verbose=0)
-            decoded = kr.backbones.decode_predictions(predictions, arguments.top, names)
+            decoded = kr.backbones.decode_predictions(predictions, top, names)
             for (path, _), best in zip(batch, decoded, strict=True):
                 results.append({"file": str(path), "classes": report(path, best)})
         if arguments.json:

@@ -4,8 +4,9 @@
     python examples/compare_backbones.py "shufflenet_v2_?_?x" --batch-size 8 --plot accuracy.png
 
 Each network runs in a process of its own, with random weights, so that its peak memory is its
-own. Latency is the median over the runs of one batch; memory is the peak of the process above
-what it used before the network was built. The plot shows published top-1 against latency.
+own. Latency is the median over the runs of one batch, after two that are not timed; memory is the
+peak of the process above what it used before the network was built. Parameters and GFLOPs are
+those of what is timed. The plot shows published top-1 against latency.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from classify import positive
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # fewer messages of TensorFlow
 
 
@@ -24,9 +27,9 @@ def parse_arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="+", help="names or shell patterns of networks")
-    parser.add_argument("--size", type=int, help="side of the pictures; default: crop size")
-    parser.add_argument("--batch-size", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--runs", type=int, default=10, help="timed batches (%(default)s)")
+    parser.add_argument("--size", type=positive, help="side of the pictures; default: crop size")
+    parser.add_argument("--batch-size", type=positive, default=1, help="(%(default)s)")
+    parser.add_argument("--runs", type=positive, default=10, help="timed batches (%(default)s)")
     parser.add_argument("--features", action="store_true", help="without classifier")
     parser.add_argument("--csv", type=Path, help="also write the table into this file")
     parser.add_argument("--plot", type=Path, help="draw top-1 against latency into this picture")
@@ -36,6 +39,12 @@ def parse_arguments(argv):
 
 def peak_memory():
     """Largest memory of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux hands the parent's peak down in `ru_maxrss`; this one is the process's own.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) / 2**10
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -48,20 +57,27 @@ def measure(name, size, arguments) -> dict:
     import tensorflow as tf
 
     import keras_resnest as kr
+    from keras_resnest.backbones.zoo import count_multiply_adds, count_parameters
 
     tf.constant(0)  # starts TensorFlow
     before = peak_memory()
-    has_top = not arguments.features and name != "vgg16_reduced"
-    model = kr.create_backbone(name, include_top=has_top, input_shape=(size, size, 3))
+    top = {"include_top": False} if arguments.features else {}
+    model = kr.create_backbone(name, input_shape=(size, size, 3), **top)
     run = tf.function(lambda x: model(x, training=False))
     pictures = tf.zeros((arguments.batch_size, size, size, 3))
-    run(pictures)
+    for _ in range(2):
+        run(pictures)
     seconds = []
     for _ in range(arguments.runs):
         start = time.perf_counter()
         tf.nest.map_structure(np.asarray, run(pictures))
         seconds.append(time.perf_counter() - start)
-    return {"latency": float(np.median(seconds)), "memory": peak_memory() - before}
+    return {
+        "latency_ms": round(float(np.median(seconds)) * 1e3, 1),
+        "memory_mb": round(peak_memory() - before),
+        "parameters": count_parameters(model),
+        "gflops": round(count_multiply_adds(model, (size, size, 3)) / 1e9, 2),
+    }
 
 
 def measure_apart(name, size, arguments) -> dict:
@@ -71,7 +87,8 @@ def measure_apart(name, size, arguments) -> dict:
     command += ["--features"] if arguments.features else []
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{name} failed: {result.stderr.strip().splitlines()[-1]}")
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{name} failed with exit status {result.returncode}: {last}")
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
@@ -80,15 +97,10 @@ COLUMNS = ("name", "size", "latency_ms", "memory_mb", "parameters", "gflops", "t
 
 def row_of(model, arguments) -> dict:
     size = arguments.size or model.crop_size
-    measured = measure_apart(model.name, size, arguments)
-    gflops = model.gflops * (size / model.crop_size) ** 2
     return {
         "name": model.name,
         "size": size,
-        "latency_ms": round(measured["latency"] * 1e3, 1),
-        "memory_mb": round(measured["memory"]),
-        "parameters": model.parameters,
-        "gflops": round(gflops, 2),
+        **measure_apart(model.name, size, arguments),
         # A published figure belongs to its size.
         "top1": model.top1 if size == model.crop_size else None,
     }
@@ -144,8 +156,11 @@ def main(argv=None) -> int:
     if arguments.csv:
         lines = [",".join(COLUMNS), *(",".join(map(str, row.values())) for row in rows)]
         arguments.csv.write_text("\n".join(lines).replace("None", "") + "\n")
-    if arguments.plot and any(row["top1"] is not None for row in rows):
-        draw(rows, arguments.plot, arguments.batch_size)
+    if arguments.plot:
+        if all(row["top1"] is None for row in rows):
+            print("no plot: no network has a published top-1 at this size", file=sys.stderr)
+        else:
+            draw(rows, arguments.plot, arguments.batch_size)
     return 0 if rows else 1
 
 

@@ -1,7 +1,7 @@
 """Measures top-1 and top-5 accuracy of a network, beside the published figure.
 
     python examples/verify_imagenet.py imagenet/val --model resnest50
-    python examples/verify_imagenet.py tfds:imagenet_v2 --model resnet50 --weights tv_in1k
+    python examples/verify_imagenet.py tfds:imagenet_v2 --split test --model resnet50
 
 DATA is a folder with a folder of pictures for each class, whose sorted names are the classes 0,
 1, 2 ..., as in ImageNet's validation set; or `tfds:` and the name of a TensorFlow data set with
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from classify import batches, load_classifier
+from classify import batches, load_classifier, positive
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # fewer messages of TensorFlow
 
@@ -29,9 +29,9 @@ def parse_arguments(argv):
         "--weights", default="imagenet", help="tag or file of a named network (%(default)s)"
     )
     parser.add_argument("--split", default="validation", help="split of TFDS (%(default)s)")
-    parser.add_argument("--crop-size", type=int, help="side of the crop in pixels")
-    parser.add_argument("--batch-size", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--limit", type=int, help="measure on so many pictures only")
+    parser.add_argument("--crop-size", type=positive, help="side of the crop in pixels")
+    parser.add_argument("--batch-size", type=positive, default=32, help="(%(default)s)")
+    parser.add_argument("--limit", type=positive, help="measure on so many pictures only")
     return parser.parse_args(argv)
 
 
@@ -51,8 +51,12 @@ def labelled_folder(folder):
 def labelled_tfds(name, split):
     import tensorflow_datasets as tfds
 
+    from keras_resnest.data import load_image
+
     data, info = tfds.load(name, split=split, with_info=True)
-    pairs = ((example["image"], int(example["label"])) for example in tfds.as_numpy(data))
+    if "image" not in info.features or "label" not in info.features:
+        raise ValueError(f"{name} has no image and label, but {', '.join(info.features)}")
+    pairs = ((load_image(row["image"]), int(row["label"])) for row in tfds.as_numpy(data))
     return info.features["label"].num_classes, pairs
 
 
@@ -63,7 +67,7 @@ def measure(model, pairs, crop, batch_size, limit):
     pairs = pairs if limit is None else (pair for pair, _ in zip(pairs, range(limit), strict=False))
     count = first = five = 0
     for batch in batches(pairs, batch_size):
-        images = np.stack([center_crop_image(np.asarray(image), *crop) for image, _ in batch])
+        images = np.stack([center_crop_image(image, *crop) for image, _ in batch])
         labels = np.array([label for _, label in batch])
         ranks = np.argsort(-model.predict(images, verbose=0), axis=1, kind="stable")
         first += int((ranks[:, 0] == labels).sum())
@@ -74,12 +78,15 @@ def measure(model, pairs, crop, batch_size, limit):
     return count, first, five
 
 
-def published_figure(name, weights):
+def published_figure(name, weights) -> str:
+    """What the publishers of the weights measured, with the size of their pictures."""
     import keras_resnest as kr
 
     tags = kr.backbones.PRETRAINED.get(name.lower(), {})
     row = tags.get(weights) or (next(iter(tags.values()), None) if weights == "imagenet" else None)
-    return None if row is None else row.top1
+    if row is None or row.top1 is None:
+        return "unknown"
+    return f"{row.top1:.2f}% at {row.crop_size} pixels, crop {row.crop_share:.3g}"
 
 
 def main(argv=None) -> int:
@@ -89,7 +96,7 @@ def main(argv=None) -> int:
             classes, pairs = labelled_tfds(arguments.data.removeprefix("tfds:"), arguments.split)
         else:
             classes, pairs = labelled_folder(arguments.data)
-        model, crop = load_classifier(arguments.model, arguments.weights, None)
+        model, crop = load_classifier(arguments.model, arguments.weights)
         if model.output_shape[-1] != classes:
             raise ValueError(
                 f"{arguments.model} knows {model.output_shape[-1]} classes, the data has {classes}"
@@ -102,10 +109,9 @@ def main(argv=None) -> int:
     if not count:
         print("error: no pictures", file=sys.stderr)
         return 1
-    published = published_figure(arguments.model, arguments.weights)
     print(f"{arguments.model}, weights {arguments.weights}, {count} pictures at {crop[0]} pixels")
     print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}")
-    print(f"published top-1: {'unknown' if published is None else f'{published:.2f}%'}")
+    print(f"published top-1: {published_figure(arguments.model, arguments.weights)}")
     return 0
 
 

@@ -6,8 +6,11 @@ import keras
 import numpy as np
 import pytest
 from golden_networks import load_recipe, values_at
+from safetensors.numpy import save_file
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict
+from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.builders import refinedet320_resnest50, refinedet320_vgg16
 from keras_resnest.detection.refinedet import RefineDet
 
 OUTPUTS = {
@@ -60,3 +63,48 @@ def test_raw_outputs_equal_the_reference(reference, shared):
             values = values_at(value, arrays[f"feature.{module}_index"])
             error = np.abs(values - arrays[f"feature.{module}_value"]).max() / facts["absmax"]
             assert error < 20 * facts["rel_err"], (module, error)
+
+
+# --- Checkpoints by the builders -------------------------------------------------------------
+
+
+def test_builder_loads_a_checkpoint_of_the_ports(shared, tmp_path):
+    """The file of one port, with its unused modules; the same detections as array by array."""
+    recipe = load_recipe(shared / "golden")
+    manifest = shared / "golden" / "manifests" / "pengyang1225.refinedet_resnest50_320.json"
+    weights = recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+    path = tmp_path / "refinedet.safetensors"
+    unused = {"Resnet86.conv1.0.weight": weights["model.conv1.0.weight"]}
+    unused["model.fc.bias"] = np.zeros(1000, "float32")
+    save_file({**weights, **unused}, path)
+    model = refinedet320_resnest50(20, weights=path)
+    image = np.random.default_rng(0).uniform(0, 255, (1, 320, 320, 3)).astype("float32")
+    backbone = create_backbone("resnest50", include_top=False)
+    other = RefineDet(20, backbone, anchor_generator=AnchorGenerator(clip=True))
+    load_torch_state_dict(other, weights)
+    want, got = other(image, training=False), model(image, training=False)
+    for name in OUTPUTS.values():
+        assert np.array_equal(got[name], want[name])
+    # The ports' prior boxes are clipped: (cx, cy, w, h) to 0 to 1.
+    with np.load(shared / "golden" / "refinedet" / "priors.npz") as arrays:
+        priors = arrays["priors_320"] * 320
+    corners = np.concatenate(
+        [priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], axis=1
+    )
+    np.testing.assert_allclose(np.asarray(model.anchors), corners, atol=1e-3)
+    with pytest.raises(ValueError, match="wrong shape"):
+        refinedet320_resnest50(3, weights=path)
+
+
+def test_builder_loads_the_reduced_vgg(shared, tmp_path):
+    """The file that SSD and RefineDet start from: the modules of VGG by number."""
+    recipe = load_recipe(shared / "golden")
+    manifest = shared / "golden" / "manifests" / "luuuyi.refinedet_vgg16_320.json"
+    weights = recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+    numbered = {k.removeprefix("vgg."): v for k, v in weights.items() if k.startswith("vgg.")}
+    save_file(numbered, tmp_path / "vgg16_reducedfc.safetensors")
+    model = refinedet320_vgg16(3, backbone_weights=tmp_path / "vgg16_reducedfc.safetensors")
+    kernel = model.backbone.get_layer("fc7").kernel
+    assert np.array_equal(kernel[0, 0], weights["vgg.33.weight"][:, :, 0, 0].T)
+    kernel = model.backbone.get_layer("conv1_1").kernel
+    assert np.array_equal(kernel[0, 2], weights["vgg.0.weight"][:, :, 0, 2].T)

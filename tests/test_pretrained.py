@@ -1,6 +1,5 @@
 """Weights by name and from files, against a real server on loopback and real files."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ from keras_resnest.backbones import (
     ResNet18,
     VGG16Reduced,
     create_backbone,
+    load_pretrained,
     read_state_dict,
 )
 
@@ -141,6 +141,11 @@ def test_a_file_server_gives_weights_or_a_sentence(weights, golden_case, tmp_pat
     check_sentence(answers[2], "ConnectionError", "could not be fetched")
     check_sentence(answers[3], "ConnectionError", "404")
     assert len(cached_files(tmp_path)) == 1
+    # Nor is there anything of a download that broke off.
+    assert [path.name for path in (tmp_path / "keras").rglob("*") if path.is_dir()] == [
+        "models",
+        "keras_resnest",
+    ]
 
 
 def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
@@ -149,6 +154,10 @@ def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
         address, sha256 = server.address, server.sha256
         for answer in fetch(tmp_path, address, sha256, image, "resnet18:imagenet", "resnet18:url"):
             check_logits(answer, want)
+        # What lies in the cache is not asked for again.
+        before = len(server.requests)
+        fetch(tmp_path, address, sha256, image, "resnet18:imagenet", "resnet18:url")
+        assert len(server.requests) == before
     # Now nobody listens there.
     requests = ("resnet18:imagenet", "resnet18:url", "resnet34:tv_in1k")
     *cached, absent = fetch(tmp_path, address, sha256, image, *requests)
@@ -197,12 +206,28 @@ def test_torch_files(weights, golden_case, tmp_path):
         "plain.pth": tensors,
         "wrapped.pth.tar": {"epoch": 3, "state_dict": tensors},
         "model.pt": {"model": {f"module.{k}": v for k, v in tensors.items()}},
+        "parameters.bin": {**tensors, "fc.bias": torch.nn.Parameter(tensors["fc.bias"])},
     }.items():
         torch.save(content, tmp_path / name)
         assert np.abs(logits_of(tmp_path / name, image) - want).max() < 1e-5 * np.abs(want).max()
     torch.save({"weight": "text"}, tmp_path / "text.pth")
     with pytest.raises(ValueError, match="must hold a state dict"):
         read_state_dict(tmp_path / "text.pth")
+    whole = (tmp_path / "plain.pth").read_bytes()
+    for name, content in (("empty.pth", b""), ("half.pth", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is broken"):
+            read_state_dict(tmp_path / name)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_state_dict(tmp_path / "absent.pth")
+
+
+def test_a_torch_that_executes_files_is_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    with pytest.raises(ImportError, match=r"2\.9\.1.*execute code.*2\.10 or newer"):
+        read_state_dict(tmp_path / "weights.pth")
 
 
 class Malicious:
@@ -213,13 +238,24 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_no_pickle_is_ever_executed(tmp_path):
-    target = tmp_path / "executed"
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"fc.weight": Malicious(target)}))
-    wanted = ImportError if importlib.util.find_spec("torch") is None else ValueError
-    with pytest.raises(wanted, match=r"evil\.pth"):
-        ResNet18(weights=tmp_path / "evil.pth")
-    assert not target.exists()
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_no_pickle_is_ever_executed(tmp_path, monkeypatch, with_torch):
+    if with_torch:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "torch", None)  # Python's way to forbid an import
+    error, advice = (ValueError, "never executed") if with_torch else (ImportError, "pip install")
+    target, content = tmp_path / "executed", {"fc.weight": Malicious(tmp_path / "executed")}
+    for name in ("evil.pth", "evil.pt", "evil.bin", "evil.pth.tar"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+        with pytest.raises(error, match=rf"{name}.*{advice}"):
+            ResNet18(weights=tmp_path / name)
+        assert not target.exists()
+    for name in ("evil.safetensors", "evil.weights.h5"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=name):
+            ResNet18(weights=tmp_path / name)
+        assert not target.exists()
     pickle.loads((tmp_path / "evil.pth").read_bytes())  # it would have worked
     assert target.exists()
 
@@ -240,6 +276,26 @@ def test_keras_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"does not hold the weights of {name}"):
             create_backbone(name, weights=path, **options)
+    # All or nothing, where the network is there already.
+    other = create_backbone("resnest14_tiny", classes=7)
+    before = other.get_weights()
+    with pytest.raises(ValueError, match="classes=7"):
+        load_pretrained(other, path, "resnest14_tiny")
+    for ours, theirs in zip(other.get_weights(), before, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_keras_files_of_networks_with_and_without_dropout(tmp_path):
+    paths = {}
+    for rate in (0.0, 0.2):
+        model = create_backbone("resnest14_tiny", classes=5, dropout_rate=rate)
+        paths[rate] = str(tmp_path / f"{rate}.weights.h5")
+        model.save_weights(paths[rate])
+        for other in (0.0, 0.2):
+            options = {"classes": 5, "dropout_rate": other, "weights": paths[rate]}
+            loaded = create_backbone("resnest14_tiny", **options)
+            for ours, theirs in zip(loaded.trainable_weights, model.trainable_weights, strict=True):
+                assert np.array_equal(ours, theirs)
 
 
 # --- Wrong arguments, before anything is fetched ---------------------------------------------
@@ -253,6 +309,8 @@ def test_keras_files(tmp_path):
         ("resnest14_tiny", {"weights": "imagenet"}, "no published weights of resnest14_tiny"),
         ("resnet18", {"weights": "imagenet", "classes": 5}, r"model\.replace_top\(classes\)"),
         ("resnet18", {"weights": "imagenet", "input_shape": (64, 64, 1)}, "3 channels"),
+        ("resnet18", {"weights": True}, "`weights` must be None, a tag or the path"),
+        ("resnet18", {"weights": ["imagenet"]}, "`weights` must be None, a tag or the path"),
         ("resnet18", {"weights": "absent.safetensors"}, "does not exist"),
         ("resnet18", {"weights": "absent/resnet18.h5"}, "does not exist"),
     ],
@@ -262,6 +320,13 @@ def test_refuses(name, options, match):
         create_backbone(name, **options)
     if "weights" in match:
         assert "Received" in str(error.value)
+
+
+def test_a_folder_hides_no_tag(tmp_path, monkeypatch):
+    (tmp_path / "imagenet").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"classes=1000.*weights='imagenet'"):
+        ResNet18(weights="imagenet", classes=5)
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):

@@ -1,6 +1,9 @@
 """The table of networks: what it says is what is built, and what others count."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -16,7 +19,7 @@ from keras_resnest.backbones.zoo import count_parameters, crop_size
 ROOT = Path(__file__).resolve().parents[1]
 
 # What timm's benchmarks print for its networks (thousand millions of multiply-adds, two digits)
-# with the side of the pictures.
+# with the side of the pictures. Their counter counts batch normalizations too: up to 1 % more.
 TIMM = {
     "resnest14": (2.76, 224),
     "resnest26": (3.64, 224),
@@ -35,6 +38,8 @@ TIMM = {
     "resnet50d": (4.35, 224),
     "resnet101d": (16.48, 320),
     "seresnet50": (4.11, 224),
+    "skresnet18": (1.82, 224),
+    "skresnet34": (3.67, 224),
     "resnext50_32x4d": (4.26, 224),
     "resnext101_32x8d": (16.48, 224),
     "res2net50_26w_4s": (4.28, 224),
@@ -61,7 +66,28 @@ PAPER = {
     "resnest50_fast_2s2x40d": 4.38,
     "resnest50_fast_4s2x40d": 4.41,
     "resnest50_fast_1s4x24d": 4.42,
+    # pycls' tables, one digit
+    "regnetx_002": 0.2,
+    "regnetx_004": 0.4,
+    "regnetx_006": 0.6,
+    "regnetx_008": 0.8,
+    "regnetx_016": 1.6,
+    "regnetx_032": 3.2,
+    "regnety_002": 0.2,
+    "regnety_004": 0.4,
+    "regnety_006": 0.6,
+    "regnety_008": 0.8,
+    "regnety_016": 1.6,
+    "regnety_032": 3.2,
     # megvii's tables
+    "shufflenet_v1_g3_0_5x": 0.038,
+    "shufflenet_v1_g3_1_0x": 0.138,
+    "shufflenet_v1_g3_1_5x": 0.292,
+    "shufflenet_v1_g3_2_0x": 0.524,
+    "shufflenet_v1_g8_0_5x": 0.040,
+    "shufflenet_v1_g8_1_0x": 0.138,
+    "shufflenet_v1_g8_1_5x": 0.290,
+    "shufflenet_v1_g8_2_0x": 0.522,
     "shufflenet_v2_0_5x_megvii": 0.041,
     "shufflenet_v2_1_0x_megvii": 0.146,
     "shufflenet_v2_1_5x_megvii": 0.299,
@@ -91,11 +117,62 @@ def test_multiply_adds_of_layers_by_hand():
     x = layers.Conv2D(8, 3, strides=2, padding="same")(inputs)
     x = kr.layers.GroupedConv2D(12, 3, padding="same", groups=2)(x)
     x = layers.DepthwiseConv2D(5, padding="same")(x)
+    x = layers.Conv2D(4, 3, padding="same", dilation_rate=3)(x)
+    x = layers.Conv2DTranspose(5, 2, strides=2)(x)
     x = layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, layers.Dense(7)(x))
     cells = 10 * 15
-    want = cells * 8 * 9 * 6 + cells * 12 * 9 * 4 + cells * 12 * 25 + 12 * 7
+    want = cells * 8 * 9 * 6 + cells * 12 * 9 * 4 + cells * 12 * 25 + cells * 4 * 9 * 12
+    want += cells * 4 * 4 * 5 + 5 * 7  # each value becomes 2 x 2 x 5 others
     assert count_multiply_adds(model, (20, 30, 6)) == want
+    # Counting leaves the model as it was.
+    assert all("call" not in vars(layer) for layer in model._flatten_layers())
+    assert model(np.ones((1, 20, 30, 6), "float32")).shape == (1, 7)
+
+
+def test_multiply_adds_inside_layers_and_of_shared_layers():
+    inputs = keras.Input((8, 8, 16))
+    # Two 3x3 convolutions of 12 channels as one, and two dense layers of a pooled map.
+    attention = kr.layers.SplitAttention(12, radix=2)
+    x = attention(attention_input := layers.Dense(12)(inputs))
+    model = keras.Model(inputs, layers.Add()([attention(x), attention_input]))
+    hidden = attention.get_weights()
+    dense = sum(w.size for w in hidden if w.ndim == 4 and w.shape[:2] == (1, 1))
+    dense += sum(w.size for w in hidden if w.ndim == 2)
+    once = 64 * 9 * (12 // 2) * (2 * 12) + dense
+    assert count_multiply_adds(model, (8, 8, 16)) == 64 * 16 * 12 + 2 * once
+
+
+def test_multiply_adds_of_vgg16_reduced_by_hand():
+    # 3x3 convolutions of maps of 224, 112, 56, 28 and 14 pixels, then of 7 pixels: 3x3 with
+    # dilation and 1x1.
+    widths = [(3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256)]
+    widths += [(256, 512), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512)]
+    sides = [224] * 2 + [112] * 2 + [56] * 3 + [28] * 3 + [14] * 3
+    want = sum(9 * i * o * side**2 for (i, o), side in zip(widths, sides, strict=True))
+    want += 49 * (9 * 512 * 1024 + 1024 * 1024)
+    assert FIGURES["vgg16_reduced"][1] == round(want / 1e9, 4)
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (None, None, 3), (0, 64, 3), (64, 64, 4)])
+def test_counting_refuses_other_shapes(shape):
+    model = ResNet([8], [1], [1], stem_width=8)
+    with pytest.raises(ValueError):
+        count_multiply_adds(model, shape)
+    assert all("call" not in vars(layer) for layer in model._flatten_layers())
+
+
+def test_counting_does_not_depend_on_the_backend():
+    code = (
+        "import keras, keras_resnest as kr; inputs = keras.Input((8, 8, 4));"
+        "x = kr.layers.GroupedConv2D(6, 3, strides=2, padding='same', groups=2)(inputs);"
+        "model = keras.Model(inputs, keras.layers.DepthwiseConv2D(3)(x));"
+        "print(kr.backbones.count_multiply_adds(model, (8, 8, 4)))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    found = subprocess.check_output(command, env=environment).split()[-1]
+    assert int(found) == 16 * 6 * 9 * 2 + 4 * 6 * 9
 
 
 def build(name):

@@ -36,11 +36,11 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
     )
 
 
-def decode_predictions(predictions, top: int = 5, class_names=None):
+def decode_predictions(preds, top: int = 5, class_names=None):
     """The most probable classes of each picture, by name.
 
     Args:
-        predictions: class probabilities (batch, classes).
+        preds: class probabilities (batch, classes).
         top: positive integer, how many classes of each picture are given.
         class_names: names of the classes in order. None for those of ImageNet, which Keras
             fetches once.
@@ -58,30 +58,31 @@ def decode_predictions(predictions, top: int = 5, class_names=None):
         >>> decode_predictions(model.predict(images), top=1, class_names=["cat", "dog"])
         [[(1, 'dog', 0.93)]]
     """
-    predictions = np.asarray(predictions)
+    preds = keras.ops.convert_to_numpy(preds)
     classes = 1000 if class_names is None else len(class_names)
-    if predictions.ndim != 2 or predictions.shape[1] != classes:
+    if preds.ndim != 2 or preds.shape[1] != classes:
         raise ValueError(
-            f"`predictions` must be of shape (batch, {classes}), as many as there are class names "
+            f"`preds` must be of shape (batch, {classes}), as many as there are class names "
             f"({'of ImageNet' if class_names is None else '`class_names`'}). "
-            f"Received: {predictions.shape}"
+            f"Received: {preds.shape}"
         )
-    if not 0 < top <= classes:
-        raise ValueError(f"`top` must be 1 to {classes}. Received: top={top}")
+    if not isinstance(top, int) or not 0 < top <= classes:
+        raise ValueError(f"`top` must be an integer from 1 to {classes}. Received: top={top!r}")
     if class_names is None:
-        return _decode_imagenet(predictions, top)
-    order = np.argsort(-predictions, axis=1, kind="stable")[:, :top]
+        return _decode_imagenet(preds, top)
+    order = np.argsort(-preds, axis=1, kind="stable")[:, :top]
     return [
         [(int(i), str(class_names[i]), float(row[i])) for i in best]
-        for row, best in zip(predictions, order, strict=True)
+        for row, best in zip(preds, order, strict=True)
     ]
 
 
-def _decode_imagenet(predictions, top):
+def _decode_imagenet(preds, top):
     try:
-        return keras.applications.imagenet_utils.decode_predictions(predictions, top=top)
+        return keras.applications.imagenet_utils.decode_predictions(preds, top=top)
     except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"The names of ImageNet's classes could not be fetched: {str(error).splitlines()[0]} "
+            f"The names of ImageNet's classes could not be fetched: {reason} "
             "(give `class_names` to do without)"
         ) from error

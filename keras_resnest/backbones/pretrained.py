@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,9 @@ HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
 # PyTorch modules that a model without classifier may leave over.
 TOP_MODULES = ("fc", "head", "classifier", "pre_logits", "LastSE")
+# Below this, `torch.load(weights_only=True)` can be made to execute a file's code
+# (CVE-2025-32434, CVE-2026-24747).
+_SAFE_TORCH = "2.10"
 # What training programs wrap a state dict in.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -38,14 +42,20 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
         ValueError: if `weights` names nothing, or the file does not fit the network, is broken
             or is not what its publisher promised.
         ConnectionError: if the file cannot be fetched.
-        ImportError: if a PyTorch file is read without PyTorch.
+        ImportError: if a PyTorch file is read without PyTorch, or with one below 2.10.
 
     Example:
         >>> model = ResNeSt50(weights=None)
         >>> load_pretrained(model, "imagenet", "resnest50")
     """
+    if not isinstance(weights, str | os.PathLike):
+        raise ValueError(
+            f"`weights` must be None, a tag or the path of a file. Received: weights={weights!r}"
+        )
     weights = os.fspath(weights)
-    if os.path.exists(weights) or _looks_like_path(weights):
+    # Tags first: many have a folder "imagenet".
+    is_tag = weights in ("imagenet", *PRETRAINED.get(variant, {}))
+    if not is_tag and (os.path.isfile(weights) or _looks_like_path(weights)):
         _load_file(model, weights, variant, ignore)
         return
     published = _published(weights, variant)
@@ -73,14 +83,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         Dict of arrays by PyTorch name, in PyTorch's layout.
 
     Raises:
-        ValueError: if the file is broken, or holds something else than arrays.
-        ImportError: if a PyTorch file is read without PyTorch.
+        ValueError: if the file does not exist, is broken, or holds something else than arrays.
+        ImportError: if a PyTorch file is read without PyTorch, or with one below 2.10.
 
     Example:
         >>> read_state_dict("resnest50-528c19ca.pth")["fc.weight"].shape
         (1000, 2048)
     """
     path = os.fspath(path)
+    _check_exists(path)
     read = _read_safetensors if path.endswith(".safetensors") else _read_torch
     arrays = {name: _full_precision(array) for name, array in read(path).items()}
     if arrays and all(name.startswith("module.") for name in arrays):
@@ -96,9 +107,13 @@ def _looks_like_path(weights):
     return weights.endswith(endings) or os.sep in weights
 
 
-def _load_file(model, path, variant, ignore):
+def _check_exists(path):
     if not os.path.isfile(path):
-        raise ValueError(f"`weights` names a file that does not exist. Received: {path!r}")
+        raise ValueError(f"The file of weights does not exist. Received: {path!r}")
+
+
+def _load_file(model, path, variant, ignore):
+    _check_exists(path)
     if path.endswith(".weights.h5"):
         _load_keras_file(model, path, variant)
     elif path.endswith((".safetensors", *TORCH_ENDINGS)):
@@ -111,25 +126,37 @@ def _load_file(model, path, variant, ignore):
 
 
 def _load_keras_file(model, path, variant):
-    import h5py
-
+    before = model.get_weights()
     try:
-        with h5py.File(path) as file:
-            sizes = []
-            file.visititems(lambda _, item: sizes.append(getattr(item, "size", None)))
-        found = sum(size for size in sizes if size is not None)
+        surplus = _keras_file_size(path) - _size_in_keras_file(model)
         model.load_weights(path)
+        if surplus != 0 and not _may_be_classifier(model, surplus):
+            raise ValueError(f"{abs(surplus):,} numbers too {'many' if surplus > 0 else 'few'}")
     except Exception as error:
+        model.set_weights(before)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} does not hold the weights of {variant} with classes={_classes(model)}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{reason}"
         ) from error
-    wanted = sum(int(np.prod(variable.shape)) for variable in model.variables)
-    if found != wanted and not _may_be_classifier(model, found - wanted):
-        raise ValueError(
-            f"{path} does not hold the weights of {variant}: it has {found:,} numbers, the "
-            f"network {wanted:,}"
-        )
+
+
+def _keras_file_size(path):
+    import h5py
+
+    sizes = []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, item: sizes.append(getattr(item, "size", 0)))
+    return sum(sizes)
+
+
+def _size_in_keras_file(model):
+    # Keras leaves the state of the layers' random generators out of the file.
+    return sum(
+        int(np.prod(variable.shape))
+        for variable in model.variables
+        if "seed_generator" not in variable.path
+    )
 
 
 def _may_be_classifier(model, surplus):
@@ -158,20 +185,15 @@ def _read_safetensors(path):
 
 
 def _read_torch(path):
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a PyTorch file: install PyTorch to read it (pip install torch), or "
-            "convert it to .safetensors"
-        ) from error
+    torch = _import_torch(path)
     try:
         # Reads tensors and plain containers; refuses any other pickled object.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # PyTorch's own message advises to switch the protection off.
         raise ValueError(
-            f"{path} is broken, or holds more than arrays, which is never executed: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} is broken, or holds more than tensors by name, which is never executed: "
+            "save its state_dict alone, or as .safetensors"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -182,9 +204,25 @@ def _read_torch(path):
         raise ValueError(f"{path} must hold a state dict: tensors by name")
     floats = (torch.bfloat16, torch.float16)
     return {
-        name: (value.float() if value.dtype in floats else value).numpy()
+        name: (value.float() if value.dtype in floats else value).detach().numpy()
         for name, value in content.items()
     }
+
+
+def _import_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a PyTorch file: install PyTorch to read it (pip install torch), or "
+            "convert it to .safetensors"
+        ) from error
+    if torch.__version__ < _SAFE_TORCH:
+        raise ImportError(
+            f"PyTorch {torch.__version__} can be made to execute code by a file of weights. "
+            f"Reading {path} wants {_SAFE_TORCH} or newer (pip install -U torch)"
+        )
+    return torch
 
 
 def _full_precision(array):
@@ -248,13 +286,16 @@ def _fetch(published: PretrainedWeights, variant):
 
 
 def _fetch_from_hub(published, variant):
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=published.source, repo_type="model")
     try:
-        path = hf_hub_download(published.source, HUB_FILE)
+        # Published files do not change: a cached one is not asked for again.
+        path = try_to_load_from_cache(published.source, HUB_FILE)
+        if not isinstance(path, str):
+            path = hf_hub_download(published.source, HUB_FILE)
     except Exception as error:
         for unfinished in folder.glob("blobs/*.incomplete"):
             unfinished.unlink()
@@ -265,11 +306,18 @@ def _fetch_from_hub(published, variant):
 
 
 def _fetch_from_url(published, variant):
-    name = published.source.rsplit("/", 1)[-1]
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+    path = home / "models" / "keras_resnest" / published.source.rsplit("/", 1)[-1]
+    if path.exists():
+        return path, None
     try:
-        path = keras.utils.get_file(
-            name, origin=published.source, cache_subdir="models/keras_resnest"
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Moved to its place as a whole: other processes may look for it meanwhile.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fetched = keras.utils.get_file(
+                path.name, origin=published.source, cache_dir=folder, cache_subdir=""
+            )
+            os.replace(fetched, path)
     except Exception as error:
         raise ConnectionError(_fetch_failure(published, variant, error)) from error
     return path, None

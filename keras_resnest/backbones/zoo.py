@@ -1,6 +1,7 @@
 """What networks there are: their size, their cost, their published weights."""
 
 import fnmatch
+import math
 from typing import NamedTuple
 
 import keras
@@ -94,38 +95,78 @@ def count_parameters(model: keras.Model) -> int:
 
 
 def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of all convolutions and dense layers for one picture.
+    """Multiply-adds of all convolution and dense layers for one picture.
 
-    This is what papers call FLOPs. They are counted in the graph that TensorFlow runs.
+    This is what papers call FLOPs. Layers inside other layers are counted too, and layers that
+    are called several times as often as that. Nothing is computed: shapes are enough.
 
     Args:
         model: a network on images.
-        image_shape: shape of one image, in the model's data format.
+        image_shape: shape of one image in pixels and channels, in the model's data format.
 
     Returns:
         Number of multiply-adds.
 
     Raises:
-        RuntimeError: on another backend than TensorFlow.
+        ValueError: if `image_shape` is not three positive integers, or not one of the model's.
 
     Example:
         >>> count_multiply_adds(ResNet50(), (224, 224, 3)) / 1e9
-        4.09
+        4.089184256
     """
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError("Multiply-adds are counted on the TensorFlow backend")
-    import tensorflow as tf
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(
+            f"`image_shape` must be three positive integers. Received: image_shape={image_shape!r}"
+        )
+    counts = []
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, _COUNTED_LAYERS)]
+    try:
+        for layer in layers:
+            # Past Keras' tracking of attributes; a call looks the method up on the instance.
+            object.__setattr__(layer, "call", _counting_call(layer, counts))
+        _Inference(model).symbolic_call(keras.KerasTensor((1, *shape)))
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("call", None)
+    return sum(counts)
 
-    function = tf.function(lambda x: model(x, training=False))
-    graph = function.get_concrete_function(tf.TensorSpec((1, *image_shape), "float32")).graph
-    return sum(_multiply_adds(operation) for operation in graph.get_operations())
+
+_COUNTED_LAYERS = (
+    keras.layers.Conv2D,
+    keras.layers.Conv2DTranspose,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Dense,
+)
 
 
-def _multiply_adds(operation) -> int:
-    if operation.type not in ("Conv2D", "DepthwiseConv2dNative", "MatMul"):
-        return 0
-    kernel = operation.inputs[1].shape
-    # Multiply-adds for each value of the result: one per input that it sees.
-    inputs = {"MatMul": kernel[:1], "DepthwiseConv2dNative": kernel[:2]}
-    seen = np.prod(inputs.get(operation.type, kernel[:3]), dtype="int64")
-    return int(np.prod(operation.outputs[0].shape, dtype="int64") * seen)
+class _Inference(keras.Operation):
+    """A call of the model, so that Keras traces it on any backend without computing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def call(self, images):
+        return self.model(images, training=False)
+
+
+def _counting_call(layer, counts):
+    call = layer.call
+
+    def counting_call(inputs, *args, **kwargs):
+        outputs = call(inputs, *args, **kwargs)
+        counts.append(_multiply_adds(layer, inputs.shape, outputs.shape))
+        return outputs
+
+    return counting_call
+
+
+def _multiply_adds(layer, input_shape, output_shape) -> int:
+    kernel = layer.kernel.shape
+    if isinstance(layer, keras.layers.Conv2DTranspose):
+        # Every value of the input is spread over a window of all filters.
+        return math.prod(input_shape) * math.prod(kernel[:3])
+    # Each value of the result takes one for every value of the input that it sees.
+    seen = kernel[:2] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel[:-1]
+    return math.prod(output_shape) * math.prod(seen)

@@ -1,6 +1,12 @@
 """Builder functions: one for each published RefineDet, and a small one for CPUs."""
 
+from keras_resnest.backbones import create_backbone, load_torch_state_dict, read_state_dict
+from keras_resnest.detection.anchors import AnchorGenerator
 from keras_resnest.detection.refinedet import RefineDet
+
+# Modules of the PyTorch ports that take no part in detection: pengyang1225's checkpoints hold a
+# second backbone and the backbone's classifier.
+_UNUSED_MODULES = ("Resnet86", "model.fc")
 
 # name: (backbone, side of the pictures in pixels, what differs from RefineDet's defaults)
 BUILDERS = {
@@ -17,11 +23,25 @@ BUILDERS = {
 def _builder(name: str):
     backbone, side, options = BUILDERS[name]
 
-    def build(num_classes: int, image_shape=(side, side, 3), **kwargs) -> RefineDet:
-        return RefineDet(
-            num_classes,
-            **{"backbone": backbone, "image_shape": image_shape, "name": name, **options, **kwargs},
-        )
+    def build(
+        num_classes: int,
+        image_shape=(side, side, 3),
+        weights=None,
+        backbone_weights=None,
+        **kwargs,
+    ) -> RefineDet:
+        arguments = {"backbone": backbone, "image_shape": image_shape, "name": name}
+        if backbone_weights is not None:
+            arguments["backbone"] = create_backbone(
+                backbone, include_top=False, weights=backbone_weights, dtype=kwargs.get("dtype")
+            )
+        if weights is not None:
+            # The ports cut their anchors at the edges of the picture.
+            arguments["anchor_generator"] = AnchorGenerator(clip=True)
+        model = RefineDet(num_classes, **{**arguments, **options, **kwargs})
+        if weights is not None:
+            load_torch_state_dict(model, read_state_dict(weights), ignore=_UNUSED_MODULES)
+        return model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""RefineDet with the backbone `{backbone}` at {side} x {side} pixels.
@@ -29,10 +49,18 @@ def _builder(name: str):
     Args:
         num_classes: number of classes, without background.
         image_shape: (height, width, 3), sides multiples of 64.
+        weights: path of a checkpoint of the PyTorch RefineDet ports (`.pth`, `.safetensors`), or
+            None. Anchors are then clipped to the picture, as theirs are.
+        backbone_weights: `weights` of the backbone alone, such as `"imagenet"`; see
+            `create_backbone`.
         **kwargs: as in `RefineDet`.
 
     Returns:
-        A `RefineDet` with random weights.
+        A `RefineDet`, with random weights where none are given.
+
+    Raises:
+        ValueError: if weights do not fit the network, array by array.
+        ConnectionError: if published weights cannot be fetched.
 
     Example:
 
