@@ -63,17 +63,16 @@ def load_classifier(name, weights, classes=None):
 
     import keras_resnest as kr
 
+    crop = (224, 0.875, "bilinear")
     if name.endswith(".keras"):
         model = keras.saving.load_model(name)
-        crop = (224, 0.875, "bilinear")
     else:
         kwargs = {} if classes is None or weights == "imagenet" else {"classes": classes}
         model = kr.create_backbone(name, include_top=True, weights=weights, **kwargs)
         tags = kr.backbones.PRETRAINED.get(name.lower(), {})
         row = tags.get(weights) or next(iter(tags.values()), None)
-        crop = (
-            (row.crop_size, row.crop_share, row.interpolation) if row else (224, 0.875, "bilinear")
-        )
+        if row:
+            crop = (row.crop_size, row.crop_share, row.interpolation)
     if len(model.output_shape) != 2 or len(model.input_shape) != 4:
         raise ValueError(f"{name} is no classifier of pictures: its output is {model.output_shape}")
     side = model.input_shape[1]

@@ -29,6 +29,7 @@ def parse_arguments(argv):
         "--weights", default="imagenet", help="tag or file of a named network (%(default)s)"
     )
     parser.add_argument("--split", default="validation", help="split of TFDS (%(default)s)")
+    parser.add_argument("--data-dir", help="folder of TFDS; default: its own")
     parser.add_argument("--crop-size", type=positive, help="side of the crop in pixels")
     parser.add_argument("--batch-size", type=positive, default=32, help="(%(default)s)")
     parser.add_argument("--limit", type=positive, help="measure on so many pictures only")
@@ -48,12 +49,12 @@ def labelled_folder(folder):
     return len(classes), ((load_image(files[i][0]), files[i][1]) for i in order)
 
 
-def labelled_tfds(name, split):
+def labelled_tfds(name, split, data_dir):
     import tensorflow_datasets as tfds
 
     from keras_resnest.data import load_image
 
-    data, info = tfds.load(name, split=split, with_info=True)
+    data, info = tfds.load(name, split=split, data_dir=data_dir, with_info=True)
     if "image" not in info.features or "label" not in info.features:
         raise ValueError(f"{name} has no image and label, but {', '.join(info.features)}")
     pairs = ((load_image(row["image"]), int(row["label"])) for row in tfds.as_numpy(data))
@@ -93,7 +94,8 @@ def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     try:
         if arguments.data.startswith("tfds:"):
-            classes, pairs = labelled_tfds(arguments.data.removeprefix("tfds:"), arguments.split)
+            name = arguments.data.removeprefix("tfds:")
+            classes, pairs = labelled_tfds(name, arguments.split, arguments.data_dir)
         else:
             classes, pairs = labelled_folder(arguments.data)
         model, crop = load_classifier(arguments.model, arguments.weights)

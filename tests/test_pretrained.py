@@ -150,20 +150,27 @@ def test_a_file_server_gives_weights_or_a_sentence(weights, golden_case, tmp_pat
 
 def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
     image, want = golden_case
+    requests = ("resnet18:imagenet", "resnet18:url")
     with running(save(weights), WAYS) as server:
         address, sha256 = server.address, server.sha256
-        for answer in fetch(tmp_path, address, sha256, image, "resnet18:imagenet", "resnet18:url"):
-            check_logits(answer, want)
+        answers = fetch(tmp_path, address, sha256, image, *requests, *requests)
         # What lies in the cache is not asked for again.
-        before = len(server.requests)
-        fetch(tmp_path, address, sha256, image, "resnet18:imagenet", "resnet18:url")
-        assert len(server.requests) == before
+        assert len(set(server.requests)) == len(server.requests) > 0
     # Now nobody listens there.
-    requests = ("resnet18:imagenet", "resnet18:url", "resnet34:tv_in1k")
-    *cached, absent = fetch(tmp_path, address, sha256, image, *requests)
-    for answer in cached:
+    answers += fetch(tmp_path, address, sha256, image, *requests)
+    assert len(answers) == 6
+    for answer in answers:
         check_logits(answer, want)
-    check_sentence(absent, "ConnectionError", "timm/resnet34.tv_in1k", "weights=<path>")
+
+
+def test_without_network_and_cache_there_is_a_sentence(golden_case, tmp_path):
+    with running(b"", {}) as server:
+        address = server.address
+    requests = ("resnet34:tv_in1k", "resnet18:url")
+    hub, url = fetch(tmp_path, address, "0" * 64, golden_case[0], *requests)
+    check_sentence(hub, "ConnectionError", "timm/resnet34.tv_in1k", "weights=<path>")
+    check_sentence(url, "ConnectionError", address, "Connection refused", "weights=<path>")
+    assert not cached_files(tmp_path)
 
 
 # --- Files -----------------------------------------------------------------------------------

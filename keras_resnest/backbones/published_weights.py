@@ -55,11 +55,11 @@ PRETRAINED: dict[str, dict[str, PretrainedWeights]] = {
     },
     "resnest50": {
         "in1k": _hub("resnest50d.in1k", 224, 0.875, "bilinear", 80.96, "apache-2.0"),
-        "official": _official("resnest50", "528c19ca", 224, 0.875, "bilinear", 81.03),
+        "official": _official("resnest50", "528c19ca", 224, 0.875, "bicubic", 81.03),
     },
     "resnest101": {
         "in1k": _hub("resnest101e.in1k", 256, 0.875, "bilinear", 82.92, "apache-2.0"),
-        "official": _official("resnest101", "22405ba7", 256, 0.875, "bilinear", 82.83),
+        "official": _official("resnest101", "22405ba7", 256, 0.889, "bicubic", 82.83),
     },
     "resnest200": {
         "in1k": _hub("resnest200e.in1k", 320, 0.909, "bicubic", 83.88, "apache-2.0"),
@@ -67,30 +67,30 @@ PRETRAINED: dict[str, dict[str, PretrainedWeights]] = {
     },
     "resnest269": {
         "in1k": _hub("resnest269e.in1k", 416, 0.928, "bicubic", 84.54, "apache-2.0"),
-        "official": _official("resnest269", "0cc87c48", 416, 0.928, "bicubic", 84.54),
+        "official": _official("resnest269", "0cc87c48", 416, 0.929, "bicubic", 84.54),
     },
     "resnest50_fast_1s1x64d": {
-        "official": _official("resnest50_fast_1s1x64d", "d8fbf808", 224, 0.875, "bilinear", 80.33),
+        "official": _official("resnest50_fast_1s1x64d", "d8fbf808", 224, 0.875, "bicubic", 80.33),
     },
     "resnest50_fast_2s1x64d": {
-        "official": _official("resnest50_fast_2s1x64d", "44938639", 224, 0.875, "bilinear", 80.53),
+        "official": _official("resnest50_fast_2s1x64d", "44938639", 224, 0.875, "bicubic", 80.53),
     },
     "resnest50_fast_4s1x64d": {
-        "official": _official("resnest50_fast_4s1x64d", "f74f3fc3", 224, 0.875, "bilinear", 80.76),
+        "official": _official("resnest50_fast_4s1x64d", "f74f3fc3", 224, 0.875, "bicubic", 80.76),
     },
     "resnest50_fast_1s2x40d": {
-        "official": _official("resnest50_fast_1s2x40d", "32830b84", 224, 0.875, "bilinear", 80.59),
+        "official": _official("resnest50_fast_1s2x40d", "32830b84", 224, 0.875, "bicubic", 80.59),
     },
     "resnest50_fast_2s2x40d": {
-        "official": _official("resnest50_fast_2s2x40d", "9d126481", 224, 0.875, "bilinear", 80.61),
+        "official": _official("resnest50_fast_2s2x40d", "9d126481", 224, 0.875, "bicubic", 80.61),
     },
     "resnest50_fast_4s2x40d": {
         "in1k": _hub("resnest50d_4s2x40d.in1k", 224, 0.875, "bicubic", 81.15, "apache-2.0"),
-        "official": _official("resnest50_fast_4s2x40d", "41d14ed0", 224, 0.875, "bilinear", 81.14),
+        "official": _official("resnest50_fast_4s2x40d", "41d14ed0", 224, 0.875, "bicubic", 81.14),
     },
     "resnest50_fast_1s4x24d": {
         "in1k": _hub("resnest50d_1s4x24d.in1k", 224, 0.875, "bicubic", 81.02, "apache-2.0"),
-        "official": _official("resnest50_fast_1s4x24d", "d4a4f76f", 224, 0.875, "bilinear", 80.99),
+        "official": _official("resnest50_fast_1s4x24d", "d4a4f76f", 224, 0.875, "bicubic", 80.99),
     },
     "resnet18": {
         "a1_in1k": _hub("resnet18.a1_in1k", 224, 0.95, "bicubic", 71.50, "apache-2.0"),
