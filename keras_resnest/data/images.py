@@ -213,10 +213,14 @@ def center_crop_image(
             f"crop_share={crop_share}, interpolation={interpolation!r}"
         )
     height, width = image.shape[:2]
-    scale = int(crop_size / crop_share) / min(height, width)
-    size = max(round(width * scale), crop_size), max(round(height * scale), crop_size)
+    short, long = min(height, width), max(height, width)
+    # The roundings are those of torchvision, with which the figures were measured.
+    resized_short = max(int(crop_size / crop_share), crop_size)
+    resized_long = int(resized_short * long / short)
+    portrait = height > width
+    size = (resized_short, resized_long) if portrait else (resized_long, resized_short)
     resized = Image.fromarray(image).resize(size, filters[interpolation])
-    left, top = ((side - crop_size) // 2 for side in size)
+    left, top = (round((side - crop_size) / 2) for side in size)
     return np.asarray(resized.crop((left, top, left + crop_size, top + crop_size)))
 
 
