@@ -56,6 +56,50 @@ def test_rescaling_gives_megviis_networks_bgr():
 
 
 SMALL = {"stackwise_num_filters": [24, 48], "stackwise_num_blocks": [2, 1]}
+V1 = {"groups": 3, "stem_width": 12}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [V1, {"stackwise_num_filters": [48, 24]}, {"channel_split": "alternate", "stem_width": 7}],
+    ids=str,
+)
+def test_widths_at_the_limits_are_built(options):
+    """Half and half the widths may fall; where channels are added, one more is enough."""
+    model = ShuffleNet(**{**SMALL, **options})
+    x = np.zeros((1, 33, 47, 3), "float32")
+    assert model(x).shape == (1, 3, 3, {**SMALL, **options}["stackwise_num_filters"][-1])
+    assert model.pyramid_strides == {"P2": 4, "P3": 8, "P4": 16}
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_trains_and_predicts_in_float32(dtype):
+    model = ShuffleNet(
+        **SMALL,
+        channel_split="alternate",
+        stackwise_activations=["relu", "hard_swish"],
+        stackwise_se=[False, True],
+        stem_width=8,
+        head_filters=24,
+        head_units=12,
+        trained_on_bgr=True,
+        include_top=True,
+        classes=3,
+        dtype=dtype,
+    )
+    computed = {layer.name: layer.compute_dtype for layer in model.layers}
+    assert computed.pop("predictions") == "float32"
+    computed.pop("images")
+    assert set(computed.values()) == {dtype.removeprefix("mixed_")}
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    x = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype="uint8")
+    before = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+    history = model.fit(x, np.array([0, 1, 2, 0]), verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    after = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+    assert all(np.isfinite(v).all() for v in after)
+    assert any(not np.array_equal(v, old) for v, old in zip(after, before, strict=True))
+    assert np.asarray(model(x, training=False)).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +111,23 @@ SMALL = {"stackwise_num_filters": [24, 48], "stackwise_num_blocks": [2, 1]}
         ({"block_kinds": [3, 3]}, "for each of the 3 blocks"),
         ({"block_kinds": [3, 4, 3]}, "one of 3, 5, 7"),
         ({"block_kinds": [3, 3, "xception"]}, "cannot be 'xception'"),
+        ({"block_kinds": [3, [3], 3]}, "one of 3, 5, 7"),
         ({"groups": 5}, "multiples of"),
+        ({"groups": -1}, "`groups` must be"),
+        ({"groups": 1.5}, "`groups` must be"),
+        ({"stem_width": 0}, "`stem_width` must be"),
+        ({"head_units": -1}, "`head_units` must be"),
+        ({"stackwise_num_filters": [0, 48]}, "`stackwise_num_filters` must be"),
+        # A stage without blocks has no strides: the levels after it would be misnamed.
+        ({"stackwise_num_blocks": [0, 1]}, "`stackwise_num_blocks` must be"),
+        ({"stackwise_num_blocks": [1, 0]}, "`stackwise_num_blocks` must be"),
+        ({**V1, "block_kinds": [5, 5, 5]}, "V1.*have no"),
+        ({**V1, "stackwise_se": [True, True]}, "V1.*have no"),
+        ({**V1, "stackwise_activations": ["relu", "silu"]}, "V1.*have no"),
+        ({**V1, "channel_split": "alternate"}, "V1.*have no"),
+        ({**V1, "stem_width": 11}, "must rise"),
+        ({**V1, "stackwise_num_filters": [24, 24]}, "must rise"),
+        ({"channel_split": "alternate", "stem_width": 24}, "must rise"),
         ({"classes": 0}, "`classes` must be a positive integer"),
         ({"dropout_rate": 1.0}, "`dropout_rate` must be"),
         ({"image_shape": (32, 32)}, "shape of one image"),

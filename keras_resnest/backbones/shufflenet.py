@@ -1,5 +1,7 @@
 """ShuffleNet: the residual and the split networks that shuffle channels between groups."""
 
+import itertools
+
 import keras
 from keras import layers, ops
 
@@ -273,15 +275,33 @@ def _head(graph, x, config):
 
 def _check_config(config):
     check_choices(config, channel_split=("halves", "alternate"))
-    filters, blocks = config["stackwise_num_filters"], config["stackwise_num_blocks"]
+    filters = config["stackwise_num_filters"]
     names = ("stackwise_num_filters", "stackwise_num_blocks", "stackwise_activations")
     if len({len(config[name]) for name in (*names, "stackwise_se")}) > 1 or not filters:
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in names)} and `stackwise_se` must have one entry "
             f"per stage. Received: {[config[name] for name in (*names, 'stackwise_se')]}"
         )
-    kinds = config["block_kinds"]
-    if len(kinds) != sum(blocks) or not set(kinds) <= {3, 5, 7, "xception"}:
+    _check_integers(config, 1, "stackwise_num_filters", "stackwise_num_blocks", "stem_width")
+    _check_integers(config, 0, "groups", "head_filters", "head_units")
+    _check_blocks(config)
+    _check_widths(config)
+
+
+def _check_integers(config, least, *names):
+    for name in names:
+        stackwise = isinstance(config[name], list)
+        numbers = config[name] if stackwise else [config[name]]
+        if not all(isinstance(number, int) and number >= least for number in numbers):
+            kind = "integers" if stackwise else "an integer"
+            raise ValueError(
+                f"`{name}` must be {kind} of at least {least}. Received: {name}={config[name]!r}"
+            )
+
+
+def _check_blocks(config):
+    kinds, blocks = config["block_kinds"], config["stackwise_num_blocks"]
+    if len(kinds) != sum(blocks) or not all(kind in (3, 5, 7, "xception") for kind in kinds):
         raise ValueError(
             "`block_kinds` must have one of 3, 5, 7 and 'xception' for each of the "
             f"{sum(blocks)} blocks. Received: block_kinds={kinds}"
@@ -292,9 +312,35 @@ def _check_config(config):
             "The first block of a stage has strides and cannot be 'xception'. "
             f"Received: first blocks {firsts}"
         )
-    divisor = 4 * max(config["groups"], 1)
+    plain = {
+        "channel_split": "halves",
+        "block_kinds": [3] * len(kinds),
+        "stackwise_activations": ["relu"] * len(blocks),
+        "stackwise_se": [False] * len(blocks),
+    }
+    wrong = {name: config[name] for name, value in plain.items() if config[name] != value}
+    if config["groups"] and wrong:
+        raise ValueError(
+            f"The blocks of V1 (`groups` > 0) have no {', '.join(plain)}. Received: {wrong}"
+        )
+
+
+def _check_widths(config):
+    groups, filters = config["groups"], config["stackwise_num_filters"]
+    divisor = 4 * max(groups, 1)
     if any(width % divisor for width in filters):
         raise ValueError(
             f"`stackwise_num_filters` must be multiples of 4 * max(groups, 1) = {divisor}. "
             f"Received: stackwise_num_filters={filters}"
+        )
+    if not groups and config["channel_split"] == "halves":
+        return
+    # The first block of a stage keeps the channels of its input and adds others to them.
+    widths = [config["stem_width"], *filters]
+    added = [width - before for before, width in itertools.pairwise(widths)]
+    if min(added) < 1 or added[0] % max(groups, 1):
+        raise ValueError(
+            "`stem_width` and `stackwise_num_filters` must rise from stage to stage, in the first "
+            "by a multiple of `groups`: the first block of a stage adds channels to its input. "
+            f"Received: stem_width={widths[0]}, stackwise_num_filters={filters}, groups={groups}"
         )
