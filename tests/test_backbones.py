@@ -222,6 +222,7 @@ def test_training_lowers_the_loss():
     "options, match",
     [
         ({"stackwise_num_blocks": [1]}, "one number per stage"),
+        ({"stackwise_num_blocks": [0, 1]}, "at least 1 in every stage"),
         ({"stackwise_num_strides": [1, 3]}, "must be 1 or 2"),
         ({"block_type": "dense"}, "`block_type` must be one of"),
         ({"avd": "middle"}, "`avd` must be one of"),

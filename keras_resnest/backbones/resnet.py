@@ -334,6 +334,10 @@ def _check_config(config):
             "`stackwise_num_filters`, `stackwise_num_blocks` and `stackwise_num_strides` must "
             f"have one number per stage. Received: {stages[0]}, {stages[1]}, {stages[2]}"
         )
+    if min(stages[1]) < 1:
+        raise ValueError(
+            f"`stackwise_num_blocks` must be at least 1 in every stage. Received: {stages[1]}"
+        )
     if not set(stages[2]) <= {1, 2}:
         raise ValueError(f"`stackwise_num_strides` must be 1 or 2. Received: {stages[2]}")
     check_choices(

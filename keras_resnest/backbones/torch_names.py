@@ -117,8 +117,8 @@ def load_torch_state_dict(
     A module `layer1.0.conv2.conv` belongs to the layer `layer1_0_conv2_conv`, or to the layer
     `conv` inside of the layer `layer1_0_conv2`. Layouts of convolution, depthwise and transposed
     convolution and dense kernels are converted. The modules of timm's RegNet, SKNet and VGG-16,
-    of torchvision's VGG-16, of megvii's ShuffleNet and of the RefineDet ports are recognised and
-    renamed.
+    of torchvision's VGG-16 and ShuffleNet V2, of megvii's ShuffleNet and of the RefineDet ports are
+    recognised and renamed.
 
     Args:
         model: a built Keras model, such as `ResNeSt50()`.
