@@ -114,14 +114,6 @@ def test_a_level_is_the_last_map_of_its_stride():
     assert model.pyramid_outputs["P3"] is model.output
 
 
-def test_backbone_drops_into_keras_cv_retinanet():
-    keras_cv = pytest.importorskip("keras_cv")
-    backbone = create_backbone("resnest14_tiny", include_top=False, input_shape=(64, 64, 3))
-    model = keras_cv.models.RetinaNet(num_classes=2, bounding_box_format="xywh", backbone=backbone)
-    outputs = model(pixels(1, 64, 64, 3))
-    assert outputs["box"].shape[0] == 1 and outputs["classification"].shape[-1] == 2
-
-
 # --- Options -------------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ def randomize(layer, seed):
             value = rng.normal(size=shape) * (2 / fan_in) ** 0.5
         elif variable.name in ("gamma", "moving_variance"):
             value = rng.uniform(0.5, 1.0, shape)
+            if "bn3/gamma" in variable.path:
+                # The end of a residual branch: a hundred of them would magnify rounding errors.
+                value *= 0.2
         else:
             value = rng.normal(size=shape) * 0.1
         variable.assign(value.astype("float32"))

@@ -1,4 +1,8 @@
-"""ResNeSt-50 as the backbone of other packages' detectors and segmentation networks."""
+"""ResNeSt-50 as the backbone of other packages' detectors and segmentation networks.
+
+The segmentation networks train in a compiled graph, the detectors eagerly: tracing their graph
+takes most of a minute.
+"""
 
 import keras
 import numpy as np
@@ -6,95 +10,146 @@ import pytest
 
 from keras_resnest.backbones import ResNeSt50
 
+SHAPE = (64, 64, 3)
 BOXES = np.array([[[8, 8, 40, 40]], [[16, 4, 60, 50]]], "float32")  # "xyxy"
 LABELS = np.array([[0], [1]])
+# Levels P3 to P7 of 64 x 64 pixels have 8 x 8, 4 x 4, 2 x 2, 1 and 1 cells of 9 anchors.
+ANCHORS = (64 + 16 + 4 + 1 + 1) * 9
 
 
-def pixels(*shape):
-    return np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+def images():
+    return np.random.default_rng(0).uniform(0, 255, (2, *SHAPE)).astype("float32")
 
 
-def backbone(size=64):
-    return ResNeSt50(include_top=False, input_shape=(size, size, 3))
+def masks():
+    return np.random.default_rng(0).integers(0, 3, (2, 64, 64, 1))
+
+
+def keras_cv_retinanet():
+    keras_cv = pytest.importorskip("keras_cv", reason="KerasCV is not installed")
+    return keras_cv.models.RetinaNet(
+        num_classes=2,
+        bounding_box_format="xyxy",
+        backbone=ResNeSt50(include_top=False, input_shape=SHAPE),
+    )
+
+
+def keras_cv_deeplab():
+    keras_cv = pytest.importorskip("keras_cv", reason="KerasCV is not installed")
+    return keras_cv.models.DeepLabV3Plus(
+        num_classes=3, backbone=ResNeSt50(include_top=False, input_shape=SHAPE)
+    )
+
+
+def keras_hub_retinanet():
+    keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    backbone = keras_hub.models.RetinaNetBackbone(
+        image_encoder=ResNeSt50(include_top=False, input_shape=SHAPE),
+        min_level=3,
+        max_level=7,
+        use_p5=False,
+        image_shape=SHAPE,
+    )
+    return keras_hub.models.RetinaNetObjectDetector(
+        backbone=backbone,
+        num_classes=2,
+        bounding_box_format="xyxy",
+        use_prediction_head_norm=True,
+    )
+
+
+def keras_hub_deeplab():
+    keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    backbone = keras_hub.models.DeepLabV3Backbone(
+        image_encoder=ResNeSt50(include_top=False, input_shape=SHAPE),
+        low_level_feature_key="P2",
+        spatial_pyramid_pooling_key="P5",
+        dilation_rates=[6, 12, 18],
+        upsampling_size=8,  # from P5 to P2
+        image_shape=SHAPE,
+    )
+    return keras_hub.models.DeepLabV3ImageSegmenter(
+        backbone=backbone, num_classes=3, activation="softmax"
+    )
 
 
 def gentle_sgd():
     return keras.optimizers.SGD(1e-3, global_clipnorm=1.0)
 
 
-def check_trains_a_step(model, x, y):
-    """One step of `fit`: the loss is finite, and the first layers of the backbone learned."""
+def check_trains_a_step(model, y):
+    """One step of `fit`: the loss is finite, and the first layer of the backbone learned."""
     kernel = next(v for v in model.trainable_variables if "conv1_0" in v.path)
-    before = np.array(kernel)
-    loss = model.fit(x, y, batch_size=2, epochs=1, verbose=0).history["loss"][0]
+    before = np.array(keras.ops.convert_to_numpy(kernel))
+    loss = model.fit(images(), y, batch_size=2, epochs=1, verbose=0).history["loss"][0]
     assert np.isfinite(loss) and loss > 0
-    assert not np.array_equal(before, kernel)
+    assert not np.array_equal(before, keras.ops.convert_to_numpy(kernel))
+
+
+def check_detections(found):
+    # Both packages keep up to 100 boxes.
+    assert found["boxes"].shape == (2, 100, 4)
+    assert found["confidence"].shape == (2, 100)
+    assert np.isfinite(found["boxes"]).all()
+
+
+def check_probabilities(found):
+    assert found.shape == (2, 64, 64, 3)
+    np.testing.assert_allclose(found.sum(axis=-1), 1.0, atol=1e-4)
 
 
 def test_keras_cv_retinanet():
-    keras_cv = pytest.importorskip("keras_cv")
-    model = keras_cv.models.RetinaNet(
-        num_classes=2, bounding_box_format="xyxy", backbone=backbone()
-    )
+    model = keras_cv_retinanet()
     model.compile(
-        optimizer=gentle_sgd(), classification_loss="focal", box_loss="smoothl1", jit_compile=False
+        optimizer=gentle_sgd(),
+        classification_loss="focal",
+        box_loss="smoothl1",
+        run_eagerly=True,
     )
-    images = pixels(2, 64, 64, 3)
-    check_trains_a_step(model, images, {"boxes": BOXES, "classes": LABELS.astype("float32")})
-    found = model.predict(images, verbose=0)
-    assert found["boxes"].shape[0] == 2 and found["boxes"].shape[-1] == 4
+    check_trains_a_step(model, {"boxes": BOXES, "classes": LABELS.astype("float32")})
+    check_detections(model.predict(images(), verbose=0))
 
 
 def test_keras_cv_deeplab():
-    keras_cv = pytest.importorskip("keras_cv")
-    model = keras_cv.models.DeepLabV3Plus(num_classes=3, backbone=backbone())
+    model = keras_cv_deeplab()
     model.compile(gentle_sgd(), "sparse_categorical_crossentropy", jit_compile=False)
-    images = pixels(2, 64, 64, 3)
-    check_trains_a_step(model, images, np.random.default_rng(0).integers(0, 3, (2, 64, 64, 1)))
-    masks = model.predict(images, verbose=0)
-    assert masks.shape == (2, 64, 64, 3)
-    np.testing.assert_allclose(masks.sum(axis=-1), 1.0, atol=1e-4)
+    check_trains_a_step(model, masks())
+    check_probabilities(model.predict(images(), verbose=0))
 
 
 def test_keras_hub_retinanet():
-    keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
-    body = keras_hub.models.RetinaNetBackbone(
-        image_encoder=backbone(), min_level=3, max_level=5, use_p5=False, image_shape=(64, 64, 3)
-    )
-    model = keras_hub.models.RetinaNetObjectDetector(
-        backbone=body,
-        num_classes=2,
-        bounding_box_format="xyxy",
-        use_prediction_head_norm=True,
-    )
+    model = keras_hub_retinanet()
     model.compile(
         optimizer=gentle_sgd(),
         box_loss=keras.losses.Huber(reduction="sum"),
         classification_loss=keras.losses.BinaryFocalCrossentropy(reduction="sum"),
-        jit_compile=False,
+        run_eagerly=True,
     )
-    images = pixels(2, 64, 64, 3)
-    check_trains_a_step(model, images, {"boxes": BOXES, "labels": LABELS})
-    found = model.predict(images, verbose=0)
-    assert found["boxes"].shape[0] == 2 and found["boxes"].shape[-1] == 4
+    check_trains_a_step(model, {"boxes": BOXES, "labels": LABELS})
+    check_detections(model.predict(images(), verbose=0))
 
 
 def test_keras_hub_deeplab():
-    keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
-    body = keras_hub.models.DeepLabV3Backbone(
-        image_encoder=backbone(),
-        low_level_feature_key="P2",
-        spatial_pyramid_pooling_key="P5",
-        dilation_rates=[6, 12, 18],
-        upsampling_size=8,
-        image_shape=(64, 64, 3),
-    )
-    model = keras_hub.models.DeepLabV3ImageSegmenter(
-        backbone=body, num_classes=3, activation="softmax"
-    )
+    model = keras_hub_deeplab()
     model.compile(gentle_sgd(), "sparse_categorical_crossentropy", jit_compile=False)
-    images = pixels(2, 64, 64, 3)
-    side = model.predict(images, verbose=0).shape[1]
-    masks = np.random.default_rng(0).integers(0, 3, (2, side, side, 1))
-    check_trains_a_step(model, images, masks)
-    assert model.predict(images, verbose=0).shape == (2, side, side, 3)
+    check_trains_a_step(model, masks())
+    check_probabilities(model.predict(images(), verbose=0))
+
+
+@pytest.mark.parametrize("build", [keras_cv_retinanet, keras_hub_retinanet])
+def test_detectors_have_all_anchors_and_come_back_from_a_file(build, tmp_path):
+    model = build()
+    outputs = list(model(images()).values())
+    assert {tuple(output.shape) for output in outputs} == {(2, ANCHORS, 4), (2, ANCHORS, 2)}
+    model.save(tmp_path / "detector.keras")
+    loaded = keras.saving.load_model(tmp_path / "detector.keras")
+    for now, before in zip(loaded(images()).values(), outputs, strict=True):
+        np.testing.assert_allclose(now, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [keras_cv_deeplab, keras_hub_deeplab])
+def test_segmenters_come_back_from_a_file(build, tmp_path):
+    model = build()
+    model.save(tmp_path / "segmenter.keras")
+    loaded = keras.saving.load_model(tmp_path / "segmenter.keras")
+    np.testing.assert_allclose(loaded(images()), model(images()), rtol=1e-5, atol=1e-6)
