@@ -122,7 +122,15 @@ def test_detector_on_top_trains_a_step(name):
     assert np.isfinite(model.predict(images, verbose=0)["boxes"]).all()
 
 
-@every_network
+# Exporting takes longest: one network of each way to convolve.
+EXPORTED = ["resnest14_tiny", "skresnet18", "shufflenet_v1_g3_0_5x", "shufflenet_v2_plus_small"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    EXPORTED
+    + [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in EXPORTED],
+)
 def test_saved_model_has_standard_operations_only(name, tmp_path):
     backbone = create_backbone(name, include_top=False)
     backbone.export(tmp_path / "model", verbose=False)
