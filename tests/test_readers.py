@@ -322,12 +322,10 @@ def test_faults_raise_or_skip(tmp_path, fault, split):
     annotations = {name: [("dog", 1, 1, 9, 9)] for name in "123"}
     make_voc(tmp_path, annotations, splits={"train": "1\n2\n3\n"})
     file, what = fault(tmp_path)
-    begin = time.monotonic()
     with pytest.raises(ValueError, match=f"{re.escape(file)}: {re.escape(what)}"):
         read_voc(tmp_path, split, class_names=["dog", "horse"])
     with pytest.warns(UserWarning, match=re.escape(what)):
         dataset = read_voc(tmp_path, split, class_names=["dog", "horse"], on_error="skip")
-    assert time.monotonic() - begin < 5
     assert [record.image_id for record in dataset.records] == ["1", "3"]
     assert [(p.file, p.what) for p in dataset.report.problems] == [(file, what)]
     assert len(list(dataset.as_dataset())) == 2

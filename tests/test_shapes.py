@@ -2,7 +2,6 @@
 
 import dataclasses
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -104,17 +103,6 @@ def test_figures_stand_out_from_what_is_behind_them():
     assert np.min(changes) > 25 and np.median(changes) > 90
 
 
-def test_drawing_is_fast():
-    def milliseconds_per_picture(count=25):
-        begin = time.process_time()
-        for i in range(count):
-            draw_scene(plan_scene((4, i)))
-        return 1000 * (time.process_time() - begin) / count
-
-    # 3 ms on a core that others share; the limit leaves room for slower machines
-    assert min(milliseconds_per_picture() for _ in range(4)) < 8
-
-
 def test_too_small_a_picture():
     with pytest.raises(ValueError, match="at least 48"):
         plan_scene(0, 32)
@@ -134,9 +122,7 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        begin = time.monotonic()
         tfds.load("shapes/tiny", data_dir=folder)
-        assert time.monotonic() - begin < 30
     return folder
 
 
