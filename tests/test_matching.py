@@ -9,7 +9,12 @@ from keras import ops
 
 from keras_resnest.detection.anchors import AnchorGenerator
 from keras_resnest.detection.boxes import decode_boxes, encode_boxes, pairwise_iou
-from keras_resnest.detection.matching import BoxMatcher, encode_targets, greedy_one_to_one
+from keras_resnest.detection.matching import (
+    CANDIDATES,
+    BoxMatcher,
+    encode_targets,
+    greedy_one_to_one,
+)
 
 
 def greedy_by_hand(iou):
@@ -39,6 +44,45 @@ def test_greedy_equals_brute_force(objects, anchors, density):
 def test_duplicated_boxes_get_different_anchors():
     iou = np.tile(np.array([0.9, 0.5, 0.3, 0.0], "f4"), (1, 3, 1))
     assert np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))[0].tolist() == [0, 1, 2, -1]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 6])
+def test_ties_go_to_the_first_object_and_its_first_anchor(levels):
+    """Few different values, so that nearly every choice is one between equals."""
+    rng = np.random.default_rng(levels)
+    iou = (rng.integers(0, levels, (12, 25, 40)) / levels).astype("f4")
+    got = np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))
+    np.testing.assert_array_equal(got, [greedy_by_hand(i) for i in iou])
+
+
+def test_many_objects_that_want_the_same_anchors():
+    """Every object likes the same anchors best, in the same order: all but one lose again."""
+    rng = np.random.default_rng(0)
+    objects, anchors = 5 * CANDIDATES, 6 * CANDIDATES
+    iou = np.linspace(0.9, 0.1, anchors)[None, None] * rng.uniform(0.99, 1.0, (2, objects, 1))
+    iou = iou.astype("f4")
+    got = np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))
+    np.testing.assert_array_equal(got, [greedy_by_hand(i) for i in iou])
+    assert ((got >= 0).sum(axis=1) == objects).all()
+
+
+@pytest.mark.parametrize("objects", [0, 1, 15, 16, 40])
+@pytest.mark.parametrize("per_picture", [False, True])
+def test_matching_boxes_equals_matching_their_iou(objects, per_picture):
+    """Duplicates, boxes without area and padding between them, in chunks of every length."""
+    rng = np.random.default_rng(objects)
+    boxes = rng.uniform(0, 60, (3, objects, 4)).astype("f4")
+    boxes[..., 2:] = boxes[..., :2] + rng.choice([0.0, 0.5, 20.0, 50.0], (3, objects, 2))
+    boxes[:, 1::3] = boxes[:, : len(boxes[0, 1::3])]
+    valid = rng.random((3, objects)) < 0.8
+    anchors = np.asarray(AnchorGenerator()((64, 64)))
+    if per_picture:
+        anchors = anchors + rng.normal(0, 2, (3, *anchors.shape)).astype("f4")
+    iou = np.array(pairwise_iou(boxes, anchors)) * valid[..., None]
+    got = np.array(BoxMatcher().match_boxes(boxes, ops.convert_to_tensor(valid), anchors))
+    for b in range(3):
+        want = match_by_hand(iou[b], 0.5) if objects else np.full(anchors.shape[-2], -1)
+        np.testing.assert_array_equal(got[b], want)
 
 
 def test_more_objects_than_anchors():
