@@ -42,6 +42,14 @@ def relative_error(actual, expected):
     return np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(expected).max()
 
 
+def with_quiet_branches(model):
+    """Random residual branches, a hundred in a row, would magnify rounding errors."""
+    for variable in model.variables:
+        if variable.path.endswith("bn3/gamma"):
+            variable.assign(0.2 * variable)
+    return model
+
+
 @every_network
 def test_pyramid_of_any_size_and_keras_file(name, tmp_path):
     backbone = create_backbone(name, include_top=False)
@@ -72,7 +80,7 @@ def test_classifier_gives_probabilities_and_a_batch_equals_its_pictures(name):
         with pytest.raises(ValueError, match="no classifier"):
             create_backbone(name, include_top=True)
         return
-    model = create_backbone(name, classes=7)
+    model = with_quiet_branches(create_backbone(name, classes=7))
     x = pixels(3, 224, 230, 3) if name == "vgg16" else pixels(3, 64, 97, 3)
     batch = np.asarray(model(x, training=False))
     assert batch.shape == (3, 7)
@@ -84,7 +92,7 @@ def test_classifier_gives_probabilities_and_a_batch_equals_its_pictures(name):
 
 @every_network
 def test_channels_first_gives_the_same_numbers(name):
-    last = create_backbone(name, include_top=False)
+    last = with_quiet_branches(create_backbone(name, include_top=False))
     first = create_backbone(name, include_top=False, data_format="channels_first")
     first.set_weights(last.get_weights())
     x = pixels(1, 65, 83, 3)

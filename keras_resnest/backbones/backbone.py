@@ -2,8 +2,10 @@
 
 import keras
 
+from keras_resnest.distribution import DistributedTraining
 
-class Backbone(keras.Model):
+
+class Backbone(DistributedTraining, keras.Model):
     """Functional model that also names its feature maps by pyramid level.
 
     Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. A subclass builds its

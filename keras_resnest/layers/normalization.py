@@ -1,6 +1,9 @@
 """Batch normalisation by TensorFlow's fused kernel."""
 
 import keras
+from keras import ops
+
+from keras_resnest.distribution import num_replicas, sum_over_replicas
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -12,6 +15,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     a CPU took 0.85 of the time. Everything else, arguments, weights and
     inference, is Keras' own; so is training where the kernel does not fit (other
     backends, other ranks, masks, `synchronized`, `renorm`, no `scale` or `center`).
+
+    With `synchronized`, mean and variance are those of the batches of all replicas, the
+    variance as a mean of squared deviations: Keras' difference of two means loses digits.
 
     Example:
 
@@ -41,6 +47,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return outputs
 
+    def _moments(self, inputs, mask):
+        if mask is not None or not self.synchronized or num_replicas() == 1:
+            return super()._moments(inputs, mask)
+        axes, x = self._reduction_axes, ops.cast(inputs, "float32")
+        count = ops.cast(ops.size(x) / ops.shape(x)[self.axis], "float32")
+        count = sum_over_replicas(count)
+        mean = sum_over_replicas(ops.sum(x, axes, keepdims=True)) / count
+        variance = sum_over_replicas(ops.sum(ops.square(x - mean), axes)) / count
+        mean = ops.reshape(mean, (-1,))
+        return ops.cast(mean, inputs.dtype), ops.cast(variance, inputs.dtype)
+
     def _is_fusable(self, inputs) -> bool:
         plain = not (self.synchronized or self.renorm) and self.scale and self.center
         if keras.backend.backend() != "tensorflow" or len(inputs.shape) != 4 or not plain:
@@ -49,3 +66,25 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         # The CPU kernel knows no NCHW.
         return self.axis in (-1, 3) or bool(tf.config.list_physical_devices("GPU"))
+
+
+def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool = False) -> None:
+    """Freezes or synchronises all batch normalisation of a model, nested models included.
+
+    Call it before `compile`.
+
+    Args:
+        model: a Keras model.
+        freeze: whether statistics, scale and offset stay as they are, in training too.
+        synchronized: whether statistics are taken over the batches of all replicas.
+
+    Example:
+
+    >>> set_batch_norm(backbone, freeze=True)
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            if freeze:
+                layer.trainable = False
+            if synchronized:
+                layer.synchronized = True

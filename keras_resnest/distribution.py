@@ -1,0 +1,207 @@
+"""What training on several devices and machines needs beyond Keras, on `tf.distribute`.
+
+Nothing here matters on one device, except that a gradient that is not finite is dropped.
+"""
+
+import contextlib
+
+import keras
+
+
+def num_replicas() -> int:
+    """Replicas that train in step under the current `tf.distribute` strategy, else 1."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def sum_over_replicas(value):
+    """Sum of a tensor over the replicas of a `tf.distribute` strategy, inside a step."""
+    if num_replicas() == 1:
+        return value
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def is_multi_worker(strategy=None) -> bool:
+    """Whether a strategy, by default the current one, spans several processes."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    strategy = strategy or tf.distribute.get_strategy()
+    kind = tf.distribute.MultiWorkerMirroredStrategy
+    return isinstance(strategy, kind) and strategy.extended._in_multi_worker_mode()
+
+
+def is_chief() -> bool:
+    """Whether this process is the one of all workers that writes files."""
+    if keras.backend.backend() != "tensorflow":
+        return True
+    import tensorflow as tf
+
+    resolver = tf.distribute.get_strategy().cluster_resolver
+    if resolver is None or not resolver.task_type:
+        return True
+    has_chief = "chief" in resolver.cluster_spec().jobs
+    return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
+
+
+class DistributedTraining:
+    """Mix-in of a `keras.Model` that trains on many devices as it would on one.
+
+    With TensorFlow it changes these points of Keras 3.15; each would be better mended in
+    Keras itself:
+
+    - Gradients are clipped after they are added up over the replicas. Keras clips those of
+      each replica, so that the step depends on the number of replicas.
+    - A gradient that is not finite changes no weight and shows as a `loss` of NaN; see
+      `TerminateOnDivergence`. Loss scaling, which skips such steps itself, is left alone.
+    - `fit` and `evaluate` run under `tf.distribute.MultiWorkerMirroredStrategy` (Keras issue
+      20585). Keras reduces a whole batch over the workers to learn its shapes, and takes a
+      mean over axis 0 of logs that have no axis. Here the shapes come from the data set's
+      own description, and the logs get an axis.
+
+    A batch that the replicas cannot share evenly, and a worker that is lost, end with a
+    plain sentence.
+
+    Example:
+
+    >>> class Model(DistributedTraining, keras.Model):
+    ...     pass
+    """
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.fit`."""
+        self._check_global_batch(x, kwargs.get("batch_size"))
+        with lost_workers():
+            return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.evaluate`."""
+        with lost_workers():
+            return super().evaluate(x, y, *args, **kwargs)
+
+    def train_step(self, *args):
+        """One step; the batch is the last argument on every backend."""
+        if keras.backend.backend() != "tensorflow":
+            return super().train_step(*args)
+        return self._with_axis(self._tensorflow_step(*args))
+
+    def _tensorflow_step(self, data):
+        import tensorflow as tf
+
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_weights)
+        gradients = _clipped_as_one(gradients, self.optimizer)
+        gradients, loss = _finite_or_zero(gradients, loss, self.optimizer)
+        batch = tf.shape(keras.tree.flatten(x)[0])[0]
+        self._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch)
+        if self.trainable_weights:
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, *args):
+        return self._with_axis(super().test_step(*args))
+
+    @staticmethod
+    def _with_axis(logs):
+        """Logs as Keras can take their mean over all workers: with an axis to take it over."""
+        if not is_multi_worker():
+            return logs
+        return keras.tree.map_structure(lambda value: value[None], logs)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Builds what Keras builds before training, without drawing a batch for it."""
+        if getattr(self, "_distribute_strategy", None) is None:
+            return super()._maybe_symbolic_build(iterator, data_batch)
+        if iterator is not None:
+            import tensorflow as tf
+
+            dataset = iterator.data_adapter.get_tf_dataset()
+            if not isinstance(dataset, tf.data.Dataset):  # distributed by the caller
+                return super()._maybe_symbolic_build(iterator, data_batch)
+            data_batch = dataset.element_spec
+        return super()._maybe_symbolic_build(data_batch=data_batch)
+
+    def _check_global_batch(self, x, batch_size) -> None:
+        strategy = getattr(self, "_distribute_strategy", None)
+        replicas = strategy.num_replicas_in_sync if strategy else 1
+        spec = keras.tree.flatten(getattr(x, "element_spec", ()))
+        shape = getattr(spec[0], "shape", None) if spec else None
+        if shape is not None and shape.rank:
+            batch_size = shape[0]
+        elif batch_size is None and hasattr(x, "shape"):
+            batch_size = 32  # of Keras, for arrays
+        if replicas > 1 and batch_size and batch_size % replicas:
+            raise ValueError(
+                f"The global batch must be a multiple of the {replicas} replicas that share it. "
+                f"Received: a batch of {batch_size}"
+            )
+
+
+def _clipped_as_one(gradients: list, optimizer) -> list:
+    """Gradients that add up, over the replicas, to their clipped sum.
+
+    The optimizer clips what each replica brings and adds it up. Each brings the same part of
+    the clipped sum here, which is too small for the optimizer to clip again.
+    """
+    replicas = num_replicas()
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
+    if replicas == 1 or not any((inner.clipnorm, inner.global_clipnorm, inner.clipvalue)):
+        return gradients
+    import tensorflow as tf
+
+    known = [g for g in gradients if g is not None]
+    total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, known)
+    scale = optimizer.scale_loss(1.0)
+    if inner.clipnorm:
+        total = [tf.clip_by_norm(g, inner.clipnorm * scale) for g in total]
+    elif inner.global_clipnorm:
+        total, _ = tf.clip_by_global_norm(total, inner.global_clipnorm * scale)
+    else:
+        limit = inner.clipvalue * scale
+        total = [tf.clip_by_value(g, -limit, limit) for g in total]
+    clipped = iter(total)
+    return [None if g is None else next(clipped) / replicas for g in gradients]
+
+
+def _finite_or_zero(gradients: list, loss, optimizer):
+    """Zeros, and a loss of NaN, where a gradient of any replica is not finite."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return gradients, loss
+    import tensorflow as tf
+
+    norm = tf.linalg.global_norm([loss, *(g for g in gradients if g is not None)])
+    finite = sum_over_replicas(tf.cast(~tf.math.is_finite(norm), "float32")) == 0.0
+    gradients = [
+        None if g is None else tf.math.multiply_no_nan(g, tf.cast(finite, g.dtype))
+        for g in gradients
+    ]
+    return gradients, tf.where(finite, loss, float("nan"))
+
+
+@contextlib.contextmanager
+def lost_workers():
+    """Turns what TensorFlow raises when another worker is gone into one plain sentence."""
+    if not is_multi_worker():
+        yield
+        return
+    import tensorflow as tf
+
+    gone = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+    try:
+        yield
+    except gone as error:
+        text = " ".join(str(error).split())[:300]
+        raise RuntimeError(
+            "Another worker of this training was lost or cannot be reached. Start all workers "
+            f"again with the same command: they go on from the last checkpoint. TensorFlow: {text}"
+        ) from None
