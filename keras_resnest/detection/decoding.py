@@ -81,6 +81,8 @@ class DetectionDecoder:
             outputs: raw outputs of the model, a dictionary of
                 `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
                 `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1).
+                Without `"arm_boxes"` the anchors are not refined before the second stage
+                moves them; without `"arm_objectness"` none is discarded.
             anchors: `"xyxy"` in pixels, (anchors, 4).
             image_shape: (height, width, ...) in pixels.
             bounding_box_format: format of the resulting boxes.
@@ -106,12 +108,14 @@ class DetectionDecoder:
         """Boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
         raw = {name: ops.cast(value, "float32") for name, value in outputs.items()}
         anchors = ops.convert_to_tensor(anchors, dtype="float32")
-        refined = decode_boxes(raw["arm_boxes"], anchors, self.variances)
-        boxes = decode_boxes(raw["odm_boxes"], refined, self.variances)
-        objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
+        if "arm_boxes" in raw:
+            anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)
+        boxes = decode_boxes(raw["odm_boxes"], anchors, self.variances)
         confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
-        keep = objectness > self.objectness_threshold
-        return boxes, ops.where(keep, confidence, 0.0)
+        if "arm_objectness" in raw:
+            objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
+            confidence = ops.where(objectness > self.objectness_threshold, confidence, 0.0)
+        return boxes, confidence
 
     def _pad(self, boxes, confidence, labels, count) -> dict:
         real = ops.arange(self.max_detections, dtype="int32")[None] < count[:, None]

@@ -1,0 +1,385 @@
+"""How well anchors cover the objects of a data set, and anchors that are fitted to them.
+
+An object that no anchor meets at an IoU of 0.5 is learned from its one best anchor alone, and
+refined from far away. `anchor_coverage` counts such objects, `fit_anchors` finds sizes with fewer.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_resnest.detection.anchors import AnchorGenerator
+
+# A size between 1.5 and 8 strides of its level: smaller anchors leave gaps between the cells,
+# larger ones reach beyond what the level's features see. RefineDet has 4.
+SIZE_IN_STRIDES = (1.5, 8.0)
+SIZE_STEPS = 20
+ASPECT_RATIOS = np.exp2(np.arange(-8, 9) / 4.0)  # 1/4 to 4
+
+
+@dataclass(frozen=True)
+class AnchorCoverage:
+    """What `anchor_coverage` found. `print` shows it as a table.
+
+    Attributes:
+        image_shape: (height, width) that the boxes were scaled to.
+        iou_threshold: lowest IoU at which an anchor meets an object.
+        class_names: names of the classes.
+        counts: objects of each class.
+        covered: of these the ones that some anchor meets.
+        mean_iou: mean over each class of the IoU with the best anchor, nan without objects.
+        smallest: for each class (5 %, 50 %) quantiles of the objects' size, the square root of
+            their area in pixels; nan without objects.
+        best_iou: for each object the IoU with its best anchor.
+
+    Example:
+
+    >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
+    0.531
+    """
+
+    image_shape: tuple[int, int]
+    iou_threshold: float
+    class_names: tuple[str, ...]
+    counts: np.ndarray
+    covered: np.ndarray
+    mean_iou: np.ndarray
+    smallest: np.ndarray
+    best_iou: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """Share of all objects that some anchor meets, 0 to 1; nan without objects."""
+        return float(_ratio(self.covered.sum(), self.counts.sum()))
+
+    def per_class(self) -> dict[str, float]:
+        """That share for each class, nan for a class without objects."""
+        return dict(zip(self.class_names, _ratio(self.covered, self.counts).tolist(), strict=True))
+
+    def __str__(self) -> str:
+        height, width = self.image_shape
+        lines = [
+            f"Share of objects that some anchor meets at IoU >= {self.iou_threshold:g}, "
+            f"at {height} x {width}",
+            f"{'class':<20} {'objects':>8} {'covered':>8} {'mean IoU':>9} {'size 5 %':>9} "
+            f"{'50 %':>7}",
+        ]
+        for row, (name, share) in enumerate(self.per_class().items()):
+            low, middle = self.smallest[row]
+            lines.append(
+                f"{name:<20} {self.counts[row]:>8} {share:>8.3f} {self.mean_iou[row]:>9.3f} "
+                f"{low:>9.1f} {middle:>7.1f}"
+            )
+        mean = self.best_iou.mean() if len(self.best_iou) else np.nan
+        lines.append(f"{'all':<20} {self.counts.sum():>8} {self.share:>8.3f} {mean:>9.3f}")
+        return "\n".join(lines)
+
+
+def anchor_coverage(
+    dataset, anchor_generator: AnchorGenerator, image_shape, iou_threshold: float = 0.5
+) -> AnchorCoverage:
+    """Share of the objects of a data set that some anchor meets.
+
+    Args:
+        dataset: a `DetectionDataset`; an iterable, such as a `tf.data.Dataset`, of its elements
+            or of batches; or a dictionary `{"boxes": (..., 4), "labels": (...)}` of `"xyxy"`
+            boxes in pixels of `image_shape`. Rows of label -1 and boxes without area do not
+            count. Pictures are not decoded where the data set knows their sizes.
+        anchor_generator: the anchors.
+        image_shape: (height, width, ...) that pictures are stretched to.
+        iou_threshold: lowest IoU at which an anchor meets an object, as in `BoxMatcher`.
+
+    Returns:
+        `AnchorCoverage`.
+
+    Raises:
+        ValueError: if `dataset` is nothing of the above or the threshold is not in (0, 1].
+
+    Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
+
+    Example:
+
+    >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
+    """
+    shape = _check(image_shape, iou_threshold)
+    boxes, labels, names = _labelled_boxes(dataset, shape)
+    best = _best_iou(boxes, shape, anchor_generator)
+    count = len(names)
+    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+    quantiles = [_quantiles(sizes[labels == label]) for label in range(count)]
+    covered = best >= iou_threshold
+    counts = np.bincount(labels, minlength=count)
+    return AnchorCoverage(
+        image_shape=shape,
+        iou_threshold=float(iou_threshold),
+        class_names=names,
+        counts=counts,
+        covered=np.bincount(labels[covered], minlength=count),
+        mean_iou=_ratio(np.bincount(labels, best, minlength=count), counts),
+        smallest=np.array(quantiles).reshape(count, 2),
+        best_iou=best,
+    )
+
+
+def fit_anchors(
+    dataset,
+    image_shape,
+    anchor_generator: AnchorGenerator | None = None,
+    iou_threshold: float = 0.5,
+    fit_aspect_ratios: bool = False,
+    max_boxes: int = 10_000,
+    restarts: int = 3,
+    seed: int = 0,
+) -> AnchorGenerator:
+    """Anchor sizes, and if wanted aspect ratios, fitted to the objects of a data set.
+
+    A coordinate search, from the given anchors, from the quantiles of the objects' sizes and from
+    random places, for the highest sum of two means over the classes: the share of objects that
+    some anchor meets, and the IoU with the best anchor. Every class counts the same, as in
+    mAP; so a frequent class may lose a little where a rare one gains. Neither the share of all
+    objects nor its mean over the classes is lower than with the given anchors. Fit to training
+    pictures only.
+
+    Args:
+        dataset: as in `anchor_coverage`.
+        image_shape: as in `anchor_coverage`.
+        anchor_generator: where to start; its strides, offset, number of sizes and ratios stay.
+            `AnchorGenerator()` by default.
+        iou_threshold: as in `anchor_coverage`.
+        fit_aspect_ratios: whether the ratios are fitted too, between 1/4 and 4.
+        max_boxes: of a larger data set this many objects, drawn at random, are looked at.
+        restarts: random places to start from.
+        seed: of all that is random; the same arguments give the same anchors.
+
+    Returns:
+        `AnchorGenerator`; its sizes are between 1.5 and 8 strides of their level and do not fall
+        from level to level, or are unchanged.
+
+    Raises:
+        ValueError: as in `anchor_coverage`, or if there is no object to fit to.
+
+    Example:
+
+    >>> generator = fit_anchors(train, (320, 320))
+    >>> model = kr.RefineDet(3, anchor_generator=generator)
+    """
+    shape = _check(image_shape, iou_threshold)
+    start = anchor_generator or AnchorGenerator()
+    boxes, labels, _ = _labelled_boxes(dataset, shape)
+    if not len(boxes):
+        raise ValueError("`dataset` must have objects to fit anchors to. Received: none")
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(boxes))[:max_boxes])
+    search = _Search(boxes[rows], labels[rows], shape, start, iou_threshold)
+    best = search.climb(search.start, fit_aspect_ratios)
+    for place in [search.quantiles(), *(search.random(rng) for _ in range(restarts))]:
+        best = max(best, search.climb(place, fit_aspect_ratios), key=search.score)
+    fitted = search.generator(best)
+    # The guarantee holds for the objects that were looked at; make it hold for all.
+    before, after = (
+        _shares(_best_iou(boxes, shape, g) >= iou_threshold, labels) for g in (start, fitted)
+    )
+    return fitted if (after >= before).all() else start
+
+
+class _Search:
+    """Places are (sizes of all levels in one tuple, aspect ratios)."""
+
+    def __init__(self, boxes, labels, shape, start: AnchorGenerator, iou_threshold: float):
+        self.boxes, self.labels, self.shape = boxes, labels, shape
+        self.generator_config, self.iou_threshold = start.get_config(), iou_threshold
+        self.levels = [i for i, sizes in enumerate(start.sizes) for _ in sizes]
+        self.start = (tuple(s for sizes in start.sizes for s in sizes), start.aspect_ratios)
+        self.grids = [
+            np.round(np.geomspace(*(stride * b for b in SIZE_IN_STRIDES), SIZE_STEPS), 1)
+            for stride in (start.strides[level] for level in self.levels)
+        ]
+        self.iou_of = functools.cache(self._iou_of)
+        self.score = functools.cache(self._score)
+        self.floor = self._shares_covered(self._best(self.start))
+
+    def generator(self, place) -> AnchorGenerator:
+        sizes = [
+            tuple(sorted(s for s, of in zip(place[0], self.levels, strict=True) if of == level))
+            for level in range(len(self.generator_config["strides"]))
+        ]
+        return AnchorGenerator(
+            **{**self.generator_config, "sizes": sizes, "aspect_ratios": place[1]}
+        )
+
+    def quantiles(self):
+        """Sizes that divide the objects evenly, each within what its level may have."""
+        sizes = np.sqrt((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
+        shares = (np.arange(len(self.levels)) + 0.5) / len(self.levels)
+        return self._on_grid(np.quantile(sizes, shares)), self.start[1]
+
+    def random(self, rng):
+        return self._on_grid(sorted(rng.choice(grid) for grid in self.grids)), self.start[1]
+
+    def _on_grid(self, sizes) -> tuple[float, ...]:
+        return tuple(_nearest(g, size) for g, size in zip(self.grids, sizes, strict=True))
+
+    def climb(self, place, with_ratios: bool):
+        """Changes one number after the other for the better, until no change helps."""
+        while True:
+            before = place
+            for i, grid in enumerate(self.grids):
+                changed = [(_replace(place[0], i, float(size)), place[1]) for size in grid]
+                place = max([place, *changed], key=self.score)
+            for i in range(len(place[1]) if with_ratios else 0):
+                changed = [(place[0], _replace(place[1], i, float(r))) for r in ASPECT_RATIOS]
+                place = max([place, *changed], key=self.score)
+            if place == before:
+                return place
+
+    def _score(self, place) -> tuple[float, float]:
+        """First no share below the start's, then the sum of the two means over the classes.
+
+        Coarser levels are for larger objects: sizes that fall count as a loss too.
+        """
+        best = self._best(place)
+        shares = self._shares_covered(best)
+        lost = np.minimum(shares - self.floor, 0.0).sum() - (np.diff(place[0]) < 0).sum()
+        return float(lost), float(shares[1] + _class_means(best, self.labels).mean())
+
+    def _shares_covered(self, best_iou):
+        return _shares(best_iou >= self.iou_threshold, self.labels)
+
+    def _best(self, place):
+        shapes = [
+            self.iou_of(level, size, ratio)
+            for level, size in zip(self.levels, place[0], strict=True)
+            for ratio in place[1]
+        ]
+        return np.max(shapes, axis=0)
+
+    def _iou_of(self, level: int, size: float, ratio: float):
+        return _best_iou_of_shape(
+            self.boxes, self.shape, self.generator_config, level, size, ratio
+        ).astype("float32")
+
+
+def _replace(values: tuple, index: int, value: float) -> tuple:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def _nearest(grid: np.ndarray, value: float) -> float:
+    return float(grid[np.abs(np.log(grid / value)).argmin()])
+
+
+# === Arithmetic ===
+
+
+def _best_iou(boxes: np.ndarray, shape, generator: AnchorGenerator) -> np.ndarray:
+    """IoU of each box with its best anchor: what all pairs would give, without forming them."""
+    best = np.zeros(len(boxes))
+    config = generator.get_config()
+    for level, sizes in enumerate(generator.sizes):
+        for size in sizes:
+            for ratio in generator.aspect_ratios:
+                found = _best_iou_of_shape(boxes, shape, config, level, size, ratio)
+                best = np.maximum(best, found)
+    return best
+
+
+def _best_iou_of_shape(boxes, shape, config: dict, level: int, size: float, ratio: float):
+    """Of the anchors of one shape the one with the nearest centre overlaps a box most.
+
+    The intersection is the product of two overlaps, each of which only falls with the distance of
+    the centres along its axis; the areas are the same for all cells.
+    """
+    areas, overlap = 1.0, 1.0
+    stride, sides = config["strides"][level], (size * np.sqrt(ratio), size / np.sqrt(ratio))
+    for axis, (length, side) in enumerate(zip((shape[1], shape[0]), sides, strict=True)):
+        centers = (np.arange(-(-length // stride)) + config["offset"]) * stride
+        if config["clip"]:
+            centers, side = np.clip(centers, 0, length), min(side, length)
+        low, high = boxes[:, axis], boxes[:, axis + 2]
+        middle = (low + high) / 2
+        right = np.searchsorted(centers, middle).clip(1, max(1, len(centers) - 1))
+        near = [centers[np.minimum(i, len(centers) - 1)] for i in (right - 1, right)]
+        center = np.where(np.abs(near[0] - middle) <= np.abs(near[1] - middle), *near)
+        common = np.minimum(high, center + side / 2) - np.maximum(low, center - side / 2)
+        overlap = overlap * np.maximum(common, 0.0)
+        areas = areas * side
+    return overlap / ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + areas - overlap)
+
+
+def _class_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean of each class that has objects."""
+    counts = np.bincount(labels)
+    return np.bincount(labels, values)[counts > 0] / counts[counts > 0]
+
+
+def _shares(covered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of all objects, and the mean over the classes of that of their objects."""
+    return np.array([covered.mean(), _class_means(covered, labels).mean()])
+
+
+def _ratio(part, whole):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.asarray(whole) > 0, np.divide(part, whole), np.nan)
+
+
+def _quantiles(sizes: np.ndarray) -> tuple[float, float]:
+    return tuple(np.quantile(sizes, (0.05, 0.5))) if len(sizes) else (np.nan, np.nan)
+
+
+# === Input ===
+
+
+def _check(image_shape, iou_threshold: float) -> tuple[int, int]:
+    if not 0.0 < iou_threshold <= 1.0:
+        raise ValueError(
+            f"`iou_threshold` must be in (0, 1]. Received: iou_threshold={iou_threshold}"
+        )
+    shape = tuple(image_shape)[:2]
+    if len(shape) != 2 or any(int(side) != side or side < 1 for side in shape):
+        raise ValueError(
+            f"`image_shape` must be (height, width, ...) in pixels. Received: {image_shape}"
+        )
+    return tuple(int(side) for side in shape)
+
+
+def _labelled_boxes(dataset, shape: tuple[int, int]):
+    """All boxes with an area, "xyxy" in pixels of `shape`, their labels, and the class names."""
+    names = getattr(dataset, "class_names", None)
+    if isinstance(dataset, Mapping) and {"boxes", "labels"} <= set(dataset):
+        pictures = [(dataset["boxes"], dataset["labels"], shape)]
+    elif isinstance(dataset, Mapping):  # one batch
+        pictures = [_of_element(dataset)]
+    elif hasattr(dataset, "records"):
+        pictures = [(r.boxes, r.labels, (r.height, r.width)) for r in dataset.records]
+    else:
+        source = dataset.as_dataset() if hasattr(dataset, "as_dataset") else dataset
+        pictures = [_of_element(element) for element in source]
+    boxes, labels = [np.zeros((0, 4))], [np.zeros(0, int)]
+    for of_picture, its_labels, (height, width) in pictures:
+        scale = np.array([shape[1] / width, shape[0] / height] * 2)
+        boxes.append(np.asarray(of_picture, "float64").reshape(-1, 4) * scale)
+        labels.append(np.asarray(its_labels, int).reshape(-1))
+    boxes, labels = np.concatenate(boxes), np.concatenate(labels)
+    real = (labels >= 0) & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
+    boxes, labels = boxes[real], labels[real]
+    count = len(names) if names else int(labels.max(initial=-1)) + 1
+    if labels.max(initial=-1) >= count:
+        raise ValueError(
+            f"Labels must be 0 to {count - 1}, or -1 for padding. Received: {labels.max()}"
+        )
+    return boxes, labels, tuple(names or map(str, range(count)))
+
+
+def _of_element(element):
+    """Boxes, labels and (height, width) of an element or a batch, in either of its structures."""
+    pair = element if isinstance(element, tuple) else None
+    if isinstance(element, Mapping) and {"images", "bounding_boxes"} <= set(element):
+        pair = element["images"], element["bounding_boxes"]
+    if pair is None or not isinstance(pair[1], Mapping):
+        raise ValueError(
+            "`dataset` must be a DetectionDataset, an iterable of its elements or of batches, or "
+            f"{{'boxes', 'labels'}}. Received an element of type {type(element).__name__}"
+        )
+    images, rows = pair[:2]
+    return rows["boxes"], rows["labels"], tuple(images.shape)[-3:-1]
