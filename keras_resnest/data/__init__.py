@@ -5,6 +5,9 @@ TensorFlow Datasets and the `tf.data` code are imported at the first use of a na
 
 import importlib
 
+from keras_resnest.data.any_reader import read_detection
+from keras_resnest.data.coco_reader import read_coco
+from keras_resnest.data.csv_reader import read_csv
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
 from keras_resnest.data.images import (
     center_crop_image,
@@ -12,14 +15,17 @@ from keras_resnest.data.images import (
     load_image,
     resize_image,
 )
-from keras_resnest.data.readers import read_voc
 from keras_resnest.data.tfds_reader import read_tfds
 from keras_resnest.data.validation import check_ground_truth
+from keras_resnest.data.voc_reader import read_voc
+from keras_resnest.data.yolo_reader import read_yolo
 
 _LAZY = {
     "Shapes": "shapes",
     "ShapesConfig": "shapes",
     "read_shapes": "shapes",
+    "MixUp": "mixing",
+    "Mosaic": "mixing",
     "PhotometricDistortion": "augmentation",
     "RandomExpand": "augmentation",
     "RandomFlip": "augmentation",
@@ -27,7 +33,18 @@ _LAZY = {
     "RandomRotate90": "augmentation",
     "Resize": "augmentation",
     "TrainingAugmentation": "augmentation",
+    "CLASSIFICATION_AUGMENTATIONS": "classification",
+    "ClassificationAugmentation": "classification",
+    "ClassificationDataset": "classification",
+    "ClassificationReport": "classification",
+    "LabelledImage": "classification",
+    "RandAugment": "rand_augment",
+    "classification_batches": "classification",
     "evaluation_batches": "pipeline",
+    "mix_up": "classification",
+    "read_image_folder": "classification",
+    "read_tfds_classification": "classification",
+    "set_epoch": "epochs",
     "training_batches": "pipeline",
 }
 
@@ -39,8 +56,12 @@ __all__ = [
     "check_ground_truth",
     "find_images",
     "load_image",
+    "read_coco",
+    "read_csv",
+    "read_detection",
     "read_tfds",
     "read_voc",
+    "read_yolo",
     "resize_image",
     *_LAZY,
 ]

@@ -19,13 +19,25 @@ smaller than `min_box_size`. `Resize`, the evaluation's counterpart, keeps every
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
 
-MEAN_COLOR = (123.0, 117.0, 104.0)
-"""Mean colour of ImageNet pictures (red, green, blue, 0 to 255): SSD's fill of new ground."""
+from keras_resnest.data.geometry import (
+    MEAN_COLOR,
+    apply_if,
+    between,
+    centers_inside,
+    intersection,
+    orient,
+    size_of,
+    split_seed,
+    updated,
+    view,
+    whole_window,
+    window_iou,
+)
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
@@ -79,11 +91,11 @@ def drop_empty_boxes(element: dict) -> dict:
         ```
     """
     annotations = element["bounding_boxes"]
-    height, width = tf.unstack(_size(element["images"]))
+    height, width = tf.unstack(size_of(element["images"]))
     limits = tf.cast(tf.stack([width, height, width, height]), tf.float32)
     boxes = tf.clip_by_value(annotations["boxes"], 0.0, limits)
     has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
-    return _updated(element, element["images"], boxes, has_area & (annotations["labels"] >= 0))
+    return updated(element, element["images"], boxes, has_area & (annotations["labels"] >= 0))
 
 
 @dataclass(frozen=True)
@@ -139,29 +151,29 @@ class PhotometricDistortion:
         amount = draws[5:]
 
         def brightness(image):
-            return _clip_colors(image + _between(-self.brightness, self.brightness, amount[0]))
+            return _clip_colors(image + between(-self.brightness, self.brightness, amount[0]))
 
         def contrast(image):
-            return _clip_colors(image * _between(*self.contrast, amount[1]))
+            return _clip_colors(image * between(*self.contrast, amount[1]))
 
         # Saturation and hue of HSV do not depend on the scale of the values: no division by 255.
         def saturation(image):
             return _clip_colors(
-                tf.image.adjust_saturation(image, _between(*self.saturation, amount[2]))
+                tf.image.adjust_saturation(image, between(*self.saturation, amount[2]))
             )
 
         def hue(image):
-            turn = _between(-self.hue, self.hue, amount[3]) / 360.0
+            turn = between(-self.hue, self.hue, amount[3]) / 360.0
             return _clip_colors(tf.image.adjust_hue(image, turn))
 
         image = tf.cast(image, tf.float32)
-        image = _apply_if(happens[0], brightness, image)
-        image = _apply_if(happens[1] & contrast_is_first, contrast, image)
-        image = _apply_if(happens[2], saturation, image)
-        image = _apply_if(happens[3], hue, image)
-        image = _apply_if(happens[1] & ~contrast_is_first, contrast, image)
+        image = apply_if(happens[0], brightness, image)
+        image = apply_if(happens[1] & contrast_is_first, contrast, image)
+        image = apply_if(happens[2], saturation, image)
+        image = apply_if(happens[3], hue, image)
+        image = apply_if(happens[1] & ~contrast_is_first, contrast, image)
         if self.channel_probability:
-            image = _apply_if(
+            image = apply_if(
                 amount[4] < self.channel_probability,
                 lambda image: _permute_channels(image, amount[5]),
                 image,
@@ -205,9 +217,9 @@ class RandomExpand:
     def __call__(self, element: dict, seed) -> dict:
         """Returns the element on its canvas: float32 image, boxes moved along."""
         element = drop_empty_boxes(element)
-        window = self.window(_size(element["images"]), seed)
-        image, boxes = _view(element, window, fill_color=self.fill_color)
-        return _updated(element, image, boxes)
+        window = self.window(size_of(element["images"]), seed)
+        image, boxes = view(element, window, fill_color=self.fill_color)
+        return updated(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
         """Draws the canvas around a picture.
@@ -220,7 +232,7 @@ class RandomExpand:
             The canvas in pixels of the picture: int32 (x1, y1, x2, y2), with x1, y1 <= 0.
         """
         draws = tf.random.stateless_uniform([4], seed)
-        ratio = tf.where(draws[0] < self.probability, _between(1.0, self.max_ratio, draws[1]), 1.0)
+        ratio = tf.where(draws[0] < self.probability, between(1.0, self.max_ratio, draws[1]), 1.0)
         size = tf.cast(size[::-1], tf.float32)  # (width, height)
         canvas = tf.round(size * ratio)
         corner = -tf.floor(draws[2:] * (canvas - size + 1.0))
@@ -278,11 +290,11 @@ class RandomIoUCrop:
     def __call__(self, element: dict, seed) -> dict:
         """Returns the cropped element (float32 image); see the class for which boxes stay."""
         element = drop_empty_boxes(element)
-        size, boxes = _size(element["images"]), element["bounding_boxes"]["boxes"]
-        window = self.window(_whole(size), size, boxes, seed)
-        inside = _centers_inside(boxes, window)
-        image, boxes = _view(element, window)
-        return _updated(element, image, boxes, inside)
+        size, boxes = size_of(element["images"]), element["bounding_boxes"]["boxes"]
+        window = self.window(whole_window(size), size, boxes, seed)
+        inside = centers_inside(boxes, window)
+        image, boxes = view(element, window)
+        return updated(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
         """Draws a crop of a canvas.
@@ -298,14 +310,14 @@ class RandomIoUCrop:
             option None was drawn or no trial succeeded.
         """
         required = [m for m in self.min_ious if m is not None]
-        seeds = _split(seed, 2)
+        seeds = split_seed(seed, 2)
         crops = self._trials(canvas, len(required), seeds[0])
-        shows = _intersection(crops, _whole(size)) > 0.0
+        shows = intersection(crops, whole_window(size)) > 0.0
         # A picture without objects asks for nothing.
         no_objects = tf.equal(tf.shape(boxes)[0], 0)
-        best = tf.reduce_max(_iou(crops, boxes), axis=-1)
+        best = tf.reduce_max(window_iou(crops, boxes), axis=-1)
         overlaps = (best >= tf.constant(required, shape=[len(required), 1])) | no_objects
-        holds = tf.reduce_any(_centers_inside(boxes, crops[..., None, :]), axis=-1) | no_objects
+        holds = tf.reduce_any(centers_inside(boxes, crops[..., None, :]), axis=-1) | no_objects
         valid = shows & overlaps & holds  # (options, trials)
 
         # The whole canvas is the last row: chosen by the option None, and when nothing succeeds.
@@ -319,11 +331,11 @@ class RandomIoUCrop:
     def _trials(self, canvas: tf.Tensor, options: int, seed) -> tf.Tensor:
         """Draws all crops at once: int32 (options, trials, 4)."""
         draws = tf.random.stateless_uniform([options, self.trials, 4], seed)
-        scale = _between(*self.scale, draws[..., 0])
+        scale = between(*self.scale, draws[..., 0])
         # The limits keep both sides of the crop within the canvas.
         low = tf.maximum(self.aspect_ratio[0], scale**2)
         high = tf.minimum(self.aspect_ratio[1], 1.0 / scale**2)
-        stretch = tf.sqrt(_between(low, high, draws[..., 1]))
+        stretch = tf.sqrt(between(low, high, draws[..., 1]))
         sides = tf.stack([scale * stretch, scale / stretch], axis=-1)
         extent = tf.cast(canvas[2:] - canvas[:2], tf.float32)
         sides = tf.clip_by_value(tf.round(sides * extent), 1.0, extent)
@@ -360,7 +372,7 @@ class RandomFlip:
         """Returns the element, mirrored or not; the image keeps its size and data type."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
-        return _updated(element, *_orient(element["images"], boxes, *self.orientation(seed)))
+        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
 
     def orientation(self, seed) -> tuple:
         """Draws (transpose, flip_x, flip_y), booleans; this class never transposes."""
@@ -394,7 +406,7 @@ class RandomRotate90:
         """Returns the element, rotated or not; the image keeps its data type."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
-        return _updated(element, *_orient(element["images"], boxes, *self.orientation(seed)))
+        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
 
     def orientation(self, seed) -> tuple:
         """Draws (transpose, flip_x, flip_y), booleans: a quarter turn transposes, then flips."""
@@ -431,15 +443,19 @@ class Resize:
         check_image_shape(self.image_shape)
         _check_dtype(self.dtype)
 
-    def __call__(self, element: dict, seed=None) -> dict:
-        """Returns the stretched element; `seed` is taken, and ignored, to fit any pipeline."""
-        height, width = check_image_shape(self.image_shape)
-        size = _size(element["images"])
-        scale = tf.constant([height, width], tf.float32) / tf.cast(size, tf.float32)
+    def __call__(self, element: dict, seed=None, image_size=None) -> dict:
+        """Returns the stretched element; `seed` is taken, and ignored, to fit any pipeline.
+
+        `image_size`, an int32 tensor (height, width), takes the place of `image_shape`.
+        """
+        height, width = _height_and_width(self.image_shape, image_size)
+        scale = tf.cast([height, width], tf.float32) / tf.cast(
+            size_of(element["images"]), tf.float32
+        )
         scale = tf.stack([scale[1], scale[0], scale[1], scale[0]])
-        image = tf.image.resize(element["images"], [height, width])
+        image = tf.image.resize(element["images"], tf.stack([height, width]))
         boxes = element["bounding_boxes"]["boxes"] * scale
-        return _updated(element, _cast_image(image, self.dtype, height, width), boxes)
+        return updated(element, _cast_image(image, self.dtype, height, width), boxes)
 
 
 @dataclass(frozen=True)
@@ -498,19 +514,22 @@ class TrainingAugmentation:
         _check_dtype(self.dtype)
         _check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
-    def __call__(self, element: dict, seed) -> dict:
-        """Returns the augmented element for an integer `seed` of shape (2,)."""
+    def __call__(self, element: dict, seed, image_size=None) -> dict:
+        """Returns the augmented element for an integer `seed` of shape (2,).
+
+        `image_size`, an int32 tensor (height, width), takes the place of `image_shape`.
+        """
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
-        seeds = _split(seed, 5)
-        window = self._window(_size(element["images"]), boxes, seeds)
-        inside = _centers_inside(boxes, window)
+        seeds = split_seed(seed, 5)
+        window = self._window(size_of(element["images"]), boxes, seeds)
+        inside = centers_inside(boxes, window)
         transpose, flip_x, flip_y = self._orientation(seeds)
 
-        height, width = check_image_shape(self.image_shape)
+        height, width = _height_and_width(self.image_shape, image_size)
         # A quarter turn comes last, so the window is shown at the size before it.
         size = tf.where(transpose, [width, height], [height, width])
-        image, boxes = _view(
+        image, boxes = view(
             element,
             window,
             size,
@@ -520,14 +539,14 @@ class TrainingAugmentation:
                 self.photometric.distort(image, seeds[4]) if self.photometric else image
             ),
         )
-        image, boxes = _orient(image, boxes, transpose, flip_x, flip_y)
+        image, boxes = orient(image, boxes, transpose, flip_x, flip_y)
         is_large = tf.reduce_all(boxes[:, 2:] - boxes[:, :2] >= self.min_box_size, axis=-1)
         image = _cast_image(image, self.dtype, height, width)
-        return _updated(element, image, boxes, inside & is_large)
+        return updated(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         """Draws the part of the plane, in pixels of the picture, that the result shows."""
-        window = _whole(size)
+        window = whole_window(size)
         if self.expand:
             window = self.expand.window(size, seeds[0])
         if self.crop:
@@ -545,132 +564,7 @@ class TrainingAugmentation:
         return transpose, flip_x, flip_y
 
 
-# Geometry. A window is an int32 vector (x1, y1, x2, y2) in pixels of the source picture.
-
-
-def _size(image: tf.Tensor) -> tf.Tensor:
-    """(height, width) of an image, int32."""
-    return tf.shape(image)[:2]
-
-
-def _whole(size: tf.Tensor) -> tf.Tensor:
-    """The window that shows a picture of `size` (height, width) completely."""
-    return tf.stack([0, 0, size[1], size[0]])
-
-
-def _view(
-    element: dict,
-    window: tf.Tensor,
-    size: tf.Tensor | None = None,
-    fill_color: Sequence[float] = MEAN_COLOR,
-    antialias: bool = False,
-    distort: Callable = tf.identity,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Shows a window of a picture at another size.
-
-    Args:
-        element: data-set element.
-        window: the part to show; it may reach beyond the picture but must meet it.
-        size: (height, width) of the result, int32; default: that of the window.
-        fill_color: what lies beyond the picture.
-        antialias: see `TrainingAugmentation`.
-        distort: function of the seen part (float32 image at its final size).
-
-    Returns:
-        The float32 image (height, width, 3) and all boxes, clipped to the window, in its pixels.
-    """
-    image, boxes = element["images"], element["bounding_boxes"]["boxes"]
-    picture, extent = _size(image)[::-1], window[2:] - window[:2]  # (width, height)
-    size = extent if size is None else size[::-1]
-    low, high = tf.maximum(window[:2], 0), tf.minimum(window[2:], picture)
-
-    # Where the seen part lies in the result: whole pixels, so no edge has to be blended.
-    scale = tf.cast(size, tf.float32) / tf.cast(extent, tf.float32)
-    start = tf.round(tf.cast(low - window[:2], tf.float32) * scale)
-    end = tf.round(tf.cast(high - window[:2], tf.float32) * scale)
-    start = tf.minimum(tf.cast(start, tf.int32), size - 1)
-    end = tf.maximum(tf.cast(end, tf.int32), start + 1)
-
-    image = image[low[1] : high[1], low[0] : high[0]]
-    is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(picture)
-    averages = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
-    image = distort(_resize(image, (end - start)[::-1], averages))
-    # Padding with zeros around image - color is padding with the colour.
-    paddings = tf.stack([start[::-1], (size - end)[::-1]], axis=1)
-    image = tf.pad(image - fill_color, tf.concat([paddings, [[0, 0]]], axis=0)) + fill_color
-
-    low, high, start, end = (tf.cast(v, tf.float32) for v in (low, high, start, end))
-    boxes = tf.clip_by_value(boxes, tf.tile(low, [2]), tf.tile(high, [2]))
-    boxes = (boxes - tf.tile(low, [2])) * tf.tile((end - start) / (high - low), [2])
-    return image, boxes + tf.tile(start, [2])
-
-
-def _resize(image: tf.Tensor, size: tf.Tensor, averages: tf.Tensor) -> tf.Tensor:
-    """Resizes to (height, width): the mean of the covered pixels, or bilinear samples."""
-    return tf.cond(
-        averages,
-        lambda: tf.image.resize(image, size, method="area"),
-        lambda: tf.image.resize(image, size, method="bilinear"),
-    )
-
-
-def _orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tuple:
-    """Transposes, then mirrors an image and its boxes, each step only where its flag is set."""
-    if transpose is not False:  # a tensor: known only when the graph runs
-        image = _apply_if(transpose, lambda image: tf.transpose(image, [1, 0, 2]), image)
-        boxes = tf.where(transpose, tf.gather(boxes, [1, 0, 3, 2], axis=1), boxes)
-    image = tf.raw_ops.Reverse(tensor=image, dims=tf.stack([flip_y, flip_x, False]))
-    height, width = tf.unstack(tf.cast(_size(image), tf.float32))
-    x1, y1, x2, y2 = tf.unstack(boxes, axis=1)
-    x1, x2 = tf.where(flip_x, width - x2, x1), tf.where(flip_x, width - x1, x2)
-    y1, y2 = tf.where(flip_y, height - y2, y1), tf.where(flip_y, height - y1, y2)
-    return image, tf.stack([x1, y1, x2, y2], axis=1)
-
-
-def _centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
-    """Whether the centres of (n, 4) boxes lie in (..., 4) windows."""
-    windows = tf.cast(windows, tf.float32)
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
-    inside = (centers >= windows[..., :2]) & (centers < windows[..., 2:])
-    return tf.reduce_all(inside, axis=-1)
-
-
-def _intersection(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """Common area of boxes (..., 4), broadcast."""
-    a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
-    sides = tf.minimum(a[..., 2:], b[..., 2:]) - tf.maximum(a[..., :2], b[..., :2])
-    return tf.reduce_prod(tf.maximum(sides, 0.0), axis=-1)
-
-
-def _iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
-    """IoU of windows (..., 4) and boxes (n, 4), none of them empty: (..., n)."""
-    windows = tf.cast(windows[..., None, :], tf.float32)
-    common = _intersection(windows, boxes)
-    return common / (_intersection(windows, windows) + _intersection(boxes, boxes) - common)
-
-
 # Small helpers.
-
-
-def _updated(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
-    """The element with another image and other boxes; `keep` (n,) filters all box entries."""
-    annotations = dict(element["bounding_boxes"], boxes=boxes)
-    if keep is not None:
-        annotations = {name: tf.boolean_mask(rows, keep) for name, rows in annotations.items()}
-    return dict(element, images=image, bounding_boxes=annotations)
-
-
-def _split(seed, count: int) -> tf.Tensor:
-    """Independent seeds (count, 2) out of one; int32 and int64 seeds give the same ones."""
-    return tf.random.split(tf.cast(seed, tf.int64), count)
-
-
-def _apply_if(condition, change: Callable, image: tf.Tensor) -> tf.Tensor:
-    return tf.cond(condition, lambda: change(image), lambda: image)
-
-
-def _between(low, high, fraction: tf.Tensor) -> tf.Tensor:
-    return low + (high - low) * fraction
 
 
 def _clip_colors(image: tf.Tensor) -> tf.Tensor:
@@ -684,6 +578,12 @@ def _permute_channels(image: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
     return tf.tensordot(image, tf.one_hot(order, 3, axis=0), axes=1)
 
 
-def _cast_image(image: tf.Tensor, dtype: str, height: int, width: int) -> tf.Tensor:
-    image = tf.ensure_shape(image, [height, width, 3])
+def _height_and_width(image_shape: Sequence[int], image_size: tf.Tensor | None) -> Sequence:
+    """Two integers, or two int32 tensors where the size is known only when the graph runs."""
+    return check_image_shape(image_shape) if image_size is None else tf.unstack(image_size, 2)
+
+
+def _cast_image(image: tf.Tensor, dtype: str, height, width) -> tf.Tensor:
+    known = isinstance(height, int)
+    image = tf.ensure_shape(image, [height, width, 3] if known else [None, None, 3])
     return tf.cast(tf.round(image), tf.uint8) if dtype == "uint8" else image

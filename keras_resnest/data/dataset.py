@@ -217,7 +217,7 @@ class DetectionDataset:
         Args:
             shuffle: Mix the pictures, in another order in every epoch.
             seed: Integer for a repeatable order.
-            num_shards: Give only every `num_shards`-th picture, for training on many machines.
+            num_shards: Give only one of so many shards, see `shard`.
             shard_index: Which one of the shards, 0 to `num_shards - 1`.
 
         Returns:
@@ -226,13 +226,48 @@ class DetectionDataset:
         """
         import tensorflow as tf
 
-        indices = shard(tf.data.Dataset.range(len(self)), num_shards, shard_index)
+        part = self.shard(num_shards, shard_index)
+        indices = tf.data.Dataset.range(len(part))
         if shuffle:
-            indices = indices.shuffle(len(self), seed=seed)
-        return indices.map(self._element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
+            indices = indices.shuffle(len(part), seed=seed)
+        return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
 
-    def _element_loader(self):
-        """Function from the index of a record (int64 tensor) to the element."""
+    def shard(self, num_shards: int, shard_index: int) -> "DetectionDataset":
+        """One part of the data set, for training on many machines.
+
+        Every picture is in exactly one shard, always the same one; the sizes of the shards differ
+        by one picture at most. All shards have all class names.
+
+        Args:
+            num_shards: Number of parts, at most the number of pictures.
+            shard_index: Which one of them, 0 to `num_shards - 1`.
+
+        Returns:
+            `DetectionDataset`, with its own `report` (without the problems of the whole one).
+            `training_batches` gives as many batches of it as the smallest of the shards can fill.
+
+        Raises:
+            ValueError: An argument is out of its range.
+
+        Example: `train.shard(num_shards=4, shard_index=worker)`
+        """
+        check_shard(num_shards, shard_index, len(self))
+        if num_shards == 1:
+            return self
+        part = DetectionDataset(self.records[shard_index::num_shards], self.class_names)
+        part._smallest_shard = self.smallest_shard // num_shards
+        return part
+
+    @property
+    def smallest_shard(self) -> int:
+        """Pictures in the smallest of the shards of which this one is; its length if it is all."""
+        return getattr(self, "_smallest_shard", len(self))
+
+    def element_loader(self):
+        """A function from the number of a picture (int64 tensor) to its element.
+
+        None where pictures can only be read one after the other.
+        """
         import tensorflow as tf
 
         records = self.records
@@ -261,13 +296,17 @@ class DetectionDataset:
         return load
 
 
-def shard(dataset, num_shards: int, shard_index: int):
+def check_shard(num_shards: int, shard_index: int, num_pictures: int) -> None:
     if not 0 <= shard_index < num_shards:
         raise ValueError(
             "`shard_index` must be 0 to `num_shards - 1`. "
             f"Received: num_shards={num_shards}, shard_index={shard_index}"
         )
-    return dataset if num_shards == 1 else dataset.shard(num_shards, shard_index)
+    if num_shards > num_pictures:
+        raise ValueError(
+            f"`num_shards` must be at most the number of pictures, {num_pictures}, so that no "
+            f"shard is empty. Received: num_shards={num_shards}"
+        )
 
 
 def _check_boxes(records: Sequence[ImageRecord]) -> None:

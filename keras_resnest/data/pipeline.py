@@ -13,10 +13,11 @@ import keras
 import tensorflow as tf
 
 from keras_resnest.data.augmentation import Resize, check_image_shape, drop_empty_boxes
+from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
+from keras_resnest.data.geometry import PADDING
+from keras_resnest.data.mixing import MixUp, Mosaic, fit_rows
 from keras_resnest.detection.boxes import check_box_format
 from keras_resnest.detection.checks import MARK
-
-PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
 
 
 def training_batches(
@@ -25,8 +26,12 @@ def training_batches(
     batch_size: int,
     augmentation: Callable[[dict, tf.Tensor], dict] | None = None,
     *,
+    mosaic: Mosaic | None = None,
+    mixup: MixUp | None = None,
+    image_sizes: Sequence[Sequence[int]] | None = None,
     shuffle_buffer: int | None = None,
     seed: int | None = None,
+    initial_epoch: int = 0,
     cache: bool | str = True,
     drop_remainder: bool = True,
     max_boxes: int | None = None,
@@ -37,9 +42,16 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Batches for training: cached, shuffled anew and augmented anew in every epoch.
 
-    The same arguments give the same batches in the same order, epoch by epoch, in every run.
-    Boxes without area are left out; others are only dropped by `augmentation` (its
-    documentation says which).
+    The same arguments give the same batches in the same order, epoch by epoch, in every run:
+    order and augmentation of epoch k depend on `seed`, k and the pictures only. So a training
+    that was stopped goes on with `initial_epoch=k`, bit for bit as if it had not been stopped
+    (inside of an epoch: with `.skip(steps)` for the rest of it). See also `set_epoch`.
+
+    Boxes without area are left out; others are only dropped by `augmentation` and `mosaic`
+    (their documentation says which).
+
+    Of one shard of a data set (`DetectionDataset.shard`), an epoch has as many batches as the
+    smallest of the shards can fill, so that no worker waits for another one in vain.
 
     Args:
         dataset: `tf.data.Dataset` of unbatched elements (see the top of this module), or an
@@ -49,10 +61,17 @@ def training_batches(
         augmentation: called with an element and a seed (int64 tensor of shape (2,)), returns an
             element with an image of `image_shape`: a `TrainingAugmentation`, or your own
             function. Default: `Resize(image_shape)`, so no augmentation.
+        mosaic: a `Mosaic`: pictures made of four of the batch. Default: none.
+        mixup: a `MixUp`: pictures made of two of the batch, after `mosaic`. Default: none.
+        image_sizes: multi-scale training: the (height, width) in pixels among which one is drawn
+            for each batch, instead of `image_shape`. `augmentation` is then called with a third
+            argument `image_size`, an int32 tensor (height, width), and makes images of that size.
         shuffle_buffer: number of pictures among which the next one is drawn; 0 keeps the order.
-            Default: all of them when they are cached, else 512.
+            Default: all of them when they are cached in memory, or are files of a
+            `DetectionDataset` that are read anew in each epoch; else 512.
         seed: start of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
+        initial_epoch: epoch of the first pass, from 0; later passes are the epochs after it.
         cache: keep decoded pictures in memory (height x width x 3 bytes for each one); a path
             keeps them in files that begin with it; False reads and decodes in every epoch.
         drop_remainder: leave out the last, smaller batch of an epoch. Which pictures fall out
@@ -65,12 +84,12 @@ def training_batches(
         use_difficult: False leaves out boxes marked as difficult.
         num_parallel_calls: pictures that are augmented at the same time.
         deterministic: False lets a faster picture overtake a slower one: a little quicker, but
-            not reproducible.
+            not reproducible (and not possible with `image_sizes`).
 
     Returns:
         Data set of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
         gives), "bounding_boxes": {"boxes": (B, M, 4) float32, "labels": (B, M) int32}}`. Padding
-        rows have label -1.
+        rows have label -1. With `image_sizes`, height and width are None in its `element_spec`.
 
     Raises:
         ValueError: if an argument is unusable, or the data set has no picture, or fewer than
@@ -88,26 +107,40 @@ def training_batches(
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source = _source(dataset, batch_size, whole_batch=drop_remainder)
     augmentation = augmentation or Resize(size)
-    _check_augmentation(augmentation, size)
+    draw_size = _size_drawer(image_sizes, batch_size)
+    _check_augmentation(augmentation, size, image_sizes, deterministic)
+    _check_mixing(mosaic, mixup)
     _check_max_boxes(max_boxes)
     seed = random.randrange(2**31) if seed is None else seed
+    counter = EpochCounter(initial_epoch)
 
-    elements = source.map(_checked, num_parallel_calls).map(drop_empty_boxes, num_parallel_calls)
-    if not use_difficult:
-        elements = elements.map(_without_difficult)
-    elements = _cached(elements, cache)
-    buffer = _shuffle_buffer(shuffle_buffer, source, cache)
-    if buffer > 1:
-        elements = elements.shuffle(buffer, seed=seed, reshuffle_each_iteration=True)
-    # New seeds in every epoch, and the same ones in every run.
-    seeds = tf.data.Dataset.random(seed + 1, rerandomize_each_iteration=True).batch(2)
-    elements = tf.data.Dataset.zip(elements, seeds)
-    elements = elements.map(augmentation, num_parallel_calls)
+    stored, prepare = _stored(dataset, source, cache, use_difficult, num_parallel_calls)
+    buffer = _shuffle_buffer(shuffle_buffer, stored, all_of_them=cache is True or prepare)
+
+    def augment(epoch_seed, position, number, element):
+        element = prepare(element) if prepare else element
+        name = tf.strings.to_hash_bucket_fast(element["image_id"], 2**62)
+        own_seed = fold_in(epoch_seed, number, name)
+        sizes = draw_size(epoch_seed, position) if draw_size else ()
+        return dict(augmentation(element, own_seed, *sizes), seed=own_seed)
+
+    elements = epoch_passes(stored, counter, seed, buffer).map(augment, num_parallel_calls)
+    mixes = [mix for mix in (mosaic, mixup) if mix]
     batches = _batched(
-        elements, size, batch_size, drop_remainder, max_boxes, box_keys=("boxes", "labels")
+        elements,
+        (None, None) if image_sizes else size,
+        batch_size,
+        drop_remainder,
+        None if mixes else max_boxes,
+        box_keys=("boxes", "labels"),
+        extra_keys=("seed",),
     )
-    batches = _converted(batches, size, box_format).prefetch(tf.data.AUTOTUNE)
-    return batches.with_options(_options(deterministic))
+    batches = batches.map(lambda batch: _mixed(batch, mixes, max_boxes), num_parallel_calls)
+    batches = _as_long_as_the_smallest_shard(batches, dataset, batch_size, drop_remainder)
+    batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
+    batches = batches.with_options(_options(deterministic))
+    batches.epoch_counter = counter  # for `set_epoch`
+    return batches
 
 
 def evaluation_batches(
@@ -167,7 +200,7 @@ def evaluation_batches(
     elements = elements.map(prepare, num_parallel_calls)
     extra_keys = ("image_id", "image_size") if include_source else ()
     batches = _batched(elements, size, batch_size, False, max_boxes, tuple(PADDING), extra_keys)
-    batches = _converted(batches, size, box_format).prefetch(tf.data.AUTOTUNE)
+    batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
     return batches.with_options(_options(deterministic=True))
 
 
@@ -219,13 +252,14 @@ def _check_element_spec(spec):
         )
 
 
-def _check_augmentation(augmentation, image_shape: tuple[int, int]):
+def _check_augmentation(augmentation, image_shape, image_sizes, deterministic: bool):
+    names = ("element", "seed", "image_size") if image_sizes else ("element", "seed")
     try:
-        inspect.signature(augmentation).bind("element", "seed")
+        inspect.signature(augmentation).bind(*names)
     except TypeError:
         raise ValueError(
-            "`augmentation` must be a function of an element and a seed, such as "
-            f"`lambda element, seed: ...`. Received: augmentation={augmentation!r}"
+            f"`augmentation` must be a function of {', '.join(names)}, such as "
+            f"`lambda {', '.join(names)}: ...`. Received: augmentation={augmentation!r}"
         ) from None
     own_shape = getattr(augmentation, "image_shape", None)
     if own_shape is not None and check_image_shape(own_shape) != image_shape:
@@ -233,6 +267,20 @@ def _check_augmentation(augmentation, image_shape: tuple[int, int]):
             f"`augmentation` must make images of image_shape={image_shape}. "
             f"Received: augmentation.image_shape={own_shape}"
         )
+    if image_sizes and not deterministic:
+        raise ValueError(
+            "`image_sizes` needs `deterministic=True`: a picture that overtakes another one "
+            "would land in a batch of another size. Received: deterministic=False"
+        )
+
+
+def _check_mixing(mosaic, mixup):
+    for name, value, kind in (("mosaic", mosaic, Mosaic), ("mixup", mixup, MixUp)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(
+                f"`{name}` must be None or a {kind.__name__}, such as `{kind.__name__}()`. "
+                f"Received: {name}={value!r}"
+            )
 
 
 def _check_max_boxes(max_boxes: int | None):
@@ -298,7 +346,27 @@ def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     return elements.cache() if cache is True else elements.cache(str(cache))
 
 
-def _shuffle_buffer(buffer: int | None, source: tf.data.Dataset, cache: bool | str) -> int:
+def _stored(
+    dataset, source: tf.data.Dataset, cache: bool | str, use_difficult: bool, num_parallel_calls
+) -> tuple[tf.data.Dataset, Callable | None]:
+    """What is shuffled: whole elements, or only the numbers of pictures that are read later.
+
+    Returns:
+        The data set of elements and None; or the data set of numbers, and the function that
+        makes an element of one.
+    """
+
+    def checked(element):
+        element = drop_empty_boxes(_checked(element))
+        return element if use_difficult else _without_difficult(element)
+
+    load = getattr(dataset, "element_loader", lambda: None)() if not cache else None
+    if load is None:
+        return _cached(source.map(checked, num_parallel_calls), cache), None
+    return tf.data.Dataset.range(len(dataset)), lambda number: checked(load(number))
+
+
+def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, all_of_them: bool) -> int:
     if buffer is not None:
         if not isinstance(buffer, int) or buffer < 0:
             raise ValueError(
@@ -307,15 +375,74 @@ def _shuffle_buffer(buffer: int | None, source: tf.data.Dataset, cache: bool | s
             )
         return buffer
     # Pictures cached in memory are shared with the buffer, so a large one costs nothing.
-    count = int(source.cardinality())
-    if cache is True:
+    count = int(stored.cardinality())
+    if all_of_them:
         return count if count > 0 else 100_000
     return min(count, 512) if count > 0 else 512
 
 
+def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
+    """Function that draws one of the sizes for the batch of a picture, as a tuple of one."""
+    if image_sizes is None:
+        return None
+    if not isinstance(image_sizes, Sequence) or not image_sizes:
+        raise ValueError(
+            "`image_sizes` must be a list of (height, width) in pixels. "
+            f"Received: image_sizes={image_sizes!r}"
+        )
+    sizes = tf.constant([check_image_shape(size) for size in image_sizes])
+
+    def draw(epoch_seed, position):
+        seed = fold_in(epoch_seed, -1, position // batch_size)  # no picture has the number -1
+        choice = tf.random.stateless_uniform([], seed, 0, len(image_sizes), tf.int32)
+        return (sizes[choice],)
+
+    return draw
+
+
+def _mixed(batch: dict, mixes: list, max_boxes: int | None) -> dict:
+    """The batch after mosaic and mixup, without the seeds of its pictures."""
+    batch = dict(batch)
+    seeds = batch.pop("seed")
+    for number, mix in enumerate(mixes):
+        batch = mix(batch, fold_in(seeds[0], number))
+    if mixes and max_boxes is not None:
+        batch["bounding_boxes"] = _padded_to(batch["bounding_boxes"], max_boxes)
+    return batch
+
+
+def _padded_to(rows: dict, max_boxes: int) -> dict:
+    """Rows (B, M, ...) of mixed pictures, padded to `max_boxes`."""
+    rows = fit_rows(rows)
+    count = tf.shape(rows["labels"])[1]
+    message = f"{MARK} a mixed picture has more boxes than max_boxes={max_boxes}. Received (boxes):"
+    tf.debugging.Assert(count <= max_boxes, [message, count])
+    padded = {}
+    for name, values in rows.items():
+        paddings = [[0, 0], [0, max_boxes - count]] + [[0, 0]] * (values.shape.rank - 2)
+        values = tf.pad(values, paddings, constant_values=PADDING[name])
+        padded[name] = tf.ensure_shape(values, [None, max_boxes, *values.shape[2:]])
+    return padded
+
+
+def _as_long_as_the_smallest_shard(
+    batches: tf.data.Dataset, dataset, batch_size: int, drop_remainder: bool
+) -> tf.data.Dataset:
+    pictures = getattr(dataset, "smallest_shard", None)
+    if pictures is None or pictures == len(dataset):
+        return batches
+    steps = pictures // batch_size if drop_remainder else -(-pictures // batch_size)
+    if not steps:
+        raise ValueError(
+            f"`dataset` must have at least {batch_size} pictures in each shard (batch_size="
+            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {pictures}"
+        )
+    return batches.take(steps)
+
+
 def _batched(
     elements: tf.data.Dataset,
-    size: tuple[int, int],
+    size: tuple[int | None, int | None],
     batch_size: int,
     drop_remainder: bool,
     max_boxes: int | None,
@@ -343,15 +470,14 @@ def _batched(
     return elements.padded_batch(batch_size, padded_shapes, padding, drop_remainder)
 
 
-def _converted(
-    batches: tf.data.Dataset, size: tuple[int, int], bounding_box_format: str
-) -> tf.data.Dataset:
+def _converted(batches: tf.data.Dataset, bounding_box_format: str) -> tf.data.Dataset:
     """Brings the boxes of batches from "xyxy" pixels to `bounding_box_format`."""
 
     def convert(batch):
         rows = batch["bounding_boxes"]
+        height, width = tf.unstack(tf.cast(tf.shape(batch["images"])[1:3], tf.float32))
         boxes = keras.utils.bounding_boxes.convert_format(
-            rows["boxes"], "xyxy", bounding_box_format, height=size[0], width=size[1]
+            rows["boxes"], "xyxy", bounding_box_format, height=height, width=width
         )
         return dict(batch, bounding_boxes=dict(rows, boxes=boxes))
 

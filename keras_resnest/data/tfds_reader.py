@@ -14,9 +14,9 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     Problem,
     check_class_names,
+    check_shard,
     decode_plain_image,
     nearest,
-    shard,
     summarize,
     usable_boxes,
     without_difficult,
@@ -61,7 +61,7 @@ def read_tfds(
         ConnectionError: It must be downloaded and its server is unknown or not to be reached
             (found out at once, while TFDS itself would try for minutes).
 
-    Example: `train = read_tfds("voc/2007", split="trainval")`
+    Example: `train = read_tfds("voc/2007", split="train+validation")`
     """
     import tensorflow_datasets as tfds
 
@@ -71,7 +71,9 @@ def read_tfds(
         builder = name_or_builder
     else:
         builder = _tfds_builder(name_or_builder, data_dir)
-    label_names = _tfds_label_names(builder)
+    _tfds_label_names(builder)  # nothing is downloaded that cannot be used
+    _prepare(builder, download)
+    label_names = _tfds_label_names(builder)  # COCO's names are known only now
     if class_names is not None:
         class_names = check_class_names(class_names)
         for name in label_names:
@@ -80,7 +82,6 @@ def read_tfds(
                     f"{builder.info.full_name} has the class {name!r}, which is not in "
                     f"`class_names`. {nearest(name, class_names)}"
                 )
-    _prepare(builder, download)
     return _TfdsDataset(builder, split, label_names, class_names or label_names, use_difficult)
 
 
@@ -164,6 +165,7 @@ class _TfdsDataset(DetectionDataset):
     def __init__(self, builder, split, label_names, class_names, use_difficult):
         self.class_names = list(class_names)
         self._builder, self._split, self._use_difficult = builder, split, use_difficult
+        self._label_names = label_names
         self._label_map = np.asarray([self.class_names.index(n) for n in label_names], "int32")
         try:
             self._size = builder.info.splits[split].num_examples
@@ -189,12 +191,35 @@ class _TfdsDataset(DetectionDataset):
     def as_dataset(self, shuffle=False, seed=None, num_shards=1, shard_index=0):
         import tensorflow as tf
 
-        examples = shard(self._examples(shuffle, seed), num_shards, shard_index)
+        part = self.shard(num_shards, shard_index)
+        examples = part._examples(shuffle, seed)
         if shuffle:  # encoded pictures: of COCO about 300 MB
-            examples = examples.shuffle(min(self._size, 2048), seed=seed)
+            examples = examples.shuffle(min(len(part), 2048), seed=seed)
         return examples.map(self._to_element, num_parallel_calls=tf.data.AUTOTUNE)
 
     as_dataset.__doc__ = DetectionDataset.as_dataset.__doc__
+
+    def shard(self, num_shards: int, shard_index: int) -> DetectionDataset:
+        import tensorflow_datasets as tfds
+
+        check_shard(num_shards, shard_index, len(self))
+        if num_shards == 1:
+            return self
+        splits = tfds.even_splits(self._split, num_shards)
+        part = _TfdsDataset(
+            self._builder,
+            splits[shard_index],
+            self._label_names,
+            self.class_names,
+            self._use_difficult,
+        )
+        part._smallest_shard = self.smallest_shard // num_shards
+        return part
+
+    shard.__doc__ = DetectionDataset.shard.__doc__
+
+    def element_loader(self):
+        return None  # the files of TFDS are read from their beginning
 
     def _examples(self, shuffle: bool, seed: int | None):
         """Encoded image, id, relative yxyx boxes, TFDS labels and `difficult`, unbatched."""

@@ -1,0 +1,140 @@
+"""Windows, boxes and pictures moved together, as TensorFlow graph code.
+
+A window is an int32 vector (x1, y1, x2, y2) in pixels of the source picture. Elements are those of
+`augmentation`: `{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+MEAN_COLOR = (123.0, 117.0, 104.0)
+"""Mean colour of ImageNet pictures (red, green, blue, 0 to 255): SSD's fill of new ground."""
+
+PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
+"""What the box entries of a padding row hold."""
+
+
+def size_of(image: tf.Tensor) -> tf.Tensor:
+    """(height, width) of an image, int32."""
+    return tf.shape(image)[:2]
+
+
+def whole_window(size: tf.Tensor) -> tf.Tensor:
+    """The window that shows a picture of `size` (height, width) completely."""
+    return tf.stack([0, 0, size[1], size[0]])
+
+
+def view(
+    element: dict,
+    window: tf.Tensor,
+    size: tf.Tensor | None = None,
+    fill_color: Sequence[float] = MEAN_COLOR,
+    antialias: bool = False,
+    distort: Callable = tf.identity,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Shows a window of a picture at another size.
+
+    Args:
+        element: data-set element.
+        window: the part to show; it may reach beyond the picture but must meet it.
+        size: (height, width) of the result, int32; default: that of the window.
+        fill_color: what lies beyond the picture.
+        antialias: see `TrainingAugmentation`.
+        distort: function of the seen part (float32 image at its final size).
+
+    Returns:
+        The float32 image (height, width, 3) and all boxes, clipped to the window, in its pixels.
+    """
+    image, boxes = element["images"], element["bounding_boxes"]["boxes"]
+    picture, extent = size_of(image)[::-1], window[2:] - window[:2]  # (width, height)
+    size = extent if size is None else size[::-1]
+    low, high = tf.maximum(window[:2], 0), tf.minimum(window[2:], picture)
+
+    # Where the seen part lies in the result: whole pixels, so no edge has to be blended.
+    scale = tf.cast(size, tf.float32) / tf.cast(extent, tf.float32)
+    start = tf.round(tf.cast(low - window[:2], tf.float32) * scale)
+    end = tf.round(tf.cast(high - window[:2], tf.float32) * scale)
+    start = tf.minimum(tf.cast(start, tf.int32), size - 1)
+    end = tf.maximum(tf.cast(end, tf.int32), start + 1)
+
+    image = image[low[1] : high[1], low[0] : high[0]]
+    is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(picture)
+    averages = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
+    image = distort(resize(image, (end - start)[::-1], averages))
+    # Padding with zeros around image - color is padding with the colour.
+    paddings = tf.stack([start[::-1], (size - end)[::-1]], axis=1)
+    image = tf.pad(image - fill_color, tf.concat([paddings, [[0, 0]]], axis=0)) + fill_color
+
+    low, high, start, end = (tf.cast(v, tf.float32) for v in (low, high, start, end))
+    boxes = tf.clip_by_value(boxes, tf.tile(low, [2]), tf.tile(high, [2]))
+    boxes = (boxes - tf.tile(low, [2])) * tf.tile((end - start) / (high - low), [2])
+    return image, boxes + tf.tile(start, [2])
+
+
+def resize(image: tf.Tensor, size: tf.Tensor, averages: tf.Tensor) -> tf.Tensor:
+    """Resizes to (height, width): the mean of the covered pixels, or bilinear samples."""
+    return tf.cond(
+        averages,
+        lambda: tf.image.resize(image, size, method="area"),
+        lambda: tf.image.resize(image, size, method="bilinear"),
+    )
+
+
+def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tuple:
+    """Transposes, then mirrors an image and its boxes, each step only where its flag is set."""
+    if transpose is not False:  # a tensor: known only when the graph runs
+        image = apply_if(transpose, lambda image: tf.transpose(image, [1, 0, 2]), image)
+        boxes = tf.where(transpose, tf.gather(boxes, [1, 0, 3, 2], axis=1), boxes)
+    image = tf.raw_ops.Reverse(tensor=image, dims=tf.stack([flip_y, flip_x, False]))
+    height, width = tf.unstack(tf.cast(size_of(image), tf.float32))
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=1)
+    x1, x2 = tf.where(flip_x, width - x2, x1), tf.where(flip_x, width - x1, x2)
+    y1, y2 = tf.where(flip_y, height - y2, y1), tf.where(flip_y, height - y1, y2)
+    return image, tf.stack([x1, y1, x2, y2], axis=1)
+
+
+def centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
+    """Whether the centres of (n, 4) boxes lie in (..., 4) windows."""
+    windows = tf.cast(windows, tf.float32)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
+    inside = (centers >= windows[..., :2]) & (centers < windows[..., 2:])
+    return tf.reduce_all(inside, axis=-1)
+
+
+def intersection(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Common area of boxes (..., 4), broadcast."""
+    a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
+    sides = tf.minimum(a[..., 2:], b[..., 2:]) - tf.maximum(a[..., :2], b[..., :2])
+    return tf.reduce_prod(tf.maximum(sides, 0.0), axis=-1)
+
+
+def window_iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
+    """IoU of windows (..., 4) and boxes (n, 4), none of them empty: (..., n)."""
+    windows = tf.cast(windows[..., None, :], tf.float32)
+    common = intersection(windows, boxes)
+    return common / (intersection(windows, windows) + intersection(boxes, boxes) - common)
+
+
+# Small helpers.
+
+
+def updated(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
+    """The element with another image and other boxes; `keep` (n,) filters all box entries."""
+    annotations = dict(element["bounding_boxes"], boxes=boxes)
+    if keep is not None:
+        annotations = {name: tf.boolean_mask(rows, keep) for name, rows in annotations.items()}
+    return dict(element, images=image, bounding_boxes=annotations)
+
+
+def split_seed(seed, count: int) -> tf.Tensor:
+    """Independent seeds (count, 2) out of one; int32 and int64 seeds give the same ones."""
+    return tf.random.split(tf.cast(seed, tf.int64), count)
+
+
+def apply_if(condition, change: Callable, image: tf.Tensor) -> tf.Tensor:
+    return tf.cond(condition, lambda: change(image), lambda: image)
+
+
+def between(low, high, fraction: tf.Tensor) -> tf.Tensor:
+    return low + (high - low) * fraction
