@@ -154,7 +154,9 @@ class _ObjectChunks:
             objects, candidates) in falling order, 0 where there are no more, and their
             indices. The last rows of objects may be padding.
         """
-        num_candidates = min(CANDIDATES, self.num_anchors)
+        # Where only the graph knows how many anchors there are, there are more than a few.
+        known = isinstance(self.num_anchors, int)
+        num_candidates = min(CANDIDATES, self.num_anchors) if known else CANDIDATES
 
         def read_next(i, best_iou, best, values, indices):
             iou = self.read(i)  # (B, size, A)

@@ -1,0 +1,88 @@
+"""Times a training step under MirroredStrategy with one device against one without a strategy.
+
+Two models in one process with the same weights and the same batch take turns, `fit` by `fit`, so
+that the ratio holds on a busy machine too. That both have the same loss is checked. The first
+`fit` of each, which traces, is not counted.
+
+    python benchmarks/distribution_cost.py
+    python benchmarks/distribution_cost.py --model resnest50 --image-size 320 --batch-size 8
+
+Set TF_ENABLE_ONEDNN_OPTS=1 where TensorFlow leaves oneDNN off.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from training_step import LEARNING_RATE, NUM_CLASSES, make_batch
+
+from keras_resnest import RefineDet
+from keras_resnest.backbones import list_backbones
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnest50", choices=list_backbones(), metavar="NAME")
+    parser.add_argument("--image-size", type=int, default=128, help="side, pixels (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="images (%(default)s)")
+    parser.add_argument("--objects", type=int, default=10, help="per image (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="of a turn (%(default)s)")
+    parser.add_argument("--turns", type=int, default=10, help="of each (%(default)s)")
+    return parser.parse_args()
+
+
+def make_turn(arguments, strategy):
+    """Returns a function that fits a few steps, and gives seconds per step and the loss."""
+    images, boxes, labels = make_batch(
+        arguments.batch_size, arguments.image_size, arguments.objects
+    )
+    batch = (images, {"boxes": boxes, "labels": labels})
+    batches = tf.data.Dataset.from_tensors(batch).repeat(arguments.steps).prefetch(2)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        keras.utils.set_random_seed(0)
+        shape = (arguments.image_size, arguments.image_size, 3)
+        model = RefineDet(NUM_CLASSES, arguments.model, shape)
+        model.compile(keras.optimizers.SGD(LEARNING_RATE, momentum=0.9))
+
+    def turn():
+        start = time.perf_counter()
+        history = model.fit(batches, verbose=0)
+        return (time.perf_counter() - start) / arguments.steps, history.history["loss"][0]
+
+    return turn
+
+
+def main():
+    arguments = parse_arguments()
+    device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+    turns = {
+        "no strategy": make_turn(arguments, None),
+        f"MirroredStrategy, {device}": make_turn(
+            arguments, tf.distribute.MirroredStrategy([device])
+        ),
+    }
+    losses = [turn()[1] for turn in turns.values()]
+    np.testing.assert_allclose(*losses, rtol=1e-2, err_msg="The losses differ")
+    seconds = {name: [] for name in turns}
+    for _ in range(arguments.turns):
+        for name, turn in turns.items():
+            seconds[name].append(turn()[0])
+    size = arguments.image_size
+    print(
+        f"RefineDet-{arguments.model}, {arguments.batch_size} x {size} x {size}: seconds of a step"
+    )
+    print(f"{'':26}{'median':>9}{'min':>9}{'max':>9}")
+    for name, times in seconds.items():
+        print(f"{name:26}{statistics.median(times):9.3f}{min(times):9.3f}{max(times):9.3f}")
+    plain, mirrored = (np.array(times) for times in seconds.values())
+    ratios = mirrored / plain  # of neighbouring turns
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    print(f"ratio of neighbouring turns: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
+
+
+if __name__ == "__main__":
+    main()
