@@ -1,0 +1,311 @@
+"""Train a classifier on your own pictures: accuracy, plots, .keras file and SavedModel.
+
+DATA is a folder with a folder of pictures for each class, inside of "train" and "val" folders or
+without (then a part is held out for testing); or tfds:NAME for a data set of TensorFlow Datasets
+with "image" and "label".
+
+    python examples/train_classifier.py flowers --model resnest50 --weights imagenet
+    python examples/train_classifier.py flowers --model resnest14_tiny --crop-size 96 --epochs 30
+    python examples/train_classifier.py tfds:imagenet2012 --recipe resnest_imagenet \\
+        --model resnest101 --batch-size 1024 --mixed-precision mixed_bfloat16
+
+A recipe says everything that is not given here: learning rate and its schedule, weight decay,
+augmentation, mixup, label smoothing, crop size. It is scaled to the batch size and the number of
+epochs; docs/recipes.md has the numbers. All GPUs of the machine are used. A run that was stopped
+goes on where its last epoch ended, if it is started again with the same command.
+
+What was measured and where it went stands at the end of the output, in OUTPUT/result.json.
+
+Exit status: 0, or 1 if data or arguments cannot be used.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hide TensorFlow's start-up messages
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_resnest as kr
+from keras_resnest.recipes import RECIPES
+
+CLASSIFIER_RECIPES = [name for name, recipe in RECIPES.items() if recipe.crop_size]
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+TEST_SPLITS = ("val", "validation", "valid", "test")
+
+
+def positive(text: str) -> int:
+    """A positive integer of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", help="folder with a folder for each class, or tfds:NAME")
+    add("--train-split", default="train", help="folder or TFDS split (default: %(default)s)")
+    add("--test-split", help=f"default: the first that exists of {', '.join(TEST_SPLITS)}")
+    add("--data-dir", help="folder of TFDS; default: its own")
+    add("--skip-faulty", action="store_true", help="leave out pictures that cannot be read")
+    add("--model", default="resnest50", help="name of a network (default: %(default)s)")
+    add("--weights", help='start: "imagenet", another tag or a file; default: random weights')
+    add(
+        "--recipe",
+        default="finetune_classifier",
+        choices=CLASSIFIER_RECIPES,
+        help="default: %(default)s",
+    )
+    add("--epochs", type=positive, help="default: that of the recipe")
+    add("--batch-size", type=positive, help="over all GPUs; default: that of the recipe")
+    add("--learning-rate", type=float, help="highest, as it is; default: the recipe's, scaled")
+    add("--crop-size", type=positive, help="side of the pictures in pixels; default: the recipe's")
+    add(
+        "--augmentation",
+        choices=sorted(kr.data.CLASSIFICATION_AUGMENTATIONS),
+        help="default: that of the recipe",
+    )
+    add("--mixup", type=float, help="default: that of the recipe")
+    add(
+        "--mixed-precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="default: %(default)s",
+    )
+    add("--seed", type=int, default=1, help="default: %(default)s")
+    add("--output", type=Path, default=Path("runs/classifier"), help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+# === Data ===
+
+
+def read_data(arguments):
+    """The training and the test set, with the same classes."""
+    if arguments.data.startswith("tfds:"):
+        return read_tfds(arguments)
+    folder, on_error = Path(arguments.data), "skip" if arguments.skip_faulty else "raise"
+    if folder.is_dir() and not (folder / arguments.train_split).is_dir():
+        if arguments.test_split:
+            raise ValueError(f"there is no folder {arguments.train_split!r} in {folder}")
+        return held_out(kr.data.read_image_folder(folder, on_error=on_error), arguments.seed)
+    found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
+    test_split = arguments.test_split or (found or TEST_SPLITS)[0]
+    train = kr.data.read_image_folder(folder, arguments.train_split, on_error=on_error)
+    test = kr.data.read_image_folder(folder, test_split, train.class_names, on_error=on_error)
+    return train, test
+
+
+def read_tfds(arguments):
+    name, options = arguments.data.removeprefix("tfds:"), {"data_dir": arguments.data_dir}
+    read = kr.data.read_tfds_classification
+    train = read(name, arguments.train_split, **options)
+    if arguments.test_split:
+        return train, read(name, arguments.test_split, train.class_names, **options)
+    for split in TEST_SPLITS:
+        try:
+            return train, read(name, split, train.class_names, **options)
+        except ValueError as error:
+            reason = error
+    raise reason
+
+
+def held_out(dataset, seed: int, share: float = 0.2):
+    """Two data sets of one: of every class a part, drawn by the seed, is for testing."""
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    parts = {False: [], True: []}
+    seen = dict.fromkeys(range(dataset.num_classes), 0)
+    for i in order:
+        record = dataset.records[i]
+        # Of n pictures, round(n * share) go to the test set, spread evenly.
+        count, seen[record.label] = seen[record.label], seen[record.label] + 1
+        parts[round((count + 1) * share) > round(count * share)].append(record)
+    if not parts[True]:
+        raise ValueError("there are too few pictures to hold a part of them out for testing")
+    print(f"{len(parts[True])} of {len(dataset)} pictures are held out for testing")
+    return tuple(kr.data.ClassificationDataset(p, dataset.class_names) for p in parts.values())
+
+
+def make_recipe(arguments):
+    """The recipe with what the command line says otherwise; not yet scaled."""
+    recipe = RECIPES[arguments.recipe].for_network(arguments.model)
+    given = {name: getattr(arguments, name) for name in ("crop_size", "augmentation", "mixup")}
+    return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+
+
+def make_batches(arguments, recipe, train_set, test_set):
+    shape = (recipe.crop_size, recipe.crop_size, 3)
+    batch_size = arguments.batch_size or recipe.batch_size
+    # Small data sets: the batch must not be larger than all pictures.
+    batch_size = min(batch_size, len(train_set))
+    train_batches = kr.data.classification_batches(
+        train_set,
+        shape,
+        batch_size,
+        training=True,
+        augmentation=recipe.augmentation,
+        mixup=recipe.mixup,
+        seed=arguments.seed,
+    )
+    test_batches = kr.data.classification_batches(
+        test_set, shape, batch_size, training=False, crop_share=recipe.crop_share
+    )
+    return train_batches, test_batches, batch_size
+
+
+# === Model and training ===
+
+
+def strategy() -> tf.distribute.Strategy:
+    """All GPUs of this machine, or the default device."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+
+
+def build_model(arguments, recipe, num_classes: int):
+    model = kr.create_backbone(
+        arguments.model,
+        include_top=True,
+        weights=arguments.weights,
+        input_shape=(recipe.crop_size, recipe.crop_size, 3),
+        dtype=arguments.mixed_precision,
+        **({} if arguments.weights else {"classes": num_classes}),
+        **recipe.network_arguments(arguments.model),
+    )
+    if arguments.weights:  # of 1000 classes
+        model = model.replace_top(num_classes)
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    model.compile(
+        recipe.optimizer(),
+        keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
+        metrics=[
+            keras.metrics.CategoricalAccuracy(name="top1"),
+            keras.metrics.TopKCategoricalAccuracy(min(5, num_classes), name="top5"),
+        ],
+        jit_compile="auto" if has_gpu else False,  # XLA compiles for minutes on a CPU
+    )
+    return model
+
+
+def train(arguments, recipe, model, train_batches, test_batches) -> None:
+    output = arguments.output
+    backup = output / "backup"
+    resumes = backup.is_dir() and any(backup.iterdir())
+    if resumes:
+        print(f"Going on with the run in {output}")
+
+    def on_epoch_begin(epoch, logs):
+        kr.data.set_epoch(train_batches, epoch)
+
+    callbacks = [
+        keras.callbacks.BackupAndRestore(backup),
+        keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin),
+        keras.callbacks.CSVLogger(output / "log.csv", append=resumes),
+    ]
+    model.fit(
+        train_batches,
+        epochs=recipe.epochs,
+        validation_data=test_batches,
+        callbacks=callbacks,
+        shuffle=False,  # the batches are
+    )
+
+
+# === Results ===
+
+
+def read_log(path: Path) -> dict[str, list]:
+    """The columns of log.csv, which also holds the epochs before a run was stopped."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [float(row[name]) for row in rows] for name in (rows or [{}])[0]}
+    return {**columns, "epoch": [int(epoch) for epoch in columns.get("epoch", [])]}
+
+
+def plot_accuracy(log: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6.4, 4.2), layout="constrained")).add_subplot()
+    epochs = np.asarray(log["epoch"]) + 1
+    for name, style in (("top1", "solid"), ("val_top1", "dashed"), ("val_top5", "dotted")):
+        axes.plot(epochs, log[name], color="black", linestyle=style, marker=".", label=name)
+    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
+    axes.legend()
+    figure.savefig(path)
+
+
+def report(arguments, recipe, model, class_names, test_batches, seconds) -> None:
+    """Accuracy, plots and the saved models."""
+    output = arguments.output
+    result = model.evaluate(test_batches, return_dict=True, verbose=0)
+    log = read_log(output / "log.csv")
+    if log["epoch"]:
+        kr.visualization.plot_history(log, path=output / "history.png")
+        plot_accuracy(log, output / "accuracy.png")
+    model.save(output / "classifier.keras")
+    model.export(output / "serving" / "1", verbose=False)
+    (output / "class_names.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
+    summary = {
+        "top1": result["top1"],
+        "top5": result["top5"],
+        "loss": result["loss"],
+        "epochs": recipe.epochs,
+        "steps": int(model.optimizer.iterations),
+        "learning_rate": recipe.learning_rate,
+        "parameters": model.count_params(),
+        "wall_seconds": round(seconds),
+        "class_names": class_names,
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "output"},
+    }
+    (output / "result.json").write_text(json.dumps(summary, indent=2))
+    print(f"top-1 {result['top1']:.2%}, top-{min(5, len(class_names))} {result['top5']:.2%}")
+    print(f"Plots, classifier.keras, serving/1, class_names.txt and result.json are in {output}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    keras.utils.set_random_seed(arguments.seed)
+    try:
+        recipe = make_recipe(arguments)
+        train_set, test_set = read_data(arguments)
+        train_batches, test_batches, batch_size = make_batches(
+            arguments, recipe, train_set, test_set
+        )
+        recipe = recipe.scaled(
+            batch_size, steps_per_epoch=len(train_batches), epochs=arguments.epochs
+        )
+        if arguments.learning_rate is not None:
+            recipe = dataclasses.replace(recipe, learning_rate=arguments.learning_rate)
+        devices = strategy()
+        if batch_size % devices.num_replicas_in_sync:
+            raise ValueError(
+                f"--batch-size {batch_size} cannot be shared by {devices.num_replicas_in_sync} GPUs"
+            )
+        with devices.scope():
+            model = build_model(arguments, recipe, train_set.num_classes)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"This cannot be trained: {error}")
+    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
+    print(f"{recipe.name}: {recipe.duration} steps, learning rate {recipe.learning_rate:g}")
+    start = time.perf_counter()
+    train(arguments, recipe, model, train_batches, test_batches)
+    seconds = time.perf_counter() - start
+    report(arguments, recipe, model, train_set.class_names, test_batches, seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""examples/train_classifier.py on small folders that the tests write, as a user would run it."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import keras_resnest.recipes  # noqa: F401 (registers the optimizer)
+from keras_resnest.data import center_crop_image, find_images, load_image
+
+PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "train_classifier.py"
+CLASSES = {"circle": (220, 60, 40), "cross": (40, 200, 70), "square": (50, 80, 230)}
+
+
+def draw(name, rng):
+    """A shape in the colour of its class, somewhere on a grey ground."""
+    image = Image.new("RGB", (48, 40), (int(rng.integers(90, 160)),) * 3)
+    pen, size = ImageDraw.Draw(image), int(rng.integers(16, 26))
+    x, y = int(rng.integers(2, 46 - size)), int(rng.integers(2, 38 - size))
+    box = (x, y, x + size, y + size)
+    if name == "circle":
+        pen.ellipse(box, fill=CLASSES[name])
+    elif name == "square":
+        pen.rectangle(box, fill=CLASSES[name])
+    else:
+        pen.line(box, fill=CLASSES[name], width=6)
+        pen.line((x, y + size, x + size, y), fill=CLASSES[name], width=6)
+    return image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for split, count in (("train", 32), ("val", 8)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                draw(name, rng).save(root / split / name / f"{i}.png")
+    (root / "train" / "cross" / "notes.txt").write_text("not a picture")
+    (root / "train" / "cross" / "broken.jpg").write_bytes(b"\xff\xd8 and nothing else")
+    return root
+
+
+OPTIONS = ["--model", "resnest14_tiny", "--crop-size", "32", "--batch-size", "16"]
+
+
+def run(*arguments):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def kill_after_an_epoch(arguments, log):
+    """Starts the program and kills it when it has written one epoch of its log."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process, deadline = subprocess.Popen(command, **quiet), time.monotonic() + 300
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_learns_shapes_killed_and_started_again(folder, tmp_path):
+    options = ["--epochs", 8, "--learning-rate", 3e-3, "--skip-faulty", "--output", tmp_path]
+    command, log = [folder, *OPTIONS, *options], tmp_path / "log.csv"
+    kill_after_an_epoch(command, log)
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Going on with the run" in result.stdout
+    assert "96 images, 3 classes" in result.stdout and "broken.jpg" in result.stdout
+    epochs = [int(line.split(",")[0]) for line in log.read_text().splitlines()[1:]]
+    assert sorted(set(epochs)) == list(range(8)) and len(epochs) <= 9
+    summary = json.loads((tmp_path / "result.json").read_text())
+    assert summary["top1"] >= 0.9, result.stdout[-2000:]
+    assert summary["class_names"] == sorted(CLASSES) and summary["steps"] == 8 * 6
+    for name in ("history", "accuracy"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert np.ptp(np.asarray(picture.convert("L"))) > 50, f"{name}.png is empty"
+    # The saved models say the same of pictures that were never trained on.
+    model = keras.saving.load_model(tmp_path / "classifier.keras")
+    images, labels = [], []
+    for label, name in enumerate((tmp_path / "class_names.txt").read_text().split()):
+        for path in find_images(folder / "val" / name):
+            images.append(center_crop_image(load_image(path), 32))
+            labels.append(label)
+    images = np.stack(images).astype("float32")
+    predictions = model.predict(images, verbose=0)
+    assert (predictions.argmax(axis=1) == labels).mean() == pytest.approx(summary["top1"])
+    served = keras.layers.TFSMLayer(tmp_path / "serving" / "1", "serve")(images)
+    np.testing.assert_allclose(served, predictions, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["no_such_folder"], "no_such_folder"),
+        (["FOLDER"], "broken.jpg"),
+        (["FOLDER", "--skip-faulty", "--test-split", "exam"], "exam"),
+        (["FOLDER", "--skip-faulty", "--model", "resnest51"], "resnest51"),
+        (["FOLDER", "--skip-faulty", "--weights", "nothing.safetensors"], "nothing.safetensors"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_plain_sentence(folder, tmp_path, arguments, words):
+    arguments = [folder if a == "FOLDER" else a for a in arguments]
+    program = load_program()
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        options = [*OPTIONS, "--output", tmp_path / "out"]
+        if "--model" in arguments:
+            options = options[2:]
+        patch.setattr(sys, "argv", ["train_classifier.py", *map(str, [*arguments, *options])])
+        program.main()
+    # A text as the code is printed to stderr, with exit status 1.
+    assert stop.value.code.startswith("This cannot be trained: ") and words in stop.value.code
+    assert "\n" not in stop.value.code and not (tmp_path / "out").exists()
+
+
+def load_program():
+    spec = importlib.util.spec_from_file_location("train_classifier", PROGRAM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+def test_wrong_folder_ends_with_status_1(tmp_path):
+    result = run(tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "nowhere" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_part_is_held_out_of_every_class(folder):
+    program = load_program()
+    dataset = program.kr.data.read_image_folder(folder, "val")
+    train, test = program.held_out(dataset, seed=1)
+    assert test.report.class_counts == dict.fromkeys(CLASSES, 2)  # a fifth of 8
+    ids = [record.image_id for part in (train, test) for record in part.records]
+    assert sorted(ids) == [record.image_id for record in dataset.records]
+    again = program.held_out(dataset, seed=1)[1]
+    assert [r.image_id for r in again.records] == [r.image_id for r in test.records]
+
+
+def test_help():
+    result = run("--help")
+    assert result.returncode == 0 and "--recipe" in result.stdout and "Exit status" in result.stdout
