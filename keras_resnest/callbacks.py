@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import keras
 import numpy as np
 
+from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.evaluation.average_precision import (
     AveragePrecision,
     classes_of,
@@ -20,7 +21,10 @@ from keras_resnest.evaluation.average_precision import (
     unpack_batch,
     voc_average_precision,
 )
+from keras_resnest.resume import ResumeTraining
 from keras_resnest.visualization import plot_detections
+
+__all__ = ["DetectionEvaluation", "DetectionPlot", "ResumeTraining", "TerminateOnDivergence"]
 
 CLASSES_ON_ONE_LINE = 5  # more are printed as a table
 TABLE_WIDTH = 100  # characters

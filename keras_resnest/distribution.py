@@ -37,13 +37,13 @@ def is_multi_worker(strategy=None) -> bool:
     return isinstance(strategy, kind) and strategy.extended._in_multi_worker_mode()
 
 
-def is_chief() -> bool:
-    """Whether this process is the one of all workers that writes files."""
+def is_chief(strategy=None) -> bool:
+    """Whether this process is the one of all workers of a strategy that writes files."""
     if keras.backend.backend() != "tensorflow":
         return True
     import tensorflow as tf
 
-    resolver = tf.distribute.get_strategy().cluster_resolver
+    resolver = (strategy or tf.distribute.get_strategy()).cluster_resolver
     if resolver is None or not resolver.task_type:
         return True
     has_chief = "chief" in resolver.cluster_spec().jobs
@@ -77,12 +77,14 @@ class DistributedTraining:
     def fit(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.fit`."""
         self._check_global_batch(x, kwargs.get("batch_size"))
-        with lost_workers():
+        if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
+            kwargs["callbacks"] = [_EpochOfData(x), *_as_list(kwargs.get("callbacks"))]
+        with lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`."""
-        with lost_workers():
+        with lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(x, y, *args, **kwargs)
 
     def train_step(self, *args):
@@ -147,6 +149,23 @@ class DistributedTraining:
             )
 
 
+class _EpochOfData(keras.callbacks.Callback):
+    """Keeps the epochs of training and of data together, whoever looked into the data."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.epoch_counter.set_epoch(epoch)
+
+
+def _as_list(callbacks) -> list:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+
 def _clipped_as_one(gradients: list, optimizer) -> list:
     """Gradients that add up, over the replicas, to their clipped sum.
 
@@ -189,9 +208,9 @@ def _finite_or_zero(gradients: list, loss, optimizer):
 
 
 @contextlib.contextmanager
-def lost_workers():
+def lost_workers(strategy):
     """Turns what TensorFlow raises when another worker is gone into one plain sentence."""
-    if not is_multi_worker():
+    if strategy is None or not is_multi_worker(strategy):
         yield
         return
     import tensorflow as tf

@@ -10,7 +10,7 @@ from keras_resnest.detection.refinedet import RefineDet
 CLASS_NAMES = ["red", "green", "blue"]
 
 
-def small_backbone(name="small"):
+def small_backbone(name="small", **kwargs):
     return ResNet(
         stackwise_num_filters=[8, 16, 16, 16],
         stackwise_num_blocks=[1, 1, 1, 1],
@@ -19,6 +19,7 @@ def small_backbone(name="small"):
         include_rescaling=True,
         image_shape=(None, None, 3),
         name=name,
+        **kwargs,
     )
 
 

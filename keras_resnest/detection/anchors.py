@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_resnest.detection.boxes import check_box_format
 
@@ -69,35 +70,46 @@ class AnchorGenerator:
         """Anchors of a picture.
 
         Args:
-            image_shape: (height, width) or (height, width, channels) in pixels.
+            image_shape: (height, width) or (height, width, channels) in pixels; the
+                sides may also be integer tensors.
 
         Returns:
-            float32 array of shape (num_anchors, 4) in `bounding_box_format`.
+            float32 array of shape (num_anchors, 4) in `bounding_box_format`; a tensor
+            where the sides are tensors.
         """
-        height, width = int(image_shape[0]), int(image_shape[1])
-        # (cx, cy, w, h) as fractions: the unit in which `clip` is defined.
-        scale = np.array([width, height, width, height], "float64")
+        height, width = image_shape[:2]
+        if all(isinstance(side, int | np.integer) for side in (height, width)):
+            boxes = self._boxes(np, int(height), int(width))
+            return boxes.astype("float32")
+        return ops.cast(self._boxes(ops, height, width), "float32")
+
+    def _boxes(self, xp, height, width):
+        """Anchors by numpy, or by `keras.ops` where the sides are known in the graph alone."""
+        sides = [float(s) if xp is np else ops.cast(s, "float32") for s in (width, height)]
+        scale = xp.stack(sides * 2)
         levels = [
-            self._level(*level, height, width)
+            self._level(xp, *level, height, width)
             for level in zip(self.strides, self.sizes, strict=True)
         ]
-        boxes = np.concatenate(levels) / scale
+        # (cx, cy, w, h) as fractions: the unit in which `clip` is defined.
+        boxes = xp.concatenate(levels) / scale
         if self.clip:
-            boxes = np.clip(boxes, 0.0, 1.0)
-        return _from_relative_centers(boxes, self.bounding_box_format, scale).astype("float32")
+            boxes = xp.clip(boxes, 0.0, 1.0)
+        return _from_relative_centers(xp, boxes, self.bounding_box_format, scale)
 
-    def _level(self, stride: int, sizes, height: int, width: int) -> np.ndarray:
-        rows, columns = -(-height // stride), -(-width // stride)
-        shapes = [(s * np.sqrt(r), s / np.sqrt(r)) for s in sizes for r in self.aspect_ratios]
-        cx, cy = (
-            (np.arange(columns) + self.offset) * stride,
-            (np.arange(rows) + self.offset) * stride,
+    def _level(self, xp, stride: int, sizes, height, width):
+        shapes = np.array(
+            [(s * np.sqrt(r), s / np.sqrt(r)) for s in sizes for r in self.aspect_ratios]
         )
-        grid = np.stack(np.meshgrid(cx, cy), axis=-1)  # (rows, columns, 2)
-        boxes = np.empty((rows, columns, len(shapes), 4))
-        boxes[..., :2] = grid[:, :, None, :]
-        boxes[..., 2:] = np.array(shapes)
-        return boxes.reshape(-1, 4)
+        cx, cy = (
+            xp.multiply(xp.add(xp.arange(-(-side // stride)), self.offset), float(stride))
+            for side in (width, height)
+        )
+        grid = xp.stack(xp.meshgrid(cx, cy), axis=-1)  # (rows, columns, 2)
+        shapes = shapes if xp is np else ops.convert_to_tensor(shapes, "float32")
+        centers = xp.add(grid[:, :, None, :], xp.zeros_like(shapes))
+        boxes = xp.concatenate([centers, xp.add(xp.zeros_like(centers), shapes)], axis=-1)
+        return xp.reshape(boxes, (-1, 4))
 
     def get_config(self) -> dict:
         return {
@@ -118,17 +130,17 @@ def _as_tuple(sizes) -> tuple[float, ...]:
     return tuple(float(s) for s in (sizes if isinstance(sizes, list | tuple) else (sizes,)))
 
 
-def _from_relative_centers(boxes: np.ndarray, target: str, scale: np.ndarray) -> np.ndarray:
-    """numpy conversion: anchors are a constant, whatever the backend and the device."""
+def _from_relative_centers(xp, boxes, target: str, scale):
+    """Conversion with numpy, so that anchors are a constant on every device, or `keras.ops`."""
     if not target.startswith("rel_"):
         boxes = boxes * scale
     kind = target.removeprefix("rel_")
     centers, sizes = boxes[:, :2], boxes[:, 2:]
-    corners = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
+    corners = xp.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
     return {
-        "xyxy": corners,
-        "yxyx": corners[:, [1, 0, 3, 2]],
-        "xywh": np.concatenate([corners[:, :2], sizes], axis=1),
-        "center_xywh": boxes,
-        "center_yxhw": boxes[:, [1, 0, 3, 2]],
-    }[kind]
+        "xyxy": lambda: corners,
+        "yxyx": lambda: xp.take(corners, (1, 0, 3, 2), axis=1),
+        "xywh": lambda: xp.concatenate([corners[:, :2], sizes], axis=1),
+        "center_xywh": lambda: boxes,
+        "center_yxhw": lambda: xp.take(boxes, (1, 0, 3, 2), axis=1),
+    }[kind]()

@@ -62,8 +62,7 @@ class PredictionHead(layers.Layer):
     @staticmethod
     def _flatten(convolutions, features, outputs: int):
         maps = [convolution(x) for convolution, x in zip(convolutions, features, strict=True)]
-        counts = [m.shape[1] * m.shape[2] * m.shape[3] // outputs for m in maps]
-        rows = [ops.reshape(m, (-1, n, outputs)) for m, n in zip(maps, counts, strict=True)]
+        rows = [ops.reshape(m, _rows_shape(m, outputs)) for m in maps]
         return ops.concatenate(rows, axis=1)  # (B, anchors, outputs)
 
     def get_config(self) -> dict:
@@ -72,3 +71,11 @@ class PredictionHead(layers.Layer):
             "num_anchors": self.num_anchors,
             "num_outputs": self.num_outputs,
         }
+
+
+def _rows_shape(feature_map, outputs: int) -> tuple:
+    """(batch, anchors, outputs) of a map; one of the first two is open, -1."""
+    sides = feature_map.shape[1:]
+    if None in sides:
+        return ops.shape(feature_map)[0], -1, outputs
+    return -1, sides[0] * sides[1] * sides[2] // outputs, outputs

@@ -1,15 +1,13 @@
 """RefineDet: the single-shot detector that refines its anchors."""
 
-import os
-import warnings
-
 import keras
 import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones import create_backbone
-from keras_resnest.data.images import find_images, load_image, resize_image
+from keras_resnest.data.images import resize_image
 from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.blocks import bottleneck_block
 from keras_resnest.detection.boxes import (
     check_box_format,
     convert_boxes,
@@ -17,11 +15,16 @@ from keras_resnest.detection.boxes import (
     scale_boxes,
 )
 from keras_resnest.detection.checks import checked_ground_truth, checked_images, plain_errors
+from keras_resnest.detection.class_transfer import class_sources, remap_class_outputs
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import PredictionHead
 from keras_resnest.detection.losses import MultiBoxLoss
 from keras_resnest.detection.matching import BoxMatcher, encode_targets
+from keras_resnest.detection.pictures import detect_pictures
+from keras_resnest.distribution import DistributedTraining, num_replicas, sum_over_replicas
+from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
+from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.serving import export_saved_model
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone; the detector adds P6
@@ -36,7 +39,7 @@ STAGE_LOSSES = (
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDet(keras.Model):
+class RefineDet(DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 
     The Anchor Refinement Module (ARM) finds out which anchors hold an object and
@@ -64,9 +67,26 @@ class RefineDet(keras.Model):
         decoder: `DetectionDecoder`. Its `objectness_threshold` also filters the
             negatives that the ODM learns from.
         multibox_loss: `MultiBoxLoss` of both stages.
-        filters: channels of the TCBs.
+        filters: channels of the TCBs, and so of the maps that the ODM reads.
+        extra_filters: channels of the two convolutions that make P6 from P5.
         use_batch_norm: whether the layers after the backbone are batch normalised.
-            The paper's are not; it helps training from scratch.
+            The paper's VGG-16 models have none; it helps training from scratch.
+        use_l2_normalization: whether P3 and P4 are L2 normalised, as in the VGG-16 models.
+        use_residual_blocks: whether a residual block makes P6, and one of `filters`,
+            `filters`, `4 * filters` channels stands before every pair of heads, as in the
+            authors' ResNet-101 models.
+        negative_anchor_filtering: whether anchors that the ARM finds empty (see
+            `objectness_threshold` of the decoder) are left out of the ODM's negatives
+            and of the detections. This and the next two switch off what table 3 of the
+            paper switches off.
+        two_step_regression: whether the ODM starts from the anchors as the ARM refines
+            them, in matching, encoding and decoding, or from the regular ones.
+        use_transfer_connection: whether the ODM reads the TCBs, or the ARM's maps.
+        freeze_batch_norm: whether all batch normalisation, the backbone's included, keeps
+            its statistics, scale and offset: right for small batches on top of
+            pretrained weights.
+        synchronized_batch_norm: whether batch normalisation takes its statistics over the
+            batches of all replicas together, on `tf.distribute`.
         dtype: precision of the layers after the backbone, for instance
             `"mixed_bfloat16"`. Loss and boxes are always float32.
         name: name of the model.
@@ -97,7 +117,15 @@ class RefineDet(keras.Model):
         decoder: DetectionDecoder | None = None,
         multibox_loss: MultiBoxLoss | None = None,
         filters: int = 256,
+        extra_filters=(256, 512),
         use_batch_norm: bool = False,
+        use_l2_normalization: bool = True,
+        use_residual_blocks: bool = False,
+        negative_anchor_filtering: bool = True,
+        two_step_regression: bool = True,
+        use_transfer_connection: bool = True,
+        freeze_batch_norm: bool = False,
+        synchronized_batch_norm: bool = False,
         dtype=None,
         name: str = "refinedet",
     ):
@@ -128,12 +156,24 @@ class RefineDet(keras.Model):
         # === Functional model ===
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         head = {"filters": int(filters), "use_batch_norm": bool(use_batch_norm), "dtype": policy}
+        extra_filters = _check_extra_filters(extra_filters)
         images = keras.Input(image_shape, name="images")
         features = _backbone_features(backbone)(images)
+        sources = _source_levels(
+            features, extra_filters, bool(use_l2_normalization), bool(use_residual_blocks), head
+        )
         outputs = _two_stages(
-            _source_levels(features, head), anchor_generator, int(num_classes), head
+            sources,
+            anchor_generator,
+            int(num_classes),
+            bool(use_transfer_connection),
+            bool(use_residual_blocks),
+            head,
         )
         super().__init__(inputs=images, outputs=outputs, name=name)
+        # Training may change the size from batch to batch.
+        self.input_spec = [layers.InputSpec(shape=(None, None, None, 3))]
+        self.dtype_policy = policy  # mixed_float16 makes `compile` scale the loss
 
         # === Config ===
         self.num_classes = int(num_classes)
@@ -146,8 +186,16 @@ class RefineDet(keras.Model):
         self.decoder = decoder or DetectionDecoder()
         self.multibox_loss = multibox_loss or MultiBoxLoss()
         self.filters = head["filters"]
+        self.extra_filters = extra_filters
         self.use_batch_norm = head["use_batch_norm"]
-        self._head_policy = policy
+        self.use_l2_normalization = bool(use_l2_normalization)
+        self.use_residual_blocks = bool(use_residual_blocks)
+        self.negative_anchor_filtering = bool(negative_anchor_filtering)
+        self.two_step_regression = bool(two_step_regression)
+        self.use_transfer_connection = bool(use_transfer_connection)
+        self.freeze_batch_norm = bool(freeze_batch_norm)
+        self.synchronized_batch_norm = bool(synchronized_batch_norm)
+        set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" pixels, (anchors, 4)
         # NMS is no XLA op, and ground truth changes its shape from batch to batch.
         self.supports_jit = False
@@ -156,8 +204,14 @@ class RefineDet(keras.Model):
 
     # === Training ===
 
-    def compile(self, optimizer="sgd", **kwargs):
+    def compile(self, optimizer=None, **kwargs):
         """As `keras.Model.compile`, with the loss built in.
+
+        Args:
+            optimizer: a Keras optimizer. By default the paper's SGD, learning rate 1e-3 and
+                momentum 0.9, with a warm-up of 500 steps and clipped gradients. See
+                `keras_resnest.recipes` for whole schedules.
+            **kwargs: as in `keras.Model.compile`.
 
         Raises:
             ValueError: if `loss` or `metrics` are given. For mean average precision
@@ -169,7 +223,9 @@ class RefineDet(keras.Model):
                     f"RefineDet has its loss built in and takes no `{name}`; average precision "
                     f"comes from the DetectionEvaluation callback. Received: {name}={kwargs[name]}"
                 )
-        super().compile(optimizer=optimizer, **kwargs)
+        super().compile(
+            optimizer=_default_optimizer() if optimizer is None else optimizer, **kwargs
+        )
 
     def compile_from_config(self, config: dict):
         """Compiles as the saved model was, its optimizer state included."""
@@ -177,10 +233,15 @@ class RefineDet(keras.Model):
         self.optimizer.build(self.trainable_variables)
 
     def fit(self, x=None, y=None, *args, **kwargs):
-        """As `keras.Model.fit`; faulty pictures or boxes raise a `ValueError`."""
+        """As `keras.Model.fit`; faulty pictures or boxes raise a `ValueError`.
+
+        A loss that becomes NaN or infinite, or grows far beyond where it began, ends the
+        training with a `FloatingPointError` that says so; see `TerminateOnDivergence`.
+        """
         self._check_arrays(x)
         if y is None and not isinstance(x, dict):  # Keras warns where it cannot shuffle
             kwargs.setdefault("shuffle", False)
+        kwargs["callbacks"] = _with_divergence_guard(kwargs.get("callbacks"))
         with plain_errors():
             return super().fit(x, y, *args, **kwargs)
 
@@ -200,8 +261,9 @@ class RefineDet(keras.Model):
     def _checked(self, data):
         """A batch of either layout as (images, ground truth, sample weight)."""
         images, y, sample_weight = _unpack(data)
-        boxes, labels = self._corners(y)
-        relative = convert_boxes(boxes, "xyxy", "rel_xyxy", *self.image_shape[:2])
+        sides = _sides(images)
+        boxes, labels = self._corners(y, sides)
+        relative = convert_boxes(boxes, "xyxy", "rel_xyxy", *sides)
         images = checked_ground_truth(
             images, boxes, labels, relative, self.num_classes, self.bounding_box_format
         )
@@ -209,22 +271,24 @@ class RefineDet(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The two-stage loss, RefineDet eq. 1. The ODM learns from ARM-refined anchors."""
-        boxes, labels = self._corners(y)
-        values = self.stage_losses(boxes, labels, y_pred)
-        batch, replicas = ops.shape(labels)[0], _num_replicas()
+        sides = self.image_shape[:2] if x is None else _sides(x)
+        boxes, labels = self._corners(y, sides)
+        values = self.stage_losses(boxes, labels, y_pred, sides)
+        batch, replicas = ops.shape(labels)[0], num_replicas()
         for tracker in self._stage_trackers:
             # The values add up over replicas; the mean that Keras takes must give that sum.
             tracker.update_state(values[tracker.name] * replicas, sample_weight=batch)
         regularization = [ops.sum(value) / replicas for value in self.losses]
         return sum(values.values()) + sum(regularization)
 
-    def stage_losses(self, boxes, labels, outputs) -> dict:
+    def stage_losses(self, boxes, labels, outputs, image_shape=None) -> dict:
         """The four losses of a batch.
 
         Args:
             boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
             labels: int, (batch, objects), padding is -1.
             outputs: raw outputs of the model.
+            image_shape: (height, width) of the pictures, the model's by default.
 
         Returns:
             Dictionary of float32 scalars, each divided by the positives of its stage
@@ -232,44 +296,73 @@ class RefineDet(keras.Model):
         """
         arm_boxes = ops.cast(outputs["arm_boxes"], "float32")
         arm_objectness = ops.cast(outputs["arm_objectness"], "float32")
-        anchors = ops.convert_to_tensor(self.anchors)
+        anchors = ops.convert_to_tensor(self.anchors_for(image_shape or self.image_shape))
         any_object = ops.minimum(labels, 0)  # the ARM knows one class
         arm_targets = encode_targets(
             boxes, any_object, anchors, self.matcher, self.decoder.variances
         )
         arm = self.multibox_loss(*arm_targets, arm_boxes, arm_objectness)
 
-        refined = decode_boxes(arm_boxes, anchors, self.decoder.variances)
-        refined = ops.stop_gradient(refined)
+        refined = anchors
+        if self.two_step_regression:
+            refined = decode_boxes(arm_boxes, anchors, self.decoder.variances)
+            refined = ops.stop_gradient(refined)
         odm_targets = encode_targets(boxes, labels, refined, self.matcher, self.decoder.variances)
         objectness = ops.softmax(ops.stop_gradient(arm_objectness), axis=-1)[..., 1]
-        not_easy = objectness > self.decoder.objectness_threshold
+        not_easy = None
+        if self.negative_anchor_filtering:
+            not_easy = objectness > self.decoder.objectness_threshold
         odm = self.multibox_loss(
             *odm_targets, outputs["odm_boxes"], outputs["odm_logits"], not_easy
         )
 
         values = {}
         for stage, (box_sum, class_sum, positives) in (("arm", arm), ("odm", odm)):
-            count = ops.maximum(_sum_over_replicas(positives), 1.0)
+            count = ops.maximum(sum_over_replicas(positives), 1.0)
             values[f"{stage}_box_loss"] = box_sum / count
             values[f"{stage}_classification_loss"] = class_sum / count
         return values
 
-    def _corners(self, y):
+    def _corners(self, y, sides):
         """Ground truth as `"xyxy"` pixel boxes and int32 labels."""
         if not isinstance(y, dict) or not {"boxes", "labels"} <= set(y):
             raise ValueError(
                 'Ground truth must be a dictionary {"boxes": (batch, objects, 4), "labels": '
                 f"(batch, objects)}}. Received: {list(y) if isinstance(y, dict) else type(y)}"
             )
-        boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *self.image_shape[:2])
+        boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *sides)
         return boxes, ops.cast(y["labels"], "int32")
 
     # === Prediction ===
 
-    def decode(self, outputs) -> dict:
-        """Detections in `bounding_box_format` from raw outputs; see `DetectionDecoder`."""
-        return self.decoder(outputs, self.anchors, self.image_shape, self.bounding_box_format)
+    def anchors_for(self, image_shape):
+        """Anchors, `"xyxy"` in pixels, (anchors, 4), of pictures of (height, width, ...)."""
+        height, width = image_shape[:2]
+        known = isinstance(height, int) and isinstance(width, int)
+        if known and (height, width) == self.image_shape[:2]:
+            return self.anchors
+        return self.anchor_generator((height, width))
+
+    def decode(self, outputs, image_shape=None) -> dict:
+        """Detections from raw outputs; see `DetectionDecoder`.
+
+        Args:
+            outputs: what `model(images)` gives.
+            image_shape: (height, width) of these images, the model's by default.
+
+        Returns:
+            As `predict`, boxes in `bounding_box_format` and pixels of the images.
+        """
+        switched_off = set()
+        if not self.two_step_regression:
+            switched_off.add("arm_boxes")
+        if not self.negative_anchor_filtering:
+            switched_off.add("arm_objectness")
+        used = {name: value for name, value in outputs.items() if name not in switched_off}
+        shape, anchors = self.image_shape, self.anchors
+        if image_shape is not None:
+            shape, anchors = image_shape, self.anchors_for(image_shape)
+        return self.decoder(used, anchors, shape, self.bounding_box_format)
 
     def predict_step(self, *args):
         images, _, _ = _unpack(args[-1])
@@ -316,18 +409,9 @@ class RefineDet(keras.Model):
         Raises:
             ValueError: if a single picture cannot be read.
         """
-        if isinstance(images, str | os.PathLike) and os.path.isdir(images):
-            images = find_images(images)
-        if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
-            return self._detect_batch([load_image(images)], confidence_threshold)[0]
-        results = []
-        for start in range(0, len(images), batch_size):
-            loaded = [_load_or_warn(image) for image in images[start : start + batch_size]]
-            found = iter(
-                self._detect_batch([i for i in loaded if i is not None], confidence_threshold)
-            )
-            results += [None if image is None else next(found) for image in loaded]
-        return results
+        return detect_pictures(
+            images, lambda pictures: self._detect_batch(pictures, confidence_threshold), batch_size
+        )
 
     def _detect_batch(self, pictures: list, confidence_threshold: float) -> list[dict]:
         if not pictures:
@@ -388,6 +472,45 @@ class RefineDet(keras.Model):
         if keras.backend.backend() != "tensorflow":
             checked_images(images)
 
+    # === Other classes ===
+
+    def replace_classes(self, class_names, mapping=None, **kwargs) -> "RefineDet":
+        """A new model for other classes, which starts from the weights of this one.
+
+        Backbone, ARM, TCBs, boxes and the background are those of this model. A class that
+        this model knows, by name, by one of the other names that VOC and COCO have for it
+        ("sofa" and "couch"), or by `mapping`, keeps its rows of the class head: its logits are
+        the same. Other classes start at random. This is how one starts VOC from COCO.
+
+        Args:
+            class_names: names of the new classes.
+            mapping: for some new classes the name of the class here, or None to start afresh;
+                see `keras_resnest.detection.class_sources`.
+            **kwargs: further arguments of `RefineDet` that differ, such as `image_shape`.
+
+        Returns:
+            A `RefineDet` of its own weights, not compiled.
+
+        Raises:
+            ValueError: if this model has no `class_names`, `mapping` has an unknown name, or
+                the other arguments make a network of another shape.
+
+        Example:
+
+        >>> voc = coco_model.replace_classes(["aeroplane", "bicycle", "bird"])
+        """
+        if self.class_names is None:
+            raise ValueError("`replace_classes` needs a model with `class_names`. Received: none")
+        names = _check_class_names(class_names, len(class_names))
+        sources = class_sources(names, self.class_names, mapping)
+        columns = [0] + [
+            None if s is None else 1 + self.class_names.index(s) for s in sources.values()
+        ]
+        config = {**self.get_config(), "num_classes": len(names), "class_names": names, **kwargs}
+        model = RefineDet.from_config(config)
+        _copy_weights(self, model, columns)
+        return model
+
     # === Saving ===
 
     def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
@@ -424,8 +547,16 @@ class RefineDet(keras.Model):
             "decoder": serialize(self.decoder),
             "multibox_loss": serialize(self.multibox_loss),
             "filters": self.filters,
+            "extra_filters": self.extra_filters,
             "use_batch_norm": self.use_batch_norm,
-            "dtype": serialize(self._head_policy),
+            "use_l2_normalization": self.use_l2_normalization,
+            "use_residual_blocks": self.use_residual_blocks,
+            "negative_anchor_filtering": self.negative_anchor_filtering,
+            "two_step_regression": self.two_step_regression,
+            "use_transfer_connection": self.use_transfer_connection,
+            "freeze_batch_norm": self.freeze_batch_norm,
+            "synchronized_batch_norm": self.synchronized_batch_norm,
+            "dtype": serialize(self.dtype_policy),
             "name": self.name,
         }
 
@@ -458,6 +589,24 @@ def _check_image_shape(image_shape) -> tuple[int, int, int]:
     return tuple(int(s) for s in shape)
 
 
+def _default_optimizer() -> keras.optimizers.Optimizer:
+    # Keras' cosine with a warm-up, stretched so far that the rate stays where it is.
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, decay_steps=10**9, warmup_target=1e-3, warmup_steps=500
+    )
+    return keras.optimizers.SGD(rate, momentum=0.9, global_clipnorm=10.0)
+
+
+def _with_divergence_guard(callbacks):
+    """The callbacks, with a `TerminateOnDivergence` where there is none."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    callbacks = keras.tree.flatten(callbacks) if callbacks is not None else []
+    if any(isinstance(callback, TerminateOnDivergence) for callback in callbacks):
+        return callbacks
+    return [TerminateOnDivergence(), *callbacks]
+
+
 def _check_class_names(class_names, num_classes):
     if not isinstance(num_classes, int | np.integer) or num_classes < 1:
         raise ValueError(
@@ -485,14 +634,28 @@ def _backbone_features(backbone) -> keras.Model:
     )
 
 
-def _source_levels(features, head: dict) -> list:
+def _check_extra_filters(extra_filters) -> tuple[int, int]:
+    filters = tuple(extra_filters)
+    if len(filters) != 2 or any(not isinstance(f, int | np.integer) or f < 1 for f in filters):
+        raise ValueError(
+            "`extra_filters` must be two positive integers, the channels of the two convolutions "
+            f"after the backbone. Received: extra_filters={extra_filters}"
+        )
+    return tuple(int(f) for f in filters)
+
+
+def _source_levels(features, extra_filters, l2_normalization: bool, residual: bool, head: dict):
     """The four feature maps that the heads read, strides 8 to 64."""
     p3, p4, p5 = features
-    x = _convolution(p5, 256, 1, 1, "conv6_1", head)
-    p6 = _convolution(x, 512, 3, 2, "conv6_2", head)
     dtype = head["dtype"]
-    p3 = L2Normalization(scale=L2_SCALES[0], dtype=dtype, name="l2_normalization_p3")(p3)
-    p4 = L2Normalization(scale=L2_SCALES[1], dtype=dtype, name="l2_normalization_p4")(p4)
+    if residual:
+        p6 = bottleneck_block(p5, *extra_filters, strides=2, dtype=dtype, name="res6")
+    else:
+        x = _convolution(p5, extra_filters[0], 1, 1, "conv6_1", head)
+        p6 = _convolution(x, extra_filters[1], 3, 2, "conv6_2", head)
+    if l2_normalization:
+        p3 = L2Normalization(scale=L2_SCALES[0], dtype=dtype, name="l2_normalization_p3")(p3)
+        p4 = L2Normalization(scale=L2_SCALES[1], dtype=dtype, name="l2_normalization_p4")(p4)
     return [p3, p4, p5, p6]
 
 
@@ -511,24 +674,60 @@ def _convolution(x, filters: int, kernel_size: int, strides: int, name: str, hea
     return layers.ReLU(dtype=dtype, name=f"{name}_relu")(x)
 
 
-def _two_stages(sources, anchor_generator, num_classes: int, head: dict) -> dict:
+def _two_stages(
+    sources, anchor_generator, num_classes: int, transfer: bool, residual: bool, head: dict
+) -> dict:
     """ARM on the sources, TCBs from the top level down, ODM on what they give."""
-    counts, dtype = anchor_generator.num_anchors_per_cell, head["dtype"]
-    arm_boxes, arm_objectness = PredictionHead(counts, 2, dtype=dtype, name="arm")(sources)
-    transferred, upper = [], None
-    for level, source in zip((6, 5, 4, 3), reversed(sources), strict=True):
-        block = TransferConnectionBlock(**head, name=f"tcb_p{level}")
-        upper = block(source) if upper is None else block(source, upper)
-        transferred.insert(0, upper)
-    odm_boxes, odm_logits = PredictionHead(counts, num_classes + 1, dtype=dtype, name="odm")(
-        transferred
-    )
+
+    def predict(maps, outputs, name):
+        if residual:
+            maps = [
+                bottleneck_block(x, width, 4 * width, dtype=dtype, name=f"{name}_p{level}")
+                for level, x in enumerate(maps, start=3)
+            ]
+        return PredictionHead(counts, outputs, dtype=dtype, name=name)(maps)
+
+    counts, dtype, width = anchor_generator.num_anchors_per_cell, head["dtype"], head["filters"]
+    arm_boxes, arm_objectness = predict(sources, 2, "arm")
+    transferred = _transfer(sources, head) if transfer else sources
+    odm_boxes, odm_logits = predict(transferred, num_classes + 1, "odm")
     return {
         "arm_boxes": arm_boxes,
         "arm_objectness": arm_objectness,
         "odm_boxes": odm_boxes,
         "odm_logits": odm_logits,
     }
+
+
+def _transfer(sources, head: dict) -> list:
+    """The ODM's maps: one TCB per level, each fed by its source and the TCB above."""
+    transferred, upper = [], None
+    for level, source in zip((6, 5, 4, 3), reversed(sources), strict=True):
+        block = TransferConnectionBlock(**head, name=f"tcb_p{level}")
+        upper = block(source) if upper is None else block(source, upper)
+        transferred.insert(0, upper)
+    return transferred
+
+
+def _sides(images) -> tuple:
+    """(height, width) of a batch; tensors where the graph does not know them."""
+    sides = images.shape[1:3]
+    return tuple(ops.shape(images)[1:3]) if None in tuple(sides) else tuple(sides)
+
+
+def _copy_weights(source: RefineDet, target: RefineDet, columns) -> None:
+    """All weights, those of the class convolutions by `columns` of the target."""
+    by_class = {id(w) for c in target.get_layer("odm").class_convolutions for w in c.weights}
+    if len(source.weights) != len(target.weights):
+        raise ValueError(
+            "`replace_classes` keeps the network. Received: arguments that give it "
+            f"{len(target.weights)} weights instead of {len(source.weights)}"
+        )
+    for old, new in zip(source.weights, target.weights, strict=True):
+        value = ops.convert_to_numpy(old)
+        if id(new) in by_class:
+            value = remap_class_outputs(ops.convert_to_numpy(new), value, columns)
+        new.assign(value)
 
 
 def _unpack(data):
@@ -539,28 +738,3 @@ def _unpack(data):
             raise ValueError(f'A batch must have the key "images". Received: {list(x)}')
         x, y = x["images"], x.get("bounding_boxes", y)
     return x, y, sample_weight
-
-
-def _load_or_warn(image):
-    try:
-        return load_image(image)
-    except ValueError as error:
-        warnings.warn(f"skipped a picture: {error}", stacklevel=3)
-        return None
-
-
-def _num_replicas() -> int:
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def _sum_over_replicas(value):
-    """Sum of a scalar over the replicas of a `tf.distribute` strategy."""
-    if _num_replicas() == 1:
-        return value
-    import tensorflow as tf
-
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)

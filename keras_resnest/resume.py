@@ -1,0 +1,290 @@
+"""Checkpoints of a whole training, so that a killed one goes on where it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnest.distribution import is_chief, is_multi_worker
+
+STATE, ARRAYS = "state.json", "arrays.npz"
+#: What callbacks such as ModelCheckpoint, EarlyStopping and ReduceLROnPlateau remember.
+MEMORY = ("best", "wait", "best_epoch", "cooldown_counter", "history", "epoch")
+KEPT = 2  # the one before the last stays, should the last be damaged
+
+
+class ResumeTraining(keras.callbacks.Callback):
+    """Saves the whole state of a training, and goes on from it after a crash.
+
+    Start a killed program again with the same arguments: weights, optimizer, random numbers of
+    layers, losses of the running epoch, history and the memory of `callbacks` come back, and
+    training goes on with the next step. With the batches of `training_batches`, whose order
+    depends on seed and epoch only, the result is the one of an uninterrupted run, on a CPU
+    bit for bit (`tf.config.experimental.enable_op_determinism()`).
+
+    Every checkpoint is written beside the last one and renamed when it is complete, so that a
+    process killed while it writes leaves a usable one. A folder that cannot be written, and a
+    disk without room for two checkpoints, are reported when training starts.
+
+    Args:
+        folder: where the checkpoints go. One training, one folder; on several machines one
+            that all of them see.
+        every_steps: also saves inside of epochs, every so many steps; None only at their end.
+            TensorFlow only.
+        callbacks: other callbacks of this training whose memory (best value so far,
+            epochs waited) is saved too.
+
+    Attributes:
+        initial_epoch: epochs that are complete in `folder`, 0 for a new training.
+
+    Raises:
+        ValueError: if `folder` holds checkpoints of another model, or `every_steps` is no
+            positive integer.
+        OSError: at the start of training, if `folder` cannot be written or the disk is full.
+
+    Example:
+
+    >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
+    >>> resume = kr.callbacks.ResumeTraining("runs/checkpoint", callbacks=[best])
+    >>> model.fit(batches, epochs=60, callbacks=[best, resume])
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        every_steps: int | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ):
+        super().__init__()
+        if every_steps is not None and (int(every_steps) != every_steps or every_steps < 1):
+            raise ValueError(
+                f"`every_steps` must be a positive integer. Received: every_steps={every_steps}"
+            )
+        if every_steps is not None and keras.backend.backend() != "tensorflow":
+            raise ValueError("`every_steps` needs the TensorFlow backend; leave it out.")
+        self.folder = Path(folder)
+        self.every_steps = every_steps
+        self.callbacks = list(callbacks)
+        found = _latest(self.folder)
+        self.initial_epoch = found[1]["epoch"] if found else 0
+        self._epoch = self._first_step = 0
+        self._restored_metrics = None
+
+    # === Begin ===
+
+    def on_train_begin(self, logs=None):
+        if not self.model.optimizer.built:
+            with _strategy_scope(self.model):
+                self.model.optimizer.build(self.model.trainable_variables)
+        self._writes = is_chief(_strategy(self.model))
+        if self._writes:
+            self._check_folder()
+        found = _latest(self.folder)
+        state = found[1] if found else {"epoch": 0, "step": 0}
+        self._check_workers_agree(state)
+        if found:
+            self._restore(*found)
+
+    def _check_folder(self) -> None:
+        needed = KEPT * sum(np.asarray(v).nbytes for v in _variables(self.model))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+            probe = self.folder / "probe.tmp"
+            probe.write_bytes(b"x" * 1024)
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"`folder` cannot be written: {self.folder} ({error})") from None
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"`folder` needs room for {KEPT} checkpoints, {needed / 2**20:.0f} MiB. "
+                f"{self.folder} has {free / 2**20:.0f} MiB left"
+            )
+
+    def _check_workers_agree(self, state: dict) -> None:
+        strategy = _strategy(self.model)
+        if not is_multi_worker(strategy):
+            return
+        import tensorflow as tf
+
+        here = tf.constant([[state["epoch"], state["step"]]])
+        places = strategy.run(lambda: tf.identity(here))
+        everywhere = np.asarray(strategy.gather(places, axis=0))
+        if (everywhere != everywhere[0]).any():
+            raise ValueError(
+                "`folder` must be one that all workers see. The workers found checkpoints of "
+                f"different (epoch, step): {everywhere.tolist()} in {self.folder}"
+            )
+
+    def _restore(self, path: Path, state: dict) -> None:
+        wanted = _signature(self.model)
+        if state["signature"] != wanted:
+            raise ValueError(
+                f"`folder` holds a checkpoint of another model: {state['signature']}. "
+                f"This one is {wanted}. Take another folder, or remove {self.folder}"
+            )
+        with np.load(path / ARRAYS) as arrays:
+            values = [arrays[name] for name in arrays.files]
+        for variable, value in zip(_variables(self.model), values, strict=True):
+            variable.assign(value)
+        self._restored_metrics = [np.asarray(v) for v in self.model.metrics_variables]
+        self.model._initial_epoch = state["epoch"]
+        self._first_step = state["step"]
+        for callback, memory in zip(
+            [self.model.history, *self.callbacks], state["memory"], strict=False
+        ):
+            for name, value in memory.items():
+                setattr(callback, name, value)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+        if self._restored_metrics is not None and self._first_step:
+            # Keras has just emptied the metrics of this epoch.
+            variables = self.model.metrics_variables
+            for variable, value in zip(variables, self._restored_metrics, strict=True):
+                variable.assign(value)
+            self._skip_steps(self._first_step)
+        self._restored_metrics = None
+
+    def _skip_steps(self, count: int) -> None:
+        """Reads the batches that were trained on already, without training."""
+        model, train = self.model, self.model.train_function
+        remaining = count
+
+        def read(iterator):
+            nonlocal remaining
+            for _ in range(model.steps_per_execution):
+                next(iterator)
+                remaining -= 1
+            if remaining <= 0:
+                model.train_function = train
+            return model.get_metrics_result()
+
+        model.train_function = read
+
+    # === Save ===
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = batch + 1
+        if self.every_steps and step > self._first_step:
+            done = step - self._first_step
+            if step % self.every_steps == 0 and done > 0:
+                self._save(self._epoch, step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._first_step = 0
+        # History comes after the callbacks of the user: its row of this epoch is still missing.
+        self._save(epoch + 1, 0, epoch, logs)
+
+    def _save(self, epoch: int, step: int, finished: int | None = None, logs=None) -> None:
+        if not self._writes:
+            return
+        path = self.folder / f"epoch_{epoch:06d}_step_{step:08d}"
+        temporary = path.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        np.savez(temporary / ARRAYS, *map(np.asarray, _variables(self.model)))
+        state = {
+            "epoch": epoch,
+            "step": step,
+            "signature": _signature(self.model),
+            "memory": [self._history(finished, logs), *map(_memory, self.callbacks)],
+            "checksum": _checksum(temporary / ARRAYS),
+        }
+        (temporary / STATE).write_text(json.dumps(state))
+        for name in (ARRAYS, STATE):
+            _flush(temporary / name)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        for old in sorted(self.folder.glob("epoch_*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _history(self, finished: int | None, logs) -> dict:
+        memory = _memory(self.model.history)
+        if finished is None or finished in memory.get("epoch", []):
+            return memory
+        rows = {name: list(values) for name, values in memory.get("history", {}).items()}
+        for name, value in (logs or {}).items():
+            rows.setdefault(name, []).append(float(np.asarray(value)))
+        return {"history": rows, "epoch": [*memory.get("epoch", []), finished]}
+
+
+def _variables(model) -> list:
+    """All state: weights, random numbers of layers, metrics, optimizer. Weights files lack some."""
+    found = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    return list({id(variable): variable for variable in found}.values())
+
+
+def _strategy(model):
+    return getattr(model, "distribute_strategy", None)
+
+
+def _strategy_scope(model):
+    strategy = _strategy(model)
+    return strategy.scope() if strategy else contextlib.nullcontext()
+
+
+def _signature(model) -> dict:
+    """What tells one model and optimizer from another."""
+    shapes = json.dumps([[w.path.split("/", 1)[-1], list(w.shape)] for w in model.weights])
+    return {
+        "model": type(model).__name__,
+        "parameters": model.count_params(),
+        "weights": zlib.crc32(shapes.encode()),
+        "optimizer": type(model.optimizer).__name__,
+    }
+
+
+def _memory(callback) -> dict:
+    found = {name: getattr(callback, name) for name in MEMORY if hasattr(callback, name)}
+    plain = {name: _plain(value) for name, value in found.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value):
+    """`value` as JSON has it, or None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool | int | str):
+        return value
+    try:
+        return float(np.asarray(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def _latest(folder: Path):
+    """(path, state) of the newest checkpoint that is whole, or None."""
+    for path in sorted(folder.glob("epoch_*_step_*"), reverse=True):
+        if path.suffix == ".tmp":
+            continue
+        try:
+            state = json.loads((path / STATE).read_text())
+            if _checksum(path / ARRAYS) == state["checksum"]:
+                return path, state
+        except (OSError, ValueError, KeyError):
+            pass
+    return None
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,105 @@
+"""Program of the tests of distribution: five SGD steps on fixed batches, weights to a file.
+
+    python tests/distributed_training.py OUTPUT --model detector --batch-norm frozen --replicas 2
+
+With TF_CONFIG set it is one worker of several.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from detectors import rectangles, small_detector
+
+from keras_resnest.backbones import ResNet
+from keras_resnest.layers.normalization import set_batch_norm
+
+STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output")
+    parser.add_argument("--model", choices=("detector", "classifier"), default="detector")
+    parser.add_argument("--batch-norm", choices=("frozen", "synchronized"), default="frozen")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1])
+    return parser.parse_args()
+
+
+def detector(batch_norm: str):
+    option = {"frozen": "freeze_batch_norm", "synchronized": "synchronized_batch_norm"}
+    model = small_detector(image_shape=SHAPE, **{option[batch_norm]: True})
+    model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0))
+    return model
+
+
+def classifier(batch_norm: str):
+    keras.utils.set_random_seed(1)
+    model = ResNet(
+        stackwise_num_filters=[8, 16],
+        stackwise_num_blocks=[1, 1],
+        stackwise_num_strides=[1, 2],
+        block_type="basic",
+        include_top=True,
+        include_rescaling=True,
+        classes=3,
+        image_shape=SHAPE,
+    )
+    set_batch_norm(model, freeze=batch_norm == "frozen", synchronized=batch_norm != "frozen")
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def batches(kind: str):
+    """The second half of every batch, so the last replicas, has no objects."""
+    images, truth = rectangles(STEPS * GLOBAL_BATCH, SHAPE, objects=2)
+    if kind == "classifier":
+        return tf.data.Dataset.from_tensor_slices((images, truth["labels"][:, 0])).batch(
+            GLOBAL_BATCH, drop_remainder=True
+        )
+    empty = np.arange(len(images)) % GLOBAL_BATCH >= GLOBAL_BATCH // 2
+    truth["labels"][empty] = -1
+    return tf.data.Dataset.from_tensor_slices((images, truth)).batch(
+        GLOBAL_BATCH, drop_remainder=True
+    )
+
+
+def train(arguments, strategy) -> dict:
+    with strategy.scope():
+        model = {"detector": detector, "classifier": classifier}[arguments.model](
+            arguments.batch_norm
+        )
+    history = model.fit(batches(arguments.model), verbose=0)
+    weights = {f"weight_{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
+    return {**weights, **{k: np.asarray(v) for k, v in history.history.items()}}
+
+
+def main():
+    arguments = parse_arguments()
+    if "TF_CONFIG" in os.environ:
+        result = train(arguments, tf.distribute.MultiWorkerMirroredStrategy())
+        np.savez(arguments.output, **result)
+        return
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    count = max(arguments.replicas)
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
+    )
+    devices = tf.config.list_logical_devices("CPU")
+    for replicas in arguments.replicas:
+        strategy = tf.distribute.get_strategy()
+        if replicas > 1:
+            strategy = tf.distribute.MirroredStrategy(
+                [device.name for device in devices[:replicas]],
+                tf.distribute.ReductionToOneDevice(),
+            )
+        np.savez(f"{arguments.output}_{replicas}", **train(arguments, strategy))
+
+
+if __name__ == "__main__":
+    main()
