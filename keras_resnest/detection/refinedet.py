@@ -418,14 +418,22 @@ class RefineDet(DistributedTraining, keras.Model):
             return []
         height, width = self.image_shape[:2]
         resized = [ops.convert_to_numpy(resize_image(p, height, width)) for p in pictures]
-        batch = self._predict_pictures(np.stack(resized))
+        batch = self.predict_locally(np.stack(resized))
         return [
             self._own_pixels({k: v[i] for k, v in batch.items()}, p.shape, confidence_threshold)
             for i, p in enumerate(pictures)
         ]
 
-    def _predict_pictures(self, images) -> dict:
-        """As `predict_on_batch`, for pictures that were read as 0 to 255, however dark they are."""
+    def predict_locally(self, images) -> dict:
+        """Detections of one batch by this process alone, whatever strategy it trains under.
+
+        Args:
+            images: pictures (batch, height, width, 3) of the model's size, 0 to 255. Unlike
+                in `predict`, they may be so dark that they look like fractions.
+
+        Returns:
+            As `predict`.
+        """
         if keras.backend.backend() != "tensorflow":
             return self.predict_on_batch(images)
         if self._detect_function is None:

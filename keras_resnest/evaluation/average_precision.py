@@ -597,9 +597,14 @@ def _predict(model, images) -> dict[str, np.ndarray]:
     """Padded detections of one batch."""
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is not None and strategy.num_replicas_in_sync > 1:
-        # `predict_on_batch` would give the whole batch to every replica.
+        # `predict_on_batch` would give the whole batch to every replica. Every worker of several
+        # predicts everything, so that all of them see the same numbers.
         images = np.asarray(images)
-        predicted = model.predict(images, batch_size=len(images), verbose=0)
+        predicted = (
+            model.predict_locally(images)
+            if hasattr(model, "predict_locally")
+            else model.predict(images, batch_size=len(images), verbose=0)
+        )
     else:
         predicted = model.predict_on_batch(images)
     if not isinstance(predicted, Mapping):
