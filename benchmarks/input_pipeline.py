@@ -2,9 +2,15 @@
 
 Prints, for each number of threads, the speed and the processor time per picture of each step:
 decoding JPEG, resizing, the training augmentation, and complete batches (from the memory cache,
-and with decoding in every epoch).
+and with decoding in every epoch; with mosaic and mixup; with sizes drawn for each batch).
+
+With --feed instead: whether the pipeline keeps a training step of `refinedet_tiny` fed. The time
+of a step with batches of the pipeline is compared with that of one fixed batch repeated, in turns,
+the best round of each; a ratio near 1 means that the step never waits (on a CPU both share the
+cores, which costs).
 
     python benchmarks/input_pipeline.py --pictures 400 --threads 1 2
+    python benchmarks/input_pipeline.py --feed --batch-size 8 --steps 20
 """
 
 import argparse
@@ -17,8 +23,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_resnest.data.augmentation import Resize, TrainingAugmentation
+from keras_resnest.data.mixing import MixUp, Mosaic
 from keras_resnest.data.pipeline import training_batches
 
+UNMEASURED = 4  # first steps of a round: their batches were prepared while the others ran
 DISTINCT = 16  # pictures that are generated; they are repeated to the wanted number
 
 
@@ -65,18 +73,8 @@ def measure(dataset: tf.data.Dataset, threads: int, pictures_per_element: int = 
     return count / wall, 1000 * cpu / count
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pictures", type=int, default=480, help="pictures per measurement")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--source", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
-    parser.add_argument("--image-shape", type=int, nargs=2, default=[320, 320], metavar=("H", "W"))
-    parser.add_argument("--boxes", type=int, default=12, help="boxes per picture")
-    parser.add_argument("--batch-size", type=int, default=16)
-    arguments = parser.parse_args()
-
+def print_speeds(arguments):
+    """The table of steps of the pipeline."""
     shape, batch_size = tuple(arguments.image_shape), arguments.batch_size
     repeats = max(1, arguments.pictures // DISTINCT)
     augmentation = TrainingAugmentation(shape)
@@ -88,6 +86,12 @@ def main():
         in_memory = source.cache().repeat(repeats)
         seeds = tf.data.Dataset.random(0).batch(2)
         common = {"cache": False, "shuffle_buffer": 64, "seed": 0, "num_parallel_calls": threads}
+        sizes = [(side * shape[0] // 4, side * shape[1] // 4) for side in (3, 4, 5)]
+
+        def batches(dataset, common=common, **options):
+            made = training_batches(dataset, shape, batch_size, augmentation, **common, **options)
+            return made, batch_size
+
         steps = {
             "decode JPEG": (source.repeat(repeats), 1),
             "Resize (evaluation)": (in_memory.map(Resize(shape), threads), 1),
@@ -95,18 +99,69 @@ def main():
                 tf.data.Dataset.zip(in_memory, seeds).map(augmentation, threads),
                 1,
             ),
-            f"training batches of {batch_size}, cached": (
-                training_batches(in_memory, shape, batch_size, augmentation, **common),
-                batch_size,
-            ),
-            f"training batches of {batch_size}, decoding": (
-                training_batches(source.repeat(repeats), shape, batch_size, augmentation, **common),
-                batch_size,
-            ),
+            f"training batches of {batch_size}, cached": batches(in_memory),
+            "  with mosaic and mixup": batches(in_memory, mosaic=Mosaic(), mixup=MixUp()),
+            "  with 3 sizes": batches(in_memory, image_sizes=sizes),
+            f"training batches of {batch_size}, decoding": batches(source.repeat(repeats)),
         }
         for name, (dataset, pictures) in steps.items():
             speed, cpu = measure(dataset, threads, pictures)
             print(f"{name:34s}{threads:8d}{speed:12.0f}{cpu:16.2f}", flush=True)
+
+
+def print_feed(arguments):
+    """Time of a training step with the pipeline, and with one batch that is always there."""
+    import keras_resnest as kr
+
+    shape, batch_size = tuple(arguments.image_shape), arguments.batch_size
+    source = decoded(generated_jpegs(*arguments.source), arguments.boxes, tf.data.AUTOTUNE)
+    batches = training_batches(
+        source.repeat(),
+        shape,
+        batch_size,
+        TrainingAugmentation(shape),
+        cache=False,  # every picture is decoded when it is needed: the dearest case
+        seed=0,
+        max_boxes=arguments.boxes,
+    )
+    fixed = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
+    model = kr.builders.refinedet_tiny(num_classes=1, image_shape=(*shape, 3))
+    model.compile("sgd")
+    sources = {"fixed batch": iter(fixed), "pipeline": iter(batches)}
+    for iterator in sources.values():
+        model.fit(next(iterator), epochs=1, verbose=0)  # tracing
+    train = model.make_train_function()
+    seconds = {name: [] for name in sources}
+    for _ in range(arguments.rounds):
+        for name, iterator in sources.items():
+            for _ in range(UNMEASURED):
+                train(iterator)
+            start = time.perf_counter()
+            for _ in range(arguments.steps):
+                logs = train(iterator)
+            float(logs["loss"])  # waits for the device
+            seconds[name].append((time.perf_counter() - start) / arguments.steps)
+    best = {name: min(values) for name, values in seconds.items()}  # least disturbed by others
+    for name, value in best.items():
+        print(f"{name:12s} {1000 * value:8.1f} ms/step {batch_size / value:8.1f} pictures/s")
+    print(f"ratio pipeline / fixed batch: {best['pipeline'] / best['fixed batch']:.3f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=int, default=480, help="pictures per measurement")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--source", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
+    parser.add_argument("--image-shape", type=int, nargs=2, default=[320, 320], metavar=("H", "W"))
+    parser.add_argument("--boxes", type=int, default=12, help="boxes per picture")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--feed", action="store_true", help="compare with a training step")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round of --feed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of --feed")
+    arguments = parser.parse_args()
+    print_feed(arguments) if arguments.feed else print_speeds(arguments)
 
 
 if __name__ == "__main__":
