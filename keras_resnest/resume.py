@@ -74,7 +74,7 @@ class ResumeTraining(keras.callbacks.Callback):
         found = _latest(self.folder)
         self.initial_epoch = found[1]["epoch"] if found else 0
         self._epoch = self._first_step = 0
-        self._restored_metrics = None
+        self._restored_metrics, self._past_epochs = None, []
 
     # === Begin ===
 
@@ -143,8 +143,18 @@ class ResumeTraining(keras.callbacks.Callback):
         ):
             for name, value in memory.items():
                 setattr(callback, name, value)
+        self._past_epochs = state["memory"][0].get("epoch", [])
+
+    def _complete_history(self) -> None:
+        # History empties its list of epochs when training begins, after this callback.
+        self.model.history.epoch[:0] = self._past_epochs
+        self._past_epochs = []
+
+    def on_train_end(self, logs=None):
+        self._complete_history()
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._complete_history()
         self._epoch = epoch
         if self._restored_metrics is not None and self._first_step:
             # Keras has just emptied the metrics of this epoch.
@@ -234,7 +244,7 @@ def _strategy_scope(model):
 
 def _signature(model) -> dict:
     """What tells one model and optimizer from another."""
-    shapes = json.dumps([[w.path.split("/", 1)[-1], list(w.shape)] for w in model.weights])
+    shapes = json.dumps([[w.name, list(w.shape)] for w in model.weights])
     return {
         "model": type(model).__name__,
         "parameters": model.count_params(),

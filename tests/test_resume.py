@@ -1,0 +1,205 @@
+"""A training that was killed ends where an uninterrupted one ends."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_resnest.callbacks import ResumeTraining
+
+PROGRAM = Path(__file__).with_name("resumable_training.py")
+
+
+def run(*arguments):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run(folder / "checkpoint", folder / "result.npz")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(np.load(folder / "result.npz"))
+
+
+# Five steps in an epoch: step 8 is inside of the second one.
+@pytest.mark.parametrize("every_steps", [None, 2])
+def test_killed_and_started_again_is_bitwise_the_same(tmp_path, uninterrupted, every_steps):
+    options = [] if every_steps is None else ["--every-steps", every_steps]
+    killed = run(tmp_path / "checkpoint", tmp_path / "result.npz", "--kill-at", 8, *options)
+    assert killed.returncode == -signal.SIGKILL
+    again = run(tmp_path / "checkpoint", tmp_path / "result.npz", *options)
+    assert again.returncode == 0, again.stderr[-2000:]
+    result = dict(np.load(tmp_path / "result.npz"))
+    assert result.pop("first_epoch") == 1
+    for name, value in result.items():
+        np.testing.assert_array_equal(value, uninterrupted[name], err_msg=name)
+
+
+# === Small models ===
+
+X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+Y = X[:, :1] * 2
+
+
+def small_model(units=3):
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((4,)), keras.layers.Dense(units), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    return model
+
+
+def fit(model, callback, epochs, **kwargs):
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(X, Y, epochs=epochs, callbacks=[callback], **options)
+
+
+def weights_after(epochs):
+    model = small_model()
+    model.fit(X, Y, epochs=epochs, batch_size=4, shuffle=False, verbose=0)
+    return model.get_weights()
+
+
+def test_goes_on_after_complete_epochs(tmp_path):
+    fit(small_model(), ResumeTraining(tmp_path), 2)
+    resume = ResumeTraining(tmp_path)
+    assert resume.initial_epoch == 2
+    model = small_model()
+    history = fit(model, resume, 5)
+    for one, other in zip(weights_after(5), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert history.epoch == [0, 1, 2, 3, 4] and len(history.history["loss"]) == 5
+
+
+def test_a_finished_training_does_nothing(tmp_path):
+    fit(small_model(), ResumeTraining(tmp_path), 2)
+    model = small_model()
+    fit(model, ResumeTraining(tmp_path), 2)
+    for one, other in zip(weights_after(2), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_memory_of_other_callbacks(tmp_path):
+    best = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "loss", save_best_only=True)
+    model = small_model()
+    resume = ResumeTraining(tmp_path / "c", callbacks=[best])
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[best, resume])
+    assert np.isfinite(best.best)
+    fresh = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "loss", save_best_only=True)
+    resume = ResumeTraining(tmp_path / "c", callbacks=[fresh])
+    small_model().fit(X, Y, epochs=2, verbose=0, callbacks=[fresh, resume])
+    assert fresh.best == best.best
+
+
+@pytest.mark.parametrize("damage", ["truncated", "without state", "half written"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+    fit(small_model(), ResumeTraining(tmp_path), 3)
+    newest = sorted(tmp_path.glob("epoch_*"))[-1]
+    assert newest.name.startswith("epoch_000003")
+    if damage == "truncated":
+        data = (newest / "arrays.npz").read_bytes()
+        (newest / "arrays.npz").write_bytes(data[: len(data) // 2])
+    elif damage == "without state":
+        (newest / "state.json").unlink()
+    else:
+        newest.rename(newest.with_suffix(".tmp"))
+    resume = ResumeTraining(tmp_path)
+    assert resume.initial_epoch == 2
+    model = small_model()
+    fit(model, resume, 4)
+    for one, other in zip(weights_after(4), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_more_than_two_checkpoints_stay(tmp_path):
+    fit(small_model(), ResumeTraining(tmp_path, every_steps=1), 3)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    fit(small_model(), ResumeTraining(tmp_path), 1)
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        fit(small_model(units=5), ResumeTraining(tmp_path), 2)
+
+
+def test_an_unwritable_folder_is_reported_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = small_model()
+    before = model.get_weights()
+    with pytest.raises(OSError, match="`folder` cannot be written"):
+        fit(model, ResumeTraining(tmp_path / "file" / "checkpoint"), 1)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_full_disk_is_reported_at_the_start(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OSError, match="needs room for 2 checkpoints"):
+        fit(small_model(), ResumeTraining(tmp_path), 1)
+
+
+@pytest.mark.parametrize("every_steps", [0, -1, 1.5])
+def test_every_steps_must_be_a_positive_integer(tmp_path, every_steps):
+    with pytest.raises(ValueError, match="`every_steps` must be a positive integer"):
+        ResumeTraining(tmp_path, every_steps=every_steps)
+
+
+# === TF_CONFIG ===
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must be JSON"),
+        ('{"cluster": {}}', "must be JSON"),
+        (json.dumps({"cluster": {}, "task": {"type": "worker", "index": 0}}), "jobs of a cluster"),
+        (
+            json.dumps({"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}),
+            "jobs of a cluster",
+        ),
+        (
+            json.dumps({"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}),
+            "addresses must be",
+        ),
+        (
+            json.dumps(
+                {"cluster": {"worker": ["a:1"] * 2}, "task": {"type": "worker", "index": 0}}
+            ),
+            "addresses must be",
+        ),
+        (
+            json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}),
+            "must be one of the cluster",
+        ),
+    ],
+)
+def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
+    from keras_resnest.training import create_strategy
+
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match=message):
+        create_strategy("auto")
+
+
+def test_strategies(monkeypatch):
+    import tensorflow as tf
+
+    from keras_resnest.training import create_strategy
+
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert isinstance(create_strategy("mirrored"), tf.distribute.MirroredStrategy)
+    assert create_strategy("none").num_replicas_in_sync == 1
+    with pytest.raises(ValueError, match="needs the environment variable TF_CONFIG"):
+        create_strategy("multi_worker")
+    with pytest.raises(ValueError, match="must be one of"):
+        create_strategy("parameter_server")
