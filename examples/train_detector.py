@@ -1,18 +1,23 @@
 """Train a RefineDet on your own annotated pictures: model, mAP, plots and SavedModel.
 
-DATA is a folder in Pascal-VOC layout (JPEGImages, Annotations, ImageSets/Main), a
-folder with pictures and XML files side by side, or tfds:NAME for a data set of
-TensorFlow Datasets.
+DATA is a folder in Pascal-VOC, YOLO or COCO layout, a folder with pictures and XML files side by
+side, a COCO .json or a .csv file, or tfds:NAME for a data set of TensorFlow Datasets.
 
     python examples/train_detector.py my_folder
-    python examples/train_detector.py my_folder --train-split train --test-split test \\
-        --epochs 60 --anchor-sizes 24 48 96 192
-    python examples/train_detector.py tfds:voc/2007 --model refinedet320_resnest50 --batch-size 32
+    python examples/train_detector.py my_folder --test-split val --epochs 60 --fit-anchors
+    python examples/train_detector.py tfds:voc/2007 --train-split train+validation \\
+        --model refinedet320_vgg16 --recipe refinedet_voc --augmentation ssd --batch-size 32
+
+All GPUs of the machine are used, and with TF_CONFIG all machines of a cluster
+(examples/train_multi_worker.py). A run that was stopped or killed goes on where its last
+checkpoint is, if it is started again with the same command.
 
 What is measured and where it went stands at the end of the output, in OUTPUT/result.json.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import sys
@@ -27,6 +32,8 @@ import tensorflow as tf
 import keras_resnest as kr
 
 AUGMENTATIONS = ("mild", "ssd", "flip")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+RECIPES = ("detector_from_scratch", "refinedet_voc", "refinedet_coco")
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -34,7 +41,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", help="VOC-layout folder, or tfds:NAME")
+    add("data", help="folder or file of annotated pictures, or tfds:NAME")
     add("--train-split", default="train", help="split file or TFDS split (default: %(default)s)")
     add("--test-split", default="test", help="split that is evaluated (default: %(default)s)")
     add("--skip-faulty", action="store_true", help="leave out pictures with faulty annotations")
@@ -53,12 +60,28 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         metavar="PIXELS",
         help="anchor side at strides 8, 16, 32, 64 (default: 32 64 128 256)",
     )
-    add("--epochs", type=int, default=60, help="default: %(default)s")
-    add("--batch-size", type=int, default=8, help="default: %(default)s")
-    add("--learning-rate", type=float, default=1e-3, help="highest (default: %(default)s)")
+    add("--fit-anchors", action="store_true", help="fit the anchor sizes to the training data")
+    add("--backbone-weights", help='"imagenet", another tag or a file; default: random weights')
+    add(
+        "--batch-norm",
+        choices=("train", "frozen", "synchronized"),
+        default="train",
+        help="frozen: for pretrained weights and small batches (default: %(default)s)",
+    )
+    add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
+    add("--epochs", type=int, help="default: 60, or those of a published recipe")
+    add("--batch-size", type=int, default=8, help="over all devices (default: %(default)s)")
+    add("--learning-rate", type=float, help="highest; default: the recipe's, scaled to the batch")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
     add("--vertical-flip", action="store_true", help="for pictures without up and down")
+    add("--mosaic", type=float, default=0.0, metavar="CHANCE", help="four pictures in one")
+    add("--mixup", type=float, default=0.0, metavar="CHANCE", help="two pictures in one")
+    add("--multi-scale", type=int, nargs="+", metavar="SIDE", help="one side per batch, in pixels")
+    add("--no-cache", action="store_true", help="decode pictures in every epoch: large data sets")
     add("--evaluate-every", type=int, default=10, metavar="EPOCHS", help="default: %(default)s")
+    add("--checkpoint-steps", type=int, metavar="STEPS", help="also inside of epochs")
+    add("--deterministic", action="store_true", help="the same bits in every run; slower")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--output", type=Path, default=Path("runs/train"), help="folder (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -66,16 +89,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 def read_data(arguments):
     """The training and the test set, with the same classes."""
-    if arguments.data.startswith("tfds:"):
-        name = arguments.data.removeprefix("tfds:")
-        train = kr.data.read_tfds(name, arguments.train_split)
-        return train, kr.data.read_tfds(name, arguments.test_split, train.class_names)
     on_error = "skip" if arguments.skip_faulty else "raise"
-    train = kr.data.read_voc(arguments.data, arguments.train_split, on_error=on_error)
-    test = kr.data.read_voc(
-        arguments.data, arguments.test_split, train.class_names, on_error=on_error
-    )
-    return train, test
+    read = functools.partial(kr.data.read_detection, arguments.data, on_error=on_error)
+    train = read(arguments.train_split)
+    return train, read(arguments.test_split, class_names=train.class_names)
 
 
 def make_augmentation(arguments, image_shape) -> kr.data.TrainingAugmentation:
@@ -91,37 +108,83 @@ def make_augmentation(arguments, image_shape) -> kr.data.TrainingAugmentation:
     return kr.data.TrainingAugmentation(image_shape, flip=flip, **options)
 
 
-def build_model(arguments, class_names, num_batches: int) -> kr.RefineDet:
-    options = {"image_shape": (*arguments.image_size, 3)} if arguments.image_size else {}
+def make_batches(arguments, train_set, image_shape):
+    """A function that makes the batches of one worker."""
+    augmentation = make_augmentation(arguments, image_shape)
+    options = {
+        "mosaic": kr.data.Mosaic(probability=arguments.mosaic) if arguments.mosaic else None,
+        "mixup": kr.data.MixUp(probability=arguments.mixup) if arguments.mixup else None,
+        "image_sizes": [(side, side) for side in arguments.multi_scale or ()] or None,
+        "cache": not arguments.no_cache,
+        "seed": arguments.seed,
+    }
+
+    def batches(num_workers, worker, batch_size):
+        part = train_set.shard(num_workers, worker) if num_workers > 1 else train_set
+        return kr.data.training_batches(part, image_shape, batch_size, augmentation, **options)
+
+    return batches
+
+
+def make_recipe(arguments, num_pictures: int):
+    recipe = kr.recipes.RECIPES[arguments.recipe]
+    if arguments.learning_rate:
+        recipe = dataclasses.replace(
+            recipe, learning_rate=arguments.learning_rate, batch_size=arguments.batch_size
+        )
+    epochs = arguments.epochs or (60 if arguments.recipe == RECIPES[0] else None)
+    return recipe.scaled(arguments.batch_size, dataset_size=num_pictures, epochs=epochs)
+
+
+def build_model(arguments, train_set, recipe) -> kr.RefineDet:
+    side = kr.builders.BUILDERS[arguments.model][1]
+    image_shape = (*(arguments.image_size or (side, side)), 3)
+    anchors = kr.detection.AnchorGenerator(sizes=arguments.anchor_sizes)
+    if arguments.fit_anchors:
+        anchors = kr.detection.fit_anchors(train_set, image_shape, anchors)
+    print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
     model = getattr(kr.builders, arguments.model)(
-        num_classes=len(class_names),
-        class_names=class_names,
-        anchor_generator=kr.detection.AnchorGenerator(sizes=arguments.anchor_sizes),
-        **options,
+        num_classes=len(train_set.class_names),
+        class_names=train_set.class_names,
+        image_shape=image_shape,
+        anchor_generator=anchors,
+        backbone_weights=arguments.backbone_weights,
+        freeze_batch_norm=arguments.batch_norm == "frozen",
+        synchronized_batch_norm=arguments.batch_norm == "synchronized",
+        dtype=arguments.precision,
     )
-    steps = arguments.epochs * num_batches
-    model.compile(kr.training.adamw_with_warmup(arguments.learning_rate, steps))
+    model.compile(recipe.optimizer())
     return model
 
 
-def strategy() -> tf.distribute.Strategy:
-    """All GPUs of this machine, or the default device."""
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
-
-
-def train(arguments, model, train_batches, test_batches):
+def train(arguments, model, epochs: int, train_batches, test_batches):
     output = arguments.output
-    evaluation = kr.callbacks.DetectionEvaluation(test_batches, frequency=arguments.evaluate_every)
+    chief = kr.training.is_chief(model.distribute_strategy)
+    evaluation = kr.callbacks.DetectionEvaluation(
+        test_batches, frequency=arguments.evaluate_every, verbose=chief
+    )
+    resume = kr.callbacks.ResumeTraining(
+        output / "checkpoint", every_steps=arguments.checkpoint_steps, callbacks=[evaluation]
+    )
+    if resume.initial_epoch:
+        print(f"Going on with the run in {output}, after epoch {resume.initial_epoch}")
     callbacks = [
+        kr.callbacks.TerminateOnDivergence(output / "last_finite.weights.h5"),
         evaluation,
-        kr.callbacks.DetectionPlot(
-            test_batches, output / "progress", frequency=arguments.evaluate_every
-        ),
-        keras.callbacks.CSVLogger(output / "log.csv"),
+        resume,
     ]
-    history = model.fit(train_batches, epochs=arguments.epochs, callbacks=callbacks)
-    kr.visualization.plot_history([history, evaluation], path=output / "history.png")
+    if chief:
+        callbacks += [
+            kr.callbacks.DetectionPlot(
+                test_batches, output / "progress", frequency=arguments.evaluate_every
+            ),
+            keras.callbacks.CSVLogger(output / "log.csv", append=resume.initial_epoch > 0),
+        ]
+    history = model.fit(
+        train_batches, epochs=epochs, callbacks=callbacks, verbose="auto" if chief else 0
+    )
+    if chief and history.epoch:
+        kr.visualization.plot_history([history, evaluation], path=output / "history.png")
 
 
 def report(arguments, model, test, test_batches, seconds, cpu_seconds) -> None:
@@ -156,30 +219,40 @@ def report(arguments, model, test, test_batches, seconds, cpu_seconds) -> None:
     print(f"Plots, detector.keras, serving/1 and result.json are in {output}")
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments=None) -> None:
+    arguments = parse_arguments(arguments)
     keras.utils.set_random_seed(arguments.seed)
+    if arguments.deterministic:
+        tf.config.experimental.enable_op_determinism()
     try:
+        strategy = kr.training.create_strategy()
         train_set, test_set = read_data(arguments)
+        recipe = make_recipe(arguments, len(train_set))
+        with strategy.scope():
+            model = build_model(arguments, train_set, recipe)
+        train_batches = kr.training.distribute_batches(
+            strategy, make_batches(arguments, train_set, model.image_shape), arguments.batch_size
+        )
     except (ValueError, OSError) as error:
-        sys.exit(f"The data cannot be used: {error}")
+        sys.exit(f"This cannot be trained: {error}")
+    chief = kr.training.is_chief(strategy)
     print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
-
-    num_batches = max(1, len(train_set) // arguments.batch_size)
-    with strategy().scope():
-        model = build_model(arguments, train_set.class_names, num_batches)
-    augmentation = make_augmentation(arguments, model.image_shape)
-    train_batches = kr.data.training_batches(
-        train_set, model.image_shape, arguments.batch_size, augmentation, seed=arguments.seed
+    test_batches = kr.data.evaluation_batches(
+        test_set, model.image_shape, arguments.batch_size, cache=not arguments.no_cache
     )
-    test_batches = kr.data.evaluation_batches(test_set, model.image_shape, arguments.batch_size)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if chief:
+        kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    train(arguments, model, train_batches, test_batches)
+    try:
+        train(arguments, model, recipe.epochs, train_batches, test_batches)
+    except (FloatingPointError, RuntimeError) as error:
+        sys.exit(str(error))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    report(arguments, model, test_set, test_batches, seconds, cpu_seconds)
+    if chief:
+        report(arguments, model, test_set, test_batches, seconds, cpu_seconds)
+    kr.training.wait_for_workers(strategy)
 
 
 if __name__ == "__main__":

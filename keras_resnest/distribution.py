@@ -125,12 +125,11 @@ class DistributedTraining:
         if getattr(self, "_distribute_strategy", None) is None:
             return super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
-            import tensorflow as tf
-
-            dataset = iterator.data_adapter.get_tf_dataset()
-            if not isinstance(dataset, tf.data.Dataset):  # distributed by the caller
-                return super()._maybe_symbolic_build(iterator, data_batch)
-            data_batch = dataset.element_spec
+            spec = iterator.data_adapter.get_tf_dataset().element_spec
+            # Of a data set that is distributed already: what the first replica gets.
+            data_batch = keras.tree.map_structure(
+                lambda part: getattr(part, "_value_specs", (part,))[0], spec
+            )
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
     def _check_global_batch(self, x, batch_size) -> None:
@@ -215,11 +214,17 @@ def lost_workers(strategy):
         return
     import tensorflow as tf
 
-    gone = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+    gone = (
+        tf.errors.UnavailableError,
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.InternalError,
+        tf.errors.DeadlineExceededError,
+    )
     try:
         yield
     except gone as error:
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[-300:]
         raise RuntimeError(
             "Another worker of this training was lost or cannot be reached. Start all workers "
             f"again with the same command: they go on from the last checkpoint. TensorFlow: {text}"

@@ -6,6 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_resnest.distribution import is_chief
+
 
 class TerminateOnDivergence(keras.callbacks.Callback):
     """Ends a training that cannot recover, with a sentence and the last finite weights.
@@ -90,8 +92,9 @@ class TerminateOnDivergence(keras.callbacks.Callback):
             return "The weights are not finite either: go back to the last checkpoint."
         if self.filepath is None:
             return "The model holds the last finite weights."
-        self.filepath.parent.mkdir(parents=True, exist_ok=True)
-        self.model.save_weights(self.filepath)
+        if is_chief(getattr(self.model, "distribute_strategy", None)):
+            self.filepath.parent.mkdir(parents=True, exist_ok=True)
+            self.model.save_weights(self.filepath)
         return f"The last finite weights are in {self.filepath}."
 
 

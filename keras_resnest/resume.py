@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -92,7 +93,7 @@ class ResumeTraining(keras.callbacks.Callback):
             self._restore(*found)
 
     def _check_folder(self) -> None:
-        needed = KEPT * sum(np.asarray(v).nbytes for v in _variables(self.model))
+        needed = KEPT * sum(4 * math.prod(v.shape) for v in _variables(self.model))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
@@ -195,13 +196,15 @@ class ResumeTraining(keras.callbacks.Callback):
         self._save(epoch + 1, 0, epoch, logs)
 
     def _save(self, epoch: int, step: int, finished: int | None = None, logs=None) -> None:
+        # Metrics live on all workers: each must read, even though only the chief writes.
+        values = [np.asarray(variable) for variable in _variables(self.model)]
         if not self._writes:
             return
         path = self.folder / f"epoch_{epoch:06d}_step_{step:08d}"
         temporary = path.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        np.savez(temporary / ARRAYS, *map(np.asarray, _variables(self.model)))
+        np.savez(temporary / ARRAYS, *values)
         state = {
             "epoch": epoch,
             "step": step,

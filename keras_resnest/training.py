@@ -5,17 +5,25 @@ import os
 
 import keras
 
-from keras_resnest.distribution import DistributedTraining, is_chief, num_replicas
+from keras_resnest.distribution import (
+    DistributedTraining,
+    is_chief,
+    is_multi_worker,
+    lost_workers,
+    num_replicas,
+)
 from keras_resnest.layers.normalization import set_batch_norm
 
 __all__ = [
     "DistributedTraining",
     "adamw_with_warmup",
     "create_strategy",
+    "distribute_batches",
     "is_chief",
     "num_replicas",
     "read_tf_config",
     "set_batch_norm",
+    "wait_for_workers",
 ]
 
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
@@ -61,6 +69,76 @@ def create_strategy(distribution: str = "auto"):
     if distribution == "mirrored" or (distribution == "auto" and len(gpus) > 1):
         return tf.distribute.MirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+def distribute_batches(strategy, make_batches, batch_size: int):
+    """Training batches for `fit`, of which each worker reads its own part of the data only.
+
+    Given to `fit` as it is, a data set is read in whole by every worker, which then drops what
+    others train on: right for few workers or small data, a waste for many.
+
+    Args:
+        strategy: the `tf.distribute.Strategy` of the model.
+        make_batches: called with (number of workers, this worker, batch size of one
+            replica), returns a `tf.data.Dataset` of batches of that size.
+        batch_size: pictures of one step, over all replicas.
+
+    Returns:
+        What `fit` takes as `x`. With one worker it is what `make_batches(1, 0, batch_size)` gives.
+
+    Raises:
+        ValueError: if the replicas cannot share `batch_size` evenly.
+
+    Example:
+
+    >>> def make_batches(num_workers, worker, batch_size):
+    ...     part = train.shard(num_workers, worker)
+    ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
+    >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
+    """
+    if batch_size % strategy.num_replicas_in_sync:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {strategy.num_replicas_in_sync} replicas. "
+            f"Received: batch_size={batch_size}"
+        )
+    if not is_multi_worker(strategy):
+        return make_batches(1, 0, batch_size)
+    counters = []
+
+    def of_worker(context):
+        own_size = context.get_per_replica_batch_size(batch_size)
+        batches = make_batches(context.num_input_pipelines, context.input_pipeline_id, own_size)
+        counters.append(getattr(batches, "epoch_counter", None))
+        return batches
+
+    distributed = strategy.distribute_datasets_from_function(of_worker)
+    if counters[0] is not None:
+        distributed.epoch_counter = counters[0]
+    return distributed
+
+
+def wait_for_workers(strategy) -> None:
+    """Returns when all workers of a strategy have called it; at once with a single one.
+
+    A worker that ends while others are still at work counts as lost: call this last, for
+    instance after the chief has written its report.
+
+    Args:
+        strategy: the `tf.distribute.Strategy` of the training.
+
+    Raises:
+        RuntimeError: if another worker is gone.
+
+    Example:
+
+    >>> wait_for_workers(model.distribute_strategy)
+    """
+    if not is_multi_worker(strategy):
+        return
+    import tensorflow as tf
+
+    with lost_workers(strategy):
+        strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None)
 
 
 def read_tf_config() -> dict | None:

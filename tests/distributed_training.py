@@ -7,6 +7,7 @@ With TF_CONFIG set it is one worker of several.
 
 import argparse
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 from detectors import rectangles, small_detector
 
 from keras_resnest.backbones import ResNet
+from keras_resnest.callbacks import ResumeTraining
 from keras_resnest.layers.normalization import set_batch_norm
 
 STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
@@ -27,6 +29,9 @@ def parse_arguments():
     parser.add_argument("--model", choices=("detector", "classifier"), default="detector")
     parser.add_argument("--batch-norm", choices=("frozen", "synchronized"), default="frozen")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--checkpoint", help="folder of ResumeTraining")
+    parser.add_argument("--kill-at", type=int, default=-1, help="step at which worker 1 dies")
     return parser.parse_args()
 
 
@@ -69,12 +74,29 @@ def batches(kind: str):
     )
 
 
+class Kill(keras.callbacks.Callback):
+    """SIGKILL of the second worker at a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        is_second = '"index": 1' in os.environ.get("TF_CONFIG", "")
+        if is_second and int(np.asarray(self.model.optimizer.iterations)) == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(arguments, strategy) -> dict:
     with strategy.scope():
         model = {"detector": detector, "classifier": classifier}[arguments.model](
             arguments.batch_norm
         )
-    history = model.fit(batches(arguments.model), verbose=0)
+    callbacks = [Kill(arguments.kill_at)]
+    if arguments.checkpoint:
+        callbacks.append(ResumeTraining(arguments.checkpoint))
+    data = batches(arguments.model)
+    history = model.fit(data, epochs=arguments.epochs, verbose=0, callbacks=callbacks)
     weights = {f"weight_{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
     return {**weights, **{k: np.asarray(v) for k, v in history.history.items()}}
 

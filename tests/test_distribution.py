@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def free_addresses(count):
 
 
 def run_workers(count, *arguments, outputs):
+    """Return codes and printed texts of workers that run side by side."""
     addresses = free_addresses(count)
     processes = [
         run(
@@ -53,7 +55,7 @@ def run_workers(count, *arguments, outputs):
         for i in range(count)
     ]
     texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [p.returncode for p in processes] == [0] * count, "\n".join(t[-2000:] for t in texts)
+    return [process.returncode for process in processes], texts
 
 
 def assert_same_training(one, many):
@@ -87,6 +89,22 @@ def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
 def test_two_processes_train_as_one(tmp_path, model):
     run(tmp_path / "w", "--model", model, "--replicas", 1)
     outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]
-    run_workers(2, "--model", model, outputs=outputs)
+    codes, texts = run_workers(2, "--model", model, outputs=outputs)
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
+    for output in outputs:
+        assert_same_training(tmp_path / "w_1.npz", output)
+
+
+def test_a_lost_worker_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):
+    options = ["--model", "classifier", "--epochs", 2]
+    run(tmp_path / "w", *options, "--replicas", 1)
+    outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]
+    options += ["--checkpoint", tmp_path / "checkpoint"]
+    codes, texts = run_workers(2, *options, "--kill-at", 7, outputs=outputs)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
+    assert "Another worker of this training was lost" in texts[0], texts[0][-2000:]
+    assert [path.name[:12] for path in (tmp_path / "checkpoint").iterdir()] == ["epoch_000001"]
+    codes, texts = run_workers(2, *options, outputs=outputs)
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
     for output in outputs:
         assert_same_training(tmp_path / "w_1.npz", output)

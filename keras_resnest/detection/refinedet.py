@@ -258,6 +258,11 @@ class RefineDet(DistributedTraining, keras.Model):
     def test_step(self, *args):
         return super().test_step(*args[:-1], self._checked(args[-1]))
 
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        # All layers are built; Keras would call them on a batch whose layout it does not know.
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+
     def _checked(self, data):
         """A batch of either layout as (images, ground truth, sample weight)."""
         images, y, sample_weight = _unpack(data)
