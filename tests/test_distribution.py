@@ -73,8 +73,8 @@ def assert_same_training(one, many):
     ("model", "batch_norm", "replicas"),
     [
         ("detector", "frozen", (2, 4)),
-        ("detector", "synchronized", (2,)),
-        ("classifier", "frozen", (2, 4)),
+        pytest.param("detector", "synchronized", (2,), marks=pytest.mark.slow),
+        pytest.param("classifier", "frozen", (2, 4), marks=pytest.mark.slow),
         ("classifier", "synchronized", (2,)),
     ],
 )

@@ -48,3 +48,43 @@ def test_trains_and_predicts_as_on_tensorflow(tmp_path):
     got = np.load(tmp_path / "predicted.npz")
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-2 if name == "boxes" else 1e-4)
+
+
+DATA_PARALLEL = """
+import sys
+import keras, numpy as np
+from detectors import rectangles, small_detector
+images, truth = rectangles(8, (64, 128, 3))
+truth["labels"][2:4] = -1  # what one of the devices gets in the first step has no object
+weights = []
+for devices in (None, ["cpu:0", "cpu:1"]):
+    if devices:
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    model = small_detector((64, 128, 3), freeze_batch_norm=True)
+    model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0))
+    model.fit(images, truth, batch_size=4, shuffle=False, verbose=0)
+    kernel = model.trainable_weights[0].value
+    assert len(kernel.devices()) == (2 if devices else 1)
+    weights.append(model.get_weights())
+difference = max(np.abs(a - b).max() for a, b in zip(*weights))
+moved = np.abs(weights[0][0] - small_detector((64, 128, 3)).get_weights()[0]).max()
+assert moved > 1e-6
+assert difference < 1e-5, difference
+"""
+
+
+@pytest.mark.slow  # XLA compiles the training step for minutes
+def test_data_parallel_devices_train_as_one():
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("JAX is not installed")
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    command = [sys.executable, "-c", DATA_PARALLEL]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
