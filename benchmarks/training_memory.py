@@ -2,10 +2,11 @@
 
 Every case is a process of its own that builds the model and takes `--steps` steps. "peak" is the
 most resident memory that the process ever had (VmHWM of /proc/self/status), "step" the part of it
-that came after the model was built: optimizer, graph, feature maps, loss. One array with
-a float32 for each pair of an object and an anchor would need batch x anchors x boxes x 4 bytes,
-the column "pairs": what a case needs more than the same batch with the fewest boxes ("growth")
-should not exceed it. Linux only.
+that came after the model was built: optimizer, graph, feature maps, loss. One array with a
+float32 for each pair of an object and an anchor would need batch x anchors x boxes x 4 bytes, the
+column "pairs". Matching reads the pairs of 16 objects at a time, so "growth", what a case needs
+more than the one with the fewest boxes, stays at some arrays of that size however many boxes
+there are. Linux only.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --image-size 128 --batch-sizes 1 2 --object-counts 10 1000
