@@ -1,6 +1,6 @@
 """What training on several devices and machines needs beyond Keras, on `tf.distribute`.
 
-Nothing here matters on one device, except that a gradient that is not finite is dropped.
+Nothing here matters on one device, except that a gradient that is not finite becomes zeros.
 """
 
 import contextlib
@@ -58,8 +58,9 @@ class DistributedTraining:
 
     - Gradients are clipped after they are added up over the replicas. Keras clips those of
       each replica, so that the step depends on the number of replicas.
-    - A gradient that is not finite changes no weight and shows as a `loss` of NaN; see
-      `TerminateOnDivergence`. Loss scaling, which skips such steps itself, is left alone.
+    - A gradient that is not finite, or whose norm is not, is replaced by zeros, so that all
+      weights stay finite, and shows as a `loss` of NaN; see `TerminateOnDivergence`. Loss
+      scaling, which skips such steps itself, is left alone.
     - `fit` and `evaluate` run under `tf.distribute.MultiWorkerMirroredStrategy` (Keras issue
       20585). Keras reduces a whole batch over the workers to learn its shapes, and takes a
       mean over axis 0 of logs that have no axis. Here the shapes come from the data set's

@@ -278,6 +278,7 @@ def test_replaced_classes_keep_their_logits():
     np.testing.assert_array_equal(coco(images)["odm_boxes"], old["odm_boxes"])  # its own weights
 
 
+@pytest.mark.slow
 def test_all_switched_off_and_other_classes_train():
     model = small_detector((64, 64, 3), **dict.fromkeys(SWITCHES, False))
     other = model.replace_classes(["green", "circle"])

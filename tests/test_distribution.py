@@ -72,7 +72,8 @@ def assert_same_training(one, many):
 @pytest.mark.parametrize(
     ("model", "batch_norm", "replicas"),
     [
-        ("detector", "frozen", (2, 4)),
+        ("detector", "frozen", (2,)),
+        pytest.param("detector", "frozen", (4,), marks=pytest.mark.slow),
         pytest.param("detector", "synchronized", (2,), marks=pytest.mark.slow),
         pytest.param("classifier", "frozen", (2, 4), marks=pytest.mark.slow),
         ("classifier", "synchronized", (2,)),
@@ -85,7 +86,9 @@ def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
         assert_same_training(tmp_path / "w_1.npz", tmp_path / f"w_{count}.npz")
 
 
-@pytest.mark.parametrize("model", ["detector", "classifier"])
+@pytest.mark.parametrize(
+    "model", ["detector", pytest.param("classifier", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one(tmp_path, model):
     run(tmp_path / "w", "--model", model, "--replicas", 1)
     outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]

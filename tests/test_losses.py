@@ -122,7 +122,9 @@ def losses_of(boxes, labels, predictions):
 
         from keras_resnest.detection.decoding import DetectionDecoder
 
-        anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((320, 320))
+        image_shape = (320, 320, 3)
+        anchors_for = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")
+        two_step_regression = negative_anchor_filtering = True
         matcher, decoder, multibox_loss = BoxMatcher(), DetectionDecoder(), MultiBoxLoss()
 
     outputs = {

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 
+import keras_resnest as kr
 from keras_resnest.data.images import load_image, resize_image
 from keras_resnest.detection import builders
 from keras_resnest.detection.anchors import AnchorGenerator
@@ -335,3 +337,45 @@ def test_config_names_every_argument():
     assert again.get_config() == config
     assert again.decoder.max_detections == 9 and again.matcher.iou_threshold == 0.6
     np.testing.assert_array_equal(again.anchors, model.anchors)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_data_of_other_classes_are_refused(method):
+    images, truth = rectangles(2)
+    data = tf.data.Dataset.from_tensor_slices({"images": images, "bounding_boxes": truth})
+
+    class Named:
+        class_names = ["red", "blue", "green"]
+
+        def as_dataset(self):
+            return data
+
+    batches = kr.data.training_batches(Named(), (64, 128), 2, seed=0)
+    model = small_detector()
+    model.compile()
+    with pytest.raises(ValueError, match=r"same classes in the same order.*'red', 'blue', 'green'"):
+        getattr(model, method)(batches, verbose=0)
+
+
+UNKNOWN_SIZE = (
+    tf.TensorSpec((None, None, None, 3)),
+    {"boxes": tf.TensorSpec((None, None, 4)), "labels": tf.TensorSpec((None, None), tf.int32)},
+)
+
+
+def test_training_takes_pictures_of_several_sizes():
+    """Each size gives the loss that a model built for it gives."""
+    model = small_detector()
+    model.compile(keras.optimizers.SGD(0.0))
+    for shape in ((64, 128, 3), (128, 64, 3), (128, 192, 3)):
+        images, truth = rectangles(2, shape, objects=1)
+        own = small_detector(shape)
+        own.set_weights(model.get_weights())
+        outputs = own(images, training=False)
+        want = own.stage_losses(truth["boxes"], truth["labels"], outputs)
+        data = tf.data.Dataset.from_generator(
+            lambda pair=(images, truth): iter([pair]), output_signature=UNKNOWN_SIZE
+        )
+        got = model.evaluate(data, return_dict=True, verbose=0)
+        for name, value in want.items():
+            assert got[name] == pytest.approx(float(value), rel=1e-4), (shape, name)

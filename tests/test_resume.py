@@ -30,7 +30,7 @@ def uninterrupted(tmp_path_factory):
 
 
 # Five steps in an epoch: step 8 is inside of the second one.
-@pytest.mark.parametrize("every_steps", [None, 2])
+@pytest.mark.parametrize("every_steps", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_killed_and_started_again_is_bitwise_the_same(tmp_path, uninterrupted, every_steps):
     options = [] if every_steps is None else ["--every-steps", every_steps]
     killed = run(tmp_path / "checkpoint", tmp_path / "result.npz", "--kill-at", 8, *options)

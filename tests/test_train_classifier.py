@@ -69,6 +69,7 @@ def kill_after_an_epoch(arguments, log):
     process.wait()
 
 
+@pytest.mark.slow
 def test_learns_shapes_killed_and_started_again(folder, tmp_path):
     options = ["--epochs", 8, "--learning-rate", 3e-3, "--skip-faulty", "--output", tmp_path]
     command, log = [folder, *OPTIONS, *options], tmp_path / "log.csv"

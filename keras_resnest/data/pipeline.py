@@ -140,6 +140,7 @@ def training_batches(
     batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
     batches = batches.with_options(_options(deterministic))
     batches.epoch_counter = counter  # for `set_epoch`
+    batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
     return batches
 
 
@@ -201,7 +202,9 @@ def evaluation_batches(
     extra_keys = ("image_id", "image_size") if include_source else ()
     batches = _batched(elements, size, batch_size, False, max_boxes, tuple(PADDING), extra_keys)
     batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
-    return batches.with_options(_options(deterministic=True))
+    batches = batches.with_options(_options(deterministic=True))
+    batches.class_names = getattr(dataset, "class_names", None)
+    return batches
 
 
 # What comes in.

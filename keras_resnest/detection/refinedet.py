@@ -30,6 +30,7 @@ from keras_resnest.serving import export_saved_model
 LEVELS = ("P3", "P4", "P5")  # of the backbone; the detector adds P6
 SIDE_MULTIPLE = 64  # stride of P6
 L2_SCALES = (10.0, 8.0)  # of P3 and P4, as in the authors' code
+FIRST_LOSS_SCALE = 2.0**9
 STAGE_LOSSES = (
     "arm_box_loss",
     "arm_classification_loss",
@@ -197,8 +198,6 @@ class RefineDet(DistributedTraining, keras.Model):
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" pixels, (anchors, 4)
-        # NMS is no XLA op, and ground truth changes its shape from batch to batch.
-        self.supports_jit = False
         self._detect_function = None
         self._stage_trackers = [keras.metrics.Mean(name=n) for n in STAGE_LOSSES]
 
@@ -211,7 +210,12 @@ class RefineDet(DistributedTraining, keras.Model):
             optimizer: a Keras optimizer. By default the paper's SGD, learning rate 1e-3 and
                 momentum 0.9, with a warm-up of 500 steps and clipped gradients. See
                 `keras_resnest.recipes` for whole schedules.
-            **kwargs: as in `keras.Model.compile`.
+                Under `"mixed_float16"` its loss is scaled, `auto_scale_loss=False` aside.
+            **kwargs: as in `keras.Model.compile`. `jit_compile="auto"` means no XLA on
+                TensorFlow: it compiles for minutes, again for every new shape of pictures or
+                ground truth, and leaves out the checks of each batch. `jit_compile=True`
+                compiles training and evaluation; NMS is no XLA operation, so that
+                `predict` stays as it is.
 
         Raises:
             ValueError: if `loss` or `metrics` are given. For mean average precision
@@ -223,9 +227,21 @@ class RefineDet(DistributedTraining, keras.Model):
                     f"RefineDet has its loss built in and takes no `{name}`; average precision "
                     f"comes from the DetectionEvaluation callback. Received: {name}={kwargs[name]}"
                 )
-        super().compile(
-            optimizer=_default_optimizer() if optimizer is None else optimizer, **kwargs
-        )
+        if keras.backend.backend() == "tensorflow" and kwargs.get("jit_compile", "auto") == "auto":
+            kwargs["jit_compile"] = False
+        optimizer = _default_optimizer() if optimizer is None else keras.optimizers.get(optimizer)
+        if self.dtype_policy.name == "mixed_float16" and kwargs.get("auto_scale_loss", True):
+            optimizer = _with_loss_scaling(optimizer)
+        super().compile(optimizer=optimizer, **kwargs)
+
+    def make_predict_function(self, force=False):
+        jit_compile = self.jit_compile
+        if keras.backend.backend() == "tensorflow":
+            self.jit_compile = False
+        try:
+            return super().make_predict_function(force)
+        finally:
+            self.jit_compile = jit_compile
 
     def compile_from_config(self, config: dict):
         """Compiles as the saved model was, its optimizer state included."""
@@ -239,6 +255,8 @@ class RefineDet(DistributedTraining, keras.Model):
         training with a `FloatingPointError` that says so; see `TerminateOnDivergence`.
         """
         self._check_arrays(x)
+        for data in (x, kwargs.get("validation_data")):
+            self._check_classes_of(data)
         if y is None and not isinstance(x, dict):  # Keras warns where it cannot shuffle
             kwargs.setdefault("shuffle", False)
         kwargs["callbacks"] = _with_divergence_guard(kwargs.get("callbacks"))
@@ -248,6 +266,7 @@ class RefineDet(DistributedTraining, keras.Model):
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`: the losses. For mAP see `DetectionEvaluation`."""
         self._check_arrays(x)
+        self._check_classes_of(x)
         with plain_errors():
             return super().evaluate(x, y, *args, **kwargs)
 
@@ -471,6 +490,14 @@ class RefineDet(DistributedTraining, keras.Model):
         """Name of a class, its number where the model has no `class_names`."""
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
+    def _check_classes_of(self, batches) -> None:
+        names = getattr(batches, "class_names", None)  # of `keras_resnest.data`
+        if names and self.class_names and list(names) != list(self.class_names):
+            raise ValueError(
+                "The data set and the model must have the same classes in the same order: read "
+                f"the data with class_names={list(self.class_names)}. Received: {list(names)}"
+            )
+
     def _check_arrays(self, images) -> None:
         """The checks of the graph, where arrays are given and every backend can look."""
         if isinstance(images, dict):
@@ -608,6 +635,13 @@ def _default_optimizer() -> keras.optimizers.Optimizer:
         0.0, decay_steps=10**9, warmup_target=1e-3, warmup_steps=500
     )
     return keras.optimizers.SGD(rate, momentum=0.9, global_clipnorm=10.0)
+
+
+def _with_loss_scaling(optimizer):
+    """For float16. From Keras' own 2 ** 15 on, the first five steps of a detector overflow."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=FIRST_LOSS_SCALE)
 
 
 def _with_divergence_guard(callbacks):

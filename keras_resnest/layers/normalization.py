@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_resnest.distribution import num_replicas, sum_over_replicas
+from keras_resnest.distribution import sum_over_replicas
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -14,10 +14,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     map. One fused kernel gives the same numbers; a training step of `refinedet_tiny` on
     a CPU took 0.85 of the time. Everything else, arguments, weights and
     inference, is Keras' own; so is training where the kernel does not fit (other
-    backends, other ranks, masks, `synchronized`, `renorm`, no `scale` or `center`).
+    backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale` or `center`).
 
     With `synchronized`, mean and variance are those of the batches of all replicas, the
     variance as a mean of squared deviations: Keras' difference of two means loses digits.
+
+    A mean or variance that is not finite leaves the moving one of its channel as it was (but
+    with masks and `renorm`): one overflow must not spoil a model for ever.
 
     Example:
 
@@ -25,8 +28,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """
 
     def call(self, inputs, training=None, mask=None):
-        if not (training and self.trainable and mask is None and self._is_fusable(inputs)):
+        if not (training and self.trainable) or mask is not None or self.renorm:
             return super().call(inputs, training=training, mask=mask)
+        if not self._is_fusable(inputs):
+            return self._separate_passes(inputs)
         import tensorflow as tf
 
         channels_last = self.axis in (-1, 3)
@@ -43,24 +48,46 @@ class BatchNormalization(keras.layers.BatchNormalization):
         # The kernel gives the unbiased variance; Keras keeps the biased one.
         count = tf.cast(tf.size(inputs) / tf.size(mean), tf.float32)
         variance *= tf.stop_gradient((count - 1.0) / count)
-        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        self._update_statistics(mean, variance)
         return outputs
 
+    def _separate_passes(self, inputs):
+        """Keras' own training step, but for the statistics."""
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        mean, variance = self._moments(x, None)
+        self._update_statistics(mean, variance)
+        outputs = ops.batch_normalization(
+            x,
+            mean,
+            variance,
+            axis=self.axis,
+            offset=ops.cast(self.beta, x.dtype) if self.center else None,
+            scale=ops.cast(self.gamma, x.dtype) if self.scale else None,
+            epsilon=self.epsilon,
+        )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _update_statistics(self, mean, variance) -> None:
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            old = ops.convert_to_tensor(moving)
+            value = old * self.momentum + ops.cast(batch, old.dtype) * (1.0 - self.momentum)
+            moving.assign(ops.where(ops.isfinite(value), value, old))
+
     def _moments(self, inputs, mask):
-        if mask is not None or not self.synchronized or num_replicas() == 1:
+        if mask is not None or not self.synchronized:
             return super()._moments(inputs, mask)
-        axes, x = self._reduction_axes, ops.cast(inputs, "float32")
-        count = ops.cast(ops.size(x) / ops.shape(x)[self.axis], "float32")
+        axes = self._reduction_axes
+        count = ops.cast(ops.size(inputs) / ops.shape(inputs)[self.axis], inputs.dtype)
         count = sum_over_replicas(count)
-        mean = sum_over_replicas(ops.sum(x, axes, keepdims=True)) / count
-        variance = sum_over_replicas(ops.sum(ops.square(x - mean), axes)) / count
-        mean = ops.reshape(mean, (-1,))
-        return ops.cast(mean, inputs.dtype), ops.cast(variance, inputs.dtype)
+        mean = sum_over_replicas(ops.sum(inputs, axes, keepdims=True)) / count
+        variance = sum_over_replicas(ops.sum(ops.square(inputs - mean), axes)) / count
+        return ops.reshape(mean, (-1,)), variance
 
     def _is_fusable(self, inputs) -> bool:
-        plain = not (self.synchronized or self.renorm) and self.scale and self.center
+        plain = not self.synchronized and self.scale and self.center
         if keras.backend.backend() != "tensorflow" or len(inputs.shape) != 4 or not plain:
+            return False
+        if self.compute_dtype not in ("float32", "float16", "bfloat16"):
             return False
         import tensorflow as tf
 
