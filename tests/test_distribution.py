@@ -86,9 +86,7 @@ def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
         assert_same_training(tmp_path / "w_1.npz", tmp_path / f"w_{count}.npz")
 
 
-@pytest.mark.parametrize(
-    "model", ["detector", pytest.param("classifier", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model", ["detector", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(tmp_path, model):
     run(tmp_path / "w", "--model", model, "--replicas", 1)
     outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]
