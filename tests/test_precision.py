@@ -74,7 +74,7 @@ def float32(truth, start):
     return model, train_100_steps(model, *truth, start)
 
 
-@pytest.fixture(scope="module", params=MIXED)
+@pytest.fixture(scope="module", params=[MIXED[0], pytest.param(MIXED[1], marks=pytest.mark.slow)])
 def mixed(request, truth, start):
     model = detector(request.param)
     return model, train_100_steps(model, *truth, start)
