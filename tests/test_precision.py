@@ -232,17 +232,22 @@ def classifier_curve(coloured):
 # === Ways to run a step ===
 
 
-def trained_weights(truth, **options):
+def flat_weights(model):
+    return np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+def trained(truth, **options):
     model = small_detector(SHAPE)
     model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0), **options)
+    start = flat_weights(model)
     images, boxes = truth[0][:10], {k: v[:10] for k, v in truth[1].items()}
     loss = model.fit(images, boxes, batch_size=2, verbose=0).history["loss"]
-    return model, np.concatenate([w.ravel() for w in model.get_weights()]), loss
+    return model, flat_weights(model) - start, loss
 
 
 @pytest.fixture(scope="module")
 def step_by_step(truth):
-    return trained_weights(truth)
+    return trained(truth)
 
 
 @pytest.mark.parametrize(
@@ -255,10 +260,12 @@ def step_by_step(truth):
     ids=lambda options: next(iter(options)),
 )
 def test_trains_as_step_by_step(options, step_by_step, truth):
-    reference, want, want_loss = step_by_step
+    reference, want_change, want_loss = step_by_step
     assert not reference.jit_compile  # "auto" is no XLA here
-    model, weights, loss = trained_weights(truth, **options)
+    model, change, loss = trained(truth, **options)
     assert all(getattr(model, name) == value for name, value in options.items())
-    np.testing.assert_allclose(weights, want, atol=1e-4)
+    # The batches of 2 have two numbers per channel on P6, which magnifies what XLA rounds.
+    error, length = np.linalg.norm(change - want_change), np.linalg.norm(want_change)
+    assert error < 0.01 * length and length > 0.1
     np.testing.assert_allclose(loss, want_loss, rtol=1e-4)
     assert model.predict(truth[0][:2], verbose=0)["boxes"].shape == (2, 200, 4)
