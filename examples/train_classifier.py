@@ -169,9 +169,9 @@ def make_batches(arguments, recipe, train_set, test_set):
 
 
 def strategy() -> tf.distribute.Strategy:
-    """All GPUs of this machine, or the default device."""
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+    """All GPUs of this machine, whatever TF_CONFIG says: every process would write the files."""
+    several = len(tf.config.list_physical_devices("GPU")) > 1
+    return kr.training.create_strategy("mirrored" if several else "none")
 
 
 def build_model(arguments, recipe, num_classes: int):
@@ -201,18 +201,12 @@ def build_model(arguments, recipe, num_classes: int):
 
 def train(arguments, recipe, model, train_batches, test_batches) -> None:
     output = arguments.output
-    backup = output / "backup"
-    resumes = backup.is_dir() and any(backup.iterdir())
-    if resumes:
+    resume = kr.callbacks.ResumeTraining(output / "checkpoint")
+    if resume.initial_epoch:
         print(f"Going on with the run in {output}")
-
-    def on_epoch_begin(epoch, logs):
-        kr.data.set_epoch(train_batches, epoch)
-
     callbacks = [
-        keras.callbacks.BackupAndRestore(backup),
-        keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin),
-        keras.callbacks.CSVLogger(output / "log.csv", append=resumes),
+        resume,
+        keras.callbacks.CSVLogger(output / "log.csv", append=resume.initial_epoch > 0),
     ]
     model.fit(
         train_batches,

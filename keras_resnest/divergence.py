@@ -7,6 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_resnest.distribution import is_chief
+
 # No network of this package starts above this, whatever its first batch holds. A first loss
 # below counts as this one, so that an easy first batch, or one without objects, sets no trap.
 LEAST_FIRST_LOSS = 10.0
@@ -109,8 +111,9 @@ class TerminateOnDivergence(keras.callbacks.Callback):
             return "The weights are not finite either: go back to the last checkpoint."
         if self.filepath is None:
             return "The model holds the last finite weights."
-        self.filepath.parent.mkdir(parents=True, exist_ok=True)
-        model.save_weights(self.filepath)
+        if is_chief(getattr(model, "distribute_strategy", None)):
+            self.filepath.parent.mkdir(parents=True, exist_ok=True)
+            model.save_weights(self.filepath)
         return f"The last finite weights are in {self.filepath}."
 
 

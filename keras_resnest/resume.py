@@ -74,7 +74,7 @@ class ResumeTraining(keras.callbacks.Callback):
         self.callbacks = list(callbacks)
         found = _latest(self.folder)
         self.initial_epoch = found[1]["epoch"] if found else 0
-        self._epoch = self._first_step = 0
+        self._epoch = self._saved_step = 0
         self._restored_metrics, self._past_epochs = None, []
 
     # === Begin ===
@@ -138,7 +138,7 @@ class ResumeTraining(keras.callbacks.Callback):
             variable.assign(value)
         self._restored_metrics = [np.asarray(v) for v in self.model.metrics_variables]
         self.model._initial_epoch = state["epoch"]
-        self._first_step = state["step"]
+        self._saved_step = state["step"]
         for callback, memory in zip(
             [self.model.history, *self.callbacks], state["memory"], strict=False
         ):
@@ -157,12 +157,12 @@ class ResumeTraining(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._complete_history()
         self._epoch = epoch
-        if self._restored_metrics is not None and self._first_step:
+        if self._restored_metrics is not None and self._saved_step:
             # Keras has just emptied the metrics of this epoch.
             variables = self.model.metrics_variables
             for variable, value in zip(variables, self._restored_metrics, strict=True):
                 variable.assign(value)
-            self._skip_steps(self._first_step)
+            self._skip_steps(self._saved_step)
         self._restored_metrics = None
 
     def _skip_steps(self, count: int) -> None:
@@ -185,13 +185,12 @@ class ResumeTraining(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         step = batch + 1
-        if self.every_steps and step > self._first_step:
-            done = step - self._first_step
-            if step % self.every_steps == 0 and done > 0:
-                self._save(self._epoch, step)
+        if self.every_steps and step - self._saved_step >= self.every_steps:
+            self._save(self._epoch, step)
+            self._saved_step = step
 
     def on_epoch_end(self, epoch, logs=None):
-        self._first_step = 0
+        self._saved_step = 0
         # History comes after the callbacks of the user: its row of this epoch is still missing.
         self._save(epoch + 1, 0, epoch, logs)
 

@@ -13,6 +13,7 @@ from keras_resnest.distribution import (
     num_replicas,
 )
 from keras_resnest.layers.normalization import set_batch_norm
+from keras_resnest.recipes import AdamW
 
 __all__ = [
     "DistributedTraining",
@@ -208,7 +209,7 @@ def adamw_with_warmup(
         global_clipnorm: largest norm of all gradients together.
 
     Returns:
-        A Keras optimizer.
+        A Keras optimizer. `RECIPES["detector_from_scratch"]` is the same as a recipe.
 
     Raises:
         ValueError: if `total_steps` is not positive.
@@ -227,8 +228,4 @@ def adamw_with_warmup(
         warmup_target=learning_rate,
         warmup_steps=warmup_steps,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=weight_decay, global_clipnorm=global_clipnorm
-    )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
-    return optimizer
+    return AdamW(schedule, weight_decay=weight_decay, global_clipnorm=global_clipnorm)

@@ -43,7 +43,7 @@ FLOORS = {
     "detection/builders": 3,
     "detection/multi_scale": 3,
     "callbacks": 4,
-    "recipes": 4,
+    "recipes": 3,
     "training": 4,
 }
 

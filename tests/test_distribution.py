@@ -3,13 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from train_multi_worker import free_addresses
 
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 
@@ -30,16 +32,6 @@ def run(*arguments, config=None, wait=True):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     return output
-
-
-def free_addresses(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    return addresses
 
 
 def run_workers(count, *arguments, outputs):
@@ -84,6 +76,65 @@ def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
     run(tmp_path / "w", "--model", model, "--batch-norm", batch_norm, "--replicas", 1, *replicas)
     for count in replicas:
         assert_same_training(tmp_path / "w_1.npz", tmp_path / f"w_{count}.npz")
+
+
+CLIPPING = """
+import sys
+import keras, numpy as np, tensorflow as tf
+from keras_resnest.training import DistributedTraining
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
+
+class Model(DistributedTraining, keras.Model):
+    pass
+
+x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+y[4:] *= 9  # the second replica has the larger gradient
+
+def weights(strategy, scaled, **clipping):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        model = Model(inputs, keras.layers.Dense(2)(inputs))
+        optimizer = keras.optimizers.SGD(1.0, **clipping)
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+        model.compile(optimizer, "mse", jit_compile=False)
+    start = model.get_weights()
+    model.fit(tf.data.Dataset.from_tensors((x, y)).unbatch().batch(8), verbose=0)
+    gradient = [a - b for a, b in zip(start, model.get_weights())]
+    return start, gradient
+
+def truth(start, clipping):
+    "The gradient of the mean over the global batch by hand, then clipped."
+    kernel, bias = start
+    error = 2.0 * (x @ kernel + bias - y) / y.size
+    g = [x.T @ error, error.sum(axis=0)]
+    (kind, limit), = clipping.items()
+    if kind == "clipvalue":
+        return [np.clip(v, -limit, limit) for v in g]
+    norms = [np.linalg.norm(v) for v in g]
+    if kind == "global_clipnorm":
+        norms = [np.linalg.norm(norms)] * 2
+    assert min(norms) > limit
+    return [v * limit / n for v, n in zip(g, norms)]
+
+for clipping in ({"clipnorm": 0.05}, {"global_clipnorm": 0.05}, {"clipvalue": 0.02}):
+    for strategy in (tf.distribute.get_strategy(), two):
+        for scaled in (False, True):
+            start, gradient = weights(strategy, scaled, **clipping)
+            for got, want in zip(gradient, truth(start, clipping)):
+                np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str((clipping, scaled)))
+"""
+
+
+def test_gradients_are_clipped_after_they_are_added_up():
+    """Against the formula; every kind of clipping, with and without loss scaling."""
+    done = subprocess.run([sys.executable, "-c", CLIPPING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("model", ["detector", pytest.param("classifier", marks=pytest.mark.slow)])

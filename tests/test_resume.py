@@ -148,6 +148,15 @@ def test_a_full_disk_is_reported_at_the_start(tmp_path, monkeypatch):
         fit(small_model(), ResumeTraining(tmp_path), 1)
 
 
+def test_no_more_than_every_steps_are_lost_when_several_run_together(tmp_path):
+    model = small_model()
+    model.compile(keras.optimizers.SGD(0.01), "mse", steps_per_execution=2)
+    # Eight steps, that end by twos: the first at least three after the last checkpoint is 4.
+    fit(model, ResumeTraining(tmp_path, every_steps=3), 1, batch_size=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["epoch_000000_step_00000008", "epoch_000001_step_00000000"]
+
+
 @pytest.mark.parametrize("every_steps", [0, -1, 1.5])
 def test_every_steps_must_be_a_positive_integer(tmp_path, every_steps):
     with pytest.raises(ValueError, match="`every_steps` must be a positive integer"):

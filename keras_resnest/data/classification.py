@@ -21,12 +21,12 @@ from typing import Any
 import tensorflow as tf
 
 from keras_resnest.data.dataset import (
+    PictureDataset,
     Problem,
-    _image_reader,
     check_class_names,
-    check_shard,
     count_problems,
     decode_plain_image,
+    image_reader,
     nearest,
 )
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
@@ -38,7 +38,7 @@ from keras_resnest.data.images import (
 )
 from keras_resnest.data.rand_augment import RandAugment, as_uint8, brighten, contrast, saturate
 from keras_resnest.data.reading import Faults, FileError
-from keras_resnest.data.tfds_reader import _prepare, _tfds_builder
+from keras_resnest.data.tfds_reader import prepare, split_size, tfds_builder
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _CACHE_LIMIT = 1_000_000_000  # bytes of decoded pictures that are kept without being asked to
@@ -90,7 +90,7 @@ class ClassificationReport:
         return "\n".join(lines)
 
 
-class ClassificationDataset:
+class ClassificationDataset(PictureDataset):
     """Labelled pictures, read when they are needed.
 
     Args:
@@ -127,73 +127,12 @@ class ClassificationDataset:
         counts = {name: labels[i] for i, name in enumerate(self.class_names)}
         self.report = report or ClassificationReport(counts)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __repr__(self) -> str:
-        names = ", ".join(self.class_names[:10])
-        return f"<{type(self).__name__.strip('_')}: {len(self)} images of {names}>"
-
-    def as_dataset(
-        self,
-        shuffle: bool = False,
-        seed: int | None = None,
-        num_shards: int = 1,
-        shard_index: int = 0,
-    ) -> tf.data.Dataset:
-        """The pictures and labels as a `tf.data.Dataset` (see the top of this module).
-
-        Args:
-            shuffle: Mix the pictures, in another order in every epoch.
-            seed: Integer for a repeatable order.
-            num_shards: Give only one of so many shards, see `shard`.
-            shard_index: Which one of the shards, 0 to `num_shards - 1`.
-
-        Returns:
-            `tf.data.Dataset` of single (unbatched) elements. A file that turns out damaged raises
-            a TensorFlow error when it is reached.
-        """
-        part = self.shard(num_shards, shard_index)
-        indices = tf.data.Dataset.range(len(part))
-        if shuffle:
-            indices = indices.shuffle(len(part), seed=seed)
-        return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
-
-    def shard(self, num_shards: int, shard_index: int) -> "ClassificationDataset":
-        """One part of the data set, for training on many machines.
-
-        Every picture is in exactly one shard; the sizes differ by one picture at most.
-
-        Args:
-            num_shards: Number of parts, at most the number of pictures.
-            shard_index: Which one of them, 0 to `num_shards - 1`.
-
-        Raises:
-            ValueError: An argument is out of its range.
-        """
-        check_shard(num_shards, shard_index, len(self))
-        if num_shards == 1:
-            return self
-        part = ClassificationDataset(self.records[shard_index::num_shards], self.class_names)
-        part._smallest_shard = self.smallest_shard // num_shards
-        return part
-
-    @property
-    def smallest_shard(self) -> int:
-        """Pictures in the smallest of the shards of which this one is; its length if it is all."""
-        return getattr(self, "_smallest_shard", len(self))
-
     def element_loader(self) -> Callable[[tf.Tensor], dict]:
         """A function from the number of a picture (int64 tensor) to its element."""
         with tf.device("CPU:0"):  # else the tables would live on the GPU
             image_ids = tf.constant([record.image_id for record in self.records])
             labels = tf.constant([record.label for record in self.records], tf.int32)
-        read_image = _image_reader(self.records)
+        read_image = image_reader(self.records)
         return lambda index: {
             "images": read_image(index),
             "image_id": image_ids[index],
@@ -375,7 +314,7 @@ def read_tfds_classification(
     if isinstance(name_or_builder, tfds.core.DatasetBuilder):
         builder = name_or_builder
     else:
-        builder = _tfds_builder(name_or_builder, data_dir)
+        builder = tfds_builder(name_or_builder, data_dir)
     features = dict(builder.info.features.items())
     label = features.get("label")
     is_image = isinstance(features.get("image"), tfds.features.Image)
@@ -384,7 +323,7 @@ def read_tfds_classification(
             f"{builder.info.full_name} is not a classification data set. Wanted: `image` (Image) "
             f"and `label` (ClassLabel). Received: {', '.join(features)}"
         )
-    _prepare(builder, download)
+    prepare(builder, download)
     label_names = list(label.names or map(str, range(label.num_classes)))
     class_names = check_class_names(class_names or label_names)
     for name in label_names:
@@ -402,15 +341,7 @@ class _TfdsClassification(ClassificationDataset):
     def __init__(self, builder, split, label_names, class_names):
         self.records, self.class_names = [], list(class_names)
         self._builder, self._split, self._label_names = builder, split, label_names
-        try:
-            self._size = builder.info.splits[split].num_examples
-        except (KeyError, ValueError, AssertionError) as error:
-            raise ValueError(
-                f"`split` must be one of {', '.join(builder.info.splits)}, or a part of them. "
-                f"Received: {split!r}"
-            ) from error
-        if not self._size:
-            raise ValueError(f"The split {split!r} of {builder.info.full_name} is empty")
+        self._size = split_size(builder, split)
 
     def __len__(self) -> int:
         return self._size
@@ -440,18 +371,11 @@ class _TfdsClassification(ClassificationDataset):
 
     as_dataset.__doc__ = ClassificationDataset.as_dataset.__doc__
 
-    def shard(self, num_shards: int, shard_index: int) -> ClassificationDataset:
+    def _part(self, num_shards: int, shard_index: int) -> ClassificationDataset:
         import tensorflow_datasets as tfds
 
-        check_shard(num_shards, shard_index, len(self))
-        if num_shards == 1:
-            return self
         split = tfds.even_splits(self._split, num_shards)[shard_index]
-        part = _TfdsClassification(self._builder, split, self._label_names, self.class_names)
-        part._smallest_shard = self.smallest_shard // num_shards
-        return part
-
-    shard.__doc__ = ClassificationDataset.shard.__doc__
+        return _TfdsClassification(self._builder, split, self._label_names, self.class_names)
 
     def element_loader(self):
         return None  # the files of TFDS are read from their beginning

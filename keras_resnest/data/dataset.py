@@ -146,7 +146,93 @@ class ImageRecord:
         return self.info.width
 
 
-class DetectionDataset:
+class PictureDataset:
+    """What data sets of pictures share: `records`, `class_names`, shards.
+
+    A subclass sets both and has `element_loader`.
+    """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; of objects, without background."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__.strip('_')}: {len(self)} images, "
+            f"{self.num_classes} classes: {', '.join(self.class_names[:10])}>"
+        )
+
+    def as_dataset(
+        self,
+        shuffle: bool = False,
+        seed: int | None = None,
+        num_shards: int = 1,
+        shard_index: int = 0,
+    ):
+        """The pictures and their annotations as a `tf.data.Dataset` (see the top of the module).
+
+        JPEG and PNG are decoded by TensorFlow in parallel, pixel by pixel as `load_image` does;
+        files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats) by Pillow. EXIF
+        orientation is applied.
+
+        Args:
+            shuffle: Mix the pictures, in another order in every epoch.
+            seed: Integer for a repeatable order.
+            num_shards: Give only one of so many shards, see `shard`.
+            shard_index: Which one of the shards, 0 to `num_shards - 1`.
+
+        Returns:
+            `tf.data.Dataset` of single (unbatched) elements. A file that turns out damaged raises
+            a TensorFlow error when it is reached.
+        """
+        import tensorflow as tf
+
+        part = self.shard(num_shards, shard_index)
+        indices = tf.data.Dataset.range(len(part))
+        if shuffle:
+            indices = indices.shuffle(len(part), seed=seed)
+        return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
+
+    def shard(self, num_shards: int, shard_index: int) -> "PictureDataset":
+        """One part of the data set, for training on many machines.
+
+        Every picture is in exactly one shard, always the same one; the sizes of the shards differ
+        by one picture at most. All shards have all class names.
+
+        Args:
+            num_shards: Number of parts, at most the number of pictures.
+            shard_index: Which one of them, 0 to `num_shards - 1`.
+
+        Returns:
+            Data set with its own `report` (without the problems of the whole one).
+            `training_batches` gives as many batches of it as the smallest of the shards can fill.
+
+        Raises:
+            ValueError: An argument is out of its range.
+
+        Example: `train.shard(num_shards=4, shard_index=worker)`
+        """
+        check_shard(num_shards, shard_index, len(self))
+        if num_shards == 1:
+            return self
+        part = self._part(num_shards, shard_index)
+        part._smallest_shard = self.smallest_shard // num_shards
+        return part
+
+    @property
+    def smallest_shard(self) -> int:
+        """Pictures in the smallest of the shards of which this one is; its length if it is all."""
+        return getattr(self, "_smallest_shard", len(self))
+
+    def _part(self, num_shards: int, shard_index: int) -> "PictureDataset":
+        return type(self)(self.records[shard_index::num_shards], self.class_names)
+
+
+class DetectionDataset(PictureDataset):
     """Annotated pictures in memory (the annotations) and on disk (the pixels).
 
     Args:
@@ -187,82 +273,6 @@ class DetectionDataset:
         _check_boxes(self.records)
         self.report = report or summarize(self.records, self.class_names, [])
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, without background."""
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__.strip('_')}: {len(self)} images, "
-            f"{self.num_classes} classes: {', '.join(self.class_names[:10])}>"
-        )
-
-    def as_dataset(
-        self,
-        shuffle: bool = False,
-        seed: int | None = None,
-        num_shards: int = 1,
-        shard_index: int = 0,
-    ):
-        """The pictures and boxes as a `tf.data.Dataset` (see the top of this module).
-
-        JPEG and PNG are decoded by TensorFlow in parallel, pixel by pixel as `load_image` does;
-        files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats) by Pillow. EXIF
-        orientation is applied.
-
-        Args:
-            shuffle: Mix the pictures, in another order in every epoch.
-            seed: Integer for a repeatable order.
-            num_shards: Give only one of so many shards, see `shard`.
-            shard_index: Which one of the shards, 0 to `num_shards - 1`.
-
-        Returns:
-            `tf.data.Dataset` of single (unbatched) elements. A file that turns out damaged raises
-            a TensorFlow error when it is reached.
-        """
-        import tensorflow as tf
-
-        part = self.shard(num_shards, shard_index)
-        indices = tf.data.Dataset.range(len(part))
-        if shuffle:
-            indices = indices.shuffle(len(part), seed=seed)
-        return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
-
-    def shard(self, num_shards: int, shard_index: int) -> "DetectionDataset":
-        """One part of the data set, for training on many machines.
-
-        Every picture is in exactly one shard, always the same one; the sizes of the shards differ
-        by one picture at most. All shards have all class names.
-
-        Args:
-            num_shards: Number of parts, at most the number of pictures.
-            shard_index: Which one of them, 0 to `num_shards - 1`.
-
-        Returns:
-            `DetectionDataset`, with its own `report` (without the problems of the whole one).
-            `training_batches` gives as many batches of it as the smallest of the shards can fill.
-
-        Raises:
-            ValueError: An argument is out of its range.
-
-        Example: `train.shard(num_shards=4, shard_index=worker)`
-        """
-        check_shard(num_shards, shard_index, len(self))
-        if num_shards == 1:
-            return self
-        part = DetectionDataset(self.records[shard_index::num_shards], self.class_names)
-        part._smallest_shard = self.smallest_shard // num_shards
-        return part
-
-    @property
-    def smallest_shard(self) -> int:
-        """Pictures in the smallest of the shards of which this one is; its length if it is all."""
-        return getattr(self, "_smallest_shard", len(self))
-
     def element_loader(self):
         """A function from the number of a picture (int64 tensor) to its element.
 
@@ -278,7 +288,7 @@ class DetectionDataset:
             boxes = tf.constant(np.concatenate([r.boxes for r in records]), tf.float32)
             labels = tf.constant(np.concatenate([r.labels for r in records]), tf.int32)
             difficult = tf.constant(np.concatenate([r.difficult for r in records]), tf.bool)
-        read_image = _image_reader(records)
+        read_image = image_reader(records)
 
         def load(index):
             rows = slice(row_splits[index], row_splits[index + 1])
@@ -323,7 +333,7 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
         )
 
 
-def _image_reader(records: Sequence[ImageRecord]):
+def image_reader(records: Sequence[ImageRecord]):
     """Function from the index of a record to its uint8 pixels, inside a tf.data graph."""
     import tensorflow as tf
 

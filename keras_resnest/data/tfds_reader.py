@@ -14,7 +14,6 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     Problem,
     check_class_names,
-    check_shard,
     decode_plain_image,
     nearest,
     summarize,
@@ -70,9 +69,9 @@ def read_tfds(
             raise ValueError(f"A builder has its own `data_dir`. Received: data_dir={data_dir}")
         builder = name_or_builder
     else:
-        builder = _tfds_builder(name_or_builder, data_dir)
+        builder = tfds_builder(name_or_builder, data_dir)
     _tfds_label_names(builder)  # nothing is downloaded that cannot be used
-    _prepare(builder, download)
+    prepare(builder, download)
     label_names = _tfds_label_names(builder)  # COCO's names are known only now
     if class_names is not None:
         class_names = check_class_names(class_names)
@@ -85,7 +84,8 @@ def read_tfds(
     return _TfdsDataset(builder, split, label_names, class_names or label_names, use_difficult)
 
 
-def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
+def tfds_builder(name: str, data_dir: str | os.PathLike | None):
+    """Builder of a TFDS data set by name; a ValueError names the nearest ones."""
     import tensorflow_datasets as tfds
 
     from keras_resnest.data import shapes  # noqa: F401 (the import registers "shapes")
@@ -124,7 +124,8 @@ def _tfds_label_names(builder) -> list[str]:
     return list(label.names or map(str, range(label.num_classes)))
 
 
-def _prepare(builder, download: bool) -> None:
+def prepare(builder, download: bool) -> None:
+    """Makes sure that the data set is on disk; fails at once without a network."""
     import tensorflow_datasets as tfds
 
     if builder.data_path.exists():
@@ -159,6 +160,20 @@ def _check_hosts(builder) -> None:
     )
 
 
+def split_size(builder, split: str) -> int:
+    """Number of pictures in a split of a prepared data set, which must have some."""
+    try:
+        size = builder.info.splits[split].num_examples
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"`split` must be one of {', '.join(builder.info.splits)}, or a part of them. "
+            f"Received: {split!r}"
+        ) from error
+    if not size:
+        raise ValueError(f"The split {split!r} of {builder.info.full_name} is empty")
+    return size
+
+
 class _TfdsDataset(DetectionDataset):
     """A split of a prepared TFDS data set."""
 
@@ -167,15 +182,7 @@ class _TfdsDataset(DetectionDataset):
         self._builder, self._split, self._use_difficult = builder, split, use_difficult
         self._label_names = label_names
         self._label_map = np.asarray([self.class_names.index(n) for n in label_names], "int32")
-        try:
-            self._size = builder.info.splits[split].num_examples
-        except (KeyError, ValueError, AssertionError) as error:
-            raise ValueError(
-                f"`split` must be one of {', '.join(builder.info.splits)}, or a part of them. "
-                f"Received: {split!r}"
-            ) from error
-        if not self._size:
-            raise ValueError(f"The split {split!r} of {builder.info.full_name} is empty")
+        self._size = split_size(builder, split)
 
     def __len__(self) -> int:
         return self._size
@@ -199,24 +206,16 @@ class _TfdsDataset(DetectionDataset):
 
     as_dataset.__doc__ = DetectionDataset.as_dataset.__doc__
 
-    def shard(self, num_shards: int, shard_index: int) -> DetectionDataset:
+    def _part(self, num_shards: int, shard_index: int) -> DetectionDataset:
         import tensorflow_datasets as tfds
 
-        check_shard(num_shards, shard_index, len(self))
-        if num_shards == 1:
-            return self
-        splits = tfds.even_splits(self._split, num_shards)
-        part = _TfdsDataset(
+        return _TfdsDataset(
             self._builder,
-            splits[shard_index],
+            tfds.even_splits(self._split, num_shards)[shard_index],
             self._label_names,
             self.class_names,
             self._use_difficult,
         )
-        part._smallest_shard = self.smallest_shard // num_shards
-        return part
-
-    shard.__doc__ = DetectionDataset.shard.__doc__
 
     def element_loader(self):
         return None  # the files of TFDS are read from their beginning

@@ -136,23 +136,10 @@ class RefineDet(DistributedTraining, keras.Model):
         bounding_box_format = check_box_format(bounding_box_format)
         if isinstance(backbone, str):
             backbone = create_backbone(
-                backbone,
-                include_top=False,
-                include_rescaling=True,
-                input_shape=(None, None, 3),
-                dtype=dtype,
+                backbone, include_top=False, include_rescaling=True, dtype=dtype
             )
         anchor_generator = anchor_generator or AnchorGenerator()
-        if anchor_generator.strides != (8, 16, 32, 64):
-            raise ValueError(
-                "`anchor_generator` must have the strides of the feature maps, (8, 16, 32, 64). "
-                f"Received: strides={anchor_generator.strides}"
-            )
-        if anchor_generator.bounding_box_format != "xyxy":
-            raise ValueError(
-                '`anchor_generator` must give "xyxy" boxes. '
-                f"Received: bounding_box_format={anchor_generator.bounding_box_format!r}"
-            )
+        _check_anchor_generator(anchor_generator)
 
         # === Functional model ===
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
@@ -627,6 +614,19 @@ def _check_image_shape(image_shape) -> tuple[int, int, int]:
             f"{SIDE_MULTIPLE}. Received: image_shape={image_shape}"
         )
     return tuple(int(s) for s in shape)
+
+
+def _check_anchor_generator(anchor_generator: AnchorGenerator) -> None:
+    if anchor_generator.strides != (8, 16, 32, 64):
+        raise ValueError(
+            "`anchor_generator` must have the strides of the feature maps, (8, 16, 32, 64). "
+            f"Received: strides={anchor_generator.strides}"
+        )
+    if anchor_generator.bounding_box_format != "xyxy":
+        raise ValueError(
+            '`anchor_generator` must give "xyxy" boxes. '
+            f"Received: bounding_box_format={anchor_generator.bounding_box_format!r}"
+        )
 
 
 def _default_optimizer() -> keras.optimizers.Optimizer:
