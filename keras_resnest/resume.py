@@ -93,7 +93,7 @@ class ResumeTraining(keras.callbacks.Callback):
             self._restore(*found)
 
     def _check_folder(self) -> None:
-        needed = KEPT * sum(4 * math.prod(v.shape) for v in _variables(self.model))
+        needed = KEPT * sum(4 * math.prod(v.shape) for v in _state_variables(self.model))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
@@ -133,10 +133,9 @@ class ResumeTraining(keras.callbacks.Callback):
                 f"This one is {wanted}. Take another folder, or remove {self.folder}"
             )
         with np.load(path / ARRAYS) as arrays:
-            values = [arrays[name] for name in arrays.files]
-        for variable, value in zip(_variables(self.model), values, strict=True):
-            variable.assign(value)
-        self._restored_metrics = [np.asarray(v) for v in self.model.metrics_variables]
+            values = {name: arrays[name] for name in arrays.files}
+        _assign(_state_variables(self.model), values, "state")
+        self._restored_metrics = values
         self.model._initial_epoch = state["epoch"]
         self._saved_step = state["step"]
         for callback, memory in zip(
@@ -158,14 +157,10 @@ class ResumeTraining(keras.callbacks.Callback):
         self._complete_history()
         self._epoch = epoch
         if self._restored_metrics is not None and self._saved_step:
-            # Keras has just emptied the metrics of this epoch.
-            variables = self.model.metrics_variables
-            for variable, value in zip(variables, self._restored_metrics, strict=True):
-                variable.assign(value)
-            self._skip_steps(self._saved_step)
+            self._skip_steps(self._saved_step, self._restored_metrics)
         self._restored_metrics = None
 
-    def _skip_steps(self, count: int) -> None:
+    def _skip_steps(self, count: int, metrics: dict) -> None:
         """Reads the batches that were trained on already, without training."""
         model, train = self.model, self.model.train_function
         remaining = count
@@ -173,7 +168,12 @@ class ResumeTraining(keras.callbacks.Callback):
         def read(iterator):
             nonlocal remaining
             for _ in range(model.steps_per_execution):
-                next(iterator)
+                batch = next(iterator)
+                if remaining == count:
+                    # Metrics are built by a first batch; under a strategy they are already.
+                    if getattr(model, "_distribute_strategy", None) is None:
+                        model._symbolic_build(data_batch=batch)
+                    _assign(model.metrics_variables, metrics, "metric")
                 remaining -= 1
             if remaining <= 0:
                 model.train_function = train
@@ -196,14 +196,19 @@ class ResumeTraining(keras.callbacks.Callback):
 
     def _save(self, epoch: int, step: int, finished: int | None = None, logs=None) -> None:
         # Metrics live on all workers: each must read, even though only the chief writes.
-        values = [np.asarray(variable) for variable in _variables(self.model)]
+        groups = {"state": _state_variables(self.model), "metric": self.model.metrics_variables}
+        values = {
+            f"{group}_{i}": np.asarray(variable)
+            for group, variables in groups.items()
+            for i, variable in enumerate(variables)
+        }
         if not self._writes:
             return
         path = self.folder / f"epoch_{epoch:06d}_step_{step:08d}"
         temporary = path.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        np.savez(temporary / ARRAYS, *values)
+        np.savez(temporary / ARRAYS, **values)
         state = {
             "epoch": epoch,
             "step": step,
@@ -229,10 +234,19 @@ class ResumeTraining(keras.callbacks.Callback):
         return {"history": rows, "epoch": [*memory.get("epoch", []), finished]}
 
 
-def _variables(model) -> list:
-    """All state: weights, random numbers of layers, metrics, optimizer. Weights files lack some."""
-    found = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
-    return list({id(variable): variable for variable in found}.values())
+def _state_variables(model) -> list:
+    """Weights, random numbers of layers (weights files lack them), and the optimizer's.
+
+    Without metrics: those that `compile` was given do not exist before the first batch.
+    """
+    metrics = {id(variable) for variable in model.metrics_variables}
+    found = {id(v): v for v in [*model.variables, *model.optimizer.variables]}
+    return [variable for key, variable in found.items() if key not in metrics]
+
+
+def _assign(variables: list, values: dict, group: str) -> None:
+    for i, variable in enumerate(variables):
+        variable.assign(values[f"{group}_{i}"])
 
 
 def _strategy(model):

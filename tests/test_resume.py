@@ -79,6 +79,36 @@ def test_goes_on_after_complete_epochs(tmp_path):
     assert history.epoch == [0, 1, 2, 3, 4] and len(history.history["loss"]) == 5
 
 
+class Crash(keras.callbacks.Callback):
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == self.at:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("every_steps", [None, 1])
+def test_metrics_of_compile_come_back(tmp_path, every_steps):
+    """They do not exist before the first batch. Four steps in an epoch: 6 is inside the second."""
+
+    def train(folder, crash_at):
+        model = small_model()
+        model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae", "mse"])
+        callbacks = [ResumeTraining(folder, every_steps=every_steps), Crash(crash_at)]
+        options = {"batch_size": 4, "shuffle": False, "verbose": 0, "epochs": 3}
+        return model.fit(X, Y, callbacks=callbacks, **options), model
+
+    want, one = train(tmp_path / "whole", -1)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path / "crashed", 6)
+    got, other = train(tmp_path / "crashed", -1)
+    assert got.history == want.history and set(got.history) == {"loss", "mae", "mse"}
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_finished_training_does_nothing(tmp_path):
     fit(small_model(), ResumeTraining(tmp_path), 2)
     model = small_model()
