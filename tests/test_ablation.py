@@ -173,7 +173,7 @@ def test_upper_levels_reach_lower_ones_through_the_tcb_alone(transfer):
     import tensorflow as tf
 
     model = small_detector(use_transfer_connection=transfer, use_batch_norm=False)
-    images, _ = rectangles(1)
+    images, _ = rectangles(2)  # of one picture, oneDNN 3.7 crashes in the gradient of narrow convs
     with tf.GradientTape() as tape:
         finest = model(images)["odm_logits"][:, : 8 * 16 * 3]
         loss = ops.sum(finest)
