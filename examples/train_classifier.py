@@ -11,8 +11,9 @@ with "image" and "label".
 
 A recipe says everything that is not given here: learning rate and its schedule, weight decay,
 augmentation, mixup, label smoothing, crop size. It is scaled to the batch size and the number of
-epochs; docs/recipes.md has the numbers. All GPUs of the machine are used. A run that was stopped
-goes on where its last epoch ended, if it is started again with the same command.
+epochs; docs/recipes.md has the numbers. All GPUs of the machine are used, and with TF_CONFIG all
+machines of a cluster (examples/train_multi_worker.py --classifier). A run that was stopped goes on
+where its last epoch ended, if it is started again with the same command.
 
 What was measured and where it went stands at the end of the output, in OUTPUT/result.json.
 
@@ -69,7 +70,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         help="default: %(default)s",
     )
     add("--epochs", type=positive, help="default: that of the recipe")
-    add("--batch-size", type=positive, help="over all GPUs; default: that of the recipe")
+    add("--batch-size", type=positive, help="over all devices; default: that of the recipe")
     add("--learning-rate", type=float, help="highest, as it is; default: the recipe's, scaled")
     add("--crop-size", type=positive, help="side of the pictures in pixels; default: the recipe's")
     add(
@@ -145,33 +146,28 @@ def make_recipe(arguments):
     return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
-def make_batches(arguments, recipe, train_set, test_set):
+def make_batches(arguments, recipe, strategy, train_set, test_set, batch_size: int):
+    """Training batches, of which every worker reads its own part, and those for testing."""
     shape = (recipe.crop_size, recipe.crop_size, 3)
-    batch_size = arguments.batch_size or recipe.batch_size
-    # Small data sets: the batch must not be larger than all pictures.
-    batch_size = min(batch_size, len(train_set))
-    train_batches = kr.data.classification_batches(
-        train_set,
-        shape,
-        batch_size,
-        training=True,
-        augmentation=recipe.augmentation,
-        mixup=recipe.mixup,
-        seed=arguments.seed,
-    )
+
+    def train_batches(num_workers, worker, size):
+        return kr.data.classification_batches(
+            train_set.shard(num_workers, worker),
+            shape,
+            size,
+            training=True,
+            augmentation=recipe.augmentation,
+            mixup=recipe.mixup,
+            seed=arguments.seed,
+        )
+
     test_batches = kr.data.classification_batches(
         test_set, shape, batch_size, training=False, crop_share=recipe.crop_share
     )
-    return train_batches, test_batches, batch_size
+    return kr.training.distribute_batches(strategy, train_batches, batch_size), test_batches
 
 
 # === Model and training ===
-
-
-def strategy() -> tf.distribute.Strategy:
-    """All GPUs of this machine, whatever TF_CONFIG says: every process would write the files."""
-    several = len(tf.config.list_physical_devices("GPU")) > 1
-    return kr.training.create_strategy("mirrored" if several else "none")
 
 
 def build_model(arguments, recipe, num_classes: int):
@@ -201,19 +197,20 @@ def build_model(arguments, recipe, num_classes: int):
 
 def train(arguments, recipe, model, train_batches, test_batches) -> None:
     output = arguments.output
-    resume = kr.callbacks.ResumeTraining(output / "checkpoint")
-    if resume.initial_epoch:
+    chief = kr.training.is_chief(model.distribute_strategy)
+    callbacks = [resume := kr.callbacks.ResumeTraining(output / "checkpoint")]
+    if resume.initial_epoch and chief:
         print(f"Going on with the run in {output}")
-    callbacks = [
-        resume,
-        keras.callbacks.CSVLogger(output / "log.csv", append=resume.initial_epoch > 0),
-    ]
+    if chief:
+        append = resume.initial_epoch > 0
+        callbacks.append(keras.callbacks.CSVLogger(output / "log.csv", append=append))
     model.fit(
         train_batches,
         epochs=recipe.epochs,
         validation_data=test_batches,
         callbacks=callbacks,
         shuffle=False,  # the batches are
+        verbose="auto" if chief else 0,
     )
 
 
@@ -240,10 +237,9 @@ def plot_accuracy(log: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def report(arguments, recipe, model, class_names, test_batches, seconds) -> None:
+def report(arguments, recipe, model, class_names, result, seconds) -> None:
     """Accuracy, plots and the saved models."""
     output = arguments.output
-    result = model.evaluate(test_batches, return_dict=True, verbose=0)
     log = read_log(output / "log.csv")
     if log["epoch"]:
         kr.visualization.plot_history(log, path=output / "history.png")
@@ -256,7 +252,7 @@ def report(arguments, recipe, model, class_names, test_batches, seconds) -> None
         "top5": result["top5"],
         "loss": result["loss"],
         "epochs": recipe.epochs,
-        "steps": int(model.optimizer.iterations),
+        "steps": int(np.asarray(model.optimizer.iterations)),
         "learning_rate": recipe.learning_rate,
         "parameters": model.count_params(),
         "wall_seconds": round(seconds),
@@ -268,37 +264,46 @@ def report(arguments, recipe, model, class_names, test_batches, seconds) -> None
     print(f"Plots, classifier.keras, serving/1, class_names.txt and result.json are in {output}")
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def prepare(arguments):
+    """All that can be wrong with the arguments is found here."""
+    recipe = make_recipe(arguments)
+    strategy = kr.training.create_strategy()
+    train_set, test_set = read_data(arguments)
+    # Small data sets: the batch must not be larger than all pictures.
+    batch_size = min(arguments.batch_size or recipe.batch_size, len(train_set))
+    batches = make_batches(arguments, recipe, strategy, train_set, test_set, batch_size)
+    steps = len(train_set) // batch_size
+    recipe = recipe.scaled(batch_size, steps_per_epoch=steps, epochs=arguments.epochs)
+    if arguments.learning_rate is not None:
+        recipe = dataclasses.replace(recipe, learning_rate=arguments.learning_rate)
+    with strategy.scope():
+        model = build_model(arguments, recipe, train_set.num_classes)
+    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
+    return recipe, model, train_set.class_names, *batches
+
+
+def main(arguments=None) -> None:
+    arguments = parse_arguments(arguments)
     keras.utils.set_random_seed(arguments.seed)
     try:
-        recipe = make_recipe(arguments)
-        train_set, test_set = read_data(arguments)
-        train_batches, test_batches, batch_size = make_batches(
-            arguments, recipe, train_set, test_set
-        )
-        recipe = recipe.scaled(
-            batch_size, steps_per_epoch=len(train_batches), epochs=arguments.epochs
-        )
-        if arguments.learning_rate is not None:
-            recipe = dataclasses.replace(recipe, learning_rate=arguments.learning_rate)
-        devices = strategy()
-        if batch_size % devices.num_replicas_in_sync:
-            raise ValueError(
-                f"--batch-size {batch_size} cannot be shared by {devices.num_replicas_in_sync} GPUs"
-            )
-        with devices.scope():
-            model = build_model(arguments, recipe, train_set.num_classes)
+        recipe, model, class_names, train_batches, test_batches = prepare(arguments)
+        strategy = model.distribute_strategy
+        chief = kr.training.is_chief(strategy)
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
+        if chief:
+            (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"This cannot be trained: {error}")
-    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
     print(f"{recipe.name}: {recipe.duration} steps, learning rate {recipe.learning_rate:g}")
     start = time.perf_counter()
-    train(arguments, recipe, model, train_batches, test_batches)
-    seconds = time.perf_counter() - start
-    report(arguments, recipe, model, train_set.class_names, test_batches, seconds)
+    try:
+        train(arguments, recipe, model, train_batches, test_batches)
+        result = model.evaluate(test_batches, return_dict=True, verbose=0)  # by all workers
+    except RuntimeError as error:  # a worker was lost
+        sys.exit(str(error))
+    if chief:
+        report(arguments, recipe, model, class_names, result, time.perf_counter() - start)
+    kr.training.wait_for_workers(strategy)
 
 
 if __name__ == "__main__":

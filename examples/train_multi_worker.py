@@ -1,4 +1,4 @@
-"""Train a RefineDet on several machines, or on several processes of this one to try it.
+"""Train a detector or classifier on several machines, or on several processes of this one.
 
 On N machines, start the same command on each, with TF_CONFIG telling who is who (README, "Many
 machines", has lines for Slurm and Kubernetes). Data and OUTPUT must be seen by all of them:
@@ -11,12 +11,14 @@ Without TF_CONFIG, it starts --workers processes here, which talk over loopback:
 
     python examples/train_multi_worker.py --workers 2 -- my_folder --batch-size 16
 
-What stands behind "--" goes to examples/train_detector.py; its --help has the options. If a worker
+What stands behind "--" goes to examples/train_detector.py, or with --classifier to
+examples/train_classifier.py; their --help has the options. If a worker
 is lost, all of them end with a sentence that says so. Started again with the same command (or by
 --restarts) they go on from the last checkpoint.
 """
 
 import argparse
+import importlib
 import json
 import os
 import socket
@@ -38,7 +40,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         default=0,
         help="how often the local processes start again after one was lost (default: 0)",
     )
-    parser.add_argument("training", nargs="+", help="-- and arguments of train_detector.py")
+    parser.add_argument(
+        "--classifier", action="store_true", help="train with train_classifier.py"
+    )
+    parser.add_argument("training", nargs="+", help="-- and arguments of the training program")
     return parser.parse_args(arguments)
 
 
@@ -79,9 +84,8 @@ def wait_for(processes: list[subprocess.Popen], patience: float = 120.0) -> bool
 def main() -> None:
     arguments = parse_arguments()
     if os.environ.get("TF_CONFIG"):
-        import train_detector
-
-        train_detector.main(arguments.training)
+        program = "train_classifier" if arguments.classifier else "train_detector"
+        importlib.import_module(program).main(arguments.training)
         return
     for attempt in range(arguments.restarts + 1):
         if wait_for(start_workers(arguments.workers)):

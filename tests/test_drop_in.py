@@ -136,6 +136,7 @@ def test_keras_hub_deeplab():
     check_probabilities(model.predict(images(), verbose=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [keras_cv_retinanet, keras_hub_retinanet])
 def test_detectors_have_all_anchors_and_come_back_from_a_file(build, tmp_path):
     model = build()
@@ -147,6 +148,7 @@ def test_detectors_have_all_anchors_and_come_back_from_a_file(build, tmp_path):
         np.testing.assert_allclose(now, before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [keras_cv_deeplab, keras_hub_deeplab])
 def test_segmenters_come_back_from_a_file(build, tmp_path):
     model = build()
