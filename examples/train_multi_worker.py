@@ -40,9 +40,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         default=0,
         help="how often the local processes start again after one was lost (default: 0)",
     )
-    parser.add_argument(
-        "--classifier", action="store_true", help="train with train_classifier.py"
-    )
+    parser.add_argument("--classifier", action="store_true", help="train with train_classifier.py")
     parser.add_argument("training", nargs="+", help="-- and arguments of the training program")
     return parser.parse_args(arguments)
 

@@ -388,6 +388,7 @@ def test_torch_weights_with_other_names_and_modules_to_ignore(small_model):
 # --- Other backends ------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_backends.py compares small networks always
 def test_jax_gives_the_same_numbers(tmp_path):
     python = os.environ.get("JAX_PYTHON", sys.executable)
     environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}

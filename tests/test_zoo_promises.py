@@ -16,13 +16,11 @@ ONE_OF_EACH = [
     name
     for name in (
         "resnest14_tiny",
-        "resnet18",
         "seresnet18",
         "skresnet18",
         "regnety_002",
         "shufflenet_v1_g3_0_5x",
         "shufflenet_v2_0_5x",
-        "shufflenet_v2_0_5x_megvii",
         "shufflenet_v2_plus_small",
         "vgg16_reduced",
     )
@@ -115,6 +113,8 @@ def test_images_as_small_as_one_pixel_or_a_static_shape(name):
 def test_detector_on_top_trains_a_step(name):
     keras.utils.set_random_seed(0)
     backbone = create_backbone(name, include_top=False)
+    if name == "resnest269":  # at its random weights gradients are 1e20, their squares infinite
+        with_quiet_branches(backbone)
     model = RefineDet(3, backbone, (64, 64, 3), filters=16, use_batch_norm=True)
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0), run_eagerly=True)
     images, truth = rectangles(2, (64, 64, 3), objects=1)
