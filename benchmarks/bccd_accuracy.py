@@ -90,7 +90,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         choices=sorted(ABLATIONS),
         help="single: one part off at a time; paper: one after the other (table 3)",
     )
-    add("--without", nargs="+", default=[], choices=sorted(_OFF), help="parts that are always off")
     add("--batch-size", type=int, default=8, help="default: %(default)s")
     add("--learning-rate", type=float, default=1e-3, help="highest (default: %(default)s)")
     add("--image-size", type=int, default=320, metavar="PIXELS", help="default: %(default)s")
@@ -210,14 +209,12 @@ def main() -> None:
     arguments = parse_arguments()
     train, test = read_data(arguments)
     title = f"{arguments.model}, {arguments.epochs} epochs"
-    always = {name: False for part in arguments.without for name in _OFF[part]}
-    title += "".join(f", without {part}" for part in arguments.without)
     rows = []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for variant, switches in ABLATIONS[arguments.ablation].items():
         runs = []
         for seed in arguments.seeds:
-            runs.append(train_and_measure(arguments, train, test, switches | always, seed))
+            runs.append(train_and_measure(arguments, train, test, switches, seed))
             print(f"{variant}, seed {seed}: {json.dumps(runs[-1])}", flush=True)
             keras.backend.clear_session()
             gc.collect()

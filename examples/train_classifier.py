@@ -298,11 +298,12 @@ def main(arguments=None) -> None:
     start = time.perf_counter()
     try:
         train(arguments, recipe, model, train_batches, test_batches)
+        seconds = time.perf_counter() - start
         result = model.evaluate(test_batches, return_dict=True, verbose=0)  # by all workers
     except RuntimeError as error:  # a worker was lost
         sys.exit(str(error))
     if chief:
-        report(arguments, recipe, model, class_names, result, time.perf_counter() - start)
+        report(arguments, recipe, model, class_names, result, seconds)
     kr.training.wait_for_workers(strategy)
 
 

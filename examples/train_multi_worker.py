@@ -12,9 +12,9 @@ Without TF_CONFIG, it starts --workers processes here, which talk over loopback:
     python examples/train_multi_worker.py --workers 2 -- my_folder --batch-size 16
 
 What stands behind "--" goes to examples/train_detector.py, or with --classifier to
-examples/train_classifier.py; their --help has the options. If a worker
-is lost, all of them end with a sentence that says so. Started again with the same command (or by
---restarts) they go on from the last checkpoint.
+examples/train_classifier.py; their --help has the options. If a worker is lost, all of them end
+with a sentence that says so. Started again with the same command (or by --restarts) they go on
+from the last checkpoint.
 """
 
 import argparse

@@ -21,13 +21,16 @@ model = keras.saving.load_model(folder + "/detector.keras")
 images = np.load(folder + "/images.npy")
 predicted = model.predict(images, verbose=0)
 np.savez(folder + "/predicted.npz", **predicted)
-# Batches of tf.data: an own prediction as ground truth is found again.
+# The same pictures in a batch of tf.data, with an own prediction as ground truth.
+assert predicted["num_detections"].min() > 0
 truth = {"boxes": predicted["boxes"][:, :1], "labels": predicted["labels"][:, :1]}
 batches = tf.data.Dataset.from_tensors({"images": images, "bounding_boxes": truth})
 pair = keras_resnest.evaluation.collect_detections(model, batches)
-for n, found in enumerate(pair[1]):
-    np.testing.assert_allclose(found["boxes"], predicted["boxes"][n, :len(found["boxes"])])
-assert len(pair[0]) == len(pair[1]) == len(images)
+for n, (given, found) in enumerate(zip(*pair, strict=True)):
+    np.testing.assert_array_equal(given["boxes"], truth["boxes"][n])
+    count = predicted["num_detections"][n]
+    np.testing.assert_allclose(found["boxes"], predicted["boxes"][n, :count])
+assert len(pair[0]) == len(images)
 if len(sys.argv) > 2:
     # Step by step: XLA would compile for longer than the rest takes.
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0), jit_compile=False)

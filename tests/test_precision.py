@@ -114,7 +114,11 @@ def test_losses_and_boxes_are_float32(mixed, truth):
 
 
 def test_candidates_are_those_of_float32(mixed, float32, truth):
-    """All anchors, before filter and NMS: within 2 pixels of 64, and 0.03 of confidence."""
+    """All anchors, before filter and NMS, whose sides are up to 124 pixels.
+
+    How far the worst one is off depends on the weights, which no two trainings share to the last
+    bit; a bfloat16 has 8 bits. The means are the sharper test: 0.06 pixels and 0.0016 were seen.
+    """
     model, reference = mixed[0], float32[0]
     weights = model.get_weights()
     model.set_weights(reference.get_weights())
@@ -125,8 +129,12 @@ def test_candidates_are_those_of_float32(mixed, float32, truth):
         candidates.append(m.decoder.candidates(outputs, m.anchors))
     model.set_weights(weights)
     (boxes, confidence), (want_boxes, want_confidence) = candidates
-    assert np.abs(boxes - want_boxes).max() < 2.0
-    assert np.abs(confidence - want_confidence).max() < 0.03
+    for got, want, mean, most in (
+        (boxes, want_boxes, 0.2, 2.0),
+        (confidence, want_confidence, 0.005, 0.03),
+    ):
+        difference = np.abs(np.asarray(got) - np.asarray(want))
+        assert difference.mean() < mean and difference.max() < most
 
 
 def test_a_saved_model_keeps_its_precision_and_state(mixed, truth, tmp_path):

@@ -595,7 +595,7 @@ def classes_of(model, class_names: Sequence[str] | None) -> tuple[str, ...]:
 
 def _predict(model, images) -> dict[str, np.ndarray]:
     """Padded detections of one batch."""
-    images = np.asarray(images)  # JAX and PyTorch do not take the tensors of tf.data
+    images = np.asarray(images)  # JAX does not take the tensors of tf.data
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is not None and strategy.num_replicas_in_sync > 1:
         # `predict_on_batch` would give the whole batch to every replica. Every worker of several
