@@ -195,7 +195,7 @@ class SavedModelDetector:
 
 def read_extra_assets(folder: Path) -> tuple[str, list[str] | None]:
     """Box format and names of the classes, which an export keeps beside the model."""
-    facts, names = folder / "assets.extra/detector.json", folder / "assets.extra/class_names.txt"
+    facts, names = folder / "assets.extra/model.json", folder / "assets.extra/class_names.txt"
     box_format = json.loads(facts.read_text("utf-8"))["bounding_box_format"]
     return box_format, names.read_text("utf-8").splitlines() if names.exists() else None
 

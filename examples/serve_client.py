@@ -25,10 +25,9 @@ REST is a POST to URL/v1/models/NAME:predict of
   {"signature_name": "serve_bytes", "instances": [{"image_bytes": {"b64": "..."}}, ...]}
 answered by
   {"predictions": [{"boxes": [[...], ...], "confidence": [...], "labels": [...],
-                    "num_detections": 3}, ...]}
+                    "num_detections": 3, "readable": true}, ...]}
 gRPC calls tensorflow.serving.PredictionService/Predict with a PredictRequest: model_spec and
-a map of names to TensorProto. tensorflow-serving-api is not needed: the three messages are
-declared below by their field numbers, and `grpcio` comes with TensorFlow.
+a map of names to TensorProto, of the package tensorflow-serving-api.
 
 Exit status: 0 if at least one picture worked, 1 if none did or the server failed, 2 if the
 command is wrong.
@@ -274,81 +273,33 @@ class HttpChannel:
 # === gRPC ===
 
 
-def serving_messages() -> tuple[type, type]:
-    """PredictRequest and PredictResponse, as far as a detector needs them.
-
-    The maps hold TensorProto as bytes: on the wire the two are the same, and TensorFlow's own
-    class reads and writes them.
-    """
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    file = descriptor_pb2.FileDescriptorProto(
-        name="predict_client.proto", package="tensorflow.serving", syntax="proto3"
-    )
-    kind = descriptor_pb2.FieldDescriptorProto
-    optional, repeated = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
-    spec = file.message_type.add(name="ModelSpec")
-    spec.field.add(name="name", number=1, type=kind.TYPE_STRING, label=optional)
-    spec.field.add(name="signature_name", number=3, type=kind.TYPE_STRING, label=optional)
-    for name, tensors, tensors_number, spec_number in (
-        ("PredictRequest", "inputs", 2, 1),
-        ("PredictResponse", "outputs", 1, 2),
-    ):
-        message = file.message_type.add(name=name)
-        entry = message.nested_type.add(name=f"{tensors.title()}Entry")
-        entry.options.map_entry = True
-        entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=optional)
-        entry.field.add(name="value", number=2, type=kind.TYPE_BYTES, label=optional)
-        parent = f".tensorflow.serving.{name}"
-        for field, number, label, of in (
-            ("model_spec", spec_number, optional, ".tensorflow.serving.ModelSpec"),
-            (tensors, tensors_number, repeated, f"{parent}.{entry.name}"),
-        ):
-            message.field.add(
-                name=field, number=number, label=label, type=kind.TYPE_MESSAGE, type_name=of
-            )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    find = pool.FindMessageTypeByName
-    return tuple(
-        message_factory.GetMessageClass(find(f"tensorflow.serving.{name}"))
-        for name in ("PredictRequest", "PredictResponse")
-    )
-
-
 def grpc_request(name: str, signature: str, inputs: dict) -> bytes:
     """A serialised PredictRequest."""
     import tensorflow as tf
+    from tensorflow_serving.apis.predict_pb2 import PredictRequest
 
-    request = serving_messages()[0]()
+    request = PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = name, signature
     for key, column in inputs.items():
         values = column if isinstance(column[0], bytes) else np.stack(column).astype("float32")
-        request.inputs[key] = tf.make_tensor_proto(values).SerializeToString()
+        request.inputs[key].CopyFrom(tf.make_tensor_proto(values))
     return request.SerializeToString()
 
 
 def read_grpc_response(response: bytes) -> list[dict]:
-    outputs = serving_messages()[1].FromString(response).outputs
+    import tensorflow as tf
+    from tensorflow_serving.apis.predict_pb2 import PredictResponse
+
+    outputs = PredictResponse.FromString(response).outputs
     if not set(OUTPUTS) <= set(outputs):
         raise ServingError(f"the answer is not that of a detector: it holds {sorted(outputs)}")
-    columns = {name: _from_tensor_proto(outputs[name]) for name in OUTPUTS}
+    columns = {name: tf.make_ndarray(outputs[name]) for name in OUTPUTS}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _from_tensor_proto(serialised: bytes) -> np.ndarray:
-    import tensorflow as tf
-    from tensorflow.core.framework import tensor_pb2
-
-    return tf.make_ndarray(tensor_pb2.TensorProto.FromString(serialised))
 
 
 def grpc_channel(address: str):
     """A function that sends a serialised PredictRequest to a server."""
-    try:
-        import grpc
-    except ImportError:
-        raise ValueError("--grpc needs the package grpcio") from None
+    import grpc
 
     options = [(f"grpc.max_{way}_message_length", MAX_MESSAGE) for way in ("send", "receive")]
     call = grpc.insecure_channel(address, options=options).unary_unary(GRPC_METHOD)
@@ -390,14 +341,14 @@ class LocalServer:
     def grpc(self, request: bytes) -> bytes:
         """Answers a serialised PredictRequest with a serialised PredictResponse."""
         import tensorflow as tf
+        from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 
-        request_class, response_class = serving_messages()
-        message, response = request_class.FromString(request), response_class()
-        inputs = {name: _from_tensor_proto(value) for name, value in message.inputs.items()}
+        message, response = PredictRequest.FromString(request), PredictResponse()
+        inputs = {name: tf.make_ndarray(value) for name, value in message.inputs.items()}
         outputs = self.run(message.model_spec.signature_name, inputs)
         response.model_spec.CopyFrom(message.model_spec)
         for name, value in outputs.items():
-            response.outputs[name] = tf.make_tensor_proto(value).SerializeToString()
+            response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
         return response.SerializeToString()
 
     def run(self, signature: str, inputs: dict) -> dict:

@@ -18,7 +18,7 @@ PACKAGE = Path(kr.__file__).parent
 FLOORS = {
     "version": 0,
     "layers": 1,
-    "detection/boxes": 1,
+    "detection/boxes": 0,
     "detection/anchors": 1,
     "detection/matching": 1,
     "detection/losses": 1,
@@ -37,7 +37,7 @@ FLOORS = {
     "data": 2,
     "evaluation": 2,
     "visualization": 2,
-    "serving": 2,
+    "serving": 1,
     "detection/blocks": 3,
     "detection/refinedet": 3,
     "detection/builders": 3,

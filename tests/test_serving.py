@@ -1,9 +1,12 @@
 """The exported SavedModel: it needs TensorFlow alone and finds what `predict` and `detect` find."""
 
+import functools
 import io
 import json
+import re
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -14,6 +17,7 @@ from keras_resnest.data.images import load_image
 from keras_resnest.detection.boxes import convert_boxes
 from keras_resnest.detection.builders import refinedet_tiny
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.serving import atomic
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)
@@ -21,6 +25,7 @@ if keras.backend.backend() != "tensorflow":
 # So few that random weights leave no near ties, and the lists of all pictures end with padding.
 DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
 OUTPUTS = {"boxes", "confidence", "labels", "num_detections"}
+RAW = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
 SMALL, RELATIVE, TINY = MODELS = ("small", "relative", "tiny")
 
 # Run by a fresh interpreter in which Keras and this package cannot be imported.
@@ -57,6 +62,8 @@ def answers(loaded, images, pictures, every_way):
         "serve float": loaded.serve(floats),
         "serve uint8": loaded.serve(integers),
         "bytes": serve_bytes(image_bytes=tf.constant(pictures)),
+        "raw": loaded.signatures["raw_outputs"](images=floats),
+        "raw 0": loaded.signatures["raw_outputs"](images=floats[:0]),
         "bytes 0": serve_bytes(image_bytes=tf.constant([], tf.string)),
     }
 
@@ -206,6 +213,7 @@ def test_every_signature_gives_the_same(found):
 @pytest.mark.parametrize("call", ["float 0", "bytes 0"])
 def test_a_batch_without_pictures(found, call):
     shapes = {output: value.shape for output, value in found[SMALL, call].items()}
+    assert shapes.pop("readable", (0,)) == (0,)
     assert shapes == {
         "boxes": (0, 40, 4),
         "confidence": (0, 40),
@@ -220,6 +228,7 @@ def test_served_files_give_what_detect_gives(models, found, name):
     pictures = encoded_pictures()
     got = found[name, "bytes"]
     want = models[name].detect(list(pictures.values()), confidence_threshold=0.0, batch_size=11)
+    assert got["readable"].all()
     for i, (file_name, encoded) in enumerate(pictures.items()):
         n = got["num_detections"][i]
         assert 0 < n == len(want[i]["labels"]), file_name
@@ -261,8 +270,14 @@ def test_photographs(models, exported, shared):
         assert n == len(one["labels"])
         np.testing.assert_allclose(got["boxes"][i, :n], one["boxes"], atol=1e-2)
         np.testing.assert_allclose(got["confidence"][i, :n], one["confidence"], atol=1e-4)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="JPEG"):
-        serve(image_bytes=tf.constant([b"no picture"]))
+
+
+def test_raw_outputs(models, exported, found):
+    want = models[SMALL](np.load(exported / f"{SMALL}.npy"), training=False)
+    assert set(found[SMALL, "raw"]) == set(RAW)
+    for output in RAW:
+        np.testing.assert_allclose(found[SMALL, "raw"][output], want[output], atol=1e-4)
+        assert found[SMALL, "raw 0"][output].shape == (0, *want[output].shape[1:])
 
 
 # === What is inside ===
@@ -284,24 +299,117 @@ def test_signatures(models, facts, name):
     shape = [None, *models[name].image_shape]
     assert facts[name]["signatures"] == {
         "serving_default": {"images": ["float32", shape]},
-        "serve": {"images": ["float32", shape]},
         "serve_uint8": {"images": ["uint8", shape]},
         "serve_bytes": {"image_bytes": ["string", [None]]},
+        "raw_outputs": {"images": ["float32", shape]},
     }
 
 
-def test_what_lies_beside_the_model(exported):
-    names = exported / "models" / SMALL / "assets.extra/class_names.txt"
-    assert names.read_text().split() == CLASS_NAMES
-    assert not (exported / "models" / RELATIVE / "assets.extra/class_names.txt").exists()
-    detector = json.loads(
-        (exported / "models" / RELATIVE / "assets.extra/detector.json").read_text()
-    )
-    assert detector == {"bounding_box_format": "rel_yxyx", "image_shape": [128, 64, 3]}
+def test_nothing_of_training_is_left(facts):
+    """No variables, no normalisation, no dropout; nothing is multiplied behind a convolution."""
+    for name in MODELS:
+        ops = set(facts[name]["ops"])
+        assert not {"VarHandleOp", "ReadVariableOp", "FusedBatchNormV3", "RandomUniform"} & ops
+
+
+def test_what_lies_beside_the_model(models, exported):
+    extra = exported / "models" / SMALL / "assets.extra"
+    assert (extra / "class_names.txt").read_text().split() == CLASS_NAMES
+    assert json.loads((extra / "model.json").read_text())["class_names"] == CLASS_NAMES
+    extra = exported / "models" / RELATIVE / "assets.extra"
+    assert not (extra / "class_names.txt").exists()
+    facts = json.loads((extra / "model.json").read_text())
+    assert facts["bounding_box_format"] == "rel_yxyx" and facts["image_shape"] == [128, 64, 3]
+    assert facts["decoder"]["max_detections"] == 40 and facts["task"] == "detection"
+
+
+def test_warm_up_requests_are_answered(models, exported):
+    """Read with the protocol buffers of TensorFlow Serving, as the server does."""
+    import tensorflow as tf
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    loaded = tf.saved_model.load(str(exported / "models" / SMALL))
+    file = exported / "models" / SMALL / "assets.extra/tf_serving_warmup_requests"
+    seen = set()
+    for record in tf.data.TFRecordDataset(str(file)):
+        log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        request = log.predict_log.request
+        inputs = {k: tf.constant(tf.make_ndarray(v)) for k, v in request.inputs.items()}
+        answer = loaded.signatures[request.model_spec.signature_name](**inputs)
+        assert answer["boxes"].shape[0] == 1 and answer.get("readable", [True])[0]
+        seen.add(request.model_spec.signature_name)
+    assert seen == {"serving_default", "serve_uint8", "serve_bytes"}
+
+
+def test_batching_parameters_are_those_of_the_server(exported):
+    """The text format of a message whose fields are known; names from its documentation."""
+    text = (exported / "models" / SMALL / "assets.extra/batching_parameters.txt").read_text()
+    fields = dict(re.findall(r"^(\w+) \{ value: (\d+) \}$", text, re.MULTILINE))
+    assert set(fields) == {
+        "max_batch_size",
+        "batch_timeout_micros",
+        "max_enqueued_batches",
+        "num_batch_threads",
+    }
+
+
+# === The folder ===
+
+
+def test_a_server_never_sees_half_a_model(models, tmp_path):
+    """Whatever has a number as its name is complete, at any time, also when it is replaced."""
+    versions, seen, stop = tmp_path / "detector", [], threading.Event()
+    versions.mkdir()
+
+    def poll():
+        while not stop.is_set():
+            for child in versions.iterdir():
+                if child.name.isdigit():
+                    try:
+                        names = {p.name for p in child.iterdir()}
+                        extra = {p.name for p in (child / "assets.extra").iterdir()}
+                    except FileNotFoundError:
+                        continue  # taken away between two looks
+                    seen.append(names | extra)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    for version in ("1", "1", "2"):
+        models[SMALL].export(versions / version)
+    stop.set()
+    thread.join()
+    assert seen and all({"saved_model.pb", "variables", "model.json"} <= names for names in seen)
+    assert sorted(p.name for p in versions.iterdir()) == ["1", "2"]  # nothing else is left
+
+
+def test_a_failed_export_leaves_everything_as_it_was(models, tmp_path):
+    target = tmp_path / "1"
+    models[SMALL].export(target)
+    before = (target / "saved_model.pb").read_bytes()
+    with pytest.raises(OSError, match="full"), atomic.written_at_once(target) as folder:
+        (folder / "saved_model.pb").write_text("half")
+        raise OSError("the disk is full")
+    assert (target / "saved_model.pb").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folders_of_others_are_not_replaced(models, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("...")
+    with pytest.raises(ValueError, match=r"SavedModel.*letters"):
+        models[SMALL].export(tmp_path / "letters")
+    with pytest.raises(ValueError, match=r"folder.*dear"):
+        models[SMALL].export(tmp_path / "letters" / "dear.txt")
 
 
 def test_unknown_formats_and_options(models, tmp_path):
-    with pytest.raises(ValueError, match=r"tf_saved_model.*Received.*onnx"):
-        models[SMALL].export(tmp_path / "model", format="onnx")
+    export = functools.partial(models[SMALL].export, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"`format`.*onnx.*Received: 'caffe'"):
+        export(format="caffe")
+    with pytest.raises(ValueError, match=r"`precision`.*Received: precision='int8'"):
+        export(precision="int8")
     with pytest.raises(ValueError, match="input_signature"):
-        models[SMALL].export(tmp_path / "model", input_signature=[])
+        export(input_signature=[])
+    with pytest.raises(ValueError, match="raw_outputs"):
+        export(decode=False)
+    assert not (tmp_path / "model").exists()

@@ -3,6 +3,7 @@
 import keras
 
 from keras_resnest.distribution import DistributedTraining
+from keras_resnest.serving.export import export_model
 
 
 class Backbone(DistributedTraining, keras.Model):
@@ -81,6 +82,21 @@ class Backbone(DistributedTraining, keras.Model):
             if layer.name != "fc" and layer.name in mine:
                 layer.set_weights(mine[layer.name].get_weights())
         return model
+
+    def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
+        """Writes the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
+
+        Args:
+            filepath: folder or file to write, for instance `"serving/1"`.
+            format: `"tf_saved_model"`, `"onnx"`, `"openvino"` or `"litert"`.
+            verbose: whether to say what was written.
+            **kwargs: `precision`, `image_shape`, `class_names`, `crop_share` and others: see
+                `keras_resnest.serving.export_model`.
+
+        Example:
+            >>> model.export("serving/1", class_names=["cat", "dog"])
+        """
+        export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:
         config = {name: getattr(self, name) for name in self._config_names}

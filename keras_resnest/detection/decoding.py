@@ -74,7 +74,14 @@ class DetectionDecoder:
         self.clip_to_image = bool(clip_to_image)
         self.variances = tuple(variances)
 
-    def __call__(self, outputs, anchors, image_shape, bounding_box_format: str = "xyxy") -> dict:
+    def __call__(
+        self,
+        outputs,
+        anchors,
+        image_shape,
+        bounding_box_format: str = "xyxy",
+        portable: bool = False,
+    ) -> dict:
         """Decodes a batch.
 
         Args:
@@ -86,6 +93,8 @@ class DetectionDecoder:
             anchors: `"xyxy"` in pixels, (anchors, 4).
             image_shape: (height, width, ...) in pixels.
             bounding_box_format: format of the resulting boxes.
+            portable: whether NMS is made of elementary operations, which every runtime
+                has, where TensorFlow has one of its own. The results are the same.
 
         Returns:
             Dictionary of `"boxes"` (batch, max_detections, 4) in `bounding_box_format`,
@@ -94,7 +103,8 @@ class DetectionDecoder:
         """
         boxes, confidence = self.candidates(outputs, anchors)
         boxes, confidence = _top_k_per_class(boxes, confidence, self.pre_nms_top_k)
-        suppress = _suppress_tensorflow if keras.backend.backend() == "tensorflow" else _suppress
+        native = keras.backend.backend() == "tensorflow" and not portable
+        suppress = _suppress_tensorflow if native else _suppress
         boxes, confidence, labels, count = suppress(
             boxes, confidence, self.confidence_threshold, self.iou_threshold, self.max_detections
         )
@@ -180,7 +190,10 @@ def _suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detect
         is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
         return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
 
-    alive = ops.fori_loop(0, k, drop_neighbours, confidence > confidence_threshold)
+    alive = confidence > confidence_threshold
+    # Confidence falls, so that behind the last candidate of all classes there is none.
+    last = ops.max(ops.sum(ops.cast(alive, "int32"), axis=2), initial=0)
+    alive = ops.fori_loop(0, last, drop_neighbours, alive)
     scores = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
     missing = max(0, max_detections - num_classes * k)
     values, index = ops.top_k(scores, max_detections - missing)

@@ -25,7 +25,7 @@ from keras_resnest.distribution import DistributedTraining, num_replicas, sum_ov
 from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
 from keras_resnest.layers.normalization import set_batch_norm
-from keras_resnest.serving import export_saved_model
+from keras_resnest.serving.export import export_model
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone; the detector adds P6
 SIDE_MULTIPLE = 64  # stride of P6
@@ -354,12 +354,13 @@ class RefineDet(DistributedTraining, keras.Model):
             return self.anchors
         return self.anchor_generator((height, width))
 
-    def decode(self, outputs, image_shape=None) -> dict:
+    def decode(self, outputs, image_shape=None, portable: bool = False) -> dict:
         """Detections from raw outputs; see `DetectionDecoder`.
 
         Args:
             outputs: what `model(images)` gives.
             image_shape: (height, width) of these images, the model's by default.
+            portable: see `DetectionDecoder`.
 
         Returns:
             As `predict`, boxes in `bounding_box_format` and pixels of the images.
@@ -373,7 +374,7 @@ class RefineDet(DistributedTraining, keras.Model):
         shape, anchors = self.image_shape, self.anchors
         if image_shape is not None:
             shape, anchors = image_shape, self.anchors_for(image_shape)
-        return self.decoder(used, anchors, shape, self.bounding_box_format)
+        return self.decoder(used, anchors, shape, self.bounding_box_format, portable)
 
     def predict_step(self, *args):
         images, _, _ = _unpack(args[-1])
@@ -541,25 +542,23 @@ class RefineDet(DistributedTraining, keras.Model):
     # === Saving ===
 
     def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
-        """Writes a SavedModel that serves detections, for TensorFlow Serving.
+        """Writes the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
 
-        Its signatures are `serving_default`, a batch of pictures of the model's size,
-        and `serve_bytes`, a batch of encoded pictures of any size; see
-        `keras_resnest.serving.export_saved_model`. Nothing of Keras or of this
-        package is needed to load it.
+        Nothing of Keras or of this package is needed to run it: boxes are decoded and
+        suppressed inside.
 
         Args:
-            filepath: folder to write, for instance `"serving/1"`.
-            format: only `"tf_saved_model"`.
-            verbose: whether to print the signatures.
-            **kwargs: none is known.
+            filepath: folder or file to write, for instance `"serving/1"`.
+            format: `"tf_saved_model"`, `"onnx"`, `"openvino"` or `"litert"`.
+            verbose: whether to say what was written.
+            **kwargs: `precision`, `decode` and others: see `keras_resnest.serving.export_model`.
+
+        Example:
+
+        >>> model.export("serving/1", precision="bfloat16")
+        >>> model.export("detector.onnx", format="onnx")
         """
-        if format != "tf_saved_model" or kwargs:
-            raise ValueError(
-                'RefineDet exports format="tf_saved_model" and takes no further options. '
-                f"Received: format={format!r}, {kwargs}"
-            )
-        export_saved_model(self, filepath, verbose=bool(verbose))
+        export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object

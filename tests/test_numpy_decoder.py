@@ -1,0 +1,597 @@
+"""The decoder of plain numpy against the Keras decoder, brute force and golden detections."""
+
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectors import CLASS_NAMES, rectangles, small_detector
+from keras import ops
+
+from keras_resnest.detection import boxes as kb
+from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.detection.decoding import DetectionDecoder
+
+FILE = Path(__file__).resolve().parents[1] / "keras_resnest/serving/numpy_decoder.py"
+SHAPE = (64, 128, 3)
+ANCHORS = AnchorGenerator()(SHAPE)
+NAMES = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
+
+
+def load_file():
+    """The module as somebody has it who copied the file."""
+    specification = importlib.util.spec_from_file_location("copied_numpy_decoder", FILE)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+nd = load_file()
+NumpyDetectionDecoder = nd.NumpyDetectionDecoder
+
+
+def random_outputs(seed, batch=2, classes=3, anchors=ANCHORS, sharp=2.0, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=(batch, len(anchors), width)) * sharp).astype(dtype)
+        for name, width in zip(NAMES, (4, 2, 4, classes + 1), strict=True)
+    }
+
+
+def by_keras(outputs, anchors=ANCHORS, shape=SHAPE, target="xyxy", **options):
+    got = DetectionDecoder(**options)(outputs, anchors, shape, target)
+    return {name: ops.convert_to_numpy(value) for name, value in got.items()}
+
+
+def by_numpy(outputs, anchors=ANCHORS, shape=SHAPE, target="xyxy", **options):
+    return NumpyDetectionDecoder(anchors, shape, target, **options)(outputs)
+
+
+def assert_same(got, want, atol=1e-3):
+    """Equal up to rounding, which may swap detections of nearly the same confidence."""
+    assert list(got) == list(want)
+    for name, value in got.items():
+        assert value.shape == want[name].shape and value.dtype == want[name].dtype, name
+    np.testing.assert_array_equal(got["num_detections"], want["num_detections"])
+    np.testing.assert_allclose(got["confidence"], want["confidence"], atol=2e-6)
+    for i, n in enumerate(got["num_detections"]):
+        a, b = ({k: v[i, :n] for k, v in x.items() if v.ndim > 1} for x in (got, want))
+        pairs = a["labels"][:, None] == b["labels"]
+        pairs &= np.abs(a["confidence"][:, None] - b["confidence"]) < 4e-6
+        near = atol + 1e-5 * np.abs(b["boxes"])
+        pairs &= (np.abs(a["boxes"][:, None] - b["boxes"]) < near).all(axis=-1)
+        assert pairs.any(axis=0).all() and pairs.any(axis=1).all()
+        for name in ("boxes", "confidence", "labels"):
+            assert (got[name][i, n:] == -1).all(), name
+
+
+# === The Keras decoder ===
+
+
+def test_constants_and_defaults_are_those_of_the_package():
+    assert nd.BOX_FORMATS == kb.BOX_FORMATS
+    assert nd.VARIANCES == kb.VARIANCES
+    assert nd.MAX_LOG_SIZE_RATIO == kb.MAX_LOG_SIZE_RATIO
+    ours = inspect.signature(NumpyDetectionDecoder).parameters
+    for name, parameter in inspect.signature(DetectionDecoder).parameters.items():
+        assert ours[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_detections": 7, "pre_nms_top_k": 20},
+        {"max_detections": 1, "pre_nms_top_k": 1},
+        {"objectness_threshold": 0.6, "confidence_threshold": 0.3, "iou_threshold": 0.2},
+        {"objectness_threshold": 0.0, "confidence_threshold": 0.0, "max_detections": 900},
+        {"max_detections": 2000, "pre_nms_top_k": 5},
+        {"pre_nms_top_k": 10**6, "iou_threshold": 0.0},
+        {"iou_threshold": 1.0, "clip_to_image": False},
+        {"variances": (0.2, 0.1), "clip_to_image": False},
+    ],
+)
+def test_equals_keras(seed, options):
+    outputs = random_outputs(seed)
+    assert_same(by_numpy(outputs, **options), by_keras(outputs, **options))
+
+
+@pytest.mark.parametrize("classes, sharp", [(1, 2.0), (20, 2.0), (80, 1.0), (80, 3.0)])
+def test_equals_keras_at_full_size(classes, sharp):
+    shape = (320, 320, 3)
+    anchors = AnchorGenerator()(shape)
+    outputs = random_outputs(10, 1, classes, anchors, sharp)
+    got = by_numpy(outputs, anchors, shape)
+    assert got["num_detections"].tolist() == [200]
+    assert_same(got, by_keras(outputs, anchors, shape))
+
+
+@pytest.mark.parametrize("target", [*kb.BOX_FORMATS, "XYWH"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_formats(target, clip):
+    outputs = random_outputs(3)
+    got = by_numpy(outputs, target=target, clip_to_image=clip)
+    want = by_keras(outputs, target=target, clip_to_image=clip)
+    assert_same(got, want, atol=1e-5 if target.startswith("rel_") else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
+def test_float_types(dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    outputs = random_outputs(4, dtype=dtype)
+    in_float32 = {name: value.astype("float32") for name, value in outputs.items()}
+    assert_same(by_numpy(outputs), by_keras(in_float32))
+
+
+def test_reads_and_keeps_what_it_is_given():
+    outputs = random_outputs(5)
+    before = {name: value.copy() for name, value in outputs.items()}
+    for value in outputs.values():
+        value.flags.writeable = False
+    decoder = NumpyDetectionDecoder(ANCHORS, SHAPE)
+    first, second = decoder({**outputs, "another": None}), decoder(outputs)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, outputs[name])
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return small_detector(SHAPE, bounding_box_format="rel_yxyx")
+
+
+def test_equals_predict(detector):
+    images, _ = rectangles(3, SHAPE)
+    raw = {k: ops.convert_to_numpy(v) for k, v in detector(images, training=False).items()}
+    decoder = NumpyDetectionDecoder(
+        detector.anchors,
+        detector.image_shape,
+        detector.bounding_box_format,
+        class_names=detector.class_names,
+        **detector.decoder.get_config(),
+    )
+    assert_same(decoder(raw), detector.predict(images, verbose=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "two_step, filtering", [(False, True), (True, False), (False, False), (True, True)]
+)
+def test_switches(detector, monkeypatch, two_step, filtering):
+    monkeypatch.setattr(detector, "two_step_regression", two_step)
+    monkeypatch.setattr(detector, "negative_anchor_filtering", filtering)
+    options = {"objectness_threshold": 0.4, "confidence_threshold": 0.1}
+    monkeypatch.setattr(detector, "decoder", DetectionDecoder(**options))
+    outputs = random_outputs(6)
+    want = {k: ops.convert_to_numpy(v) for k, v in detector.decode(outputs).items()}
+    if not two_step:
+        del outputs["arm_boxes"]
+    if not filtering:
+        outputs["arm_objectness"] = None  # there, and not looked at
+    got = by_numpy(
+        outputs,
+        detector.anchors,
+        target="rel_yxyx",
+        two_step_regression=two_step,
+        negative_anchor_filtering=filtering,
+        **options,
+    )
+    assert_same(got, want, atol=1e-5)
+
+
+# === Brute force ===
+
+
+def softmax(logits):
+    e = np.exp(np.array(logits, "f8") - np.max(logits))
+    return e / e.sum()
+
+
+def moved(offsets, box):
+    dx, dy, dw, dh = map(float, offsets)
+    w, h = box[2] - box[0], box[3] - box[1]
+    cx, cy = (box[0] + box[2]) / 2 + dx * 0.1 * w, (box[1] + box[3]) / 2 + dy * 0.1 * h
+    w, h = w * min(np.exp(dw * 0.2), 62.5), h * min(np.exp(dh * 0.2), 62.5)
+    return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+
+
+def overlap(a, b):
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if w <= 0 or h <= 0:
+        return 0.0
+    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+
+
+def by_loops(outputs, anchors, objectness, confidence, iou, top_k, most):
+    """(confidence, label, box) of the first picture, one box at a time, in float64."""
+    o = {name: value[0] for name, value in outputs.items()}
+    found = []
+    for label in range(o["odm_logits"].shape[1] - 1):
+        candidates = []
+        for a, anchor in enumerate(anchors.tolist()):
+            score = softmax(o["odm_logits"][a])[label + 1]
+            if softmax(o["arm_objectness"][a])[1] > objectness and score > confidence:
+                box = moved(o["odm_boxes"][a], moved(o["arm_boxes"][a], anchor))
+                candidates.append((score, label, box))
+        kept = []
+        for candidate in sorted(candidates, reverse=True)[:top_k]:
+            if all(overlap(candidate[2], other[2]) <= iou for other in kept):
+                kept.append(candidate)
+        found += kept
+    return sorted(found, reverse=True)[:most]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "setting",
+    [
+        (0.01, 0.01, 0.45, 400, 200),
+        (0.3, 0.2, 0.1, 10, 30),
+        (0.01, 0.05, 0.3, 400, 3),
+        (0.5, 0.0, 0.6, 3, 100),
+    ],
+)
+def test_equals_brute_force(seed, setting):
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 40, (60, 2))
+    anchors = np.concatenate([corner, corner + rng.uniform(10, 50, (60, 2))], 1).astype("f4")
+    outputs = random_outputs(seed, 1, 4, anchors)
+    want = by_loops(outputs, anchors, *setting)
+    names = ("objectness_threshold", "confidence_threshold", "iou_threshold")
+    names = (*names, "pre_nms_top_k", "max_detections")
+    options = dict(zip(names, setting, strict=True))
+    got = by_numpy(outputs, anchors, clip_to_image=False, **options)
+    n = got["num_detections"][0]
+    assert n == len(want) > 0
+    assert got["labels"][0, :n].tolist() == [label for _, label, _ in want]
+    np.testing.assert_allclose(got["confidence"][0, :n], [s for s, _, _ in want], rtol=1e-5)
+    np.testing.assert_allclose(got["boxes"][0, :n], [b for _, _, b in want], rtol=1e-4, atol=1e-3)
+
+
+def test_suppression_does_not_depend_on_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 60, (300, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (300, 2))], 1)
+    kept = []
+    for i in range(300):
+        if all(overlap(boxes[k], boxes[i]) <= 0.3 for k in kept):
+            kept.append(i)
+    assert len(kept) > 20
+    for block in (1, 7, 128, 1000):
+        monkeypatch.setattr(nd, "NMS_BLOCK", block)
+        assert nd._suppress(boxes, 0.3, 1000).tolist() == kept
+        assert nd._suppress(boxes, 0.3, 9).tolist() == kept[:9]
+
+
+def test_equal_confidences_go_by_label_then_anchor():
+    anchors = np.array([[0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]], "f4")
+    outputs = {n: np.zeros((1, 3, w), "f4") for n, w in zip(NAMES, (4, 2, 4, 3), strict=True)}
+    got = by_numpy(outputs, anchors, max_detections=5)
+    assert got["labels"].tolist() == [[0, 0, 0, 1, 1]]
+    assert got["boxes"][0, :, 0].tolist() == [0, 20, 40, 0, 20]
+    got = by_numpy(outputs, anchors, pre_nms_top_k=2)
+    assert got["boxes"][0, :4, 0].tolist() == [0, 20, 0, 20]
+
+
+def test_thresholds_are_exclusive():
+    # Exactly representable: two logits of 0 are confidences of 0.5, the IoU of the boxes is 0.5.
+    anchors = np.array([[0, 0, 10, 10], [0, 0, 10, 20]], "f4")
+    outputs = {n: np.zeros((1, 2, w), "f4") for n, w in zip(NAMES, (4, 2, 4, 2), strict=True)}
+    count = lambda **options: by_numpy(outputs, anchors, **options)["num_detections"].tolist()  # noqa: E731
+    assert count(iou_threshold=0.5) == [2]
+    assert count(iou_threshold=0.499) == [1]
+    assert count(confidence_threshold=0.5) == count(objectness_threshold=0.5) == [0]
+    assert count(confidence_threshold=0.499, objectness_threshold=0.499, iou_threshold=0.5) == [2]
+
+
+# === Golden detections of the reference implementation ===
+
+
+@pytest.mark.parametrize("name", ["few_clean", "many_noisy", "dense", "size512"])
+def test_golden_detections(shared, name):
+    folder = shared / "golden/refinedet"
+    cases = json.loads((folder / "detect.json").read_text())["cases"]
+    case = next(c for c in cases if c["case"] == name)
+    theirs = ("arm_loc", "arm_conf", "odm_loc", "odm_conf")
+    with np.load(folder / "detect.npz") as arrays:
+        outputs = {n: arrays[f"{name}_{t}"] for n, t in zip(NAMES, theirs, strict=True)}
+        rows = arrays[f"{name}_detections_top500"]
+    side = case["size"]
+    anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((side, side))
+    options = {"pre_nms_top_k": 1000, "max_detections": 500, "clip_to_image": False}
+    got = by_numpy(outputs, anchors, (1, 1), **options)
+    for image in range(case["batch"]):
+        want, n = rows[rows[:, 0] == image], got["num_detections"][image]
+        assert n == len(want)
+        distance = np.abs(got["boxes"][image, :n] - want[:, None, 3:]).max(axis=-1)
+        distance += np.abs(got["confidence"][image, :n] - want[:, None, 2])
+        distance += got["labels"][image, :n] + 1 != want[:, None, 1]
+        assert distance.min(axis=1).max() < 1e-4
+
+
+# === Nothing, and nonsense ===
+
+
+@pytest.mark.parametrize("name", ["arm_objectness", "odm_logits"])
+def test_nothing_above_the_thresholds(name):
+    outputs = random_outputs(7)
+    outputs[name][0, :, 0] = 100.0
+    got = by_numpy(outputs)
+    assert got["num_detections"].tolist() == [0, 200]
+    assert_same(got, by_keras(outputs))
+
+
+@pytest.mark.parametrize("target", ["xyxy", "rel_center_xywh"])
+def test_empty_batch(target):
+    got = by_numpy(random_outputs(0, batch=0), target=target, max_detections=9)
+    shapes = {name: (value.shape, str(value.dtype)) for name, value in got.items()}
+    assert shapes == {
+        "boxes": ((0, 9, 4), "float32"),
+        "confidence": ((0, 9), "float32"),
+        "labels": ((0, 9), "int32"),
+        "num_detections": ((0,), "int32"),
+    }
+    decoder = NumpyDetectionDecoder(ANCHORS, SHAPE, target)
+    assert decoder.scale_to_picture(got, [], [])["boxes"].shape == (0, 9, 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_not_finite_numbers_are_never_detections(name, value, clip):
+    for where in (np.s_[0], np.s_[0, ::3, 1], np.s_[:, :5, 0], np.s_[1, 7, -1]):
+        outputs = random_outputs(8)
+        outputs[name][where] = value
+        for target in ("xyxy", "center_xywh"):
+            got = by_numpy(outputs, target=target, clip_to_image=clip)
+            for result in got.values():
+                assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize(
+    "name, value, channel",
+    [
+        *((name, np.nan, 1) for name in NAMES),
+        ("arm_boxes", np.inf, 0),
+        ("odm_boxes", -np.inf, 1),
+        ("odm_logits", np.inf, 2),
+        ("arm_objectness", np.inf, 1),
+    ],
+)
+def test_other_anchors_do_not_suffer(name, value, channel):
+    """As if the ARM had discarded the anchors whose numbers are not finite."""
+    outputs, bad = random_outputs(9), np.s_[:, ::3]
+    spoiled = {k: v.copy() for k, v in outputs.items()}
+    spoiled[name][(*bad, channel)] = value
+    outputs["arm_objectness"][(*bad, 0)] = 100.0
+    for options in ({}, {"pre_nms_top_k": 20}):
+        assert_same(by_numpy(spoiled, **options), by_keras(outputs, **options))
+
+
+def test_numbers_beyond_float32():
+    clean = random_outputs(9)
+    outputs = {name: value.astype("float64") for name, value in clean.items()}
+    outputs["odm_boxes"][:, ::3, 0] = 1e300
+    outputs["arm_boxes"][:, 1::3, 0] = 3e38  # itself within, but not the box
+    options = {"iou_threshold": 1.0, "max_detections": 1500}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = by_numpy(outputs, **options)
+    clean["arm_objectness"][:, np.arange(len(ANCHORS)) % 3 < 2] = [100.0, 0.0]
+    assert_same(got, by_keras(clean, **options))
+
+
+def test_infinite_sizes_and_logits_are_as_in_keras():
+    outputs = random_outputs(10)
+    outputs["odm_boxes"][:, ::4, 2] = np.inf  # 62.5 times the anchor
+    outputs["arm_boxes"][:, ::5, 3] = -np.inf  # without height
+    outputs["odm_logits"][:, ::3, 1] = -np.inf  # surely not this class
+    assert_same(by_numpy(outputs), by_keras(outputs))
+
+
+# === Pixels of the picture ===
+
+
+@pytest.mark.parametrize("target", kb.BOX_FORMATS)
+def test_scale_to_picture(target):
+    outputs = random_outputs(11)
+    decoder = NumpyDetectionDecoder(ANCHORS, SHAPE, target, confidence_threshold=0.9)
+    detections = decoder(outputs)
+    before = detections["boxes"].copy()
+    got = decoder.scale_to_picture(detections, 48, np.array([640, 64]))
+    np.testing.assert_array_equal(detections["boxes"], before)
+    for i, width in enumerate((640, 64)):
+        n = detections["num_detections"][i]
+        assert 0 < n < 200
+        want = kb.scale_boxes(before[i, :n], target, width / 128, 48 / 64)
+        np.testing.assert_allclose(got["boxes"][i, :n], ops.convert_to_numpy(want), rtol=1e-5)
+        assert (got["boxes"][i, n:] == -1).all()
+        one = decoder.scale_to_picture({k: v[i] for k, v in detections.items()}, 48, width)
+        np.testing.assert_array_equal(one["boxes"], got["boxes"][i])
+    assert got["boxes"].dtype == np.float32
+    np.testing.assert_array_equal(got["labels"], detections["labels"])
+
+
+def test_scale_to_picture_wants_sides():
+    decoder = NumpyDetectionDecoder(ANCHORS, SHAPE)
+    with pytest.raises(ValueError, match="picture_height"):
+        decoder.scale_to_picture(decoder(random_outputs(0)), 0, 100)
+
+
+# === Files ===
+
+
+def written(folder, **changes):
+    """A decoder's files, as an export writes them; `None` leaves a key out."""
+    options = {"pre_nms_top_k": 50, "max_detections": 40, "variances": (0.1, 0.2)}
+    facts = {
+        "image_shape": list(SHAPE),
+        "bounding_box_format": "center_yxhw",
+        "anchors": "anchors.npy",
+        "decoder": DetectionDecoder(**options).get_config(),
+        "two_step_regression": True,
+        "negative_anchor_filtering": True,
+        "class_names": CLASS_NAMES,
+        "made_by": "a later version",
+        **changes,
+    }
+    np.save(folder / "anchors.npy", ANCHORS)
+    path = folder / "decoder.json"
+    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+    return path
+
+
+def test_from_files(tmp_path):
+    decoder = NumpyDetectionDecoder.from_files(str(written(tmp_path)))
+    assert decoder.class_names == CLASS_NAMES
+    outputs = random_outputs(12)
+    want = by_keras(outputs, target="center_yxhw", pre_nms_top_k=50, max_detections=40)
+    assert_same(decoder(outputs), want)
+
+    path = written(tmp_path, two_step_regression=False, decoder={}, class_names=None)
+    decoder = NumpyDetectionDecoder.from_files(path)
+    assert decoder.class_names is None and not decoder.two_step_regression
+    del outputs["arm_boxes"]
+    assert_same(decoder(outputs), by_keras(outputs, target="center_yxhw"))
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        *(({key: None}, f"Missing: .*{key}") for key in ("image_shape", "anchors", "decoder")),
+        ({"negative_anchor_filtering": None}, "Missing: .*negative_anchor_filtering"),
+        ({"two_step_regression": "no"}, "two_step_regression.*true or false"),
+        ({"bounding_box_format": "rel_center_yxhw"}, "bounding_box_format.*rel_center_yxhw"),
+        ({"image_shape": [64]}, "image_shape"),
+        ({"image_shape": "64x128"}, "image_shape"),
+        ({"anchors": "../anchors.npy"}, "beside"),
+        ({"anchors": ".."}, "beside"),
+        ({"anchors": [[0, 0, 1, 1]]}, "beside"),
+        ({"decoder": {"soft": 1}}, "decoder.*soft"),
+        ({"decoder": [1]}, "decoder"),
+        ({"decoder": {"iou_threshold": 2}}, "iou_threshold"),
+        ({"decoder": {"iou_threshold": "high"}}, r"decoder\.json"),
+        ({"decoder": {"clip_to_image": 1}}, "clip_to_image"),
+        ({"decoder": {"variances": [0.1, 0.1, 0.2, 0.2]}}, "variances"),
+        ({"class_names": "red"}, "class_names"),
+    ],
+)
+def test_wrong_files(tmp_path, changes, word):
+    with pytest.raises(ValueError, match=word):
+        NumpyDetectionDecoder.from_files(written(tmp_path, **changes))
+
+
+def test_unreadable_files(tmp_path):
+    path = written(tmp_path)
+    np.save(tmp_path / "anchors.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"anchors\.npy"):
+        NumpyDetectionDecoder.from_files(path)
+    (tmp_path / "anchors.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"anchors\.npy"):
+        NumpyDetectionDecoder.from_files(path)
+    with open(tmp_path / "anchors.npy", "wb") as file:
+        np.savez(file, anchors=ANCHORS)
+    with pytest.raises(ValueError, match="npz"):
+        NumpyDetectionDecoder.from_files(path)
+    (tmp_path / "anchors.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"anchors\.npy"):
+        NumpyDetectionDecoder.from_files(path)
+    for text in ("{", "[1]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"decoder\.json"):
+            NumpyDetectionDecoder.from_files(path)
+
+
+# === Errors ===
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ({"anchors": np.zeros((3, 5))}, "anchors"),
+        ({"anchors": [["a"] * 4]}, "anchors"),
+        ({"anchors": np.full((3, 4), np.nan)}, "finite"),
+        ({"image_shape": (0, 128)}, "image_shape"),
+        ({"image_shape": (64.5, 128)}, "image_shape"),
+        ({"bounding_box_format": "corners"}, "bounding_box_format"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold"),
+        ({"objectness_threshold": float("nan")}, "objectness_threshold"),
+        ({"max_detections": 0}, "max_detections"),
+        ({"pre_nms_top_k": 2.5}, "pre_nms_top_k"),
+        ({"variances": 0.1}, "variances"),
+    ],
+)
+def test_bad_arguments(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        NumpyDetectionDecoder(**{"anchors": ANCHORS, "image_shape": SHAPE, **arguments})
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        *((lambda o, n=n: o.pop(n), f"Missing: .*{n}") for n in NAMES),
+        (lambda o: o.update(arm_boxes=o["arm_boxes"][:1]), "arm_boxes"),
+        (lambda o: o.update(odm_boxes=o["odm_boxes"][:, :-1]), r"odm_boxes.*\(2, 509, 4\)"),
+        (lambda o: o.update(arm_objectness=o["arm_objectness"][..., :1]), "arm_objectness"),
+        (lambda o: o.update(odm_logits=o["odm_logits"][..., :1]), "odm_logits"),
+        (lambda o: o.update(odm_logits=o["odm_logits"][..., :3]), "odm_logits.* 4"),
+        (lambda o: o.update(odm_logits=o["odm_logits"][0]), "odm_logits"),
+        (lambda o: o.update(odm_boxes=np.float32(3)), r"odm_boxes.*\(\)"),
+        (lambda o: o.update(arm_boxes=o["arm_boxes"].astype("int8")), "arm_boxes.*int8"),
+    ],
+)
+def test_bad_outputs(change, word):
+    outputs = random_outputs(13)
+    change(outputs)
+    with pytest.raises(ValueError, match=word):
+        by_numpy(outputs, class_names=CLASS_NAMES)
+
+
+def test_list_of_outputs():
+    with pytest.raises(ValueError, match="dictionary"):
+        by_numpy(list(random_outputs(0).values()))
+
+
+# === Without Keras ===
+
+PROGRAM = """
+import sys
+
+for name in ("keras", "tensorflow", "torch", "jax", "keras_resnest"):
+    sys.modules[name] = None  # an import raises ImportError
+import numpy as np
+from importlib.util import module_from_spec, spec_from_file_location
+
+before = set(sys.modules)
+specification = spec_from_file_location("numpy_decoder", "numpy_decoder.py")
+module = module_from_spec(specification)
+specification.loader.exec_module(module)
+decoder = module.NumpyDetectionDecoder.from_files("decoder.json")
+with np.load("raw.npz") as raw:
+    np.savez("detections.npz", **decoder(raw))
+packages = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(packages - set(sys.stdlib_module_names) - {"numpy"}))
+"""
+
+
+def test_runs_alone(tmp_path):
+    written(tmp_path)
+    (tmp_path / "numpy_decoder.py").write_bytes(FILE.read_bytes())
+    outputs = random_outputs(14)
+    np.savez(tmp_path / "raw.npz", **outputs)
+    command = [sys.executable, "-I", "-W", "error", "-c", PROGRAM]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+    with np.load(tmp_path / "detections.npz") as arrays:
+        got = dict(arrays)
+    want = by_keras(outputs, target="center_yxhw", pre_nms_top_k=50, max_detections=40)
+    assert_same(got, want)
