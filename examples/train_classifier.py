@@ -245,7 +245,7 @@ def report(arguments, recipe, model, class_names, result, seconds) -> None:
         kr.visualization.plot_history(log, path=output / "history.png")
         plot_accuracy(log, output / "accuracy.png")
     model.save(output / "classifier.keras")
-    model.export(output / "serving" / "1", verbose=False)
+    model.export(output / "serving" / "1", class_names=class_names, crop_share=recipe.crop_share)
     (output / "class_names.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
     summary = {
         "top1": result["top1"],

@@ -146,4 +146,4 @@ def test_saved_model_has_standard_operations_only(name, tmp_path):
     assert b"_XlaMustCompile" not in graph and b"PyFunc" not in graph
     x = pixels(1, 64, 96, 3)
     served = tf.saved_model.load(str(tmp_path / "model"))
-    assert relative_error(served.serve(x), backbone(x, training=False)) < 1e-4
+    assert relative_error(served.serve(x)["features"], backbone(x, training=False)) < 1e-4

@@ -104,8 +104,8 @@ def pairwise_iou(boxes1, boxes2):
         IoU 0 with everything.
     """
     # One coordinate at a time: (M, A) arrays only, never (M, A, 4).
-    left1, top1, right1, bottom1 = (boxes1[..., :, None, i] for i in range(4))  # (..., M, 1)
-    left2, top2, right2, bottom2 = (boxes2[..., None, :, i] for i in range(4))  # (..., 1, A)
+    left1, top1, right1, bottom1 = (ops.expand_dims(boxes1[..., i], -1) for i in range(4))
+    left2, top2, right2, bottom2 = (ops.expand_dims(boxes2[..., i], -2) for i in range(4))
     width = ops.minimum(right1, right2) - ops.maximum(left1, left2)
     height = ops.minimum(bottom1, bottom2) - ops.maximum(top1, top2)
     intersection = ops.maximum(width, 0.0) * ops.maximum(height, 0.0)

@@ -180,20 +180,11 @@ def _suppress_tensorflow(boxes, confidence, confidence_threshold, iou_threshold,
 
 
 def _suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
-    """The same in `keras.ops`, for the backends without such an op."""
+    """The same in `keras.ops`, for the backends and runtimes without such an op."""
     num_classes, k = confidence.shape[1:]
-    position = ops.arange(k, dtype="int32")
-
-    def drop_neighbours(i, alive):
-        box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
-        iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
-        is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
-        return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
-
-    alive = confidence > confidence_threshold
-    # Confidence falls, so that behind the last candidate of all classes there is none.
-    last = ops.max(ops.sum(ops.cast(alive, "int32"), axis=2), initial=0)
-    alive = ops.fori_loop(0, last, drop_neighbours, alive)
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    choose = _survivors_by_matrix if on_tensorflow else _survivors_by_loop
+    alive = choose(boxes, confidence > confidence_threshold, iou_threshold)
     scores = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
     missing = max(0, max_detections - num_classes * k)
     values, index = ops.top_k(scores, max_detections - missing)
@@ -202,3 +193,50 @@ def _suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detect
     count = ops.sum(ops.cast(values > confidence_threshold, "int32"), axis=1)
     padded = (ops.pad(x, [[0, 0], [0, missing]]) for x in (values, labels))
     return ops.pad(boxes, [[0, 0], [0, missing], [0, 0]]), *padded, count
+
+
+def _survivors_by_loop(boxes, candidates, iou_threshold):
+    """Greedy suppression, box after box: little memory. Candidates (B, C, k) come first."""
+    k = candidates.shape[2]
+    position = ops.arange(k, dtype="int32")
+
+    def drop_neighbours(i, alive):
+        box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
+        iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
+        is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
+        return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
+
+    return ops.fori_loop(0, k, drop_neighbours, candidates)
+
+
+def _survivors_by_matrix(boxes, candidates, iou_threshold):
+    """The same in few steps, for runtimes in which every step costs. TensorFlow graphs only.
+
+    All boxes that no survivor suppresses survive: this is repeated until it changes nothing.
+    After n times at least the first n boxes of a class are settled, in practice all soon are.
+    """
+    import tensorflow as tf
+
+    num_classes, k = candidates.shape[1:]
+    # Confidence falls, so that behind the last candidate of all classes there is none.
+    last = tf.maximum(1, tf.reduce_max(tf.reduce_sum(tf.cast(candidates, tf.int32), axis=2)))
+    # LiteRT slices tensors of few axes only: pictures and classes are one axis here.
+    boxes = tf.reshape(boxes[:, :, :last], (-1, last, 4))
+    candidates = tf.reshape(candidates[:, :, :last], (-1, last))
+    position = tf.range(last)
+    comes_later = position[None, :] > position[:, None]
+    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later  # (B * C, last, last)
+    overlaps = tf.cast(overlaps, tf.float32)
+
+    def settle(alive, _):
+        suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], overlaps)[:, 0] > 0.5
+        return candidates & ~suppressed, alive
+
+    def unsettled(alive, before):
+        return tf.reduce_any(tf.not_equal(alive, before))
+
+    alive, _ = tf.while_loop(
+        unsettled, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
+    )
+    alive = tf.pad(alive, [[0, 0], [0, k - last]])
+    return tf.reshape(alive, (-1, num_classes, k))

@@ -104,13 +104,32 @@ def computing_in_float32(model):
     """
     policies = [(layer, layer.dtype_policy) for layer in model._flatten_layers()]
     mixed = [(layer, p) for layer, p in policies if p.compute_dtype != p.variable_dtype]
+    normalizations = [
+        (layer, layer.mean, layer.variance)
+        for layer, _ in mixed
+        if isinstance(layer, keras.layers.Normalization)
+    ]
     try:
         for layer, _ in mixed:
             layer.dtype_policy = "float32"
+        for layer, *_ in normalizations:
+            _set_exact_statistics(layer)
         yield
     finally:
         for layer, policy in mixed:
             layer.dtype_policy = policy
+        for layer, mean, variance in normalizations:
+            layer.mean, layer.variance = mean, variance
+
+
+def _set_exact_statistics(layer: keras.layers.Normalization) -> None:
+    """Keras keeps mean and variance rounded to the precision in which the layer computes."""
+    if layer.input_mean is None:
+        layer.finalize_state()
+        return
+    shape = layer.mean.shape
+    layer.mean = np.resize(np.asarray(layer.input_mean, "float32"), shape)
+    layer.variance = np.resize(np.asarray(layer.input_variance, "float32"), shape)
 
 
 def _frozen(network, specification):
@@ -150,7 +169,12 @@ def _constants_folded(graph_def, fetches):
 
 
 def _reachable(graph_def, fetches):
-    """The part of a graph that its outputs need."""
+    """The part of a graph that its outputs need, without what orders side effects: it has none."""
+    for node in graph_def.node:
+        data = [source for source in node.input if not source.startswith("^")]
+        if len(data) < len(node.input):
+            del node.input[:]
+            node.input.extend(data)
     nodes = {node.name: node for node in graph_def.node}
     wanted, waiting = set(), [_node_name(name) for name in fetches]
     while waiting:
@@ -260,8 +284,9 @@ class _Graph:
             return
         axes = _output_axes(node, kernel)
         channels = int(np.prod([kernel.shape[axis] for axis in axes]))
+        rank = 2 if node.op == "MatMul" else 4
         scale, offset, last = np.ones(channels), np.zeros(channels), node
-        while step := self._next_step(last, channels):
+        while step := self._next_step(last, channels, rank):
             last, factor, addend = step
             scale, offset = scale * factor, offset * factor + addend
         if last is node:
@@ -287,7 +312,7 @@ class _Graph:
             return position, None
         return position, self.constant(node.input[position])
 
-    def _next_step(self, node, channels: int):
+    def _next_step(self, node, channels: int, rank: int):
         """The only consumer, where it is y = x * factor + addend: (consumer, factor, addend)."""
         consumers = self.consumers[node.name]
         if len(consumers) != 1:
@@ -299,8 +324,8 @@ class _Graph:
         if own != [0] and (consumer.op == "Sub" or len(own) != 1):
             return None
         value = self.constant(consumer.input[1 - own[0]])
-        if value is None or value.size not in (1, channels) or value.ndim > 4:
-            return None
+        if value is None or value.size not in (1, channels) or value.ndim > rank:
+            return None  # more axes would give the result more
         if value.size > 1 and value.shape[-1] != channels:
             return None  # not along the last axis
         value = value.reshape(-1).astype("float64")
@@ -315,11 +340,12 @@ class _Graph:
         import tensorflow as tf
 
         float32 = tf.float32.as_datatype_enum
-        chosen = {
+        # In order, so that the same model is always the same file.
+        chosen = dict.fromkeys(
             name
             for name, node in self.nodes.items()
             if node.op in _REDUCED and _attribute(node, "T").type == float32
-        }
+        )
         casts = {}
         for name in chosen:
             node = self.nodes[name]

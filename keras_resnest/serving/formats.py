@@ -67,7 +67,9 @@ def _function(task, decode: bool, batch_size=None, precision: str = "float32"):
     """Concrete function of `images`, frozen, of operations that every runtime has."""
     import tensorflow as tf
 
-    specification = tf.TensorSpec((batch_size, *task.image_shape), tf.float32, name="images")
+    # LiteRT, of one picture, knows no open sizes.
+    shape = task.signature_shape if batch_size is None else task.image_shape
+    specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
     network = deployment_function(task.network, specification, precision)
 
     def infer(images):

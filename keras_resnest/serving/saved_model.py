@@ -66,7 +66,8 @@ def export_saved_model(
             AVX-512-BF16, and GPUs, compute faster. Inputs and outputs stay float32.
         verbose: whether to print the signatures.
         **options: of a classifier `image_shape`, (height, width, 3), where the model
-            leaves them open, default 224; `class_names`; `crop_share`, default 0.875.
+            leaves them open; without it tensors of any size are taken, and encoded
+            pictures are cut to 224. `class_names`; `crop_share`, default 0.875.
 
     Raises:
         ValueError: if Keras does not run on TensorFlow, or an argument is wrong.
@@ -108,7 +109,7 @@ def _signatures(task, precision: str):
     """A trackable object with `serve`, and the concrete function of each signature."""
     import tensorflow as tf
 
-    shape = (None, *task.image_shape)
+    shape = (None, *task.signature_shape)
     floats, integers = (tf.TensorSpec(shape, t, name="images") for t in (tf.float32, tf.uint8))
     encoded = tf.TensorSpec((None,), tf.string, name="image_bytes")
     # The network is in the file once; all signatures call this function.

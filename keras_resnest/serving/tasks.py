@@ -40,7 +40,7 @@ class DetectionTask:
 
     def __init__(self, model):
         self.model = model
-        self.image_shape = model.image_shape
+        self.image_shape = self.signature_shape = model.image_shape
 
     def network(self, images) -> dict:
         """Raw outputs."""
@@ -91,7 +91,8 @@ class ImageTask:
 
     Args:
         model: a network of one tensor of pictures.
-        image_shape: (height, width, 3) of the pictures, where the model leaves them open.
+        image_shape: (height, width, 3) of the pictures, where the model leaves them open. If
+            not given, tensors of any size are taken, and encoded pictures are cut to 224.
         class_names: names of the classes, to be written beside the model.
         crop_share: the crop as a share of the resized shorter side of an encoded picture.
     """
@@ -100,7 +101,7 @@ class ImageTask:
 
     def __init__(self, model, image_shape=None, class_names=None, crop_share: float = 0.875):
         self.model = model
-        self.image_shape = _complete_shape(model, image_shape)
+        self.signature_shape, self.image_shape = _shapes(model, image_shape)
         self.crop_share = _check_crop_share(crop_share)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.output_name = "predictions" if getattr(model, "include_top", False) else "features"
@@ -159,22 +160,22 @@ class ImageTask:
         }
 
 
-def _complete_shape(model, image_shape) -> tuple[int, int, int]:
-    """(height, width, channels) of the pictures, 224 where nobody says."""
+def _shapes(model, image_shape) -> tuple[tuple, tuple]:
+    """(height, width, channels) of tensors, None for any, and of encoded pictures."""
     own = tuple(model.input_shape[1:])
     if model.data_format == "channels_first":
         own = (*own[1:], own[0])
-    shape = tuple(image_shape or (side or 224 for side in own))
+    shape = own if image_shape is None else tuple(image_shape)
     fits = len(shape) == 3 and all(
-        isinstance(side, int) and side > 0 and known in (None, side)
-        for side, known in zip(shape, own, strict=True)
+        (side is None and image_shape is None) or (isinstance(side, int) and side > 0)
+        for side in shape
     )
-    if not fits:
+    if not fits or any(k not in (None, s) for s, k in zip(shape, own, strict=True)):
         raise ValueError(
             f"`image_shape` must be (height, width, channels) and fit the model's {own}. "
             f"Received: image_shape={image_shape}"
         )
-    return shape
+    return shape, tuple(side or 224 for side in shape)
 
 
 def _check_crop_share(crop_share: float) -> float:

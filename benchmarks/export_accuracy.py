@@ -1,0 +1,192 @@
+"""What an export costs in accuracy: mAP of one trained detector in every format and precision.
+
+    python examples/train_detector.py bccd --epochs 30 --fit-anchors --output runs/bccd
+    python benchmarks/export_accuracy.py runs/bccd/detector.keras --data bccd
+
+Every export is run by its own runtime over the test split, one picture at a time. For int8 it is
+calibrated on pictures of the training split. The packages of the formats come with
+`pip install "keras_resnest[export]"`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Format, precision, suffix, whether boxes are decoded inside.
+EXPORTS = (
+    ("tf_saved_model", "float32", "", True),
+    ("tf_saved_model", "bfloat16", "", True),
+    ("onnx", "float32", ".onnx", True),
+    ("onnx", "float16", ".onnx", True),
+    ("onnx", "int8", ".onnx", True),
+    ("openvino", "float32", ".xml", True),
+    ("openvino", "float16", ".xml", True),
+    ("litert", "float32", ".tflite", True),
+    ("litert", "float16", ".tflite", True),
+    ("litert", "int8", ".tflite", False),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a .keras file of a RefineDet")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="annotated pictures")
+    parser.add_argument("--split", default="test", help="split that is measured (%(default)s)")
+    parser.add_argument("--train-split", default="train", help="for int8 (%(default)s)")
+    parser.add_argument("--max-pictures", type=int, metavar="N", help="to try the program out")
+    parser.add_argument("--calibration", type=int, default=50, help="pictures (%(default)s)")
+    parser.add_argument("--formats", nargs="+", choices=sorted({e[0] for e in EXPORTS}))
+    parser.add_argument("--output", type=Path, help="also write the rows into this JSON file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import keras
+
+    import keras_resnest  # its classes are registered  # noqa: F401
+
+    model = keras.saving.load_model(arguments.model)
+    batches = read_split(model, arguments.data, arguments.split, arguments.max_pictures)
+    calibration = read_split(model, arguments.data, arguments.train_split, arguments.calibration)
+    calibration = np.concatenate([images for images, _ in calibration])
+    print("| format | precision | mAP@0.5 | mAP@[.5:.95] | one picture | file |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = [measure("Keras", "float32", model.predict_locally, model, batches, None)]
+    with tempfile.TemporaryDirectory() as folder:
+        for format, precision, suffix, decode in EXPORTS:
+            if arguments.formats and format not in arguments.formats:
+                continue
+            path = Path(folder) / f"{format}_{precision}{suffix}"
+            options = {} if format == "tf_saved_model" else {"decode": decode}
+            if precision == "int8":
+                options["representative_images"] = calibration
+            model.export(path, format=format, precision=precision, **options)
+            run = RUNTIMES[format](path)
+            if not decode:
+                run = then_decoded(run, path)
+            rows.append(measure(format, precision, run, model, batches, path))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def read_split(model, data, split, max_pictures) -> list:
+    """Batches of one picture of the model's size, and its objects."""
+    import keras_resnest as kr
+
+    dataset = kr.data.read_detection(data, split, model.class_names)
+    batches = kr.data.evaluation_batches(dataset, model.image_shape, 1)
+    return [
+        (np.asarray(batch["images"], "float32"), batch["bounding_boxes"])
+        for batch in itertools.islice(batches, max_pictures)
+    ]
+
+
+class TimedDetector:
+    """A function of pictures in the form that `collect_detections` takes; keeps its times."""
+
+    def __init__(self, run, bounding_box_format: str):
+        self.run, self.bounding_box_format, self.seconds = run, bounding_box_format, []
+
+    def predict_on_batch(self, images) -> dict:
+        start = time.perf_counter()
+        found = self.run(images)
+        self.seconds.append(time.perf_counter() - start)
+        return {name: np.asarray(value) for name, value in found.items()}
+
+
+def measure(name, precision, run, model, batches, path) -> dict:
+    """Accuracy, median time of one picture and size of an export; prints its row."""
+    import keras_resnest as kr
+
+    run(batches[0][0])  # the first time is slow
+    detector = TimedDetector(run, model.bounding_box_format)
+    pair = kr.evaluation.collect_detections(detector, batches)
+    voc = kr.evaluation.voc_average_precision(*pair, model.class_names)
+    coco = kr.evaluation.coco_average_precision(*pair, model.class_names)
+    row = {
+        "format": name,
+        "precision": precision,
+        "mAP50": float(voc.mAP),
+        "mAP": float(coco.metrics["AP"]),
+        "ms": 1e3 * float(np.median(detector.seconds)),
+        "MB": 0.0 if path is None else size_of(path) / 1e6,
+    }
+    print(
+        f"| {name} | {precision} | {row['mAP50']:.4f} | {row['mAP']:.4f} | "
+        f"{row['ms']:.1f} ms | {row['MB']:.1f} MB |",
+        flush=True,
+    )
+    return row
+
+
+def size_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+
+
+# === Runtimes: functions of pictures that return a dictionary of arrays ===
+
+
+def tensorflow_runtime(path):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    signature = loaded.signatures["serving_default"]
+
+    def run(images):
+        _ = loaded  # lives as long as the function
+        return {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
+
+    return run
+
+
+def onnx_runtime(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def openvino_runtime(path):
+    import openvino
+
+    network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: {k.get_any_name(): v for k, v in network(images).items()}
+
+
+def litert_runtime(path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path), num_threads=os.cpu_count()).get_signature_runner()
+    return lambda images: runner(images=images)
+
+
+def then_decoded(run, path):
+    from keras_resnest.serving import NumpyDetectionDecoder
+
+    decoder = NumpyDetectionDecoder.from_files(path.with_suffix(".json"))
+    return lambda images: decoder(run(images))
+
+
+RUNTIMES = {
+    "tf_saved_model": tensorflow_runtime,
+    "onnx": onnx_runtime,
+    "openvino": openvino_runtime,
+    "litert": litert_runtime,
+}
+
+if __name__ == "__main__":
+    main()
