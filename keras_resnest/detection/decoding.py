@@ -218,15 +218,16 @@ def _survivors_by_matrix(boxes, candidates, iou_threshold):
     import tensorflow as tf
 
     num_classes, k = candidates.shape[1:]
-    # Confidence falls, so that behind the last candidate of all classes there is none.
-    last = tf.maximum(1, tf.reduce_max(tf.reduce_sum(tf.cast(candidates, tf.int32), axis=2)))
     # LiteRT slices tensors of few axes only: pictures and classes are one axis here.
-    boxes = tf.reshape(boxes[:, :, :last], (-1, last, 4))
-    candidates = tf.reshape(candidates[:, :, :last], (-1, last))
-    position = tf.range(last)
-    comes_later = position[None, :] > position[:, None]
-    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later  # (B * C, last, last)
-    overlaps = tf.cast(overlaps, tf.float32)
+    boxes, candidates = tf.reshape(boxes, (-1, k, 4)), tf.reshape(candidates, (-1, k))
+    # Confidence falls, so that behind the last candidate of all classes there is none. They are
+    # gathered, not sliced: OpenVINO keeps what slices depend on, the whole network, in float32.
+    ranks = tf.range(k)
+    chosen = tf.where(tf.reduce_any(candidates, axis=0) | (ranks == 0))[:, 0]
+    boxes, candidates = (tf.gather(x, chosen, axis=1) for x in (boxes, candidates))
+    comes_later = chosen[None, :] > chosen[:, None]
+    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
+    overlaps = tf.cast(overlaps, tf.float32)  # (B * C, chosen, chosen)
 
     def settle(alive, _):
         suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], overlaps)[:, 0] > 0.5
@@ -238,5 +239,6 @@ def _survivors_by_matrix(boxes, candidates, iou_threshold):
     alive, _ = tf.while_loop(
         unsettled, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
     )
-    alive = tf.pad(alive, [[0, 0], [0, k - last]])
+    places = tf.cast(chosen[:, None] == tf.cast(ranks, chosen.dtype)[None], tf.float32)
+    alive = tf.matmul(tf.cast(alive, tf.float32), places) > 0.5
     return tf.reshape(alive, (-1, num_classes, k))

@@ -1,9 +1,11 @@
 """Export as one file: ONNX, OpenVINO and LiteRT, each by its own converter."""
 
+import contextlib
+import importlib.util
 import os
 import pathlib
-import shutil
 import tempfile
+import warnings
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from keras_resnest.serving.saved_model import write_facts
 from keras_resnest.serving.tasks import task_of
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+# What TensorFlow itself does not bring along.
+PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino",), "litert": ()}
 ONNX_OPSET = 17
 
 
@@ -33,6 +37,7 @@ def export_file(
             "LiteRT would compute boxes in 8 bits too: export with decode=False and decode with "
             'NumpyDetectionDecoder. Received: format="litert", precision="int8", decode=True'
         )
+    _check_packages(format, precision)
     convert = {"onnx": _to_onnx, "openvino": _to_openvino, "litert": _to_litert}[format]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -41,6 +46,16 @@ def export_file(
         _write_side_files(task, folder, path.stem, precision, decode)
         for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):
             os.replace(file, path.parent / file.name)  # the model itself comes last
+
+
+def _check_packages(format: str, precision: str) -> None:
+    quantizer = ("onnxruntime",) if (format, precision) == ("onnx", "int8") else ()
+    for name in (*PACKAGES[format], *quantizer):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f'format="{format}" needs the package {name}: pip install "keras_resnest[export]"',
+                name=name,
+            )
 
 
 def _check_representative(task, images):
@@ -86,11 +101,12 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
 
     function = _function(task, decode, precision="float16" if precision == "float16" else "float32")
     specification = function.structured_input_signature[0][0]
-    with _numpy_names_of_old():
-        model, _ = tf2onnx.convert.from_function(
-            tf.function(lambda images: function(images)), [specification], opset=ONNX_OPSET
-        )
+    _let_tf2onnx_know_numpy_2()
+    model, _ = tf2onnx.convert.from_function(
+        tf.function(lambda images: function(images)), [specification], opset=ONNX_OPSET
+    )
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.checker.check_model(model)  # tf2onnx lets operations pass that it does not know
     if precision != "int8":
         onnx.save(model, path)
         return
@@ -101,6 +117,7 @@ def _quantize_onnx(model, path, images) -> None:
     """Static quantisation of convolutions and products; boxes and softmax stay in float32."""
     import onnx
     from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
@@ -110,10 +127,11 @@ def _quantize_onnx(model, path, images) -> None:
             return next(self.rows, None)
 
     with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "float32.onnx")
+        source, prepared = (os.path.join(folder, name) for name in ("float32.onnx", "shapes.onnx"))
         onnx.save(model, source)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
-            source,
+            prepared,
             os.fspath(path),
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
@@ -124,35 +142,43 @@ def _quantize_onnx(model, path, images) -> None:
         )
 
 
-def _numpy_names_of_old():
+def _let_tf2onnx_know_numpy_2() -> None:
     """Keras' own patch of tf2onnx, which uses names that numpy 2 has no more."""
-    import contextlib
-
     from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
-    patch_tf2onnx()
-    return contextlib.nullcontext()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that there will be an `np.object`
+        patch_tf2onnx()
 
 
 def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
     import openvino
 
-    model = openvino.convert_model(_function(task, decode))
-    openvino.save_model(model, path, compress_to_fp16=precision == "float16")
+    # Not by `openvino.convert_model`, which sends statistics of use over the network.
+    with _saved_model(_function(task, decode)) as folder:
+        model = openvino.Core().read_model(folder)
+        openvino.save_model(model, path, compress_to_fp16=precision == "float16")
 
 
 def _to_litert(task, path, precision: str, decode: bool, images) -> None:
     import tensorflow as tf
 
-    function = _function(task, decode, batch_size=1)
-    folder = path.parent / "saved_model"
-    tf.saved_model.save(tf.Module(), str(folder), signatures={"serving_default": function})
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
-    if precision != "float32":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if precision == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if precision == "int8":
-        converter.representative_dataset = lambda: ([image[None]] for image in images)
-    path.write_bytes(converter.convert())
-    shutil.rmtree(folder)
+    with _saved_model(_function(task, decode, batch_size=1)) as folder:
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        if precision != "float32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if precision == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if precision == "int8":
+            converter.representative_dataset = lambda: ([image[None]] for image in images)
+        path.write_bytes(converter.convert())
+
+
+@contextlib.contextmanager
+def _saved_model(function):
+    """Path of a temporary SavedModel of one function, for converters that read files."""
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(tf.Module(), folder, signatures={"serving_default": function})
+        yield folder

@@ -165,7 +165,8 @@ def _shapes(model, image_shape) -> tuple[tuple, tuple]:
     own = tuple(model.input_shape[1:])
     if model.data_format == "channels_first":
         own = (*own[1:], own[0])
-    shape = own if image_shape is None else tuple(image_shape)
+    given = tuple(image_shape) if isinstance(image_shape, (list, tuple)) else ()
+    shape = own if image_shape is None else given
     fits = len(shape) == 3 and all(
         (side is None and image_shape is None) or (isinstance(side, int) and side > 0)
         for side in shape
