@@ -47,9 +47,11 @@ def _decode(encoded):
     """One picture, uint8 (height, width, 3). Fails for what is no picture or too large."""
     is_jpeg = tf.io.is_jpeg(encoded)
     pixels = tf.reduce_prod(tf.cast(_stated_size(encoded, is_jpeg), tf.int64))
-    with tf.control_dependencies(
-        [tf.debugging.assert_less_equal(pixels, tf.constant(MAX_PIXELS, tf.int64))]
-    ):
+    checks = [
+        tf.debugging.assert_less_equal(pixels, tf.constant(MAX_PIXELS, tf.int64)),
+        tf.debugging.assert_equal(_is_misread(encoded, is_jpeg), False),
+    ]
+    with tf.control_dependencies(checks):
         encoded = tf.identity(encoded)
     image = tf.cond(
         is_jpeg,
@@ -65,27 +67,119 @@ def _decode(encoded):
 
 
 def _stated_size(encoded, is_jpeg):
-    """Two sides as the header of a file tells them; zeros for WebP, which limits itself."""
-    header = tf.strings.substr(encoded, 0, 26)
-    kind = tf.strings.substr(header, 0, 2)
+    """Two sides as the header of a file tells them."""
 
-    def sides(start: int, dtype, little_endian: bool):
-        part = tf.strings.substr(header, start, 2 * tf.as_dtype(dtype).size)
-        return tf.cast(tf.io.decode_raw(part, dtype, little_endian=little_endian), tf.int64)
+    def numbers(position: int, dtype, little_endian: bool, count: int = 2):
+        return _numbers(encoded, position, dtype, little_endian, count)
 
+    def webp():
+        # Lossy, lossless or with features; sides of 14, 14 and 24 bits, the last two less one.
+        packed = tf.reduce_sum(numbers(21, tf.uint8, True, 4) * [1, 2**8, 2**16, 2**24])
+        octets = numbers(24, tf.uint8, True, 6)
+        canvas = tf.reduce_sum(tf.reshape(octets, (2, 3)) * [1, 2**8, 2**16], axis=1) + 1
+        kind = tf.strings.substr(encoded, 12, 4)
+        return tf.case(
+            [
+                (kind == b"VP8 ", lambda: numbers(26, tf.uint16, True) % 2**14),
+                (kind == b"VP8L", lambda: tf.stack([packed, packed // 2**14]) % 2**14 + 1),
+            ],
+            default=lambda: canvas,
+        )
+
+    kind = tf.strings.substr(encoded, 0, 2)
     return tf.case(
         [
             (is_jpeg, lambda: tf.cast(tf.image.extract_jpeg_shape(encoded)[:2], tf.int64)),
-            (kind == b"\x89P", lambda: sides(16, tf.int32, False)),
-            (kind == b"GI", lambda: sides(6, tf.uint16, True)),
-            (kind == b"BM", lambda: tf.abs(sides(18, tf.int32, True))),
+            (kind == b"\x89P", lambda: numbers(16, tf.int32, False)),
+            (kind == b"GI", lambda: numbers(6, tf.uint16, True)),
+            (kind == b"BM", lambda: tf.abs(numbers(18, tf.int32, True))),
+            (kind == b"RI", webp),
         ],
         default=lambda: tf.zeros((2,), tf.int64),
     )
 
 
+def _is_misread(encoded, is_jpeg):
+    """Whether TensorFlow would take the picture for another: rather none than a wrong one.
+
+    These are JPEGs of four components without Adobe's marker, PNGs with a transparent colour but
+    no alpha, BMPs that are not of 24 bits, GIFs whose first frame is not the whole picture, and
+    WebP animations, for which TensorFlow 2.21 writes beyond its memory.
+    """
+    header = tf.strings.substr(encoded, 0, 2**16)
+
+    def byte(position: int):
+        return tf.strings.substr(encoded, position, 1)
+
+    def holds(mark: str):
+        return tf.strings.regex_full_match(header, rf"(?s)\C*{mark}\C*")
+
+    def strange_jpeg():
+        return (tf.image.extract_jpeg_shape(encoded)[2] == 4) & ~holds("Adobe")
+
+    def strange_png():
+        is_grey_or_rgb = (byte(25) == b"\x00") | (byte(25) == b"\x02")
+        return is_grey_or_rgb & holds("tRNS")
+
+    def strange_gif():
+        screen = tf.concat([[0, 0], _numbers(encoded, 6, tf.uint16, True, 2)], 0)
+        frame = _numbers(encoded, _first_gif_frame(encoded) + 1, tf.uint16, True, 4)
+        return tf.reduce_any(screen != frame)
+
+    def strange_webp():
+        flags = _numbers(encoded, 20, tf.uint8, True, 1)[0]
+        return (tf.strings.substr(encoded, 12, 4) == b"VP8X") & (flags // 2 % 2 == 1)
+
+    kind = tf.strings.substr(encoded, 0, 2)
+    return tf.case(
+        [
+            (is_jpeg, strange_jpeg),
+            (kind == b"\x89P", strange_png),
+            (kind == b"GI", strange_gif),
+            (kind == b"BM", lambda: byte(28) != b"\x18"),
+            (kind == b"RI", strange_webp),
+        ],
+        default=lambda: tf.constant(False),
+    )
+
+
+def _first_gif_frame(encoded):
+    """Place of the first image descriptor: behind the colours and the extensions."""
+
+    def octet(position):
+        return tf.cast(_numbers(encoded, position, tf.uint8, True, 1)[0], tf.int32)
+
+    flags = octet(10)
+    colours = tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
+
+    def is_extension(position, in_extension):
+        return in_extension | (octet(position) == 0x21)
+
+    def next_block(position, in_extension):
+        # An extension is two bytes, then blocks that begin with their length, the last of 0.
+        length = octet(position)
+        return tf.cond(
+            in_extension,
+            lambda: (position + 1 + length, length > 0),
+            lambda: (position + 2, tf.constant(True)),
+        )
+
+    state = (13 + colours, tf.constant(False))
+    return tf.while_loop(is_extension, next_block, state, maximum_iterations=10_000)[0]
+
+
+def _numbers(encoded, position, dtype, little_endian: bool, count: int):
+    """Some integers of a file, int64. An error where the file is too short."""
+    part = tf.strings.substr(encoded, position, count * tf.as_dtype(dtype).size)
+    numbers = tf.io.decode_raw(part, dtype, little_endian=little_endian)
+    return tf.ensure_shape(tf.cast(numbers, tf.int64), (count,))
+
+
 def _over_white(image):
     """Lays uint8 (h, w, colours + alpha) over white, as `load_image` does."""
-    image = tf.cast(image, tf.float32)
-    alpha = image[..., -1:] / 255.0
-    return tf.cast(tf.round(image[..., :-1] * alpha + 255.0 * (1.0 - alpha)), tf.uint8)
+    image = tf.cast(image, tf.uint16)  # a large picture in float32 would take 36 bytes a pixel
+    alpha = image[..., -1:]
+    total = image[..., :-1] * alpha + 255 * (255 - alpha) + 128
+    # x / 255, rounded, for all x up to 255 * 255; 128 is in the total already.
+    shifted = tf.bitwise.right_shift(total, tf.constant(8, tf.uint16))
+    return tf.cast(tf.bitwise.right_shift(total + shifted, tf.constant(8, tf.uint16)), tf.uint8)
