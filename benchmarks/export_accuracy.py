@@ -177,7 +177,7 @@ def litert_runtime(path):
 def then_decoded(run, path):
     from keras_resnest.serving import NumpyDetectionDecoder
 
-    decoder = NumpyDetectionDecoder.from_files(path.with_suffix(".json"))
+    decoder = NumpyDetectionDecoder.from_files(f"{path}.json")
     return lambda images: decoder(run(images))
 
 

@@ -36,8 +36,8 @@ def export_model(
 
     All take `images` (batch, height, width, 3), RGB, 0 to 255, float32, and return what
     `predict` returns under the same names; LiteRT takes one picture at a time. A
-    SavedModel has more signatures, see `export_saved_model`. Beside an `.onnx`, `.xml` or
-    `.tflite` file lies a `.json` file with image shape, box format and class names.
+    SavedModel has more signatures, see `export_saved_model`. Beside the file of another
+    format lies one with `.json` behind its name: image shape, box format, class names.
 
     `precision="float16"` halves the file; OpenVINO stores weights so and computes as it
     finds best, and ONNX computes in float16 where the device can. `"int8"` quantises the

@@ -43,7 +43,7 @@ def export_file(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         folder = pathlib.Path(folder)
         convert(task, folder / path.name, precision, decode, images)
-        _write_side_files(task, folder, path.stem, precision, decode)
+        _write_side_files(task, folder, path.name, precision, decode)
         for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):
             os.replace(file, path.parent / file.name)  # the model itself comes last
 
@@ -70,12 +70,12 @@ def _check_representative(task, images):
     return images
 
 
-def _write_side_files(task, folder, stem: str, precision: str, decode: bool) -> None:
+def _write_side_files(task, folder, name: str, precision: str, decode: bool) -> None:
     facts = {"precision": precision, "decode": decode}
     if task.facts()["task"] == "detection" and not decode:
-        facts["anchors"] = f"{stem}.anchors.npy"
+        facts["anchors"] = f"{name}.anchors.npy"
         np.save(folder / facts["anchors"], np.asarray(task.model.anchors, "float32"))
-    write_facts(task, folder / f"{stem}.json", **facts)
+    write_facts(task, folder / f"{name}.json", **facts)
 
 
 def _function(task, decode: bool, batch_size=None, precision: str = "float32"):

@@ -77,7 +77,7 @@ class NumpyDetectionDecoder:
 
     Example:
 
-    >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.json")
+    >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
     >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
     >>> detections = decoder.scale_to_picture(detections, 480, 640)
     >>> detections["boxes"].shape
@@ -156,7 +156,7 @@ class NumpyDetectionDecoder:
 
         Example:
 
-        >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.json")
+        >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
         """
         path = pathlib.Path(path)
         facts = _read_json(path)

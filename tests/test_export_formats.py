@@ -1,0 +1,502 @@
+"""ONNX, OpenVINO and LiteRT: their runtimes alone find what `predict` and `detect` find."""
+
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from detectors import CLASS_NAMES, rectangles, small_detector
+
+from keras_resnest.backbones import ResNet, create_backbone
+from keras_resnest.data.images import load_image, resize_image
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.serving import export_model, numpy_decoder
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("models are exported by TensorFlow", allow_module_level=True)
+
+SHAPE = (64, 128, 3)
+# So few that random weights leave no near ties, and all lists end with padding.
+DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
+DETECTIONS = ("boxes", "confidence", "labels", "num_detections")
+RAW = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
+PACKAGES = {
+    "onnx": ("tf2onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+    "litert": ("ai_edge_litert",),
+}
+BATCHES = {"onnx": (1, 3), "openvino": (1, 3), "litert": (1,)}
+INT8 = ("onnx", "litert")
+# Largest difference as a share of the largest output; seen: 5e-3.
+FLOAT16_TOLERANCE = 1e-2
+INT8_CORRELATION = 0.95  # of outputs; seen: 0.99 (ONNX) and 0.975 (LiteRT)
+
+# Run by a fresh interpreter in which neither Keras nor TensorFlow nor this package can be
+# imported: it runs all models of one folder by the runtime that is named.
+FRESH = """
+import importlib.util, json, pathlib, sys
+BLOCKED = ("keras", "tensorflow", "tf_keras", "keras_resnest")
+for name in BLOCKED:
+    sys.modules[name] = None  # so that importing it fails
+import numpy as np
+
+def onnx(path):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+    names = [output.name for output in session.get_outputs()]
+    return argument.name, lambda x: dict(zip(names, session.run(None, {argument.name: x})))
+
+def openvino(path):
+    import openvino
+    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (argument,) = model.inputs
+    names = [output.any_name for output in model.outputs]
+    def run(x):
+        results = model({argument.any_name: x})
+        return {name: results[name] for name in names}
+    return argument.any_name, run
+
+def litert(path):
+    from ai_edge_litert.interpreter import Interpreter
+    interpreter = Interpreter(str(path))
+    ((argument,),) = [s["inputs"] for s in interpreter.get_signature_list().values()]
+    runner = interpreter.get_signature_runner()
+    return argument, lambda x: runner(**{argument: x})
+
+source, folder, runtime = sys.argv[1:]
+specification = importlib.util.spec_from_file_location("numpy_decoder", source)
+decoders = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(decoders)
+
+folder = pathlib.Path(folder)
+suffix, batches = json.loads((folder / "runtime.json").read_text())
+found = {}
+for path in sorted(folder.glob("*" + suffix)):
+    argument, run = globals()[runtime](path)
+    assert argument == "images", argument
+    for images in sorted(folder.glob(path.stem.split("_")[0] + "_images*.npy")):
+        images_name, images = images.stem.split("_")[-1], np.load(images)
+        for batch in batches:
+            parts = [run(images[i : i + batch]) for i in range(0, len(images), batch)]
+            answer = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            for name, value in answer.items():
+                found[f"{path.stem}/{images_name}/{batch}/{name}"] = value
+            if path.stem == "detector_raw":
+                decoder = decoders.NumpyDetectionDecoder.from_files(f"{path}.json")
+                for name, value in decoder(answer).items():
+                    found[f"decoded/{images_name}/{batch}/{name}"] = value
+for name in BLOCKED:
+    assert sys.modules[name] is None
+np.savez(folder / "found.npz", **found)
+"""
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return small_detector(SHAPE, decoder=DECODER)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    keras.utils.set_random_seed(1)
+    return create_backbone("resnest14_tiny", classes=3, image_shape=(64, 64, 3))
+
+
+@pytest.fixture(scope="module")
+def open_classifier():
+    """For pictures of any size."""
+    keras.utils.set_random_seed(1)
+    arguments = {"block_type": "basic", "stem_width": 8, "include_top": True, "classes": 4}
+    return ResNet([8, 16], [1, 1], [1, 2], **arguments)
+
+
+def pictures(shape=SHAPE, count=3, seed=3):
+    return rectangles(count, shape, seed=seed, objects=1)[0]
+
+
+PHOTOS = ("dog_bicycle.jpg", "eagle.jpg", "person_dog_horse.jpg")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Paths of photographs; none where they are not beside the project."""
+    from conftest import SHARED
+
+    paths = [SHARED / "data/photos" / name for name in PHOTOS]
+    return [path for path in paths if path.is_file()]
+
+
+@contextlib.contextmanager
+def noise():
+    """List of the Python warnings and logged warnings of a block."""
+    messages, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield messages
+    finally:
+        logging.getLogger().removeHandler(handler)
+    messages += [str(warning.message) for warning in caught]
+
+
+class Exported:
+    """A folder with the models of one format, and what their runtime finds with them."""
+
+    def __init__(self, folder: Path, format: str, models: dict, images: dict):
+        self.folder, self.format, self.suffix = folder, format, SUFFIXES[format]
+        with noise() as self.noise:
+            for name, (model, options) in models.items():
+                model.export(self.path(name), format=format, **options)
+        for name, value in images.items():
+            np.save(folder / f"{name}.npy", value)
+        (folder / "runtime.json").write_text(json.dumps([self.suffix, BATCHES[format]]))
+        command = [sys.executable, "-c", FRESH, numpy_decoder.__file__, str(folder), format]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        self.found = {}
+        with np.load(folder / "found.npz") as arrays:
+            for key, value in arrays.items():
+                model, pictures, batch, output = key.split("/")
+                self.found.setdefault((model, pictures, int(batch)), {})[output] = value
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}{self.suffix}"
+
+    def size(self, name: str) -> int:
+        """Bytes of all files that hold the network."""
+        weights = self.path(name).with_suffix(".bin")
+        return self.path(name).stat().st_size + (weights.stat().st_size if weights.exists() else 0)
+
+    def batches(self, name: str, pictures: str = "images") -> list[dict]:
+        return [self.found[name, pictures, batch] for batch in BATCHES[self.format]]
+
+
+@pytest.fixture(scope="module", params=list(SUFFIXES))
+def exported(request, tmp_path_factory, detector, classifier, open_classifier, photos):
+    for package in PACKAGES[request.param]:
+        pytest.importorskip(package)
+    models = {
+        "detector": (detector, {}),
+        "detector_raw": (detector, {"decode": False}),
+        "detector_float16": (detector, {"decode": False, "precision": "float16"}),
+        "classifier": (classifier, {"class_names": CLASS_NAMES}),
+    }
+    if request.param == "openvino":
+        models["detector_decoded16"] = (detector, {"precision": "float16"})
+    if request.param in INT8:
+        calibration = {"precision": "int8", "representative_images": pictures(count=12, seed=9)}
+        models["detector_int8"] = (detector, {"decode": False, **calibration})
+    images = {"detector_images": pictures(), "classifier_images": pictures((64, 64, 3))}
+    if request.param != "litert":
+        models["open"] = (open_classifier, {})
+        images["open_images"] = pictures((40, 56, 3))
+        images["open_images_others"] = pictures((72, 48, 3))
+    if photos:
+        resized = [resize_image(load_image(path), *SHAPE[:2]) for path in photos]
+        images["detector_images_photos"] = np.array(resized, "float32")
+    folder = tmp_path_factory.mktemp(request.param)
+    return Exported(folder, request.param, models, images)
+
+
+def assert_same_detections(got, want):
+    assert set(got) == set(DETECTIONS)
+    assert got["labels"].dtype == got["num_detections"].dtype == np.int32
+    np.testing.assert_array_equal(got["num_detections"], want["num_detections"])
+    np.testing.assert_array_equal(got["labels"], want["labels"])
+    np.testing.assert_allclose(got["confidence"], want["confidence"], atol=1e-4)
+    np.testing.assert_allclose(got["boxes"], want["boxes"], atol=1e-2)
+
+
+# === The same results ===
+
+
+def test_detections(exported, detector):
+    want = detector.predict(pictures(), verbose=0)
+    assert ((want["num_detections"] > 0) & (want["num_detections"] < 40)).all()
+    for got in exported.batches("detector"):
+        assert_same_detections(got, want)
+
+
+def test_raw_outputs(exported, detector):
+    want = detector(pictures(), training=False)
+    for got in exported.batches("detector_raw"):
+        assert set(got) == set(RAW)
+        for name in RAW:
+            assert got[name].dtype == np.float32
+            np.testing.assert_allclose(got[name], want[name], atol=1e-4)
+
+
+def test_raw_outputs_decoded_by_numpy(exported, detector):
+    want = detector.predict(pictures(), verbose=0)
+    for got in exported.batches("decoded"):
+        assert_same_detections(got, want)
+
+
+def test_classifier(exported, classifier):
+    want = classifier.predict(pictures((64, 64, 3)), verbose=0)
+    assert np.ptp(want, axis=0).max() > 1e-3  # the pictures differ
+    for got in exported.batches("classifier"):
+        assert set(got) == {"predictions"} and got["predictions"].dtype == np.float32
+        np.testing.assert_allclose(got["predictions"], want, atol=1e-5)
+
+
+def test_classifier_of_any_size(exported, open_classifier):
+    if exported.format == "litert":
+        pytest.skip("LiteRT takes one size")
+    for name, shape in (("images", (40, 56, 3)), ("others", (72, 48, 3))):
+        want = open_classifier.predict(pictures(shape), verbose=0)
+        for got in exported.batches("open", name):
+            np.testing.assert_allclose(got["predictions"], want, atol=1e-5)
+
+
+def test_photographs(exported, detector, photos):
+    """What `detect` finds, in the pixels of each photograph."""
+    if not photos:
+        pytest.skip("the photographs are not beside the project")
+    want = detector.detect(photos, confidence_threshold=0.0)
+    for got in exported.batches("detector", "photos"):
+        for i, (path, one) in enumerate(zip(photos, want, strict=True)):
+            count = got["num_detections"][i]
+            assert 0 < count == len(one["labels"])
+            height, width, _ = load_image(path).shape
+            scale = np.array([width, height, width, height]) / [128, 64, 128, 64]
+            np.testing.assert_array_equal(got["labels"][i, :count], one["labels"])
+            np.testing.assert_allclose(got["confidence"][i, :count], one["confidence"], atol=1e-4)
+            # A hundredth of a pixel of the network's picture.
+            np.testing.assert_allclose(got["boxes"][i, :count], one["boxes"] / scale, atol=1e-2)
+            assert (got["boxes"][i, count:] == -1).all()
+
+
+# === Smaller files ===
+
+
+def test_float16(exported, detector):
+    want = detector(pictures(), training=False)
+    for got in exported.batches("detector_float16"):
+        for name in RAW:
+            assert got[name].dtype == np.float32
+            difference = np.abs(got[name] - want[name]).max()
+            # Something was rounded, and not more than float16 rounds.
+            assert 1e-6 < difference / np.abs(want[name]).max() < FLOAT16_TOLERANCE
+    assert exported.size("detector_float16") < 0.55 * exported.size("detector_raw")
+    if exported.format == "openvino":  # which leaves much in float32 where shapes depend on it
+        assert exported.size("detector_decoded16") < 0.6 * exported.size("detector")
+
+
+def test_int8(exported, detector):
+    if exported.format not in INT8:
+        pytest.skip("has no int8")
+    want = detector(pictures(), training=False)
+    for got in exported.batches("detector_int8"):
+        assert set(got) == set(RAW)
+        for name in RAW:
+            assert got[name].dtype == np.float32
+            correlation = np.corrcoef(got[name].ravel(), np.ravel(want[name]))[0, 1]
+            assert INT8_CORRELATION < correlation < 0.999999
+    assert exported.size("detector_int8") < 0.3 * exported.size("detector_raw")
+
+
+# === What lies beside the model ===
+
+
+def test_facts(exported, detector):
+    facts = json.loads((exported.folder / f"detector_raw{exported.suffix}.json").read_text())
+    assert facts["task"] == "detection" and facts["image_shape"] == list(SHAPE)
+    assert facts["class_names"] == CLASS_NAMES and facts["bounding_box_format"] == "xyxy"
+    assert facts["decoder"]["max_detections"] == 40
+    assert facts["decode"] is False and facts["precision"] == "float32"
+    anchors = np.load(exported.folder / facts["anchors"])
+    np.testing.assert_array_equal(anchors, np.asarray(detector.anchors))
+    facts = json.loads((exported.folder / f"detector{exported.suffix}.json").read_text())
+    assert facts["decode"] is True and "anchors" not in facts
+    facts = json.loads((exported.folder / f"detector_float16{exported.suffix}.json").read_text())
+    assert facts["precision"] == "float16"
+    facts = json.loads((exported.folder / f"classifier{exported.suffix}.json").read_text())
+    assert facts["task"] == "classification" and facts["class_names"] == CLASS_NAMES
+
+
+def test_no_other_files(exported):
+    models = {path.stem for path in exported.folder.glob(f"*{exported.suffix}")}
+    wanted = {
+        f"{stem}{end}" for stem in models for end in (exported.suffix, f"{exported.suffix}.json")
+    }
+    wanted |= {f"{stem}.bin" for stem in models if exported.format == "openvino"}
+    raw = {stem for stem in models if stem.startswith("detector_") and "decoded" not in stem}
+    wanted |= {f"{stem}{exported.suffix}.anchors.npy" for stem in raw}
+    ours = {"found.npz", "runtime.json"} | {p.name for p in exported.folder.glob("*_images*.npy")}
+    assert {path.name for path in exported.folder.iterdir()} - ours == wanted
+
+
+def test_quiet(exported):
+    assert exported.noise == []
+
+
+# === What is refused ===
+
+ERRORS = {
+    "suffix": ({"format": "onnx"}, "model.tflite", r"`filepath`.*ends with '.onnx'.*model.tflite"),
+    "no suffix": ({"format": "litert"}, "model", r"`filepath`.*ends with '.tflite'"),
+    "weights": ({"format": "openvino"}, "model.bin", r"`filepath`.*ends with '.xml'"),
+    "onnx bfloat16": (
+        {"format": "onnx", "precision": "bfloat16"},
+        "model.onnx",
+        r"`precision` of onnx must be one of float32, float16, int8. .*'bfloat16'",
+    ),
+    "openvino int8": (
+        {"format": "openvino", "precision": "int8"},
+        "model.xml",
+        r"`precision` of openvino must be one of float32, float16\. ",
+    ),
+    "litert float64": (
+        {"format": "litert", "precision": "float64"},
+        "model.tflite",
+        r"`precision` of litert",
+    ),
+    "saved model float16": ({"precision": "float16"}, "model", r"`precision` of tf_saved_model"),
+    "int8 without pictures": (
+        {"format": "onnx", "precision": "int8"},
+        "model.onnx",
+        r"`representative_images` go with .*=None",
+    ),
+    "pictures without int8": (
+        {"format": "onnx", "representative_images": np.zeros((2, *SHAPE))},
+        "model.onnx",
+        r"`representative_images` go with .*precision='float32'",
+    ),
+    "pictures of another size": (
+        {
+            "format": "onnx",
+            "precision": "int8",
+            "representative_images": np.zeros((2, 64, 64, 3)),
+        },
+        "model.onnx",
+        r"`representative_images` must be \(n, 64, 128, 3\).*\(2, 64, 64, 3\)",
+    ),
+    "one picture": (
+        {"format": "onnx", "precision": "int8", "representative_images": np.zeros(SHAPE)},
+        "model.onnx",
+        r"`representative_images` must be \(n, 64, 128, 3\).*\(64, 128, 3\)",
+    ),
+    "no pictures": (
+        {"format": "onnx", "precision": "int8", "representative_images": np.zeros((0, *SHAPE))},
+        "model.onnx",
+        r"`representative_images` must be \(n, 64, 128, 3\).*\(0, ",
+    ),
+    "raw saved model": ({"decode": False}, "model", r"`raw_outputs`.*decode=False"),
+    "decoded int8": (
+        {
+            "format": "litert",
+            "precision": "int8",
+            "representative_images": np.zeros((2, *SHAPE)),
+        },
+        "model.tflite",
+        r"decode=False.*NumpyDetectionDecoder",
+    ),
+    "names for a detector": (
+        {"format": "onnx", "class_names": CLASS_NAMES},
+        "model.onnx",
+        r"RefineDet takes the options none .*Received: class_names",
+    ),
+    "size for a detector": (
+        {"format": "openvino", "image_shape": SHAPE},
+        "model.xml",
+        r"Received: image_shape",
+    ),
+    "unknown": ({"format": "onnx", "opset": 11}, "model.onnx", r"Received: opset"),
+}
+CLASSIFIER_ERRORS = {
+    "too few names": ({"class_names": ["a", "b"]}, r"`class_names` must hold 3 .*Received: 2"),
+    "another size": ({"image_shape": (32, 32, 3)}, r"`image_shape`.*\(64, 64, 3\).*\(32, 32, 3\)"),
+    "no channels": ({"image_shape": (64, 64)}, r"`image_shape`.*Received: image_shape=\(64, 64\)"),
+    "a number": ({"image_shape": 64}, r"`image_shape`.*Received: image_shape=64"),
+    "crop": ({"crop_share": 0.0}, r"`crop_share`"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_a_detector(detector, tmp_path, name):
+    options, filename, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        detector.export(tmp_path / "new" / filename, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", CLASSIFIER_ERRORS)
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_errors_of_a_classifier(classifier, tmp_path, format, name):
+    options, message = CLASSIFIER_ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        classifier.export(tmp_path / f"model{SUFFIXES[format]}", format=format, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_that_name_is_not_replaced(classifier, tmp_path):
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(ValueError, match=r"`filepath`.*must be a file"):
+        classifier.export(tmp_path / "model.onnx", format="onnx")
+
+
+class Digamma(keras.layers.Layer):
+    """An operation that no runtime but TensorFlow has."""
+
+    def call(self, inputs):
+        import tensorflow as tf
+
+        return tf.math.digamma(inputs)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def inconvertible():
+    images = keras.Input((4, 4, 3))
+    model = keras.Model(images, Digamma()(images))
+    model.data_format = "channels_last"
+    return model
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_a_failed_conversion_leaves_everything_as_it_was(format, tmp_path, capfd):
+    for package in PACKAGES[format]:
+        pytest.importorskip(package)
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    path.write_text("the model of yesterday")
+    with pytest.raises(Exception, match="Digamma"):
+        export_model(inconvertible(), path, format=format)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "the model of yesterday"
+
+
+# === Missing packages ===
+
+
+@pytest.mark.parametrize(
+    ("package", "format", "precision"),
+    [
+        ("tf2onnx", "onnx", "float32"),
+        ("onnx", "onnx", "float16"),
+        ("onnxruntime", "onnx", "int8"),
+        ("openvino", "openvino", "float32"),
+    ],
+)
+def test_a_missing_package_is_named_before_the_conversion(
+    package, format, precision, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # so that importing it fails
+    options = {"representative_images": np.zeros((1, 4, 4, 3))} if precision == "int8" else {}
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "keras_resnest\[export\]"') as e:
+        export_model(
+            inconvertible(), tmp_path / f"new/m{SUFFIXES[format]}", format, precision, **options
+        )
+    assert e.value.name == package and package in str(e.value)
+    assert list(tmp_path.iterdir()) == []
