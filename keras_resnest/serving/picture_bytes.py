@@ -52,7 +52,9 @@ def _decode(encoded):
         tf.debugging.assert_equal(_is_misread(encoded, is_jpeg), False),
     ]
     with tf.control_dependencies(checks):
-        encoded = tf.identity(encoded)
+        # TensorFlow decodes all frames of a GIF before it takes the first.
+        is_gif = tf.strings.substr(encoded, 0, 2) == b"GI"
+        encoded = tf.cond(is_gif, lambda: _first_frame_alone(encoded), lambda: encoded)
     image = tf.cond(
         is_jpeg,
         # TensorFlow's default JPEG decoding is fast and up to 7 grey levels off.
@@ -106,7 +108,7 @@ def _is_misread(encoded, is_jpeg):
     no alpha, BMPs that are not of 24 bits, GIFs whose first frame is not the whole picture, and
     WebP animations, for which TensorFlow 2.21 writes beyond its memory.
     """
-    header = tf.strings.substr(encoded, 0, 2**16)
+    header = tf.strings.substr(encoded, 0, 2**20)
 
     def byte(position: int):
         return tf.strings.substr(encoded, position, 1)
@@ -115,11 +117,11 @@ def _is_misread(encoded, is_jpeg):
         return tf.strings.regex_full_match(header, rf"(?s)\C*{mark}\C*")
 
     def strange_jpeg():
-        return (tf.image.extract_jpeg_shape(encoded)[2] == 4) & ~holds("Adobe")
+        return (tf.image.extract_jpeg_shape(encoded)[2] == 4) & ~holds(r"\x00\x0eAdobe")
 
     def strange_png():
-        is_grey_or_rgb = (byte(25) == b"\x00") | (byte(25) == b"\x02")
-        return is_grey_or_rgb & holds("tRNS")
+        clear_grey = (byte(25) == b"\x00") & holds(r"\x00\x00\x00\x02tRNS")
+        return clear_grey | (byte(25) == b"\x02") & holds(r"\x00\x00\x00\x06tRNS")
 
     def strange_gif():
         screen = tf.concat([[0, 0], _numbers(encoded, 6, tf.uint16, True, 2)], 0)
@@ -146,26 +148,40 @@ def _is_misread(encoded, is_jpeg):
 def _first_gif_frame(encoded):
     """Place of the first image descriptor: behind the colours and the extensions."""
 
-    def octet(position):
-        return tf.cast(_numbers(encoded, position, tf.uint8, True, 1)[0], tf.int32)
+    def is_extension(position):
+        return _octet(encoded, position) == 0x21
 
-    flags = octet(10)
-    colours = tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
+    start = 13 + _gif_colours(_octet(encoded, 10))
+    # An extension is two bytes and blocks.
+    return tf.while_loop(is_extension, lambda p: (_after_blocks(encoded, p + 2),), (start,))[0]
 
-    def is_extension(position, in_extension):
-        return in_extension | (octet(position) == 0x21)
 
-    def next_block(position, in_extension):
-        # An extension is two bytes, then blocks that begin with their length, the last of 0.
-        length = octet(position)
-        return tf.cond(
-            in_extension,
-            lambda: (position + 1 + length, length > 0),
-            lambda: (position + 2, tf.constant(True)),
-        )
+def _first_frame_alone(encoded):
+    """A GIF that ends behind its first frame."""
+    frame = _first_gif_frame(encoded)
+    blocks = frame + 11 + _gif_colours(_octet(encoded, frame + 9))
+    return tf.strings.substr(encoded, 0, _after_blocks(encoded, blocks)) + b";"
 
-    state = (13 + colours, tf.constant(False))
-    return tf.while_loop(is_extension, next_block, state, maximum_iterations=10_000)[0]
+
+def _after_blocks(encoded, position):
+    """Where a sequence of blocks ends; each begins with its length, the last is of length 0."""
+
+    def is_block(position):
+        return _octet(encoded, position) > 0
+
+    def next_block(position):
+        return (position + 1 + _octet(encoded, position),)
+
+    return tf.while_loop(is_block, next_block, (position,))[0] + 1
+
+
+def _gif_colours(flags):
+    """Bytes of a table of colours, as the flags before it tell."""
+    return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
+
+
+def _octet(encoded, position):
+    return tf.cast(_numbers(encoded, position, tf.uint8, True, 1)[0], tf.int32)
 
 
 def _numbers(encoded, position, dtype, little_endian: bool, count: int):

@@ -1,0 +1,601 @@
+"""Bad requests to an exported model: refused as documented, and no other picture feels them."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+
+import keras
+import numpy as np
+import pytest
+from detectors import rectangles, small_detector
+
+from keras_resnest.backbones import create_backbone
+from keras_resnest.data.images import center_crop_image, load_image
+from keras_resnest.detection.decoding import DetectionDecoder
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)
+
+DETECTOR, CLASSIFIER = MODELS = ("detector", "classifier")
+# So few that random weights leave no near ties, and the lists end with padding.
+DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
+CROP = 64
+MAX_PIXELS = 178_956_970  # more are refused: the documented limit, and Pillow's own
+GIGABYTE = 2**30
+
+# Run by a fresh interpreter: a crash is seen, and memory is that of one request alone.
+FRESH = """
+import json, os, pathlib, sys
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"  # oneDNN's allocator never gives memory back
+import tensorflow as tf
+
+def memory(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) * 1024
+
+serve = tf.saved_model.load(sys.argv[1]).signatures["serve_bytes"]
+for path in sys.argv[2:]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again here
+    before = memory("VmRSS")
+    answer = serve(image_bytes=tf.constant([pathlib.Path(path).read_bytes()]))
+    print(json.dumps({
+        "name": pathlib.Path(path).name,
+        "readable": bool(answer["readable"][0]),
+        "num_detections": int(answer["num_detections"][0]),
+        "bytes": memory("VmHWM") - before,
+    }), flush=True)
+"""
+
+
+# === Pictures ===
+
+
+def scene(seed=4, shape=(96, 200, 3)):
+    return rectangles(1, shape, seed=seed)[0][0].astype("uint8")
+
+
+def encode(picture, picture_format, **options):
+    """Encoded by Pillow; `picture` is an array or a Pillow image."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image.save(stream, picture_format, **options)
+    return stream.getvalue()
+
+
+def pillow(mode="RGB", seed=4):
+    from PIL import Image
+
+    return Image.fromarray(scene(seed)).convert(mode)
+
+
+def with_alpha(array, alpha=None):
+    """One more channel: clear at the left and opaque at the right, or constant."""
+    ramp = np.linspace(0, 255, array.shape[1]).round() if alpha is None else alpha
+    return np.dstack([array, np.broadcast_to(ramp, array.shape[:2]).astype("uint8")])
+
+
+def chunk(kind, content):
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+
+def png_file(size, depth, colour, compressed, interlaced=False):
+    """A PNG with any header: size (height, width), bits, colour type, deflated rows."""
+    height, width = size
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", compressed), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def png(array, depth=8, interlaced=False):
+    """PNGs that Pillow does not write: 16 bits, more channels than one, interlaced."""
+    height, width = array.shape[:2]
+    samples = array.reshape(height, width, -1).astype(">u2" if depth == 16 else "u1")
+    passes = [(0, 0, 1, 1)]
+    if interlaced:  # first column, first row, steps
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+        passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = (b"\0" + row.tobytes() for x, y, dx, dy in passes for row in samples[y::dy, x::dx])
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
+    return png_file((height, width), depth, colour, zlib.compress(b"".join(rows)), interlaced)
+
+
+def bmp(bits, pixels, size, palette=b"", compression=0):
+    """A BMP with any header: bits of a pixel, bytes of all rows, (height, width)."""
+    start = 54 + len(palette)
+    head = struct.pack("<IHHI", start + len(pixels), 0, 0, start)
+    info = struct.pack("<IiiHHI", 40, size[1], size[0], 1, bits, compression)
+    info += struct.pack("<IiiII", len(pixels), 0, 0, len(palette) // 4, 0)
+    return b"BM" + head + info + palette + pixels
+
+
+def one_colour_png(height, width):
+    """A huge picture as a small file."""
+    compressor = zlib.compressobj(1)
+    row = b"\0" + bytes([200, 30, 30]) * width
+    rows = b"".join(compressor.compress(row) for _ in range(height))
+    return png_file((height, width), 8, 2, rows + compressor.flush())
+
+
+def patched(encoded, position, form, *values):
+    """Some bytes of a file replaced by packed values."""
+    new = struct.pack(form, *values)
+    return encoded[:position] + new + encoded[position + len(new) :]
+
+
+def bombs():
+    """Small files whose headers speak of 60 000 x 60 000 pixels, or what the format has at most."""
+    side = 60_000
+    files = {name: encode(scene(), name.upper()) for name in ("jpeg", "gif", "bmp")}
+    frame = files["gif"].index(struct.pack("<HHHH", 0, 0, 200, 96))  # the one picture in it
+    webp = encode(np.full((16, 16, 3), 9, "uint8"), "WEBP", lossless=True)
+    sides = webp.index(b"VP8L") + 9  # 14 bits each, less 1
+    (bits,) = struct.unpack_from("<I", webp, sides)
+    return {
+        "png": png_file((side, side), 8, 2, zlib.compress(bytes(3 * side + 1))),
+        "jpeg": patched(files["jpeg"], files["jpeg"].index(b"\xff\xc0") + 5, ">HH", side, side),
+        "gif screen": patched(files["gif"], 6, "<HH", side, side),
+        "gif frame": patched(files["gif"], frame + 4, "<HH", side, side),
+        "bmp": patched(files["bmp"], 18, "<ii", side, side),
+        "bmp top down": patched(files["bmp"], 18, "<ii", side, -side),
+        # Complete: one colour needs no bits, whatever the size.
+        "webp": patched(webp, sides, "<I", bits >> 28 << 28 | 16382 << 14 | 16382),
+    }
+
+
+def large_gifs():
+    """A complete frame above the limit: on a screen of 1 x 1, and behind a small first frame."""
+    from PIL import Image
+
+    height, width = 12_000, 15_500
+    assert height * width > MAX_PIXELS
+    large = encode(Image.new("L", (width, height)), "GIF")
+    frame = large.rindex(struct.pack("<HHHH", 0, 0, width, height)) - 1
+    small = encode(scene(), "GIF")
+    return {
+        "large frame": patched(large, 6, "<HH", 1, 1),
+        "large second frame": small[:-1] + large[frame:],
+    }
+
+
+def cuts():
+    """JPEG and PNG files that end too early, in the header and behind it; some other ones."""
+    files = {"jpeg": encode(scene(), "JPEG"), "png": encode(scene(), "PNG")}
+    files["progressive"] = encode(scene(), "JPEG", progressive=True)
+    cut = {}
+    for name, encoded in files.items():
+        size = len(encoded)
+        for length in (2, 3, 8, 20, 33, 60, size // 4, size // 2, 9 * size // 10, size - 30):
+            cut[f"{name} {length}"] = encoded[:length]
+    for name in ("GIF", "BMP", "WEBP"):
+        encoded = encode(scene(), name)
+        cut |= {f"{name} {n}": encoded[:n] for n in (6, 20, len(encoded) // 2, len(encoded) - 4)}
+    return cut
+
+
+def no_pictures():
+    return {
+        "empty": b"",
+        "one byte": b"\xff",
+        "text": b"no picture",
+        "zeros": bytes(1000),
+        "base64": b"/9j/4AAQSkZJRgABAQEASABIAAD/2wBDAP",
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "no size": png_file((0, 0), 8, 2, zlib.compress(b"")),
+        "negative size": png_file((2**31, 2**32 - 1), 8, 2, zlib.compress(b"")),
+        "least size": bmp(24, bytes(99), (-(2**31), -(2**31))),
+        "wrong sum": encode(scene(), "PNG")[:40] + b"?" + encode(scene(), "PNG")[41:],
+    }
+
+
+def odd_pictures():
+    """Good files of unusual kinds: what the model sees must be what Pillow sees."""
+    picture = scene()
+    sixteen = picture.astype("uint16") * 257  # exactly the 8-bit picture
+    return {
+        "1 x 1 png": encode(picture[:1, :1], "PNG"),
+        "1 x 1 jpeg": encode(picture[:1, :1], "JPEG"),
+        "one row": encode(picture[:1], "PNG"),
+        "one column": encode(picture[:, :1], "PNG"),
+        "grey": encode(pillow("L"), "PNG"),
+        "grey and alpha": png(with_alpha(picture[..., :1])),
+        "black and white": encode(pillow("1"), "PNG"),
+        "palette of 4 bits": encode(pillow().quantize(16), "PNG", bits=4),
+        "palette with alpha": encode(pillow().quantize(4), "PNG", transparency=bytes([0, 90, 255])),
+        "16 bits": png(sixteen, depth=16),
+        "16 bits grey": png(sixteen[..., 0], depth=16),
+        "16 bits and alpha": png(with_alpha(picture).astype("uint16") * 257, depth=16),
+        "interlaced": png(picture, interlaced=True),
+        "interlaced and alpha": png(with_alpha(picture), interlaced=True),
+        "interlaced 16 bits": png(sixteen, depth=16, interlaced=True),
+        "jpeg grey": encode(pillow("L"), "JPEG"),
+        "jpeg cmyk": encode(pillow("CMYK"), "JPEG"),
+        "jpeg rgb": encode(pillow(), "JPEG", keep_rgb=True),
+        "jpeg and more": encode(picture, "JPEG") + b"more" * 99,
+        "two jpegs": encode(picture, "MPO", save_all=True, append_images=[pillow(seed=5)]),
+        "gif": encode(pillow().quantize(16), "GIF"),
+        "gif frames": encode(
+            pillow("L"), "GIF", save_all=True, append_images=[pillow("L", seed=5)]
+        ),
+        "bmp": encode(picture, "BMP"),
+        "bmp top down": bmp(24, scene(5, (64, 128, 3)).tobytes(), (-64, 128)),
+        "webp": encode(picture, "WEBP"),
+        "webp lossless": encode(picture, "WEBP", lossless=True),
+        "webp and alpha": encode(with_alpha(picture), "WEBP"),
+    }
+
+
+def strange_pictures():
+    """Files that few programs write. Whoever cannot read them says so; a guess would be wrong."""
+    palette = pillow().quantize(64)
+    picture = scene(5, (64, 128, 3))
+    four = picture[..., [0, 1, 2, 2]].tobytes()
+    gif = encode(palette, "GIF")
+    cmyk = encode(pillow("CMYK"), "JPEG")
+    adobe = cmyk.index(b"\xff\xee")
+    return {
+        "bmp grey": encode(pillow("L"), "BMP"),
+        "bmp palette": encode(palette, "BMP"),
+        "bmp 1 bit": encode(pillow("1"), "BMP"),
+        "bmp 4 bits": bmp(4, picture[..., 0].tobytes()[: 64 * 64], (64, 128), bytes(range(64))),
+        "bmp 16 bits": bmp(16, four[: 64 * 128 * 2], (64, 128)),
+        "bmp 32 bits": bmp(32, four, (64, 128)),
+        "bmp 32 bits, fourth 0": bmp(32, with_alpha(picture, 0).tobytes(), (64, 128)),
+        "bmp runs": bmp(8, bytes([128, 7, 0, 0]) * 64 + b"\0\1", (64, 128), bytes(1024), 1),
+        "png grey, one clear": encode(pillow("L"), "PNG", transparency=100),
+        "png rgb, one clear": encode(picture, "PNG", transparency=tuple(picture[0, 0].tolist())),
+        "cmyk not of Adobe": cmyk[:adobe] + cmyk[adobe + 16 :],
+        "gif frame below the screen": patched(gif, 6, "<HH", 300, 150),
+        "tiff": encode(pillow(), "TIFF"),
+        "ppm": encode(pillow(), "PPM"),
+    }
+
+
+# === Models ===
+
+
+@pytest.fixture(scope="module")
+def models():
+    detector = small_detector(decoder=DECODER)
+    classifier = create_backbone("resnest14_tiny", include_top=True, weights=None, classes=3)
+    return {DETECTOR: detector, CLASSIFIER: classifier}
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported")
+    options = {DETECTOR: {}, CLASSIFIER: {"image_shape": (CROP, CROP, 3)}}
+    for name, model in models.items():
+        model.export(root / name, **options[name])
+    return {name: root / name for name in models}
+
+
+@pytest.fixture(scope="module")
+def signatures(folders):
+    import tensorflow as tf
+
+    loaded = {name: tf.saved_model.load(str(folder)) for name, folder in folders.items()}
+    return {name: one.signatures for name, one in loaded.items()}
+
+
+@pytest.fixture(scope="module")
+def serve(signatures):
+    """Function of a model's name and a list of files, to `serve_bytes`."""
+
+    def serve(name, files):
+        import tensorflow as tf
+
+        answer = signatures[name]["serve_bytes"](image_bytes=tf.constant(list(files), tf.string))
+        return {output: value.numpy() for output, value in answer.items()}
+
+    return serve
+
+
+def assert_same(got, want):
+    """The same pictures in batches of other sizes."""
+    assert set(got) == set(want)
+    for output, value in want.items():
+        tolerance = {"boxes": 1e-2, "confidence": 1e-5, "predictions": 1e-5, "features": 1e-4}
+        np.testing.assert_allclose(
+            got[output], value, rtol=0, atol=tolerance.get(output, 0), err_msg=output
+        )
+
+
+def assert_empty(answer):
+    """No detections and padding, or zeros."""
+    for output, value in answer.items():
+        if output not in ("readable", "num_detections"):
+            assert (value == (0 if output == "predictions" else -1)).all(), output
+    if "num_detections" in answer:
+        assert (answer["num_detections"] == 0).all()
+
+
+def rows(answer, which):
+    return {output: value[which] for output, value in answer.items()}
+
+
+# === What cannot be read ===
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [cuts, no_pictures, bombs], ids=lambda kind: kind.__name__)
+def test_bad_pictures_are_empty_and_good_ones_as_if_alone(serve, name, kind):
+    bad = kind()
+    good = [encode(scene(), "JPEG"), encode(scene(5), "PNG"), encode(scene(6), "JPEG")]
+    alone = [serve(name, [one]) for one in good]
+    together = serve(name, [good[0], *bad.values(), *good[1:]])
+    readable = together["readable"]
+    assert readable.dtype == bool and readable.shape == (len(bad) + 3,)
+    assert [b for b, r in zip(bad, readable[1:-2], strict=True) if r] == []
+    assert_empty(rows(together, slice(1, -2)))
+    for place, want in zip((0, -2, -1), alone, strict=True):
+        assert want["readable"].all() and want.get("num_detections", 1) > 0
+        assert_same(rows(together, [place]), want)
+
+
+@pytest.mark.parametrize("kind", [cuts, no_pictures, bombs], ids=lambda kind: kind.__name__)
+def test_pillow_refuses_them_too(kind):
+    accepted = []
+    for name, encoded in kind().items():
+        try:
+            load_image(encoded)
+            accepted.append(name)
+        except ValueError:
+            pass
+    assert accepted == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_but_bad_pictures(serve, name):
+    answer = serve(name, [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+    assert not answer["readable"].any()
+    assert_empty(answer)
+
+
+# === A process of its own ===
+
+
+def animations():
+    """By file name; the same ones again and again, because a damaged memory may last a while."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (48, 64, 3), "uint8")) for _ in range(5)]
+    files = {}
+    for file_format, options in (("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})):
+        for frames in (2, 5):
+            files[f"{file_format} of {frames}"] = encode(
+                noise[0], file_format, save_all=True, append_images=noise[1:frames], **options
+            )
+    return {f"{name}, {i}": encoded for i in range(12) for name, encoded in files.items()}
+
+
+REFUSED, READ = ("large frame", *bombs()), ("144 megapixels", "8 megapixels and alpha")
+
+
+@pytest.fixture(scope="module")
+def fresh(folders, tmp_path_factory):
+    """Answers of a fresh process to one file after the other, by file name; how it ended."""
+    if sys.platform != "linux":
+        pytest.skip("memory is read from /proc")
+    files = {"warm up": encode(scene(), "JPEG"), **bombs(), **large_gifs()}
+    files["144 megapixels"] = one_colour_png(12_000, 12_000)
+    files["8 megapixels and alpha"] = png(np.full((2000, 4000, 4), 99, "uint8"))
+    files |= animations()
+    root = tmp_path_factory.mktemp("files")
+    paths = [root / name for name in files]
+    for path, encoded in zip(paths, files.values(), strict=True):
+        path.write_bytes(encoded)
+    command = [sys.executable, "-c", FRESH, str(folders[DETECTOR]), *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    answers = [json.loads(line) for line in run.stdout.splitlines()]
+    return {answer["name"]: answer for answer in answers}, run
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_of_too_many_pixels_are_refused_at_once(fresh, name):
+    answer = fresh[0][name]
+    assert not answer["readable"] and answer["num_detections"] == 0, answer
+    assert answer["bytes"] < GIGABYTE / 4, answer
+
+
+def test_frames_that_are_not_wanted_take_no_memory(fresh):
+    answer = fresh[0]["large second frame"]
+    assert answer["bytes"] < GIGABYTE / 4, answer
+
+
+@pytest.mark.parametrize(("name", "pixels"), [(READ[0], 144e6), (READ[1], 8e6)])
+def test_large_pictures_are_read(fresh, name, pixels):
+    answer = fresh[0][name]
+    assert answer["readable"] and answer["num_detections"] > 0, answer
+    assert answer["bytes"] < 24 * pixels, answer
+
+
+def test_animations_do_not_end_the_server(fresh):
+    """TensorFlow 2.21 writes beyond its memory for WebP animations without alpha."""
+    answers, run = fresh
+    last = list(answers)[-1] if answers else "nothing"
+    assert run.returncode == 0, f"status {run.returncode} after {last}: {run.stderr[-300:]}"
+    for name, answer in answers.items():
+        if name.startswith(("GIF", "PNG")):
+            assert answer["readable"], name
+
+
+# === Odd pictures ===
+
+
+def test_odd_pictures_give_what_detect_gives(models, serve):
+    files = odd_pictures()
+    got = serve(DETECTOR, files.values())
+    assert [name for name, r in zip(files, got["readable"], strict=True) if not r] == []
+    want = models[DETECTOR].detect(list(files.values()), confidence_threshold=0.0, batch_size=8)
+    for i, name in enumerate(files):
+        assert_detections(rows(got, i), want[i], name)
+
+
+def assert_detections(got, want, name):
+    count = got["num_detections"]
+    assert count == len(want["labels"]), name
+    np.testing.assert_array_equal(got["labels"][:count], want["labels"], err_msg=name)
+    np.testing.assert_allclose(
+        got["confidence"][:count], want["confidence"], atol=1e-4, err_msg=name
+    )
+    np.testing.assert_allclose(got["boxes"][:count], want["boxes"], atol=1e-2, err_msg=name)
+
+
+def classified(model, files):
+    """What Pillow, `center_crop_image` and the model make of pictures."""
+    crops = [center_crop_image(load_image(encoded), CROP) for encoded in files]
+    return model.predict(np.stack(crops).astype("float32"), verbose=0)
+
+
+def test_odd_pictures_are_classified_alike(models, serve):
+    """TensorFlow's resizing and Pillow's differ by a grey level here and there."""
+    files = odd_pictures()
+    got = serve(CLASSIFIER, files.values())
+    assert got["readable"].all()
+    want = classified(models[CLASSIFIER], files.values())
+    assert np.ptp(want, axis=0).max() > 0.2  # of different pictures
+    for name, *pair in zip(files, got["predictions"], want, strict=True):
+        np.testing.assert_allclose(*pair, atol=0.02, err_msg=name)
+
+
+def test_sixteen_bits_between_grey_levels(models, serve):
+    """TensorFlow cuts the lower 8 bits off, Pillow rounds: at most one grey level apart."""
+    noise = np.random.default_rng(0).integers(0, 257, (96, 200, 3))
+    files = [png(scene().astype("uint16") * 256 + noise.clip(0, 255), depth=16)]
+    files.append(png(files_grey := (scene()[..., 0].astype("uint16") * 256 + 200), depth=16))
+    assert files_grey.max() < 2**16
+    got = serve(CLASSIFIER, files)
+    assert got["readable"].all()
+    np.testing.assert_allclose(got["predictions"], classified(models[CLASSIFIER], files), atol=0.02)
+
+
+@pytest.mark.parametrize("name", strange_pictures())
+def test_strange_pictures_are_refused_or_seen_as_pillow_sees_them(models, serve, name):
+    encoded = strange_pictures()[name]
+    (want,) = models[DETECTOR].detect([encoded], confidence_threshold=0.0)
+    answer = rows(serve(DETECTOR, [encoded]), 0)
+    if answer["readable"]:
+        assert_detections(answer, want, name)
+    else:
+        assert_empty(answer)
+
+
+# === Tensors ===
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_empty_their_picture_alone(signatures, name, value):
+    import tensorflow as tf
+
+    serve = signatures[name]["serving_default"]
+    shape = serve.structured_input_signature[1]["images"].shape[1:]
+    images = rectangles(3, tuple(shape), seed=3, objects=1)[0]
+    want = {k: v.numpy() for k, v in serve(images=tf.constant(images)).items()}
+    images[1, 5, 7, 2] = value
+    got = {k: v.numpy() for k, v in serve(images=tf.constant(images)).items()}
+    assert_empty(rows(got, [1]))
+    assert_same(rows(got, [0, 2]), rows(want, [0, 2]))
+    assert (rows(want, [1]).get("num_detections", np.ones(1)) > 0).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_extreme_values_leave_the_others_alone(signatures, name):
+    """float32 overflows inside the network; answers stay finite or zero, the others the same."""
+    import tensorflow as tf
+
+    serve = signatures[name]["serving_default"]
+    shape = tuple(serve.structured_input_signature[1]["images"].shape[1:])
+    images = rectangles(2, shape, seed=3, objects=1)[0]
+    want = {k: v.numpy() for k, v in serve(images=tf.constant(images)).items()}
+    extreme = np.full((1, *shape), 3e38, "float32")
+    extreme[:, ::2] *= -1
+    together = tf.constant(np.concatenate([images, extreme]))
+    got = {k: v.numpy() for k, v in serve(images=together).items()}
+    assert_same(rows(got, [0, 1]), want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_of_nothing(signatures, name):
+    import tensorflow as tf
+
+    for signature, serve in signatures[name].items():
+        ((key, spec),) = serve.structured_input_signature[1].items()
+        answer = serve(**{key: tf.zeros((0, *spec.shape[1:]), spec.dtype)})
+        is_text = spec.dtype == tf.string
+        one = tf.constant([b""]) if is_text else tf.zeros((1, *spec.shape[1:]), spec.dtype)
+        want = serve(**{key: one})
+        assert set(answer) == set(want)
+        for output, value in answer.items():
+            assert value.dtype == want[output].dtype, (signature, output)
+            assert value.shape == (0, *want[output].shape[1:]), (signature, output)
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "serve_uint8", "raw_outputs"])
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_shapes_and_types_are_errors(signatures, name, signature):
+    import tensorflow as tf
+
+    serve = signatures[name][signature]
+    spec = serve.structured_input_signature[1]["images"]
+    height, width, _ = spec.shape[1:]
+    wrong = [(1, height, width, c) for c in (1, 2, 4)]
+    wrong += [(1, height, width + 1, 3), (1, height - 1, width, 3), (1, 3, height, width)]
+    wrong += [(height, width, 3), (1, 1, height, width, 3), (0, height, width, 1), (1,)]
+    for shape in wrong:
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            serve(images=tf.zeros(shape, spec.dtype))
+            pytest.fail(f"{shape} is answered")
+    for dtype in {tf.float32, tf.uint8, tf.int32, tf.float64} - {spec.dtype}:
+        with pytest.raises((tf.errors.InvalidArgumentError, TypeError)):
+            serve(images=tf.zeros((1, height, width, 3), dtype))
+            pytest.fail(f"{dtype} is answered")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_must_be_a_list(signatures, name):
+    import tensorflow as tf
+
+    good = encode(scene(), "JPEG")
+    for files in (good, [[good]], [[good, good]]):
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            signatures[name]["serve_bytes"](image_bytes=tf.constant(files))
+
+
+# === Damaged files ===
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("picture_format", ["JPEG", "PNG"])
+def test_random_damage(serve, name, picture_format):
+    """200 files with up to five wrong bytes, half of them in the header; some are cut too."""
+    rng = np.random.default_rng(7)
+    good = encode(scene(), picture_format)
+    alone = serve(name, [good])
+    readable = 0
+    for _ in range(10):
+        answer = serve(name, [good, *(damaged(good, rng) for _ in range(20))])
+        assert answer["readable"].dtype == bool and answer["readable"].shape == (21,)
+        assert all(np.isfinite(v).all() for v in answer.values())
+        assert_same(rows(answer, [0]), alone)
+        assert_empty(rows(answer, ~answer["readable"]))
+        readable += answer["readable"].sum() - 1
+    # PNG has check sums; many JPEGs survive with a few wrong blocks.
+    assert readable > 50 if picture_format == "JPEG" else readable < 10
+
+
+def damaged(encoded, rng):
+    result = bytearray(encoded)
+    for _ in range(rng.integers(1, 6)):
+        end = 64 if rng.random() < 0.5 else len(result)
+        result[rng.integers(end)] = rng.integers(256)
+    if rng.random() < 0.1:
+        del result[rng.integers(len(result)) :]
+    return bytes(result)
