@@ -1,9 +1,11 @@
 """Times exported models against PyTorch and the other runtimes, in one run.
 
 Each runtime has a process of its own; they take turns, call by call, and every timed call follows
-an untimed one of the same kind. "ratio" is the median of the ratios within a turn, "of min" that
-of the fastest turns. On a busy machine trust "of min", or `--threads 1` and the CPU milliseconds:
-PyTorch's threads spin while they wait for one that has no core, and need ten times the time.
+an untimed one of the same kind. There are three ratios: the median of those within a turn, that
+of the fastest turns ("min"), and the median of CPU times. On a busy machine trust "min", or "CPU"
+with `--threads 1`: PyTorch's threads spin while they wait for one that has no core, and need ten
+times the time.
+
 PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they are not installed:
 `pip install torch resnest "keras_resnest[export]"`.
 
@@ -18,7 +20,9 @@ PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they 
 - `detector`: RefineDet320 on ResNeSt-50, one picture, 20 classes. With random weights all anchors
   are candidates of all classes, which no trained network does: decoding and NMS have about the
   most work they can have. The rows "as trained" decode made-up outputs, of a picture of ten
-  objects where 3 % of the anchors are no background. `--weights` takes a trained detector.
+  objects where 3 % of the anchors are no background. Once with the paper's limits, 400 of a
+  class before NMS and 200 after it; once with those of the Caffe code and its ports, 1000 and
+  500. `--weights` takes a trained detector, with its own limits.
 - `postprocess`: decoding and NMS alone, of such outputs, and of the worst ("crowded": all anchors
   are candidates of all classes and none overlaps another). PyTorch's ports have a Python loop
   over the classes; it is written anew in `deploy_workers.py`.
@@ -209,13 +213,13 @@ class Times:
         return 1000 * statistics.median(turn[what] for turn in self.turns[label])
 
     def ratios(self, label, peer):
-        """Median of the ratios within a turn, and ratio of the fastest turns."""
-        pairs = zip(self.turns[label], self.turns[peer], strict=True)
-        median = statistics.median(a[0] / b[0] for a, b in pairs)
-        return median, self.fastest[label] / self.fastest[peer]
+        """Median of the ratios within a turn, ratio of the fastest turns, median of CPU times."""
+        pairs = list(zip(self.turns[label], self.turns[peer], strict=True))
+        medians = [statistics.median(a[i] / max(b[i], 1e-9) for a, b in pairs) for i in (0, 1)]
+        return medians[0], self.fastest[label] / self.fastest[peer], medians[1]
 
     def print_table(self, reference):
-        print(f"{'':40}{'ms':>9}{'min':>9}{'CPU ms':>9}{'ratio':>8}{'of min':>8}{'diff':>9}")
+        print(f"{'':40}{'ms':>9}{'min':>9}{'CPU ms':>9}{'ratio':>8}{'min':>8}{'CPU':>8}{'diff':>9}")
         for label in self.turns:
             row = f"{self.milliseconds(label):9.1f}{1000 * self.fastest[label]:9.1f}"
             row += f"{self.milliseconds(label, 1):9.1f}"
@@ -263,12 +267,20 @@ def report_classifier(times, batch):
 
 def detector(arguments, folder):
     """From a file to detections, and what of it is the network."""
-    model, side = arguments.model or "resnest50", 128 if arguments.fast else 320
     # A trained detector's own outputs are decoded by PyTorch's code; its network is not there.
-    peer = None if arguments.weights else model
-    runtimes = available(arguments, ("torch", "openvino", "onnxruntime", "litert"), peer)
+    model = arguments.model or "resnest50"
+    known = None if arguments.weights else model
+    runtimes = available(arguments, ("torch", "openvino", "onnxruntime", "litert"), known)
+    detector_of(arguments, folder, model, runtimes, top_k=400)
+    if "torch" in runtimes and not arguments.weights:
+        detector_of(arguments, folder, model, ["tensorflow", "torch"], top_k=1000)
+
+
+def detector_of(arguments, folder, model, runtimes, top_k):
+    side, folder = 128 if arguments.fast else 320, folder / str(top_k)
+    folder.mkdir()
     formats = [FORMATS[r] for r in runtimes if r in FORMATS]
-    options = {"model": model, "sizes": side, "formats": formats}
+    options = {"model": model, "sizes": side, "formats": formats, "top_k": top_k}
     if "torch" in runtimes and not arguments.weights:
         make(arguments, "detector", "torch", folder, **options)
     facts = make(arguments, "detector", "tensorflow", folder, **options)
@@ -276,7 +288,7 @@ def detector(arguments, folder):
     print(
         f"\ndetector: {name or f'RefineDet on {model}, random weights'}, 1 x {facts['size']}, "
         f"{arguments.threads} threads; {facts['anchors']} anchors x {facts['classes']} classes, "
-        f"{facts['candidates']} candidates"
+        f"{facts['candidates']} candidates; {top_k} of a class before NMS, {top_k // 2} after"
     )
     with working(arguments, "detector", runtimes, folder, **options) as workers:
         report_detector(Times(workers, 1, arguments.runs))

@@ -26,9 +26,8 @@ RAW_OUTPUTS = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
 OBJECTS = 10  # of a made-up picture
 DETECTION_SHARE = 0.03  # of its anchors are no background
 
-# Of the decoder, as in `keras_resnest.detection.DetectionDecoder`.
+# As in `keras_resnest.detection.DetectionDecoder`; half of --top-k are kept after NMS.
 OBJECTNESS_THRESHOLD, CONFIDENCE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.01, 0.45
-TOP_K, MAX_DETECTIONS = 400, 200
 
 
 def parse_arguments():
@@ -42,6 +41,7 @@ def parse_arguments():
     parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="of pictures")
     parser.add_argument("--classes", type=int, nargs="+", default=[21], help="with background")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="pictures")
+    parser.add_argument("--top-k", type=int, default=400, help="of a class, before NMS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", help="saved detector")
     return parser.parse_args()
@@ -247,9 +247,16 @@ def make_detector(arguments):
         return keras.saving.load_model(arguments.weights)
     keras.utils.set_random_seed(0)
     side = arguments.sizes[0]
-    model = RefineDet(NUM_CLASSES, arguments.model, (side, side, 3))
+    decoder = our_decoder(arguments.top_k)
+    model = RefineDet(NUM_CLASSES, arguments.model, (side, side, 3), decoder=decoder)
     set_weights(model, weights_file(arguments))
     return model
+
+
+def our_decoder(top_k):
+    from keras_resnest.detection import DetectionDecoder
+
+    return DetectionDecoder(pre_nms_top_k=top_k, max_detections=top_k // 2)
 
 
 def candidates(model, raw):
@@ -441,16 +448,15 @@ def time_detector_tensorflow(arguments):
         for label, signature in inputs.items()
     }
     if not arguments.weights:
-        decode = tensorflow_decoder(tf, anchors, arguments.sizes[0], NUM_CLASSES + 1, False, False)
+        case = arguments.sizes[0], NUM_CLASSES + 1, False, False, arguments.top_k
+        decode = tensorflow_decoder(tf, anchors, *case)
         contenders["decoding + NMS, as trained"] = lambda batch: decode
     return contenders
 
 
-def tensorflow_decoder(tf, anchors, side, classes, crowded, portable):
+def tensorflow_decoder(tf, anchors, side, classes, crowded, portable, top_k):
     """A function without arguments: detections from made-up outputs."""
-    from keras_resnest.detection import DetectionDecoder
-
-    decoder = DetectionDecoder()
+    decoder = our_decoder(top_k)
     raw = made_up_outputs(anchors, side, classes, crowded)
     specification = {k: tf.TensorSpec((None, *v.shape[1:]), v.dtype) for k, v in raw.items()}
     function = tf.function(
@@ -467,14 +473,13 @@ def time_detector_torch(arguments):
     with np.load(arguments.folder / "raw.npz") as arrays:
         arrays = {name: torch.from_numpy(value) for name, value in arrays.items()}
     raw = {name: arrays[name] for name in RAW_OUTPUTS}
-    contenders = {"PyTorch, decoding + NMS": lambda batch: torch_decoder(torch, arrays, raw)}
+    decoder = functools.partial(torch_decoder, torch, arrays, arguments.top_k)
+    contenders = {"PyTorch, decoding + NMS": lambda batch: decoder(raw)}
     if arguments.weights:
         return contenders
     made_up = made_up_outputs(arrays["anchors"].numpy(), arguments.sizes[0], NUM_CLASSES + 1, False)
     made_up = {name: torch.from_numpy(value) for name, value in made_up.items()}
-    contenders["PyTorch, decoding + NMS, as trained"] = lambda batch: torch_decoder(
-        torch, arrays, made_up
-    )
+    contenders["PyTorch, decoding + NMS, as trained"] = lambda batch: decoder(made_up)
     forward = torch_detector(torch, arguments, arrays["images"].numpy())
     for name, value in forward().items():
         np.testing.assert_allclose(value, raw[name], rtol=0.05, atol=0.05, err_msg=name)
@@ -496,15 +501,15 @@ def torch_detector(torch, arguments, images):
     return call
 
 
-def torch_decoder(torch, arrays, raw):
+def torch_decoder(torch, arrays, top_k, raw):
     def call():
         with torch.inference_mode():
-            return detect_as_the_ports_do(raw, arrays["anchors"])
+            return detect_as_the_ports_do(raw, arrays["anchors"], top_k)
 
     return call
 
 
-def detect_as_the_ports_do(raw, anchors):
+def detect_as_the_ports_do(raw, anchors, top_k=400):
     """Decoding and NMS of the PyTorch ports of RefineDet, their class `Detect` written anew.
 
     As there, a Python loop over pictures and classes, and suppression box by box; only the
@@ -527,20 +532,20 @@ def detect_as_the_ports_do(raw, anchors):
             if not mask.any():
                 continue
             scores, of_class = scores[mask], boxes[mask]
-            kept = suppress_as_the_ports_do(of_class, scores)
+            kept = suppress_as_the_ports_do(of_class, scores, top_k)
             labels = torch.full((len(kept), 1), float(label - 1))
             rows.append(torch.cat([of_class[kept], scores[kept, None], labels], dim=1))
         rows = torch.cat(rows) if rows else boxes.new_zeros((0, 6))
-        results.append(rows[rows[:, 4].topk(min(MAX_DETECTIONS, len(rows))).indices])
+        results.append(rows[rows[:, 4].topk(min(top_k // 2, len(rows))).indices])
     return results
 
 
-def suppress_as_the_ports_do(boxes, scores):
+def suppress_as_the_ports_do(boxes, scores, top_k):
     import torch
 
     x1, y1, x2, y2 = boxes.unbind(1)
     areas = (x2 - x1) * (y2 - y1)
-    order = scores.argsort()[-TOP_K:]
+    order = scores.argsort()[-top_k:]
     kept = []
     while len(order):
         best, order = order[-1], order[:-1]
@@ -597,7 +602,7 @@ def time_postprocess_tensorflow(arguments):
         if implementation == "numpy":
             return numpy_decoder(anchors, side, classes, crowded)
         portable = implementation == "portable"
-        return tensorflow_decoder(tf, anchors, side, classes, crowded, portable)
+        return tensorflow_decoder(tf, anchors, side, classes, crowded, portable, arguments.top_k)
 
     return postprocess_cases(arguments, ("TensorFlow", "portable", "numpy"), prepare)
 
@@ -610,7 +615,7 @@ def time_postprocess_torch(arguments):
         anchors = torch_refinedet.make_anchors(side)
         raw = made_up_outputs(anchors.numpy(), side, classes, crowded)
         raw = {name: torch.from_numpy(value) for name, value in raw.items()}
-        return torch_decoder(torch, {"anchors": anchors}, raw)
+        return torch_decoder(torch, {"anchors": anchors}, arguments.top_k, raw)
 
     return postprocess_cases(arguments, ("PyTorch port",), prepare)
 

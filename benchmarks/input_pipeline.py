@@ -69,6 +69,8 @@ def measure(dataset: tf.data.Dataset, threads: int, pictures_per_element: int = 
     count, wall, cpu = 0, time.perf_counter(), time.process_time()
     for _ in iterator:
         count += pictures_per_element
+    if not count:
+        raise SystemExit("--pictures must be several times --batch-size: nothing is left to time")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return count / wall, 1000 * cpu / count
 

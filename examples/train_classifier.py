@@ -17,7 +17,7 @@ where its last epoch ended, if it is started again with the same command.
 
 What was measured and where it went stands at the end of the output, in OUTPUT/result.json.
 
-Exit status: 0, or 1 if data or arguments cannot be used.
+Exit status: 0; 1 if training ended early; 2 if data or arguments cannot be used.
 """
 
 import argparse
@@ -40,15 +40,22 @@ from keras_resnest.recipes import RECIPES
 
 CLASSIFIER_RECIPES = [name for name, recipe in RECIPES.items() if recipe.crop_size]
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+# A loss that is no number, a checkpoint of another model, a full disk, a lost worker.
+TRAINING_ERRORS = (FloatingPointError, ValueError, OSError, RuntimeError)
 TEST_SPLITS = ("val", "validation", "valid", "test")
 
 
-def positive(text: str) -> int:
-    """A positive integer of the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
+def positive(kind=int):
+    """Reads a number above 0 of the command line."""
+
+    def read(text: str):
+        number = kind(text)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return number
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -69,10 +76,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         choices=CLASSIFIER_RECIPES,
         help="default: %(default)s",
     )
-    add("--epochs", type=positive, help="default: that of the recipe")
-    add("--batch-size", type=positive, help="over all devices; default: that of the recipe")
-    add("--learning-rate", type=float, help="highest, as it is; default: the recipe's, scaled")
-    add("--crop-size", type=positive, help="side of the pictures in pixels; default: the recipe's")
+    add("--epochs", type=positive(), help="default: that of the recipe")
+    add("--batch-size", type=positive(), help="over all devices; default: that of the recipe")
+    rate = positive(float)
+    add("--learning-rate", type=rate, help="highest, as it is; default: the recipe's, scaled")
+    add("--crop-size", type=positive(), help="of the pictures, in pixels; default: the recipe's")
     add(
         "--augmentation",
         choices=sorted(kr.data.CLASSIFICATION_AUGMENTATIONS),
@@ -101,7 +109,10 @@ def read_data(arguments):
     if folder.is_dir() and not (folder / arguments.train_split).is_dir():
         if arguments.test_split:
             raise ValueError(f"there is no folder {arguments.train_split!r} in {folder}")
-        return held_out(kr.data.read_image_folder(folder, on_error=on_error), arguments.seed)
+        dataset = kr.data.read_image_folder(folder, on_error=on_error)
+        train, test = dataset.hold_out(0.2, arguments.seed)
+        print(f"{len(test)} of {len(dataset)} pictures are held out for testing")
+        return train, test
     found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
     test_split = arguments.test_split or (found or TEST_SPLITS)[0]
     train = kr.data.read_image_folder(folder, arguments.train_split, on_error=on_error)
@@ -121,22 +132,6 @@ def read_tfds(arguments):
         except ValueError as error:
             reason = error
     raise reason
-
-
-def held_out(dataset, seed: int, share: float = 0.2):
-    """Two data sets of one: of every class a part, drawn by the seed, is for testing."""
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    parts = {False: [], True: []}
-    seen = dict.fromkeys(range(dataset.num_classes), 0)
-    for i in order:
-        record = dataset.records[i]
-        # Of n pictures, round(n * share) go to the test set, spread evenly.
-        count, seen[record.label] = seen[record.label], seen[record.label] + 1
-        parts[round((count + 1) * share) > round(count * share)].append(record)
-    if not parts[True]:
-        raise ValueError("there are too few pictures to hold a part of them out for testing")
-    print(f"{len(parts[True])} of {len(dataset)} pictures are held out for testing")
-    return tuple(kr.data.ClassificationDataset(p, dataset.class_names) for p in parts.values())
 
 
 def make_recipe(arguments):
@@ -195,10 +190,15 @@ def build_model(arguments, recipe, num_classes: int):
     return model
 
 
-def train(arguments, recipe, model, train_batches, test_batches) -> None:
+def train(arguments, recipe, model, class_names, train_batches, test_batches) -> int:
+    """Trains, and returns the number of epochs that an earlier start had completed."""
     output = arguments.output
     chief = kr.training.is_chief(model.distribute_strategy)
-    callbacks = [resume := kr.callbacks.ResumeTraining(output / "checkpoint")]
+    resume = kr.callbacks.ResumeTraining(
+        output / "checkpoint", metadata={"class_names": list(class_names)}
+    )
+    guard = kr.callbacks.TerminateOnDivergence(output / "last_finite.weights.h5")
+    callbacks = [guard, resume]
     if resume.initial_epoch and chief:
         print(f"Going on with the run in {output}")
     if chief:
@@ -212,6 +212,7 @@ def train(arguments, recipe, model, train_batches, test_batches) -> None:
         shuffle=False,  # the batches are
         verbose="auto" if chief else 0,
     )
+    return resume.initial_epoch
 
 
 # === Results ===
@@ -237,7 +238,7 @@ def plot_accuracy(log: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def report(arguments, recipe, model, class_names, result, seconds) -> None:
+def report(arguments, recipe, model, class_names, result, earlier_epochs, seconds) -> None:
     """Accuracy, plots and the saved models."""
     output = arguments.output
     log = read_log(output / "log.csv")
@@ -255,6 +256,7 @@ def report(arguments, recipe, model, class_names, result, seconds) -> None:
         "steps": int(np.asarray(model.optimizer.iterations)),
         "learning_rate": recipe.learning_rate,
         "parameters": model.count_params(),
+        "epochs_before_timing": earlier_epochs,  # of the same run, before it was stopped
         "wall_seconds": round(seconds),
         "class_names": class_names,
         "arguments": {k: v for k, v in vars(arguments).items() if k != "output"},
@@ -264,13 +266,23 @@ def report(arguments, recipe, model, class_names, result, seconds) -> None:
     print(f"Plots, classifier.keras, serving/1, class_names.txt and result.json are in {output}")
 
 
+def batch_size_for(wanted: int, num_pictures: int, replicas: int) -> int:
+    """The batch that is wanted, or the largest that the pictures can fill."""
+    largest = num_pictures - num_pictures % replicas
+    if wanted > largest > 0:
+        print(f"There are {num_pictures} pictures: the batch is {largest} instead of {wanted}")
+        return largest
+    return wanted
+
+
 def prepare(arguments):
     """All that can be wrong with the arguments is found here."""
     recipe = make_recipe(arguments)
     strategy = kr.training.create_strategy()
+    wanted, replicas = arguments.batch_size or recipe.batch_size, strategy.num_replicas_in_sync
+    kr.training.check_global_batch({wanted}, replicas)
     train_set, test_set = read_data(arguments)
-    # Small data sets: the batch must not be larger than all pictures.
-    batch_size = min(arguments.batch_size or recipe.batch_size, len(train_set))
+    batch_size = batch_size_for(wanted, len(train_set), replicas)
     batches = make_batches(arguments, recipe, strategy, train_set, test_set, batch_size)
     steps = len(train_set) // batch_size
     recipe = recipe.scaled(batch_size, steps_per_epoch=steps, epochs=arguments.epochs)
@@ -279,6 +291,9 @@ def prepare(arguments):
     with strategy.scope():
         model = build_model(arguments, recipe, train_set.num_classes)
     print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if kr.training.is_chief(strategy):
+        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     return recipe, model, train_set.class_names, *batches
 
 
@@ -287,24 +302,21 @@ def main(arguments=None) -> None:
     keras.utils.set_random_seed(arguments.seed)
     try:
         recipe, model, class_names, train_batches, test_batches = prepare(arguments)
-        strategy = model.distribute_strategy
-        chief = kr.training.is_chief(strategy)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        if chief:
-            (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"This cannot be trained: {error}")
+        print(f"This cannot be trained: {error}", file=sys.stderr)
+        sys.exit(2)
+    strategy = model.distribute_strategy
     print(f"{recipe.name}: {recipe.duration} steps, learning rate {recipe.learning_rate:g}")
     start = time.perf_counter()
     try:
-        train(arguments, recipe, model, train_batches, test_batches)
+        earlier = train(arguments, recipe, model, class_names, train_batches, test_batches)
         seconds = time.perf_counter() - start
         result = model.evaluate(test_batches, return_dict=True, verbose=0)  # by all workers
-    except RuntimeError as error:  # a worker was lost
-        sys.exit(str(error))
-    if chief:
-        report(arguments, recipe, model, class_names, result, seconds)
-    kr.training.wait_for_workers(strategy)
+        if kr.training.is_chief(strategy):
+            report(arguments, recipe, model, class_names, result, earlier, seconds)
+        kr.training.wait_for_workers(strategy)
+    except TRAINING_ERRORS as error:
+        sys.exit(f"Training ended: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Train a RefineDet on your own annotated pictures: model, mAP, plots and SavedModel.
 
 DATA is a folder in Pascal-VOC, YOLO or COCO layout, a folder with pictures and XML files side by
-side, a COCO .json or a .csv file, or tfds:NAME for a data set of TensorFlow Datasets.
+side, a COCO .json or a .csv file, or tfds:NAME for a data set of TensorFlow Datasets. Where it has
+no splits such as "train" and "test", a fifth of the pictures is held out for testing.
 
     python examples/train_detector.py my_folder
     python examples/train_detector.py my_folder --test-split val --epochs 60 --fit-anchors
@@ -13,6 +14,8 @@ All GPUs of the machine are used, and with TF_CONFIG all machines of a cluster
 checkpoint is, if it is started again with the same command.
 
 What is measured and where it went stands at the end of the output, in OUTPUT/result.json.
+
+Exit status: 0; 1 if training ended early; 2 if data or arguments cannot be used.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,7 +37,23 @@ import keras_resnest as kr
 
 AUGMENTATIONS = ("mild", "ssd", "flip")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+TEST_SPLITS = ("test", "val", "valid", "validation")
+# A loss that is no number, a checkpoint of another model, a full disk, a lost worker.
+TRAINING_ERRORS = (FloatingPointError, ValueError, OSError, RuntimeError)
 RECIPES = ("detector_from_scratch", "refinedet_voc", "refinedet_coco")
+
+
+def positive(kind=int):
+    """Reads a number above 0 of the command line."""
+
+    def read(text: str):
+        number = kind(text)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return number
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -42,8 +62,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("data", help="folder or file of annotated pictures, or tfds:NAME")
-    add("--train-split", default="train", help="split file or TFDS split (default: %(default)s)")
-    add("--test-split", default="test", help="split that is evaluated (default: %(default)s)")
+    add("--train-split", help="split file or TFDS split; default: train, see above")
+    add("--test-split", help="split that is evaluated; default: test, else val")
     add("--skip-faulty", action="store_true", help="leave out pictures with faulty annotations")
     add(
         "--model",
@@ -69,18 +89,34 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         help="frozen: for pretrained weights and small batches (default: %(default)s)",
     )
     add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
-    add("--epochs", type=int, help="default: 60, or those of a published recipe")
-    add("--batch-size", type=int, default=8, help="over all devices (default: %(default)s)")
-    add("--learning-rate", type=float, help="highest; default: the recipe's, scaled to the batch")
+    add("--epochs", type=positive(), help="default: 60, or those of a published recipe")
+    add("--batch-size", type=positive(), default=8, help="over all devices (default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=positive(float),
+        help="highest; default: the recipe's, scaled to the batch",
+    )
     add("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
     add("--vertical-flip", action="store_true", help="for pictures without up and down")
     add("--mosaic", type=float, default=0.0, metavar="CHANCE", help="four pictures in one")
     add("--mixup", type=float, default=0.0, metavar="CHANCE", help="two pictures in one")
-    add("--multi-scale", type=int, nargs="+", metavar="SIDE", help="one side per batch, in pixels")
+    add(
+        "--multi-scale",
+        type=positive(),
+        nargs="+",
+        metavar="SIDE",
+        help="one side per batch, in pixels",
+    )
     add("--no-cache", action="store_true", help="decode pictures in every epoch: large data sets")
-    add("--evaluate-every", type=int, default=10, metavar="EPOCHS", help="default: %(default)s")
-    add("--checkpoint-steps", type=int, metavar="STEPS", help="also inside of epochs")
+    add(
+        "--evaluate-every",
+        type=positive(),
+        default=10,
+        metavar="EPOCHS",
+        help="and after the first and the last one (default: %(default)s)",
+    )
+    add("--checkpoint-steps", type=positive(), metavar="STEPS", help="also inside of epochs")
     add("--deterministic", action="store_true", help="the same bits in every run; slower")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--output", type=Path, default=Path("runs/train"), help="folder (default: %(default)s)")
@@ -91,8 +127,23 @@ def read_data(arguments):
     """The training and the test set, with the same classes."""
     on_error = "skip" if arguments.skip_faulty else "raise"
     read = functools.partial(kr.data.read_detection, arguments.data, on_error=on_error)
-    train = read(arguments.train_split)
-    return train, read(arguments.test_split, class_names=train.class_names)
+    train_split, test_split = arguments.train_split, arguments.test_split
+    if not arguments.data.startswith("tfds:"):
+        splits = kr.data.find_splits(arguments.data)
+        if len(splits) < 2 and not (train_split or test_split):
+            dataset = read()
+            train, test = dataset.hold_out(0.2, arguments.seed)
+            print(f"{len(test)} of {len(dataset)} pictures are held out for testing")
+            return train, test
+        test_split = test_split or first_of(TEST_SPLITS, splits)
+    train = read(train_split or "train")
+    return train, read(test_split or "test", class_names=train.class_names)
+
+
+def first_of(wanted, splits: list[str]) -> str | None:
+    """The first split that is there; a year may stand behind its name, as in "val2017"."""
+    names = {re.sub(r"[-_ ]?\d+$", "", split) for split in splits}
+    return next((name for name in wanted if name in names), None)
 
 
 def make_augmentation(arguments, image_shape) -> kr.data.TrainingAugmentation:
@@ -128,7 +179,7 @@ def make_batches(arguments, train_set, image_shape):
 
 def make_recipe(arguments, num_pictures: int):
     recipe = kr.recipes.RECIPES[arguments.recipe]
-    if arguments.learning_rate:
+    if arguments.learning_rate is not None:
         recipe = dataclasses.replace(
             recipe, learning_rate=arguments.learning_rate, batch_size=arguments.batch_size
         )
@@ -157,7 +208,8 @@ def build_model(arguments, train_set, recipe) -> kr.RefineDet:
     return model
 
 
-def train(arguments, model, epochs: int, train_batches, test_batches):
+def train(arguments, model, epochs: int, train_batches, test_batches) -> int:
+    """Trains, and returns the number of epochs that an earlier start had completed."""
     output = arguments.output
     chief = kr.training.is_chief(model.distribute_strategy)
     evaluation = kr.callbacks.DetectionEvaluation(
@@ -185,9 +237,10 @@ def train(arguments, model, epochs: int, train_batches, test_batches):
     )
     if chief and history.epoch:
         kr.visualization.plot_history([history, evaluation], path=output / "history.png")
+    return resume.initial_epoch
 
 
-def report(arguments, model, test, test_batches, seconds, cpu_seconds) -> None:
+def report(arguments, model, test, test_batches, earlier_epochs, seconds, cpu_seconds) -> None:
     """Average precision, pictures with detections, and the saved models."""
     output = arguments.output
     result = kr.evaluation.evaluate_detections(model, test_batches)
@@ -209,14 +262,39 @@ def report(arguments, model, test, test_batches, seconds, cpu_seconds) -> None:
         "mAP50": result.mAP,
         "AP50": result.per_class(),
         "parameters": model.count_params(),
+        "epochs_before_timing": earlier_epochs,  # of the same run, before it was stopped
         "wall_seconds": round(seconds),
         "cpu_seconds": round(cpu_seconds),
         "arguments": {k: v for k, v in vars(arguments).items() if k != "output"},
     }
     (output / "result.json").write_text(json.dumps(summary, indent=2, default=str))
     print(result)
-    print(f"mAP@0.5 {result.mAP:.3f}, training {seconds:.0f} s, CPU time {cpu_seconds:.0f} s")
+    since = f" after epoch {earlier_epochs}" if earlier_epochs else ""
+    times = f"training{since} {seconds:.0f} s, CPU time {cpu_seconds:.0f} s"
+    print(f"mAP@0.5 {result.mAP:.3f}, {times}")
     print(f"Plots, detector.keras, serving/1 and result.json are in {output}")
+
+
+def prepare(arguments):
+    """All that can be wrong with the arguments is found here."""
+    strategy = kr.training.create_strategy()
+    kr.training.check_global_batch({arguments.batch_size}, strategy.num_replicas_in_sync)
+    train_set, test_set = read_data(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    recipe = make_recipe(arguments, len(train_set))
+    with strategy.scope():
+        model = build_model(arguments, train_set, recipe)
+    train_batches = kr.training.distribute_batches(
+        strategy, make_batches(arguments, train_set, model.image_shape), arguments.batch_size
+    )
+    test_batches = kr.data.evaluation_batches(
+        test_set, model.image_shape, arguments.batch_size, cache=not arguments.no_cache
+    )
+    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
+    if kr.training.is_chief(strategy):
+        kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
+        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
+    return model, recipe.epochs, train_batches, test_set, test_batches
 
 
 def main(arguments=None) -> None:
@@ -225,34 +303,20 @@ def main(arguments=None) -> None:
     if arguments.deterministic:
         tf.config.experimental.enable_op_determinism()
     try:
-        strategy = kr.training.create_strategy()
-        train_set, test_set = read_data(arguments)
-        recipe = make_recipe(arguments, len(train_set))
-        with strategy.scope():
-            model = build_model(arguments, train_set, recipe)
-        train_batches = kr.training.distribute_batches(
-            strategy, make_batches(arguments, train_set, model.image_shape), arguments.batch_size
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"This cannot be trained: {error}")
-    chief = kr.training.is_chief(strategy)
-    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
-    test_batches = kr.data.evaluation_batches(
-        test_set, model.image_shape, arguments.batch_size, cache=not arguments.no_cache
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if chief:
-        kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
-
+        model, epochs, train_batches, test_set, test_batches = prepare(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"This cannot be trained: {error}", file=sys.stderr)
+        sys.exit(2)
+    strategy = model.distribute_strategy
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
-        train(arguments, model, recipe.epochs, train_batches, test_batches)
-    except (FloatingPointError, RuntimeError) as error:
-        sys.exit(str(error))
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    if chief:
-        report(arguments, model, test_set, test_batches, seconds, cpu_seconds)
-    kr.training.wait_for_workers(strategy)
+        earlier_epochs = train(arguments, model, epochs, train_batches, test_batches)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        if kr.training.is_chief(strategy):
+            report(arguments, model, test_set, test_batches, earlier_epochs, seconds, cpu_seconds)
+        kr.training.wait_for_workers(strategy)
+    except TRAINING_ERRORS as error:
+        sys.exit(f"Training ended: {error}")
 
 
 if __name__ == "__main__":

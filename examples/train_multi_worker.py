@@ -15,6 +15,9 @@ What stands behind "--" goes to examples/train_detector.py, or with --classifier
 examples/train_classifier.py; their --help has the options. If a worker is lost, all of them end
 with a sentence that says so. Started again with the same command (or by --restarts) they go on
 from the last checkpoint.
+
+Exit status: 0; 1 if a worker was lost or training ended early; 2 if data or arguments cannot be
+used.
 """
 
 import argparse
@@ -25,6 +28,8 @@ import socket
 import subprocess
 import sys
 import time
+
+UNUSABLE = 2  # status of a program whose data or arguments cannot be used
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -42,7 +47,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     )
     parser.add_argument("--classifier", action="store_true", help="train with train_classifier.py")
     parser.add_argument("training", nargs="+", help="-- and arguments of the training program")
-    return parser.parse_args(arguments)
+    arguments = parser.parse_args(arguments)
+    if arguments.workers < 1:
+        parser.error(f"--workers must be 1 or more, not {arguments.workers}")
+    return arguments
 
 
 def free_addresses(count: int) -> list[str]:
@@ -66,17 +74,19 @@ def start_workers(count: int) -> list[subprocess.Popen]:
     return processes
 
 
-def wait_for(processes: list[subprocess.Popen], patience: float = 120.0) -> bool:
-    """Whether all workers ended well. After one failed, the others get `patience` seconds."""
+def wait_for(processes: list[subprocess.Popen], patience: float = 120.0) -> list[int]:
+    """Exit statuses. After one worker failed, the others get `patience` seconds."""
     failed_at = None
     while any(process.poll() is None for process in processes):
-        if failed_at is None and any(process.poll() for process in processes):
+        statuses = [process.poll() for process in processes]
+        if failed_at is None and any(statuses):
             failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > patience:
+        is_late = failed_at is not None and time.monotonic() - failed_at > patience
+        if is_late or UNUSABLE in statuses:
             for process in processes:
                 process.kill()
         time.sleep(0.2)
-    return all(process.returncode == 0 for process in processes)
+    return [process.returncode for process in processes]
 
 
 def main() -> None:
@@ -86,10 +96,14 @@ def main() -> None:
         importlib.import_module(program).main(arguments.training)
         return
     for attempt in range(arguments.restarts + 1):
-        if wait_for(start_workers(arguments.workers)):
+        statuses = wait_for(start_workers(arguments.workers))
+        if not any(statuses):
             return
+        if UNUSABLE in statuses:  # the worker has said what
+            sys.exit(UNUSABLE)
         left = arguments.restarts - attempt
-        print(f"A worker was lost; {left} restarts are left.", file=sys.stderr, flush=True)
+        ended = ", ".join(f"{i} with status {status}" for i, status in enumerate(statuses))
+        print(f"Workers ended: {ended}; {left} restarts are left.", file=sys.stderr, flush=True)
     sys.exit(1)
 
 

@@ -118,7 +118,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.epoch, self.history = [], {}
         # Data that do not fit must not come to light after a long first epoch.
-        classes_of(self.model, self.class_names)
+        classes_of(self.model, self.class_names, self.validation_data)
         next(_first_batches(self.validation_data, 1), None)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -65,6 +65,9 @@ class DistributedTraining:
       20585). Keras reduces a whole batch over the workers to learn its shapes, and takes a
       mean over axis 0 of logs that have no axis. Here the shapes come from the data set's
       own description, and the logs get an axis.
+    - A replica that gets no row of a last, small batch of `evaluate` or `predict` predicts an
+      empty batch. TensorFlow's oneDNN convolution gives that a wrong shape, and the mean over
+      its rows is no number.
 
     A batch that the replicas cannot share evenly, and a worker that is lost, end with a
     plain sentence.
@@ -75,13 +78,18 @@ class DistributedTraining:
     ...     pass
     """
 
-    def fit(self, x=None, y=None, *args, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
         """As `keras.Model.fit`."""
-        self._check_global_batch(x, kwargs.get("batch_size"))
+        strategy = getattr(self, "_distribute_strategy", None)
+        if strategy is not None:
+            sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
+            check_global_batch(sizes, strategy.num_replicas_in_sync)
         if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
             kwargs["callbacks"] = [_EpochOfData(x), *_as_list(kwargs.get("callbacks"))]
-        with lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().fit(x, y, *args, **kwargs)
+        if hasattr(x, "element_spec"):  # Keras warns that it cannot shuffle these
+            kwargs.setdefault("shuffle", False)
+        with lost_workers(strategy):
+            return super().fit(x, y, batch_size, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`."""
@@ -112,7 +120,39 @@ class DistributedTraining:
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def test_step(self, *args):
-        return self._with_axis(super().test_step(*args))
+        if num_replicas() == 1:
+            return super().test_step(*args)
+        return self._with_axis(self._replica_test_step(*args))
+
+    def _replica_test_step(self, data):
+        import tensorflow as tf
+
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = self._predict_rows(x)
+        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+        batch = tf.shape(keras.tree.flatten(x)[0])[0]
+        loss = tf.where(batch > 0, loss, tf.zeros_like(loss))
+        self._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def predict_step(self, *args):
+        """As that of Keras, also for a replica without a row."""
+        if num_replicas() == 1:
+            return super().predict_step(*args)
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        return self._predict_rows(x)
+
+    def _predict_rows(self, x):
+        """Outputs for the rows of `x`, of which there may be none."""
+        import tensorflow as tf
+
+        count = tf.shape(keras.tree.flatten(x)[0])[0]
+        lacking = tf.cast(count == 0, tf.int32)
+        padded = keras.tree.map_structure(
+            lambda part: tf.pad(part, [[0, lacking]] + [[0, 0]] * (len(part.shape) - 1)), x
+        )
+        outputs = self(padded, training=False)
+        return keras.tree.map_structure(lambda part: part[:count], outputs)
 
     @staticmethod
     def _with_axis(logs):
@@ -133,20 +173,47 @@ class DistributedTraining:
             )
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
-    def _check_global_batch(self, x, batch_size) -> None:
-        strategy = getattr(self, "_distribute_strategy", None)
-        replicas = strategy.num_replicas_in_sync if strategy else 1
-        spec = keras.tree.flatten(getattr(x, "element_spec", ()))
-        shape = getattr(spec[0], "shape", None) if spec else None
-        if shape is not None and shape.rank:
-            batch_size = shape[0]
-        elif batch_size is None and hasattr(x, "shape"):
-            batch_size = 32  # of Keras, for arrays
-        if replicas > 1 and batch_size and batch_size % replicas:
-            raise ValueError(
-                f"The global batch must be a multiple of the {replicas} replicas that share it. "
-                f"Received: a batch of {batch_size}"
-            )
+
+def check_global_batch(sizes, replicas: int) -> None:
+    """`ValueError` unless the replicas can share batches of all these sizes evenly.
+
+    Args:
+        sizes: numbers of rows; None is an unknown one.
+        replicas: number of replicas.
+    """
+    if replicas == 1:
+        return
+    if None in sizes:
+        raise ValueError(
+            f"The {replicas} replicas must be able to share every batch evenly, but the number of "
+            "rows is not known beforehand. Give a tf.data.Dataset, made with "
+            "batch(..., drop_remainder=True)"
+        )
+    uneven = [size for size in sizes if size % replicas]
+    if uneven:
+        raise ValueError(
+            f"The global batch must be a multiple of the {replicas} replicas that share it. "
+            f"Received: a batch of {uneven[0]}"
+        )
+
+
+def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
+    """Numbers of rows of the batches that `fit` makes of `x`; None is an unknown one."""
+    if isinstance(x, keras.utils.PyDataset):
+        last = (x.num_batches or 0) - 1
+        return {len(keras.tree.flatten(x[i])[0]) for i in (0, last)} if last >= 0 else {None}
+    if hasattr(x, "element_spec"):
+        first = keras.tree.flatten(x.element_spec)[0]
+        # Of a data set that is distributed already, every replica has its own batches.
+        parts = getattr(first, "_value_specs", None)
+        sizes = [part.shape[0] for part in parts or (first,)]
+        return {None} if None in sizes else {sum(sizes)}
+    leaves = [leaf for leaf in keras.tree.flatten(x) if hasattr(leaf, "shape")]
+    if not leaves:
+        return {None}
+    rows = int(leaves[0].shape[0] * (1.0 - validation_split))
+    batch_size = batch_size or 32  # as Keras
+    return {min(batch_size, rows), rows % batch_size or batch_size}
 
 
 class _EpochOfData(keras.callbacks.Callback):

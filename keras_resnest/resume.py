@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -40,13 +40,16 @@ class ResumeTraining(keras.callbacks.Callback):
             TensorFlow only.
         callbacks: other callbacks of this training whose memory (best value so far,
             epochs waited) is saved too.
+        metadata: what else tells this training from another, as JSON can hold it, for instance
+            `{"class_names": [...]}` of a classifier. A detector's classes, image size and
+            anchors are compared without it.
 
     Attributes:
         initial_epoch: epochs that are complete in `folder`, 0 for a new training.
 
     Raises:
-        ValueError: if `folder` holds checkpoints of another model, or `every_steps` is no
-            positive integer.
+        ValueError: if `folder` holds checkpoints of another model or `metadata`, or
+            `every_steps` is no positive integer.
         OSError: at the start of training, if `folder` cannot be written or the disk is full.
 
     Example:
@@ -61,6 +64,7 @@ class ResumeTraining(keras.callbacks.Callback):
         folder: str | os.PathLike,
         every_steps: int | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
+        metadata: Mapping | None = None,
     ):
         super().__init__()
         if every_steps is not None and (int(every_steps) != every_steps or every_steps < 1):
@@ -72,6 +76,7 @@ class ResumeTraining(keras.callbacks.Callback):
         self.folder = Path(folder)
         self.every_steps = every_steps
         self.callbacks = list(callbacks)
+        self.metadata = json.loads(json.dumps(dict(metadata or {})))  # as it will be read
         found = _latest(self.folder)
         self.initial_epoch = found[1]["epoch"] if found else 0
         self._epoch = self._saved_step = 0
@@ -126,11 +131,16 @@ class ResumeTraining(keras.callbacks.Callback):
             )
 
     def _restore(self, path: Path, state: dict) -> None:
-        wanted = _signature(self.model)
-        if state["signature"] != wanted:
+        there, here = state["signature"], self._signature()
+        if there != here:
+            names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+            differences = "; ".join(
+                f"{name}: {_short(there.get(name))}, here {_short(here.get(name))}"
+                for name in names
+            )
             raise ValueError(
-                f"`folder` holds a checkpoint of another model: {state['signature']}. "
-                f"This one is {wanted}. Take another folder, or remove {self.folder}"
+                f"`folder` holds a checkpoint of another model. Its {differences}. "
+                f"Take another folder, or remove {self.folder}"
             )
         with np.load(path / ARRAYS) as arrays:
             values = {name: arrays[name] for name in arrays.files}
@@ -212,7 +222,7 @@ class ResumeTraining(keras.callbacks.Callback):
         state = {
             "epoch": epoch,
             "step": step,
-            "signature": _signature(self.model),
+            "signature": self._signature(),
             "memory": [self._history(finished, logs), *map(_memory, self.callbacks)],
             "checksum": _checksum(temporary / ARRAYS),
         }
@@ -223,6 +233,9 @@ class ResumeTraining(keras.callbacks.Callback):
         temporary.rename(path)
         for old in sorted(self.folder.glob("epoch_*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _signature(self) -> dict:
+        return {**_signature(self.model), **self.metadata}
 
     def _history(self, finished: int | None, logs) -> dict:
         memory = _memory(self.model.history)
@@ -259,14 +272,29 @@ def _strategy_scope(model):
 
 
 def _signature(model) -> dict:
-    """What tells one model and optimizer from another."""
+    """What tells one model and optimizer from another, as JSON holds it."""
     shapes = json.dumps([[w.name, list(w.shape)] for w in model.weights])
-    return {
+    signature = {
         "model": type(model).__name__,
         "parameters": model.count_params(),
         "weights": zlib.crc32(shapes.encode()),
         "optimizer": type(model.optimizer).__name__,
     }
+    is_detector = hasattr(model, "training_config")
+    signature |= model.training_config() if is_detector else {"input_shape": _input_shape(model)}
+    return json.loads(json.dumps(signature))
+
+
+def _input_shape(model):
+    try:
+        return model.input_shape
+    except AttributeError:  # of a model that is not built of layers
+        return None
+
+
+def _short(value, length: int = 300) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _memory(callback) -> dict:

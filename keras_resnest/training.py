@@ -7,6 +7,7 @@ import keras
 
 from keras_resnest.distribution import (
     DistributedTraining,
+    check_global_batch,
     is_chief,
     is_multi_worker,
     lost_workers,
@@ -18,6 +19,7 @@ from keras_resnest.recipes import AdamW
 __all__ = [
     "DistributedTraining",
     "adamw_with_warmup",
+    "check_global_batch",
     "create_strategy",
     "distribute_batches",
     "is_chief",
@@ -63,8 +65,11 @@ def create_strategy(distribution: str = "auto"):
             '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, '
             '"task": {"type": "worker", "index": 0}}. Received: no TF_CONFIG'
         )
-    several = config is not None and sum(map(len, config["cluster"].values())) > 1
-    if distribution == "multi_worker" or (distribution == "auto" and several):
+    addresses = [a for job in (config or {"cluster": {}})["cluster"].values() for a in job]
+    if distribution == "multi_worker" or (distribution == "auto" and len(addresses) > 1):
+        if len(addresses) > 1:
+            others = f"the other {len(addresses) - 1} of {', '.join(addresses)}"
+            print(f"Waiting until all workers are there: {others}", flush=True)
         return tf.distribute.MultiWorkerMirroredStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     if distribution == "mirrored" or (distribution == "auto" and len(gpus) > 1):
@@ -97,11 +102,7 @@ def distribute_batches(strategy, make_batches, batch_size: int):
     ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
     >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
     """
-    if batch_size % strategy.num_replicas_in_sync:
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {strategy.num_replicas_in_sync} replicas. "
-            f"Received: batch_size={batch_size}"
-        )
+    check_global_batch({batch_size}, strategy.num_replicas_in_sync)
     if not is_multi_worker(strategy):
         return make_batches(1, 0, batch_size)
     counters = []
@@ -164,7 +165,7 @@ def read_tf_config() -> dict | None:
     try:
         config = json.loads(text)
         jobs = {job: list(addresses) for job, addresses in config["cluster"].items()}
-        kind, index = config["task"]["type"], int(config["task"]["index"])
+        kind, index = config["task"]["type"], _whole_number(config["task"]["index"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             'TF_CONFIG must be JSON like {"cluster": {"worker": ["host1:2222", "host2:2222"]}, '
@@ -175,11 +176,14 @@ def read_tf_config() -> dict | None:
             'TF_CONFIG: the jobs of a cluster that trains in step are "worker" and perhaps one '
             f'"chief". Received: {list(jobs)}'
         )
+    if len(jobs.get("chief", ())) > 1:
+        raise ValueError(f'TF_CONFIG: there must be one "chief" only. Received: {jobs["chief"]}')
     addresses = [address for job in jobs.values() for address in job]
-    faulty = [a for a in addresses if not (isinstance(a, str) and a.rpartition(":")[2].isdigit())]
+    faulty = [a for a in addresses if not _is_address(a)]
     if faulty or len(set(addresses)) < len(addresses):
         raise ValueError(
-            f'TF_CONFIG: addresses must be different "host:port". Received: {addresses}'
+            'TF_CONFIG: addresses must be different "host:port" with ports of 1 to 65535. '
+            f"Received: {addresses}"
         )
     if kind not in jobs or not 0 <= index < len(jobs[kind]):
         raise ValueError(
@@ -187,6 +191,18 @@ def read_tf_config() -> dict | None:
             f"Received: type={kind!r}, index={index}"
         )
     return {"cluster": jobs, "task": {"type": kind, "index": index}}
+
+
+def _whole_number(value) -> int:
+    """An index as TF_CONFIG may have it: a number, or its digits as text."""
+    if isinstance(value, bool) or not (isinstance(value, int) or str(value).isdigit()):
+        raise TypeError(f"no whole number: {value!r}")
+    return int(value)
+
+
+def _is_address(text) -> bool:
+    host, _, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    return bool(host) and port.isdigit() and 1 <= int(port) <= 65535
 
 
 def adamw_with_warmup(

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from detectors import CLASS_NAMES, rectangles, small_detector
 from keras import ops
 
 from keras_resnest.callbacks import DetectionEvaluation, DetectionPlot
@@ -392,3 +393,18 @@ def test_two_replicas():
     code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n{REPLICAS}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "two replicas agree" in done.stdout, done.stderr[-2000:]
+
+
+def test_data_of_other_classes_are_refused():
+    """The labels would mean other things: mAP would be wrong without a word."""
+    images, truth = rectangles(2)
+    model, data = small_detector(), tf.data.Dataset.from_tensors((images, truth))
+    data.class_names = ["blue", "green", "red"]
+    evaluation = DetectionEvaluation(data)
+    evaluation.set_model(model)
+    with pytest.raises(ValueError, match="same classes in the same order"):
+        evaluation.on_train_begin()
+    with pytest.raises(ValueError, match="same classes in the same order"):
+        evaluate_detections(model, data)
+    data.class_names = list(CLASS_NAMES)
+    assert evaluate_detections(model, data).class_names == tuple(CLASS_NAMES)

@@ -5,10 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import distributed_training
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+
+from keras_resnest import distribution
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from train_multi_worker import free_addresses
@@ -104,7 +110,7 @@ def weights(strategy, scaled, **clipping):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
         model.compile(optimizer, "mse", jit_compile=False)
     start = model.get_weights()
-    model.fit(tf.data.Dataset.from_tensors((x, y)).unbatch().batch(8), verbose=0)
+    model.fit(tf.data.Dataset.from_tensors((x, y)).unbatch().batch(8, True), verbose=0)
     gradient = [a - b for a, b in zip(start, model.get_weights())]
     return start, gradient
 
@@ -145,6 +151,107 @@ def test_two_processes_train_as_one(tmp_path, model):
     assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
     for output in outputs:
         assert_same_training(tmp_path / "w_1.npz", output)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_a_replica_without_a_row_is_no_matter(kind):
+    """`evaluate`, `predict` and validation on two replicas give what they give on one device."""
+    program = PROGRAM.with_name("uneven_batches.py")
+    done = subprocess.run([sys.executable, str(program), kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) >= 5
+
+
+class Batches(keras.utils.PyDataset):
+    """Of 8, 8 and `last` rows."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        rows = self.last if i == 2 else 8
+        return np.zeros((rows, 3)), np.zeros((rows, 1))
+
+
+ROWS = tf.data.Dataset.from_tensors((tf.zeros(3), tf.zeros(1))).repeat(16)
+TEN = np.zeros((10, 3), "float32")
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size", "split", "message"),
+    [
+        (ROWS.batch(8, drop_remainder=True), None, 0.0, None),
+        (ROWS.batch(9, drop_remainder=True), None, 0.0, "a batch of 9"),
+        (ROWS.batch(8), None, 0.0, "drop_remainder=True"),
+        (TEN, 4, 0.0, None),
+        (TEN, 5, 0.0, "a batch of 5"),
+        (TEN[:9], 4, 0.0, "a batch of 1"),
+        (TEN[:9], None, 0.0, "a batch of 9"),
+        (TEN, 4, 0.3, "a batch of 3"),
+        ({"images": TEN}, 4, 0.4, None),
+        (Batches(8), None, 0.0, None),
+        (Batches(3), None, 0.0, "a batch of 3"),
+        ((row for row in [(TEN, TEN)]), None, 0.0, "not known beforehand"),
+    ],
+)
+def test_batches_that_two_replicas_cannot_share(data, batch_size, split, message):
+    sizes = distribution._batch_sizes(data, batch_size, split)
+    distribution.check_global_batch(sizes, 1)
+    if message is None:
+        distribution.check_global_batch(sizes, 2)
+        return
+    with pytest.raises(ValueError, match=message):
+        distribution.check_global_batch(sizes, 2)
+
+
+def test_a_positional_batch_size_is_checked():
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        model = distributed_training.classifier("frozen")
+    model._distribute_strategy = types.SimpleNamespace(num_replicas_in_sync=2)
+    images = np.zeros((10, *distributed_training.SHAPE), "float32")
+    with pytest.raises(ValueError, match="a batch of 5"):
+        model.fit(images, np.zeros(10), 5)
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def multi_worker(*arguments):
+    command = [sys.executable, str(EXAMPLES / "train_multi_worker.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_what_workers_cannot_train_is_not_a_lost_worker(tmp_path):
+    done = multi_worker("--workers", 2, "--restarts", 3, "--", tmp_path / "nowhere", "--epochs", 0)
+    assert done.returncode == 2 and "--epochs: must be above 0" in done.stderr
+    assert "restarts" not in done.stderr
+    done = multi_worker("--workers", 0, "--", tmp_path)
+    assert done.returncode == 2 and "--workers must be 1 or more" in done.stderr
+
+
+def test_a_worker_says_for_whom_it_waits(monkeypatch, capsys):
+    """The other one never comes, and TensorFlow would wait in silence."""
+    addresses = free_addresses(2)
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    code = "import keras_resnest as kr; kr.training.create_strategy()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TF_CONFIG": json.dumps(config)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
+    assert "Waiting until all workers are there" in line and addresses[1] in line
 
 
 def test_a_lost_worker_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):

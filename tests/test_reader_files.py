@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnest.data import read_coco, read_csv, read_detection, read_voc, read_yolo
+from keras_resnest.data import (
+    DetectionDataset,
+    ImageRecord,
+    find_splits,
+    read_coco,
+    read_csv,
+    read_detection,
+    read_voc,
+    read_yolo,
+)
 
 SIZE = (60, 40)  # width, height
 # picture: objects (name, x1, y1, x2, y2), continuous pixels
@@ -706,3 +715,47 @@ def test_what_is_not_recognised(tmp_path):
     write_coco_tree(tmp_path / "coco")
     with pytest.raises(ValueError, match=re.escape("(COCO): train2017, val2017. Received: split")):
         read_detection(tmp_path / "coco")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("VOC", ["some"]),
+        ("CSV file", []),
+        ("COCO file", []),
+        ("CSV folder", ["train"]),
+    ],
+)
+def test_names_of_splits(tmp_path, name, wanted):
+    source = TREES[name][0](tmp_path)
+    if name == "VOC":
+        (source / "ImageSets/Main").mkdir(parents=True)
+        (source / "ImageSets/Main/some.txt").write_text("x")
+    assert find_splits(source) == wanted
+    if not wanted:
+        with pytest.raises(ValueError, match="has no splits"):
+            read_detection(source, "train")
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])
+def test_a_part_is_held_out(share, count):
+    records = [
+        ImageRecord(np.zeros((4, 4, 3), "uint8"), str(i), boxes=[[0, 0, 2, 2]], labels=[i % 2])
+        for i in range(25)
+    ]
+    dataset = DetectionDataset(records, ["a", "b"])
+    rest, held = dataset.hold_out(share, seed=3)
+    names = [[record.image_id for record in part.records] for part in (rest, held)]
+    assert abs(len(held) - count) <= 1 and rest.class_names == held.class_names == ["a", "b"]
+    assert sorted(names[0] + names[1], key=int) == [str(i) for i in range(25)]
+    again = dataset.hold_out(share, seed=3)[1]
+    assert [record.image_id for record in again.records] == names[1]
+    others = [dataset.hold_out(share, seed=i)[1].records[0].image_id for i in range(4, 12)]
+    assert len({names[1][0], *others}) > 1
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.2, 0.01])
+def test_a_part_that_cannot_be_held_out(share):
+    record = ImageRecord(np.zeros((4, 4, 3), "uint8"), "x", boxes=[], labels=[])
+    with pytest.raises(ValueError, match=r"`share` must be|too few pictures"):
+        DetectionDataset([record] * 3, ["a"]).hold_out(share)

@@ -10,8 +10,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from detectors import small_detector
 
 from keras_resnest.callbacks import ResumeTraining
+from keras_resnest.detection import AnchorGenerator, BoxMatcher
 
 PROGRAM = Path(__file__).with_name("resumable_training.py")
 
@@ -161,6 +163,43 @@ def test_a_checkpoint_of_another_model(tmp_path):
         fit(small_model(units=5), ResumeTraining(tmp_path), 2)
 
 
+def test_a_checkpoint_of_other_classes(tmp_path):
+    def resume(*names):
+        return ResumeTraining(tmp_path, metadata={"class_names": names})
+
+    fit(small_model(), resume("cat", "dog"), 1)
+    fit(small_model(), resume("cat", "dog"), 2)
+    with pytest.raises(ValueError, match=r'class_names: \["cat", "dog"\], here \["dog", "cat"\]'):
+        fit(small_model(), resume("dog", "cat"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("class_names", {"class_names": ["a", "b", "c"]}),
+        ("image_shape", {"image_shape": (128, 64, 3)}),
+        ("anchor_generator", {"anchor_generator": AnchorGenerator(sizes=(24, 48, 96, 192))}),
+        ("two_step_regression", {"two_step_regression": False}),
+        ("matcher", {"matcher": BoxMatcher(iou_threshold=0.6)}),
+    ],
+)
+def test_a_checkpoint_of_another_detector(tmp_path, name, options):
+    """All of these have the same weights."""
+
+    def start(**options):
+        model, resume = small_detector(**options), ResumeTraining(tmp_path)
+        model.compile(keras.optimizers.SGD(0.1))
+        model.history = keras.callbacks.History()  # as `fit` does
+        resume.set_model(model)
+        resume.on_train_begin()
+        return resume
+
+    start().on_epoch_end(0)
+    assert start().initial_epoch == 1
+    with pytest.raises(ValueError, match=f"checkpoint of another model. Its {name}: "):
+        start(**options)
+
+
 def test_an_unwritable_folder_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     model = small_model()
@@ -196,6 +235,11 @@ def test_every_steps_must_be_a_positive_integer(tmp_path, every_steps):
 # === TF_CONFIG ===
 
 
+def config(address, index):
+    task = {"type": "worker", "index": index}
+    return json.dumps({"cluster": {"worker": [address]}, "task": task})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -220,6 +264,18 @@ def test_every_steps_must_be_a_positive_integer(tmp_path, every_steps):
             json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}),
             "must be one of the cluster",
         ),
+        *((config("a:1", index), "no whole number") for index in (0.7, True, "first")),
+        (config("a:1", -1), "must be one of the cluster"),
+        *(
+            (config(address, 0), "ports of 1 to 65535")
+            for address in ("a:99999", "a:0", ":2222", "a:", 2222)
+        ),
+        (
+            json.dumps(
+                {"cluster": {"chief": ["a:1", "b:1"]}, "task": {"type": "chief", "index": 0}}
+            ),
+            'one "chief" only',
+        ),
     ],
 )
 def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
@@ -228,6 +284,14 @@ def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ValueError, match=message):
         create_strategy("auto")
+
+
+def test_digits_are_an_index(monkeypatch):
+    from keras_resnest.training import read_tf_config
+
+    text = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": "1"}}'
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert read_tf_config()["task"]["index"] == 1
 
 
 def test_strategies(monkeypatch):

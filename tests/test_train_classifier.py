@@ -110,7 +110,7 @@ def test_learns_shapes_killed_and_started_again(folder, tmp_path):
         (["FOLDER", "--skip-faulty", "--weights", "nothing.safetensors"], "nothing.safetensors"),
     ],
 )
-def test_what_cannot_be_trained_is_one_plain_sentence(folder, tmp_path, arguments, words):
+def test_what_cannot_be_trained_is_one_plain_sentence(folder, tmp_path, capsys, arguments, words):
     arguments = [folder if a == "FOLDER" else a for a in arguments]
     program = load_program()
     with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
@@ -119,9 +119,9 @@ def test_what_cannot_be_trained_is_one_plain_sentence(folder, tmp_path, argument
             options = options[2:]
         patch.setattr(sys, "argv", ["train_classifier.py", *map(str, [*arguments, *options])])
         program.main()
-    # A text as the code is printed to stderr, with exit status 1.
-    assert stop.value.code.startswith("This cannot be trained: ") and words in stop.value.code
-    assert "\n" not in stop.value.code and not (tmp_path / "out").exists()
+    said = [line for line in capsys.readouterr().err.splitlines() if words in line]
+    assert stop.value.code == 2 and said[-1].startswith("This cannot be trained: ")
+    assert not (tmp_path / "out").exists()
 
 
 def load_program():
@@ -131,21 +131,33 @@ def load_program():
     return program
 
 
-def test_wrong_folder_ends_with_status_1(tmp_path):
+def test_wrong_folder_ends_with_status_2(tmp_path):
     result = run(tmp_path / "nowhere", "--output", tmp_path / "out")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "nowhere" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_part_is_held_out_of_every_class(folder):
+def test_a_part_is_held_out_of_every_class(folder, capsys):
     program = load_program()
-    dataset = program.kr.data.read_image_folder(folder, "val")
-    train, test = program.held_out(dataset, seed=1)
+    arguments = program.parse_arguments([str(folder / "val")])
+    _, test = program.read_data(arguments)
+    assert "6 of 24 pictures are held out" in capsys.readouterr().out
     assert test.report.class_counts == dict.fromkeys(CLASSES, 2)  # a fifth of 8
-    ids = [record.image_id for part in (train, test) for record in part.records]
-    assert sorted(ids) == [record.image_id for record in dataset.records]
-    again = program.held_out(dataset, seed=1)[1]
-    assert [r.image_id for r in again.records] == [r.image_id for r in test.records]
+
+
+def test_the_batch_is_not_larger_than_the_data(capsys):
+    size = load_program().batch_size_for
+    assert size(16, 34, 2) == 16 and not capsys.readouterr().out
+    assert size(64, 35, 2) == 34 and "There are 35 pictures" in capsys.readouterr().out
+    assert size(8, 1, 2) == 8  # what the data set says then is clearer
+
+
+def test_a_training_that_diverges_ends_with_a_sentence(folder, tmp_path):
+    options = ["--epochs", 2, "--learning-rate", 1e9, "--skip-faulty", "--output", tmp_path]
+    result = run(folder, *OPTIONS, *options)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert "The learning rate is " in result.stderr and "became" in result.stderr
+    assert (tmp_path / "last_finite.weights.h5").exists()
 
 
 def test_help():

@@ -5,7 +5,7 @@ TensorFlow Datasets and the `tf.data` code are imported at the first use of a na
 
 import importlib
 
-from keras_resnest.data.any_reader import read_detection
+from keras_resnest.data.any_reader import find_splits, read_detection
 from keras_resnest.data.coco_reader import read_coco
 from keras_resnest.data.csv_reader import read_csv
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
@@ -55,6 +55,7 @@ __all__ = [
     "center_crop_image",
     "check_ground_truth",
     "find_images",
+    "find_splits",
     "load_image",
     "read_coco",
     "read_csv",

@@ -8,9 +8,9 @@ from pathlib import Path
 from keras_resnest.data.coco_reader import SECTIONS, read_coco
 from keras_resnest.data.csv_reader import has_known_columns, read_csv
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.tfds_reader import read_tfds
-from keras_resnest.data.voc_reader import read_voc
-from keras_resnest.data.yolo_reader import YAML_SUFFIXES, find_yaml, read_yolo
+from keras_resnest.data.tfds_reader import read_tfds, tfds_splits
+from keras_resnest.data.voc_reader import read_voc, voc_splits
+from keras_resnest.data.yolo_reader import YAML_SUFFIXES, find_yaml, read_yolo, yolo_splits
 
 _LOOKED_FOR = """
   VOC:  a folder with Annotations/*.xml and JPEGImages/, or with pictures and XML files side by side
@@ -37,7 +37,8 @@ def read_detection(
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
         split: Name of the part: a file in `ImageSets/Main` (VOC), `<split>` of the names
             `instances_<split>.json` or `<split>.csv` (a year behind it may be left out), a folder
-            (YOLO), or what TFDS knows. Default: all pictures, or the only file; TFDS needs one.
+            (YOLO), or what TFDS knows. Default: all pictures, or the only file; TFDS needs one,
+            and a single COCO or CSV file has none.
         class_names: Names of the labels 0, 1, 2, ... Default: as in the data set.
         image_folder: Folder of the pictures of a COCO or CSV file. Default: see their readers.
         on_error: "raise" a ValueError for a fault that costs a picture, or "skip" the picture with
@@ -55,6 +56,8 @@ def read_detection(
     ```python
     train = read_detection("my_folder", "train")
     test = read_detection("my_folder", "test", class_names=train.class_names)
+    everything = read_detection("objects.csv")
+    train, test = everything.hold_out(0.2, seed=1)
     ```
     """
     options = {"class_names": class_names, "use_difficult": use_difficult}
@@ -63,8 +66,7 @@ def read_detection(
             raise ValueError('TFDS needs a `split`, such as "train". Received: split=None')
         return read_tfds(source.removeprefix("tfds:"), split, **options)
     options["on_error"] = on_error
-    path = Path(source)
-    kind = _kind_of_file(path) if path.is_file() else _kind_of_folder(path)
+    path, kind = Path(source), _kind(source)
     if image_folder is not None and kind not in ("COCO", "CSV"):
         raise ValueError(
             f"`image_folder` is for COCO and CSV files; {path} looks like {kind}. "
@@ -74,9 +76,40 @@ def read_detection(
         return read_voc(path, split, **options)
     if kind == "YOLO":
         return read_yolo(path, split, **options)
-    files = {"COCO": _coco_files, "CSV": _csv_files}[kind](path)
-    file = path if path.is_file() else _of_split(path, files, split, kind)
+    if split is not None and path.is_file():
+        raise ValueError(
+            f"A single {kind} file has no splits: leave `split` out, and part the data set with "
+            f"`hold_out`. Received: split={split!r}, {path}"
+        )
+    file = path if path.is_file() else _of_split(path, _FILES[kind](path), split, kind)
     return {"COCO": read_coco, "CSV": read_csv}[kind](file, image_folder, **options)
+
+
+def find_splits(source: str | os.PathLike) -> list[str]:
+    """Names that `read_detection` takes as `split` for a data set.
+
+    Args:
+        source: as in `read_detection`.
+
+    Returns:
+        Names, sorted; none for a single COCO or CSV file, and for a folder without parts.
+
+    Raises:
+        ValueError: The format is not recognised, or a TFDS data set is not on disk.
+
+    Example: `find_splits("tfds:voc/2007")` gives `["test", "train", "validation"]`.
+    """
+    if isinstance(source, str) and source.startswith("tfds:"):
+        return tfds_splits(source.removeprefix("tfds:"))
+    path, kind = Path(source), _kind(source)
+    if kind in _FILES:
+        return [] if path.is_file() else sorted(_FILES[kind](path))
+    return {"VOC": voc_splits, "YOLO": yolo_splits}[kind](path)
+
+
+def _kind(source: str | os.PathLike) -> str:
+    path = Path(source)
+    return _kind_of_file(path) if path.is_file() else _kind_of_folder(path)
 
 
 def _kind_of_file(path: Path) -> str:
@@ -133,6 +166,9 @@ def _csv_files(folder: Path) -> dict[str, Path]:
     found = {path.stem: path for path in sorted(folder.glob("*.csv"))}
     found |= {path.parent.name: path for path in sorted(folder.glob("*/_annotations.csv"))}
     return {name: path for name, path in found.items() if has_known_columns(path)}
+
+
+_FILES = {"COCO": _coco_files, "CSV": _csv_files}
 
 
 def _of_split(folder: Path, files: dict[str, Path], split: str | None, kind: str) -> Path:

@@ -223,6 +223,43 @@ class PictureDataset:
         part._smallest_shard = self.smallest_shard // num_shards
         return part
 
+    def hold_out(self, share: float = 0.2, seed: int = 0) -> tuple:
+        """Two data sets of this one: a larger part, and one that is held out for testing.
+
+        Which pictures are held out is drawn; of pictures with one label each, as many of every
+        class as its size asks for.
+
+        Args:
+            share: Part that is held out, above 0 and below 1.
+            seed: Integer; the same one draws the same pictures.
+
+        Returns:
+            (the rest, the pictures held out), both with all class names.
+
+        Raises:
+            ValueError: `share` is out of its range, a part would have no picture, or the pictures
+                are in TFDS, which has splits such as "train[:80%]".
+
+        Example: `train, test = dataset.hold_out(0.2, seed=1)`
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"`share` must be above 0 and below 1. Received: share={share}")
+        if self.element_loader() is None:
+            raise ValueError('TFDS parts its data by splits, such as "train[:80%]"')
+        parts = {False: [], True: []}
+        seen = collections.Counter()
+        for i in np.random.default_rng(seed).permutation(len(self)):
+            record = self.records[i]
+            group = getattr(record, "label", None)
+            # Of n pictures of a group, round(n * share) are held out, spread evenly.
+            count, seen[group] = seen[group], seen[group] + 1
+            parts[round((count + 1) * share) > round(count * share)].append(record)
+        if not (parts[True] and parts[False]):
+            raise ValueError(
+                f"There are too few pictures to hold out a part of {share:g}. Received: {len(self)}"
+            )
+        return tuple(type(self)(records, self.class_names) for records in parts.values())
+
     @property
     def smallest_shard(self) -> int:
         """Pictures in the smallest of the shards of which this one is; its length if it is all."""

@@ -84,6 +84,13 @@ def read_tfds(
     return _TfdsDataset(builder, split, label_names, class_names or label_names, use_difficult)
 
 
+def tfds_splits(name: str) -> list[str]:
+    """Names of the splits of a data set that is on disk."""
+    builder = tfds_builder(name, data_dir=None)
+    prepare(builder, download=False)
+    return sorted(builder.info.splits)
+
+
 def tfds_builder(name: str, data_dir: str | os.PathLike | None):
     """Builder of a TFDS data set by name; a ValueError names the nearest ones."""
     import tensorflow_datasets as tfds

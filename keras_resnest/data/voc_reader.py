@@ -103,6 +103,11 @@ def read_voc(
     return build_dataset(source.folder, pictures, class_names, use_difficult, faults)
 
 
+def voc_splits(folder: str | os.PathLike) -> list[str]:
+    """Names of the files in `ImageSets/Main`."""
+    return sorted(path.stem for path in (Path(folder) / "ImageSets" / "Main").glob("*.txt"))
+
+
 class _VocFolder:
     """Where the files of a VOC data set are."""
 
@@ -135,7 +140,7 @@ class _VocFolder:
         split_folder = self.folder / "ImageSets" / "Main"
         path = split_folder / f"{split}.txt"
         if not path.is_file():
-            splits = sorted(p.stem for p in split_folder.glob("*.txt"))
+            splits = voc_splits(self.folder)
             known = f"available: {', '.join(splits)}" if splits else f"no .txt in {split_folder}"
             raise ValueError(
                 f"`split` must be a file in ImageSets/Main. Received: {split!r}; {known}"

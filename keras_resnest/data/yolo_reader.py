@@ -91,6 +91,11 @@ def read_yolo(
     return build_dataset(source.folder, annotations, class_names, use_difficult, faults)
 
 
+def yolo_splits(folder: str | os.PathLike) -> list[str]:
+    """Names of the splits that a folder or its `data.yaml` has."""
+    return sorted(_YoloFolder(folder).splits())
+
+
 class _YoloFolder:
     """Where the files of a YOLO data set are."""
 
@@ -108,7 +113,7 @@ class _YoloFolder:
 
     def pictures(self, split: str | None, faults: Faults) -> list[Path]:
         """Paths of the pictures of a split, or of all, each one once, in a fixed order."""
-        splits = self._named_places() or self._usual_places()
+        splits = self.splits()
         if split is None:
             found = self._all_places()
         else:
@@ -166,6 +171,10 @@ class _YoloFolder:
             return picture.relative_to(self.folder).as_posix()
         except ValueError:  # data.yaml may name places elsewhere
             return picture.as_posix()
+
+    def splits(self) -> dict[str, list[Path]]:
+        """Folders and text files of pictures, by the names of the splits."""
+        return self._named_places() or self._usual_places()
 
     def _all_places(self) -> list[Path]:
         named = [path for places in self._named_places().values() for path in places]

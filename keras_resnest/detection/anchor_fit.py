@@ -74,6 +74,7 @@ class AnchorCoverage:
             )
         mean = self.best_iou.mean() if len(self.best_iou) else np.nan
         lines.append(f"{'all':<20} {self.counts.sum():>8} {self.share:>8.3f} {mean:>9.3f}")
+        lines.append("size: root of the area in pixels; 5 % and 50 % of the objects are smaller")
         return "\n".join(lines)
 
 

@@ -16,6 +16,16 @@ MARK = "keras_resnest:"
 MAX_RELATIVE = 10.0  # a larger "fraction" of the picture is a pixel
 
 
+def check_same_classes(data, class_names) -> None:
+    """`ValueError` if a data set of `keras_resnest.data` has other classes than the model."""
+    names = getattr(data, "class_names", None)
+    if names and class_names and list(names) != list(class_names):
+        raise ValueError(
+            "The data set and the model must have the same classes in the same order: read "
+            f"the data with class_names={list(class_names)}. Received: {list(names)}"
+        )
+
+
 def checked_images(images):
     """Pictures (batch, height, width, 3) that are finite and were not scaled to 0-1."""
     values = ops.cast(images, "float32")

@@ -14,7 +14,12 @@ from keras_resnest.detection.boxes import (
     decode_boxes,
     scale_boxes,
 )
-from keras_resnest.detection.checks import checked_ground_truth, checked_images, plain_errors
+from keras_resnest.detection.checks import (
+    check_same_classes,
+    checked_ground_truth,
+    checked_images,
+    plain_errors,
+)
 from keras_resnest.detection.class_transfer import class_sources, remap_class_outputs
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import PredictionHead
@@ -243,7 +248,7 @@ class RefineDet(DistributedTraining, keras.Model):
         """
         self._check_arrays(x)
         for data in (x, kwargs.get("validation_data")):
-            self._check_classes_of(data)
+            check_same_classes(data, self.class_names)
         if y is None and not isinstance(x, dict):  # Keras warns where it cannot shuffle
             kwargs.setdefault("shuffle", False)
         kwargs["callbacks"] = _with_divergence_guard(kwargs.get("callbacks"))
@@ -253,7 +258,7 @@ class RefineDet(DistributedTraining, keras.Model):
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`: the losses. For mAP see `DetectionEvaluation`."""
         self._check_arrays(x)
-        self._check_classes_of(x)
+        check_same_classes(x, self.class_names)
         with plain_errors():
             return super().evaluate(x, y, *args, **kwargs)
 
@@ -286,11 +291,13 @@ class RefineDet(DistributedTraining, keras.Model):
         boxes, labels = self._corners(y, sides)
         values = self.stage_losses(boxes, labels, y_pred, sides)
         batch, replicas = ops.shape(labels)[0], num_replicas()
+        # The values add up over replicas; the mean over rows that Keras takes must give that sum.
+        # Training batches are shared evenly.
+        share = 1.0 if training or replicas == 1 else _share_of_rows(batch, replicas)
         for tracker in self._stage_trackers:
-            # The values add up over replicas; the mean that Keras takes must give that sum.
-            tracker.update_state(values[tracker.name] * replicas, sample_weight=batch)
+            tracker.update_state(values[tracker.name] * replicas / share, sample_weight=batch)
         regularization = [ops.sum(value) / replicas for value in self.losses]
-        return sum(values.values()) + sum(regularization)
+        return sum(values.values()) / share + sum(regularization)
 
     def stage_losses(self, boxes, labels, outputs, image_shape=None) -> dict:
         """The four losses of a batch.
@@ -478,14 +485,6 @@ class RefineDet(DistributedTraining, keras.Model):
         """Name of a class, its number where the model has no `class_names`."""
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
-    def _check_classes_of(self, batches) -> None:
-        names = getattr(batches, "class_names", None)  # of `keras_resnest.data`
-        if names and self.class_names and list(names) != list(self.class_names):
-            raise ValueError(
-                "The data set and the model must have the same classes in the same order: read "
-                f"the data with class_names={list(self.class_names)}. Received: {list(names)}"
-            )
-
     def _check_arrays(self, images) -> None:
         """The checks of the graph, where arrays are given and every backend can look."""
         if isinstance(images, dict):
@@ -585,6 +584,17 @@ class RefineDet(DistributedTraining, keras.Model):
             "dtype": serialize(self.dtype_policy),
             "name": self.name,
         }
+
+    def training_config(self) -> dict:
+        """What decides, beside the weights' shapes, what this model learns; as JSON can hold it.
+
+        A checkpoint of a training must not go on with other classes, image size or anchors.
+        """
+        config = self.get_config()
+        for name in ("backbone", "decoder", "dtype", "name"):  # a backbone's layers have own names
+            del config[name]
+        parts = ("anchor_generator", "matcher", "multibox_loss")
+        return {**config, **{name: config[name]["config"] for name in parts}}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects=None) -> "RefineDet":
@@ -759,6 +769,12 @@ def _sides(images) -> tuple:
     """(height, width) of a batch; tensors where the graph does not know them."""
     sides = images.shape[1:3]
     return tuple(ops.shape(images)[1:3]) if None in tuple(sides) else tuple(sides)
+
+
+def _share_of_rows(rows, replicas: int):
+    """Rows of this replica, at least one, as a multiple of those that each has in the mean."""
+    rows = ops.cast(rows, "float32")
+    return ops.maximum(rows, 1.0) * replicas / sum_over_replicas(rows)
 
 
 def _copy_weights(source: RefineDet, target: RefineDet, columns) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.detection.boxes import check_box_format, convert_boxes
+from keras_resnest.detection.checks import check_same_classes
 
 INTERPOLATIONS = ("every_point", "eleven_point")
 PAIRS_AT_ONCE = 1 << 20  # IoU is computed for so many pairs at a time, to bound the memory
@@ -559,6 +560,10 @@ def evaluate_detections(
         bounding_box_format: as in `collect_detections`.
         steps: as in `collect_detections`.
 
+    Raises:
+        ValueError: also if `dataset`, one of `keras_resnest.data`, has other classes than the
+            model, or the same in another order.
+
     Returns:
         `AveragePrecision`; printing it gives a table.
 
@@ -566,7 +571,7 @@ def evaluate_detections(
 
     >>> print(evaluate_detections(model, validation_dataset))
     """
-    class_names = classes_of(model, class_names)
+    class_names = classes_of(model, class_names, dataset)
     ground_truth, detections = collect_detections(
         model, dataset, bounding_box_format=bounding_box_format, steps=steps
     )
@@ -580,8 +585,9 @@ def evaluate_detections(
     )
 
 
-def classes_of(model, class_names: Sequence[str] | None) -> tuple[str, ...]:
+def classes_of(model, class_names: Sequence[str] | None, dataset=None) -> tuple[str, ...]:
     """Names of the classes: the argument, or what the model says of itself."""
+    check_same_classes(dataset, getattr(model, "class_names", None) or class_names)
     if class_names is None:
         class_names = getattr(model, "class_names", None)
     num_classes = getattr(model, "num_classes", None)
