@@ -290,9 +290,9 @@ def prepare(arguments):
         recipe = dataclasses.replace(recipe, learning_rate=arguments.learning_rate)
     with strategy.scope():
         model = build_model(arguments, recipe, train_set.num_classes)
-    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     if kr.training.is_chief(strategy):
+        print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
         (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     return recipe, model, train_set.class_names, *batches
 

@@ -193,7 +193,8 @@ def build_model(arguments, train_set, recipe) -> kr.RefineDet:
     anchors = kr.detection.AnchorGenerator(sizes=arguments.anchor_sizes)
     if arguments.fit_anchors:
         anchors = kr.detection.fit_anchors(train_set, image_shape, anchors)
-    print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
+    if kr.training.is_chief():
+        print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
     model = getattr(kr.builders, arguments.model)(
         num_classes=len(train_set.class_names),
         class_names=train_set.class_names,
@@ -290,8 +291,8 @@ def prepare(arguments):
     test_batches = kr.data.evaluation_batches(
         test_set, model.image_shape, arguments.batch_size, cache=not arguments.no_cache
     )
-    print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
     if kr.training.is_chief(strategy):
+        print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
         kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
         (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     return model, recipe.epochs, train_batches, test_set, test_batches

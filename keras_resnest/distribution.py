@@ -50,6 +50,14 @@ def is_chief(strategy=None) -> bool:
     return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
 
 
+def run_everywhere(strategy, function):
+    """What a function without arguments gives on every replica, as one compiled step."""
+    import tensorflow as tf
+
+    function = tf.autograph.experimental.do_not_convert(function)
+    return tf.function(lambda: strategy.run(function), autograph=False)()
+
+
 class DistributedTraining:
     """Mix-in of a `keras.Model` that trains on many devices as it would on one.
 
@@ -197,17 +205,21 @@ def check_global_batch(sizes, replicas: int) -> None:
         )
 
 
+def batch_size_of(dataset) -> int | None:
+    """Rows of every batch of a `tf.data.Dataset`; None where the last one may be smaller."""
+    return keras.tree.flatten(dataset.element_spec)[0].shape[0]
+
+
 def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
     """Numbers of rows of the batches that `fit` makes of `x`; None is an unknown one."""
     if isinstance(x, keras.utils.PyDataset):
         last = (x.num_batches or 0) - 1
         return {len(keras.tree.flatten(x[i])[0]) for i in (0, last)} if last >= 0 else {None}
     if hasattr(x, "element_spec"):
-        first = keras.tree.flatten(x.element_spec)[0]
-        # Of a data set that is distributed already, every replica has its own batches.
-        parts = getattr(first, "_value_specs", None)
-        sizes = [part.shape[0] for part in parts or (first,)]
-        return {None} if None in sizes else {sum(sizes)}
+        # A data set that is distributed already does not tell: see `distribute_batches`.
+        import tensorflow as tf
+
+        return {batch_size_of(x)} if isinstance(x, tf.data.Dataset) else set()
     leaves = [leaf for leaf in keras.tree.flatten(x) if hasattr(leaf, "shape")]
     if not leaves:
         return {None}

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnest.distribution import is_chief, is_multi_worker
+from keras_resnest.distribution import is_chief, is_multi_worker, run_everywhere
 
 STATE, ARRAYS = "state.json", "arrays.npz"
 #: What callbacks such as ModelCheckpoint, EarlyStopping and ReduceLROnPlateau remember.
@@ -122,7 +122,7 @@ class ResumeTraining(keras.callbacks.Callback):
         import tensorflow as tf
 
         here = tf.constant([[state["epoch"], state["step"]]])
-        places = strategy.run(lambda: tf.identity(here))
+        places = run_everywhere(strategy, lambda: tf.identity(here))
         everywhere = np.asarray(strategy.gather(places, axis=0))
         if (everywhere != everywhere[0]).any():
             raise ValueError(

@@ -7,11 +7,13 @@ import keras
 
 from keras_resnest.distribution import (
     DistributedTraining,
+    batch_size_of,
     check_global_batch,
     is_chief,
     is_multi_worker,
     lost_workers,
     num_replicas,
+    run_everywhere,
 )
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.recipes import AdamW
@@ -93,7 +95,8 @@ def distribute_batches(strategy, make_batches, batch_size: int):
         What `fit` takes as `x`. With one worker it is what `make_batches(1, 0, batch_size)` gives.
 
     Raises:
-        ValueError: if the replicas cannot share `batch_size` evenly.
+        ValueError: if the replicas cannot share `batch_size` evenly, or `make_batches` gives
+            other batches.
 
     Example:
 
@@ -110,6 +113,11 @@ def distribute_batches(strategy, make_batches, batch_size: int):
     def of_worker(context):
         own_size = context.get_per_replica_batch_size(batch_size)
         batches = make_batches(context.num_input_pipelines, context.input_pipeline_id, own_size)
+        if batch_size_of(batches) != own_size:
+            raise ValueError(
+                f"`make_batches` must give batches of {own_size}, without a smaller last one: "
+                f"batch({own_size}, drop_remainder=True). Received: {batches.element_spec}"
+            )
         counters.append(getattr(batches, "epoch_counter", None))
         return batches
 
@@ -140,7 +148,7 @@ def wait_for_workers(strategy) -> None:
     import tensorflow as tf
 
     with lost_workers(strategy):
-        strategy.reduce("SUM", strategy.run(lambda: tf.constant(1.0)), axis=None)
+        strategy.reduce("SUM", run_everywhere(strategy, lambda: tf.constant(1.0)), axis=None)
 
 
 def read_tf_config() -> dict | None:
