@@ -8,7 +8,7 @@ from keras_resnest.serving.deployment import check_backend
 FORMATS = {
     "tf_saved_model": ("float32", "bfloat16"),
     "onnx": ("float32", "float16", "int8"),
-    "openvino": ("float32", "float16"),
+    "openvino": ("float32", "float16", "int8"),
     "litert": ("float32", "float16", "int8"),
 }
 
@@ -31,7 +31,7 @@ def export_model(
     | --- | --- | --- | --- |
     | `"tf_saved_model"` | TensorFlow, TensorFlow Serving | folder | float32, bfloat16 |
     | `"onnx"` | onnxruntime and others | `.onnx` | float32, float16, int8 |
-    | `"openvino"` | openvino | `.xml` and `.bin` | float32, float16 |
+    | `"openvino"` | openvino | `.xml` and `.bin` | float32, float16, int8 |
     | `"litert"` | ai-edge-litert | `.tflite` | float32, float16, int8 |
 
     All take `images` (batch, height, width, 3), RGB, 0 to 255, float32, and return what

@@ -49,8 +49,10 @@ def export_file(
 
 
 def _check_packages(format: str, precision: str) -> None:
-    quantizer = ("onnxruntime",) if (format, precision) == ("onnx", "int8") else ()
-    for name in (*PACKAGES[format], *quantizer):
+    names = PACKAGES[format]
+    if precision == "int8" and format != "litert":
+        names = dict.fromkeys((*names, *PACKAGES["onnx"], "onnxruntime"))
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
                 f'format="{format}" needs the package {name}: pip install "keras_resnest[export]"',
@@ -155,6 +157,12 @@ def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
     import openvino
 
     # Not by `openvino.convert_model`, which sends statistics of use over the network.
+    if precision == "int8":  # OpenVINO runs what onnxruntime has quantised
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "int8.onnx")
+            _to_onnx(task, file, precision, decode, images)
+            openvino.save_model(openvino.Core().read_model(file), path, compress_to_fp16=False)
+        return
     with _saved_model(_function(task, decode)) as folder:
         model = openvino.Core().read_model(folder)
         openvino.save_model(model, path, compress_to_fp16=precision == "float16")
