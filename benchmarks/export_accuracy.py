@@ -29,7 +29,7 @@ EXPORTS = (
     ("onnx", "int8", ".onnx", True),
     ("openvino", "float32", ".xml", True),
     ("openvino", "float16", ".xml", True),
-    ("openvino", "int8", ".xml", True),
+    ("openvino", "int8", ".xml", False),
     ("litert", "float32", ".tflite", True),
     ("litert", "float16", ".tflite", True),
     ("litert", "int8", ".tflite", False),

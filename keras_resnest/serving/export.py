@@ -41,7 +41,8 @@ def export_model(
 
     `precision="float16"` halves the file; OpenVINO stores weights so and computes as it
     finds best, and ONNX computes in float16 where the device can. `"int8"` quantises the
-    network by what it sees in `representative_images`, LiteRT without decoding only. For
+    network by what it sees in `representative_images`; of a detector, LiteRT and OpenVINO
+    with `decode=False` only. For
     bfloat16 in OpenVINO compile with `{"INFERENCE_PRECISION_HINT": "bf16"}`, its default
     on processors that have it; with `"f32"` it computes as this package does.
 
