@@ -23,6 +23,12 @@ NUM_CLASSES = 20
 # Networks that the PyTorch package `resnest` has under the same name.
 PEERS = ("resnest50", "resnest101", "resnest200", "resnest269")
 RAW_OUTPUTS = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
+# Arguments of `export`, by the names of folders.
+SAVED_MODELS = {
+    "float32": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "variables": {"freeze": False},
+}
 OBJECTS = 10  # of a made-up picture
 DETECTION_SHARE = 0.03  # of its anchors are no background
 
@@ -177,9 +183,8 @@ def make_classifier_tensorflow(arguments):
     specification = keras.InputSpec(shape=(None, side, side, 3), dtype="float32")
     archive.add_endpoint("serve", lambda x: model(x, training=False), [specification])
     archive.write_out(str(arguments.folder / "plain"), verbose=False)
-    for precision in ("float32", "bfloat16"):
-        folder = arguments.folder / precision / "1"
-        model.export(folder, image_shape=(side, side, 3), precision=precision)
+    for name, options in SAVED_MODELS.items():
+        model.export(arguments.folder / name / "1", image_shape=(side, side, 3), **options)
     for file_format, path in files(arguments).items():
         model.export(path, format=file_format, image_shape=(side, side, 3))
 
@@ -270,13 +275,13 @@ def make_export_tensorflow(arguments):
     from training_step import memory
 
     model, facts = make_detector(arguments), {}
-    for precision in ("float32", "bfloat16"):
-        folder = arguments.folder / precision / "1"
+    for name, options in SAVED_MODELS.items():
+        folder = arguments.folder / name / "1"
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = memory("VmHWM")
         start, cpu_start = time.perf_counter(), time.process_time()
-        model.export(folder, precision=precision)
-        facts[precision] = {
+        model.export(folder, **options)
+        facts[name] = {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu_start,
             "MB": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6,
@@ -365,6 +370,7 @@ def time_classifier_tensorflow(arguments):
         "SavedModel as Keras writes it": arguments.folder / "plain",
         "our SavedModel, float32": arguments.folder / "float32" / "1",
         "our SavedModel, bfloat16": arguments.folder / "bfloat16" / "1",
+        "our SavedModel, variables": arguments.folder / "variables" / "1",
     }
 
     def prepare(path, batch):

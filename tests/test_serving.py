@@ -26,7 +26,7 @@ if keras.backend.backend() != "tensorflow":
 DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
 OUTPUTS = {"boxes", "confidence", "labels", "num_detections"}
 RAW = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
-SMALL, RELATIVE, TINY = MODELS = ("small", "relative", "tiny")
+SMALL, RELATIVE, TINY, VARIABLES = MODELS = ("small", "relative", "tiny", "variables")
 
 # Run by a fresh interpreter in which Keras and this package cannot be imported.
 FRESH = """
@@ -76,6 +76,7 @@ for folder in (root / "models").iterdir():
         "ops": sorted(ops),
         "not in TensorFlow": sorted(op for op in ops if not hasattr(tf.raw_ops, op)),
         "attributes": sorted({name for n in nodes for name in n.attr}),
+        "largest": max(n.ByteSize() for n in nodes if getattr(n, "op", "") == "Const"),
     }
     loaded = tf.saved_model.load(str(folder))
     facts[folder.name]["signatures"] = {
@@ -148,6 +149,7 @@ def models():
             (128, 64, 3), decoder=DECODER, bounding_box_format="rel_yxyx", class_names=None
         ),
         TINY: refinedet_tiny(2, image_shape=(64, 64, 3), decoder=DECODER),
+        VARIABLES: small_detector(decoder=DECODER),
     }
 
 
@@ -159,7 +161,7 @@ def exported(models, tmp_path_factory):
     for file_name, encoded in encoded_pictures().items():
         (root / "pictures" / file_name).write_bytes(encoded)
     for name, model in models.items():
-        model.export(root / "models" / name)
+        model.export(root / "models" / name, freeze=name != VARIABLES)
         np.save(root / f"{name}.npy", rectangles(3, model.image_shape, seed=3, objects=1)[0])
     run = subprocess.run(
         [sys.executable, "-c", FRESH, str(root)], cwd=root, capture_output=True, text=True
@@ -309,7 +311,19 @@ def test_nothing_of_training_is_left(facts):
     """No variables, no normalisation, no dropout; nothing is multiplied behind a convolution."""
     for name in MODELS:
         ops = set(facts[name]["ops"])
-        assert not {"VarHandleOp", "ReadVariableOp", "FusedBatchNormV3", "RandomUniform"} & ops
+        assert not {"FusedBatchNormV3", "RandomUniform"} & ops
+        assert ({"VarHandleOp", "ReadVariableOp"} & ops != set()) == (name == VARIABLES)
+
+
+def test_weights_in_variables_are_not_in_the_graph(exported, facts, found):
+    assert facts[VARIABLES]["largest"] < 20_000 < facts[SMALL]["largest"]
+    folders = {name: exported / "models" / name for name in (SMALL, VARIABLES)}
+    graphs = {n: (f / "saved_model.pb").stat().st_size for n, f in folders.items()}
+    weights = (folders[VARIABLES] / "variables/variables.data-00000-of-00001").stat().st_size
+    assert graphs[VARIABLES] + weights < 1.1 * graphs[SMALL]  # they are there once
+    for call in ("float 3", "bytes"):
+        for output, value in found[SMALL, call].items():
+            np.testing.assert_allclose(found[VARIABLES, call][output], value, atol=1e-4)
 
 
 def test_what_lies_beside_the_model(models, exported):

@@ -86,6 +86,46 @@ def deployment_function(network, specification, precision: str = "float32"):
     return tf.function(deployed, autograph=False).get_concrete_function(specification)
 
 
+def with_variables(function):
+    """The function with its weights in variables instead of constants.
+
+    TensorFlow copies the constants of a graph a dozen times while it loads and optimises it.
+    A variable exists once, for all functions that read it, but oneDNN brings it into its own
+    order at every call, unless TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 tells it that it never changes.
+
+    Args:
+        function: what `deployment_function` returns.
+
+    Returns:
+        A function of the same argument with the same results, and a list of `tf.Variable`.
+    """
+    import tensorflow as tf
+
+    (specification,), _ = function.structured_input_signature
+    keys = sorted(function.structured_outputs)
+    outputs = [tensor.name for tensor in function.outputs]
+    graph_def = tf.compat.v1.GraphDef()
+    constants = _take_large_constants(function.graph.as_graph_def(), graph_def)
+    _remove_node(graph_def, specification.name)
+    variables = {
+        name: tf.Variable(tf.make_ndarray(node.attr["value"].tensor), trainable=False)
+        for name, node in constants.items()
+    }
+
+    def deployed(argument):
+        values = {f"{name}:0": variable.read_value() for name, variable in variables.items()}
+        tensors = tf.graph_util.import_graph_def(
+            graph_def,
+            input_map={f"{specification.name}:0": argument, **values},
+            return_elements=outputs,
+            name="network",
+        )
+        return dict(zip(keys, tensors, strict=True))
+
+    function = tf.function(deployed, autograph=False).get_concrete_function(specification)
+    return function, list(variables.values())
+
+
 def check_backend() -> None:
     """Raises a ValueError if Keras does not run on TensorFlow."""
     if keras.backend.backend() != "tensorflow":

@@ -21,11 +21,13 @@ def export_model(
     decode: bool = True,
     representative_images=None,
     verbose: bool = False,
+    freeze: bool = True,
     **options,
 ) -> None:
     """Writes a trained model for a runtime that needs neither Keras nor this package.
 
-    Batch normalisation is folded into the convolutions and the weights are constants.
+    Batch normalisation is folded into the convolutions and the weights are constants (but
+    see `freeze`).
 
     | format | runtime | file | precision |
     | --- | --- | --- | --- |
@@ -58,6 +60,8 @@ def export_model(
         representative_images: for int8, pictures (n, height, width, 3) of the model's
             size, 0 to 255, some tens of the kind that will come.
         verbose: whether to say what was written.
+        freeze: False writes the weights of a SavedModel as variables, which takes much less
+            memory to load; see `export_saved_model`.
         **options: of a classifier `image_shape`, `class_names` and `crop_share`, see
             `export_saved_model`.
 
@@ -74,10 +78,12 @@ def export_model(
     """
     check_backend()
     _check(format, precision, decode, representative_images)
+    if not freeze and format != "tf_saved_model":
+        raise ValueError(f"`freeze=False` is for SavedModels. Received: format={format!r}")
     if format == "tf_saved_model":
         from keras_resnest.serving.saved_model import export_saved_model
 
-        export_saved_model(model, filepath, precision, verbose, **options)
+        export_saved_model(model, filepath, precision, verbose, freeze, **options)
     else:
         from keras_resnest.serving.formats import export_file
 
