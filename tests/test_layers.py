@@ -539,3 +539,38 @@ def test_keras_file_loads_in_a_fresh_process_without_custom_objects(tmp_path):
     """
     run_python(code + "\n        print('done')")
     assert relative_error(np.load(tmp_path / "outputs.npy"), model(pixels)) < 1e-6
+
+
+NARROW = """
+import numpy as np
+import tensorflow as tf
+from keras_resnest.layers import GroupedConv2D
+
+for channels, filters in ((3, 16), (8, 16), (15, 16), (8, 8)):
+    layer = GroupedConv2D(filters, 1, strides=2, padding="same", use_bias=False)
+    x = tf.random.normal((1, 15, 32, channels))
+
+    @tf.function
+    def gradient():
+        with tf.GradientTape() as tape:
+            y = layer(x)
+            loss = tf.reduce_sum(y**2) / 2
+        return y, tape.gradient(loss, layer.kernel)
+
+    layer.build(x.shape)
+    for _ in range(100):
+        y, got = gradient()
+    want = x[:, ::2, ::2] @ layer.kernel[0, 0]
+    np.testing.assert_allclose(y, want, atol=1e-4)
+    want = tf.einsum("bhwi,bhwo->io", x[:, ::2, ::2], want)
+    np.testing.assert_allclose(got[0, 0], want, atol=1e-2)
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a fault of TensorFlow")
+def test_narrow_pointwise_convolutions_keep_to_their_memory():
+    """TensorFlow's own one writes beyond it; glibc ends a process that does."""
+    environment = {**os.environ, "MALLOC_CHECK_": "3"}
+    command = [sys.executable, "-c", NARROW]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

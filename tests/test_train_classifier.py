@@ -97,7 +97,7 @@ def test_learns_shapes_killed_and_started_again(folder, tmp_path):
     predictions = model.predict(images, verbose=0)
     assert (predictions.argmax(axis=1) == labels).mean() == pytest.approx(summary["top1"])
     served = keras.layers.TFSMLayer(tmp_path / "serving" / "1", "serve")(images)
-    np.testing.assert_allclose(served, predictions, atol=1e-4)
+    np.testing.assert_allclose(served["predictions"], predictions, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,13 @@ class GroupedConv2D(keras.layers.Conv2D):
     def _tensorflow_convolution(self, inputs, kernel, tensorflow_format):
         import tensorflow as tf
 
+        strides = self.strides
+        if tensorflow_format == "NHWC" and self._is_narrow_and_pointwise(kernel):
+            inputs, strides = inputs[:, :: strides[0], :: strides[1]], 1
         # Not tf.nn.conv2d: that has no gradient on all CPUs where the kernel is dilated.
         convolve = functools.partial(
             tf.nn.convolution,
-            strides=self.strides,
+            strides=strides,
             padding=self.padding.upper(),
             data_format=tensorflow_format,
             dilations=self.dilation_rate,
@@ -69,6 +72,15 @@ class GroupedConv2D(keras.layers.Conv2D):
             strict=True,
         )
         return tf.concat([convolve(x, k) for x, k in groups], axis=channel_axis)
+
+    def _is_narrow_and_pointwise(self, kernel) -> bool:
+        """Whether oneDNN writes beyond its memory in the gradient of a batch of one.
+
+        Seen with TensorFlow 2.21 (oneDNN 3.7): 1x1 with strides, below 16 channels to at most 16.
+        """
+        height, width, channels, filters = kernel.shape
+        strides = max(self.strides)
+        return height == width == 1 and strides > 1 and channels < 16 and filters <= 16
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
