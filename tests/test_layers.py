@@ -512,7 +512,7 @@ def test_every_public_layer_is_in_the_serialization_test():
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
 def test_arguments_are_attributes_and_config(layer):
-    parameters = set(inspect.signature(type(layer)).parameters) - {"kwargs"}
+    parameters = set(inspect.signature(type(layer).__init__).parameters) - {"self", "kwargs"}
     config = layer.get_config()
     assert set(config) - {"name", "trainable", "dtype"} == parameters
     assert all(hasattr(layer, name) for name in parameters)
