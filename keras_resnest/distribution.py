@@ -183,11 +183,18 @@ class DistributedTraining:
 
 
 def check_global_batch(sizes, replicas: int) -> None:
-    """`ValueError` unless the replicas can share batches of all these sizes evenly.
+    """Checks that replicas can share batches evenly, before a training begins.
 
     Args:
-        sizes: numbers of rows; None is an unknown one.
-        replicas: number of replicas.
+        sizes: numbers of rows of the batches; None is an unknown one.
+        replicas: number of replicas, `strategy.num_replicas_in_sync`.
+
+    Raises:
+        ValueError: if one of the sizes is no multiple of `replicas`, or unknown.
+
+    Example:
+
+    >>> check_global_batch({32}, strategy.num_replicas_in_sync)
     """
     if replicas == 1:
         return

@@ -586,9 +586,13 @@ class RefineDet(DistributedTraining, keras.Model):
         }
 
     def training_config(self) -> dict:
-        """What decides, beside the weights' shapes, what this model learns; as JSON can hold it.
+        """What decides, beside the shapes of the weights, what this model learns.
 
-        A checkpoint of a training must not go on with other classes, image size or anchors.
+        `ResumeTraining` compares it: a training must not go on with other classes, another
+        image size or other anchors.
+
+        Returns:
+            Dictionary that JSON can hold.
         """
         config = self.get_config()
         for name in ("backbone", "decoder", "dtype", "name"):  # a backbone's layers have own names
