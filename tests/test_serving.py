@@ -380,8 +380,11 @@ def test_a_server_never_sees_half_a_model(models, tmp_path):
             for child in versions.iterdir():
                 if child.name.isdigit():
                     try:
+                        folder = child.stat().st_ino
                         names = {p.name for p in child.iterdir()}
                         extra = {p.name for p in (child / "assets.extra").iterdir()}
+                        if child.stat().st_ino != folder:
+                            continue  # replaced between two looks
                     except FileNotFoundError:
                         continue  # taken away between two looks
                     seen.append(names | extra)
