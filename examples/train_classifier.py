@@ -203,7 +203,13 @@ def train(arguments, recipe, model, class_names, train_batches, test_batches) ->
         print(f"Going on with the run in {output}")
     if chief:
         append = resume.initial_epoch > 0
-        callbacks.append(keras.callbacks.CSVLogger(output / "log.csv", append=append))
+        callbacks += [
+            keras.callbacks.CSVLogger(output / "log.csv", append=append),
+            # Of a run before; it stays if the checkpoint does not fit and nothing is trained.
+            keras.callbacks.LambdaCallback(
+                on_train_begin=lambda logs: (output / "result.json").unlink(missing_ok=True)
+            ),
+        ]
     model.fit(
         train_batches,
         epochs=recipe.epochs,
@@ -293,7 +299,6 @@ def prepare(arguments):
     arguments.output.mkdir(parents=True, exist_ok=True)
     if kr.training.is_chief(strategy):
         print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
-        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     return recipe, model, train_set.class_names, *batches
 
 

@@ -232,6 +232,10 @@ def train(arguments, model, epochs: int, train_batches, test_batches) -> int:
                 test_batches, output / "progress", frequency=arguments.evaluate_every
             ),
             keras.callbacks.CSVLogger(output / "log.csv", append=resume.initial_epoch > 0),
+            # Of a run before; it stays if the checkpoint does not fit and nothing is trained.
+            keras.callbacks.LambdaCallback(
+                on_train_begin=lambda logs: (output / "result.json").unlink(missing_ok=True)
+            ),
         ]
     history = model.fit(
         train_batches, epochs=epochs, callbacks=callbacks, verbose="auto" if chief else 0
@@ -294,7 +298,6 @@ def prepare(arguments):
     if kr.training.is_chief(strategy):
         print(f"Training data: {train_set.report}\nTest data: {test_set.report}")
         kr.visualization.plot_dataset(train_set, path=arguments.output / "dataset.png")
-        (arguments.output / "result.json").unlink(missing_ok=True)  # of a run before
     return model, recipe.epochs, train_batches, test_set, test_batches
 
 

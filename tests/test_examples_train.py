@@ -72,11 +72,11 @@ def test_trains_and_writes_everything(trained):
 
 def test_another_model_does_not_go_on_in_the_same_folder(voc_folder, trained, tmp_path):
     shutil.copytree(trained[1] / "checkpoint", tmp_path / "checkpoint")
-    (tmp_path / "result.json").write_text("")
+    (tmp_path / "result.json").write_text("of the other model")
     again = run(voc_folder, *OPTIONS, "--anchor-sizes", 16, 32, 64, 128, "--output", tmp_path)
     assert again.returncode == 1 and "Traceback" not in again.stderr
     assert "checkpoint of another model" in again.stderr and "anchor_generator" in again.stderr
-    assert not (tmp_path / "result.json").exists()
+    assert (tmp_path / "result.json").read_text() == "of the other model"
 
 
 @pytest.mark.parametrize(
