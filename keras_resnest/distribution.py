@@ -4,8 +4,11 @@ Nothing here matters on one device, except that a gradient that is not finite be
 """
 
 import contextlib
+import functools
 
 import keras
+
+from keras_resnest.empty_batch import call_with_rows
 
 
 def num_replicas() -> int:
@@ -136,7 +139,7 @@ class DistributedTraining:
         import tensorflow as tf
 
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = self._predict_rows(x)
+        y_pred = call_with_rows(functools.partial(self, training=False), x)
         loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
         loss = tf.where(batch > 0, loss, tf.zeros_like(loss))
@@ -148,19 +151,7 @@ class DistributedTraining:
         if num_replicas() == 1:
             return super().predict_step(*args)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
-        return self._predict_rows(x)
-
-    def _predict_rows(self, x):
-        """Outputs for the rows of `x`, of which there may be none."""
-        import tensorflow as tf
-
-        count = tf.shape(keras.tree.flatten(x)[0])[0]
-        lacking = tf.cast(count == 0, tf.int32)
-        padded = keras.tree.map_structure(
-            lambda part: tf.pad(part, [[0, lacking]] + [[0, 0]] * (len(part.shape) - 1)), x
-        )
-        outputs = self(padded, training=False)
-        return keras.tree.map_structure(lambda part: part[:count], outputs)
+        return call_with_rows(functools.partial(self, training=False), x)
 
     @staticmethod
     def _with_axis(logs):

@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
-import distributed_training
 import keras
 import numpy as np
 import pytest
@@ -208,16 +206,6 @@ def test_batches_that_two_replicas_cannot_share(data, batch_size, split, message
         distribution.check_global_batch(sizes, 2)
 
 
-def test_a_positional_batch_size_is_checked():
-    strategy = tf.distribute.MirroredStrategy()
-    with strategy.scope():
-        model = distributed_training.classifier("frozen")
-    model._distribute_strategy = types.SimpleNamespace(num_replicas_in_sync=2)
-    images = np.zeros((10, *distributed_training.SHAPE), "float32")
-    with pytest.raises(ValueError, match="a batch of 5"):
-        model.fit(images, np.zeros(10), 5)
-
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -234,7 +222,7 @@ def test_what_workers_cannot_train_is_not_a_lost_worker(tmp_path):
     assert done.returncode == 2 and "--workers must be 1 or more" in done.stderr
 
 
-def test_a_worker_says_for_whom_it_waits(monkeypatch, capsys):
+def test_a_worker_says_for_whom_it_waits():
     """The other one never comes, and TensorFlow would wait in silence."""
     addresses = free_addresses(2)
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}

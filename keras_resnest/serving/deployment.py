@@ -71,13 +71,22 @@ def deployment_function(network, specification, precision: str = "float32"):
     if precision != "float32":
         graph.reduce_precision(tf.as_dtype(precision))
     graph_def = _constants_folded(graph.finished(), outputs.values())
+    return _function_of(graph_def, specification, outputs)
+
+
+def _function_of(graph_def, specification, outputs: dict, variables=None):
+    """Concrete function of a graph; `variables` are read in place of nodes, by their names."""
+    import tensorflow as tf
+
     # The argument of the new function takes the place of the old one.
     _remove_node(graph_def, specification.name)
 
     def deployed(argument):
+        values = {name: variable.read_value() for name, variable in (variables or {}).items()}
+        values[specification.name] = argument
         tensors = tf.graph_util.import_graph_def(
             graph_def,
-            input_map={f"{specification.name}:0": argument},
+            input_map={f"{name}:0": value for name, value in values.items()},
             return_elements=list(outputs.values()),
             name="network",
         )
@@ -103,26 +112,14 @@ def with_variables(function):
 
     (specification,), _ = function.structured_input_signature
     keys = sorted(function.structured_outputs)
-    outputs = [tensor.name for tensor in function.outputs]
+    outputs = {key: x.name for key, x in zip(keys, function.outputs, strict=True)}
     graph_def = tf.compat.v1.GraphDef()
     constants = _take_large_constants(function.graph.as_graph_def(), graph_def)
-    _remove_node(graph_def, specification.name)
     variables = {
         name: tf.Variable(tf.make_ndarray(node.attr["value"].tensor), trainable=False)
         for name, node in constants.items()
     }
-
-    def deployed(argument):
-        values = {f"{name}:0": variable.read_value() for name, variable in variables.items()}
-        tensors = tf.graph_util.import_graph_def(
-            graph_def,
-            input_map={f"{specification.name}:0": argument, **values},
-            return_elements=outputs,
-            name="network",
-        )
-        return dict(zip(keys, tensors, strict=True))
-
-    function = tf.function(deployed, autograph=False).get_concrete_function(specification)
+    function = _function_of(graph_def, specification, outputs, variables)
     return function, list(variables.values())
 
 

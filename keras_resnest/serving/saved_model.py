@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 
+from keras_resnest.empty_batch import call_with_rows
 from keras_resnest.serving.atomic import written_at_once
 from keras_resnest.serving.deployment import check_backend, deployment_function, with_variables
 from keras_resnest.serving.tasks import task_of
@@ -132,11 +133,7 @@ def _signatures(task, precision: str, freeze: bool):
         return never_empty(tf.ensure_shape(images, shape))
 
     def never_empty(images):
-        # TensorFlow's oneDNN convolutions give an empty batch a wrong shape: one black
-        # picture is sent in its place, and taken away again.
-        count = tf.shape(images)[0]
-        images = tf.pad(images, [[0, tf.maximum(0, 1 - count)], [0, 0], [0, 0], [0, 0]])
-        return {name: value[:count] for name, value in network(images).items()}
+        return call_with_rows(network, images)
 
     def empty_where_not(good, results):
         return {
