@@ -25,6 +25,7 @@ FLOORS = {
     "detection/checks": 1,
     "detection/voting": 1,
     "data/images": 1,
+    "empty_batch": 0,
     "distribution": 0,
     "divergence": 1,
     "resume": 3,
