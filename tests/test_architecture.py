@@ -25,7 +25,7 @@ FLOORS = {
     "detection/checks": 1,
     "detection/voting": 1,
     "data/images": 1,
-    "empty_batch": 0,
+    "empty_batch": -1,
     "distribution": 0,
     "divergence": 1,
     "resume": 3,
