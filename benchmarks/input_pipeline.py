@@ -22,9 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 
-from keras_resnest.data.augmentation import Resize, TrainingAugmentation
-from keras_resnest.data.mixing import MixUp, Mosaic
-from keras_resnest.data.pipeline import training_batches
+from keras_resnest.data.augmentation.detection import Resize, TrainingAugmentation
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+from keras_resnest.data.batches import training_batches
 
 UNMEASURED = 4  # first steps of a round: their batches were prepared while the others ran
 DISTINCT = 16  # pictures that are generated; they are repeated to the wanted number

@@ -98,7 +98,7 @@ def local_server(url: str) -> tuple[str, int]:
 def read_pictures(folder: Path | None) -> list[bytes]:
     if folder is None:
         return generate_pictures(16)
-    from keras_resnest.data.images import find_images
+    from keras_resnest.images import find_images
 
     return [path.read_bytes() for path in find_images(folder)]
 

@@ -105,7 +105,7 @@ def _positive(text: str) -> int:
 
 def collect_pictures(arguments: list[Path]) -> list[Path]:
     """The files, and the pictures of the folders, each once."""
-    from keras_resnest.data.images import find_images
+    from keras_resnest.images import find_images
 
     paths = []
     for path in arguments:
@@ -115,7 +115,7 @@ def collect_pictures(arguments: list[Path]) -> list[Path]:
 
 def read_pictures(paths: list[Path]) -> tuple[list[Path], list[np.ndarray]]:
     """The readable ones of the paths and their upright RGB pixels; the others are reported."""
-    from keras_resnest.data.images import load_image
+    from keras_resnest.images import load_image
 
     readable, pictures = [], []
     for path in paths:
@@ -180,7 +180,7 @@ class SavedModelDetector:
         self.box_format, self.class_names = read_extra_assets(folder)
 
     def __call__(self, pictures: list[np.ndarray], confidence: float) -> list[dict]:
-        from keras_resnest.data.images import resize_image
+        from keras_resnest.images import resize_image
 
         resized = [resize_image(picture, self.height, self.width) for picture in pictures]
         found = {k: v.numpy() for k, v in self.signature(images=np.stack(resized)).items()}
@@ -202,7 +202,7 @@ def read_extra_assets(folder: Path) -> tuple[str, list[str] | None]:
 
 def to_corners(boxes, bounding_box_format: str, height: int, width: int) -> np.ndarray:
     """Boxes as "xyxy" pixels of a picture of this size."""
-    from keras_resnest.detection.boxes import convert_boxes
+    from keras_resnest.boxes.formats import convert_boxes
 
     return np.array(convert_boxes(boxes, bounding_box_format, "xyxy", height, width))
 

@@ -183,7 +183,7 @@ class Client:
             answers = self.predict({"image_bytes": column})
             sizes = [picture.shape[:2] for picture in pictures]
         else:
-            from keras_resnest.data.images import resize_image
+            from keras_resnest.images import resize_image
 
             size = self.image_size()
             answers = self.predict({"images": [resize_image(p, *size) for p in pictures]})
@@ -214,7 +214,7 @@ def encoded_picture(path: Path, picture: np.ndarray) -> bytes:
     """The file as it is where TensorFlow sees the same pixels in it, else an upright PNG."""
     from PIL import Image
 
-    from keras_resnest.data.images import read_picture_info
+    from keras_resnest.images import read_picture_info
 
     info = read_picture_info(path)
     if info.plain and info.orientation == 1:

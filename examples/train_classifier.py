@@ -36,7 +36,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_resnest as kr
-from keras_resnest.recipes import RECIPES
+from keras_resnest.training.recipes import RECIPES
 
 CLASSIFIER_RECIPES = [name for name, recipe in RECIPES.items() if recipe.crop_size]
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")

@@ -2,12 +2,10 @@
 
 from keras_resnest import (
     backbones,
-    callbacks,
     data,
     detection,
     evaluation,
     layers,
-    recipes,
     serving,
     training,
     visualization,
@@ -24,6 +22,7 @@ from keras_resnest.backbones import (
 )
 from keras_resnest.detection import builders
 from keras_resnest.detection.refinedet import RefineDet
+from keras_resnest.training import callbacks, recipes
 from keras_resnest.version import __version__
 
 __all__ = [

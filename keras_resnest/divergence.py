@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnest.distribution import is_chief
+from keras_resnest.replicas import is_chief
 
 # No network of this package starts above this, whatever its first batch holds. A first loss
 # below counts as this one, so that an easy first batch, or one without objects, sets no trap.

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from keras import ops
 
-from keras_resnest.data.images import load_image
-from keras_resnest.detection.boxes import check_box_format, convert_boxes
+from keras_resnest.boxes.formats import check_box_format, convert_boxes
+from keras_resnest.images import load_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
 GAP = 10  # pixels between the pictures of a grid

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_resnest.backbones import ResNet
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.detection.refinedet import RefineDet
 
 CLASS_NAMES = ["red", "green", "blue"]

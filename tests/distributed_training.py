@@ -17,8 +17,8 @@ import tensorflow as tf
 from detectors import rectangles, small_detector
 
 from keras_resnest.backbones import ResNet
-from keras_resnest.callbacks import ResumeTraining
 from keras_resnest.layers.normalization import set_batch_norm
+from keras_resnest.training.callbacks import ResumeTraining
 
 STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
 

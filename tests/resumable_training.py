@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 from detectors import rectangles, small_backbone, small_detector
 
-from keras_resnest.callbacks import ResumeTraining
 from keras_resnest.data import RandomFlip, TrainingAugmentation, training_batches
+from keras_resnest.training.callbacks import ResumeTraining
 
 EPOCHS, SHAPE = 3, (64, 128, 3)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
 
 
 def test_first_and_last_anchor_by_hand():

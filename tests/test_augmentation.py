@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest.data.augmentation import (
+from keras_resnest.data.augmentation.detection import (
     MEAN_COLOR,
     PhotometricDistortion,
     RandomExpand,

@@ -13,8 +13,8 @@ import pytest
 from detectors import rectangles, small_detector
 
 from keras_resnest.backbones import create_backbone
-from keras_resnest.data.images import center_crop_image, load_image
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.images import center_crop_image, load_image
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)

@@ -5,13 +5,13 @@ import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 import keras_resnest as kr
+from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.multi_scale import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
 )
-from keras_resnest.detection.voting import suppress_boxes, vote_boxes
 
 
 def random_rows(n=60, seed=0):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_resnest.detection import boxes as kb
+from keras_resnest.boxes import offsets as kb
 
 
 def random_boxes(rng, *shape, size=100.0):

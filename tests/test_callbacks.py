@@ -13,14 +13,14 @@ import tensorflow as tf
 from detectors import CLASS_NAMES, rectangles, small_detector
 from keras import ops
 
-from keras_resnest.callbacks import DetectionEvaluation, DetectionPlot
-from keras_resnest.detection.boxes import convert_boxes
+from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.evaluation import (
     coco_average_precision,
     collect_detections,
     evaluate_detections,
     voc_average_precision,
 )
+from keras_resnest.training.callbacks import DetectionEvaluation, DetectionPlot
 
 SIZE = 64
 MOST = 4  # rows of padded boxes

@@ -19,7 +19,7 @@ from keras_resnest.data import (
     read_tfds_classification,
     set_epoch,
 )
-from keras_resnest.data import rand_augment as ops
+from keras_resnest.data.augmentation.detection import rand_augment as ops
 
 SIDE = (32, 32)
 

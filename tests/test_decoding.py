@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.detection import decoding
-from keras_resnest.detection.anchors import AnchorGenerator
-from keras_resnest.detection.boxes import convert_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
 
 IMPLEMENTATIONS = ["_suppress", "_suppress_tensorflow"]

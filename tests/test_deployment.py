@@ -12,7 +12,7 @@ import pytest
 from detectors import small_backbone, small_detector
 
 from keras_resnest.backbones import VGG, ResNet, ShuffleNet, create_backbone
-from keras_resnest.serving.deployment import computing_in_float32, deployment_function
+from keras_resnest.serving.graph import computing_in_float32, deployment_function
 from keras_resnest.serving.tasks import task_of
 
 if keras.backend.backend() != "tensorflow":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest import distribution
+from keras_resnest import trainer as distribution
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from train_multi_worker import free_addresses
@@ -85,7 +85,7 @@ def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
 CLIPPING = """
 import sys
 import keras, numpy as np, tensorflow as tf
-from keras_resnest.training import DistributedTraining
+from keras_resnest.training.strategies import DistributedTraining
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)

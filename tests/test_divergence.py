@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from detectors import rectangles, small_detector
 
-from keras_resnest.callbacks import TerminateOnDivergence
-from keras_resnest.detection.boxes import decode_boxes, encode_boxes
-from keras_resnest.distribution import DistributedTraining
+from keras_resnest.boxes.offsets import decode_boxes, encode_boxes
+from keras_resnest.trainer import DistributedTraining
+from keras_resnest.training.callbacks import TerminateOnDivergence
 
 needs_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="gradients are mended on TensorFlow alone"
@@ -215,7 +215,7 @@ def test_extreme_boxes_stay_finite_with_their_gradients():
 
 PROGRAM = """
 import keras, numpy as np
-from keras_resnest.callbacks import TerminateOnDivergence
+from keras_resnest.training.callbacks import TerminateOnDivergence
 layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
 model = keras.Sequential([keras.Input((1,)), layer])
 model.compile(keras.optimizers.SGD(0.25), "mse")

@@ -12,10 +12,10 @@ import pytest
 import tensorflow as tf
 
 from keras_resnest.data import DetectionDataset, ImageRecord, set_epoch
-from keras_resnest.data.augmentation import Resize, TrainingAugmentation
+from keras_resnest.data.augmentation.detection import Resize, TrainingAugmentation
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+from keras_resnest.data.batches import training_batches
 from keras_resnest.data.epochs import EpochCounter, fold_in
-from keras_resnest.data.mixing import MixUp, Mosaic
-from keras_resnest.data.pipeline import training_batches
 
 SHAPE = (32, 48)
 

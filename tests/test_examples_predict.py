@@ -17,8 +17,8 @@ import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 from PIL import Image
 
-from keras_resnest.data.images import load_image
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.images import load_image
 from keras_resnest.visualization import class_color
 
 if keras.backend.backend() != "tensorflow":

@@ -14,9 +14,10 @@ import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 from keras_resnest.backbones import ResNet, create_backbone
-from keras_resnest.data.images import load_image, resize_image
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.serving import export_model, numpy_decoder
+from keras_resnest.images import load_image, resize_image
+from keras_resnest.serving import decoder_numpy as numpy_decoder
+from keras_resnest.serving import export_model
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("models are exported by TensorFlow", allow_module_level=True)

@@ -9,7 +9,7 @@ from golden_networks import load_recipe, values_at
 from safetensors.numpy import save_file
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.detection.builders import refinedet320_resnest50, refinedet320_vgg16
 from keras_resnest.detection.refinedet import RefineDet
 

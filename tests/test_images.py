@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from keras_resnest.data.dataset import decode_plain_image
-from keras_resnest.data.images import (
+from keras_resnest.images import (
     find_images,
     load_image,
     orientation_flags,

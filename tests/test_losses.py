@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnest.detection.anchors import AnchorGenerator
-from keras_resnest.detection.boxes import decode_boxes
-from keras_resnest.detection.losses import MultiBoxLoss, hard_negatives, smooth_l1
-from keras_resnest.detection.matching import BoxMatcher, encode_targets
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.boxes.offsets import decode_boxes
+from keras_resnest.detection.loss import MultiBoxLoss, encode_targets, hard_negatives, smooth_l1
 
 BATCH, ANCHORS, CLASSES = 3, 50, 4
 

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnest.detection.anchors import AnchorGenerator
-from keras_resnest.detection.boxes import decode_boxes, encode_boxes, pairwise_iou
-from keras_resnest.detection.matching import (
-    CANDIDATES,
-    BoxMatcher,
-    encode_targets,
-    greedy_one_to_one,
-)
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import CANDIDATES, BoxMatcher, greedy_one_to_one
+from keras_resnest.boxes.offsets import decode_boxes, encode_boxes
+from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.detection.loss import encode_targets
 
 
 def greedy_by_hand(iou):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest.data.augmentation import RandomFlip, TrainingAugmentation
-from keras_resnest.data.mixing import MixUp, Mosaic, fit_rows
-from keras_resnest.data.pipeline import training_batches
+from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmentation
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
+from keras_resnest.data.batches import training_batches
 
 PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colours of labels 0, 1 and 2
 BOXES = np.array([[20, 15, 75, 50], [90, 40, 130, 95], [35, 60, 70, 100]], "float32")

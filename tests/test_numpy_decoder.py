@@ -13,8 +13,8 @@ import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 from keras import ops
 
-from keras_resnest.detection import boxes as kb
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes import offsets as kb
+from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.detection.decoding import DetectionDecoder
 
 FILE = Path(__file__).resolve().parents[1] / "keras_resnest/serving/numpy_decoder.py"

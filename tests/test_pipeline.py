@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest.data.augmentation import RandomFlip, TrainingAugmentation
-from keras_resnest.data.pipeline import evaluation_batches, training_batches
+from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmentation
+from keras_resnest.data.batches import evaluation_batches, training_batches
 
 SHAPE = (32, 48)
 SPEC = {

@@ -36,7 +36,7 @@ WAYS = {
 PROGRAM = """
 import json, sys, numpy as np
 from keras_resnest.backbones import PRETRAINED, create_backbone
-from keras_resnest.backbones.published_weights import PretrainedWeights
+from keras_resnest.backbones.weights.table import PretrainedWeights
 address, sha256, image = sys.argv[1:4]
 def row(way, promised):
     source = f"{address}/files/{way}/resnet18-{way}-{promised}.safetensors"

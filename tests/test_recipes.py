@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_resnest as kr
-from keras_resnest.recipes import RECIPES, AdamW, LinearWarmup, Recipe, SGDWithL2
+from keras_resnest.training.recipes import RECIPES, AdamW, LinearWarmup, Recipe, SGDWithL2
 
 
 def rates(recipe, steps):

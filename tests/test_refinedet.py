@@ -7,13 +7,14 @@ import tensorflow as tf
 from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 
 import keras_resnest as kr
-from keras_resnest.data.images import load_image, resize_image
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.formats import convert_boxes
+from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.boxes.overlap import pairwise_iou
 from keras_resnest.detection import builders
-from keras_resnest.detection.anchors import AnchorGenerator
-from keras_resnest.detection.boxes import convert_boxes, pairwise_iou
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.matching import BoxMatcher
 from keras_resnest.detection.refinedet import STAGE_LOSSES, RefineDet
+from keras_resnest.images import load_image, resize_image
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from detectors import small_detector
 
-from keras_resnest.callbacks import ResumeTraining
 from keras_resnest.detection import AnchorGenerator, BoxMatcher
+from keras_resnest.training.callbacks import ResumeTraining
 
 PROGRAM = Path(__file__).with_name("resumable_training.py")
 
@@ -279,7 +279,7 @@ def config(address, index):
     ],
 )
 def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
-    from keras_resnest.training import create_strategy
+    from keras_resnest.training.strategies import create_strategy
 
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ValueError, match=message):
@@ -287,7 +287,7 @@ def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
 
 
 def test_digits_are_an_index(monkeypatch):
-    from keras_resnest.training import read_tf_config
+    from keras_resnest.training.strategies import read_tf_config
 
     text = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": "1"}}'
     monkeypatch.setenv("TF_CONFIG", text)
@@ -297,7 +297,7 @@ def test_digits_are_an_index(monkeypatch):
 def test_strategies(monkeypatch):
     import tensorflow as tf
 
-    from keras_resnest.training import create_strategy
+    from keras_resnest.training.strategies import create_strategy
 
     monkeypatch.delenv("TF_CONFIG", raising=False)
     assert isinstance(create_strategy("mirrored"), tf.distribute.MirroredStrategy)

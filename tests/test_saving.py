@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.detection.builders import refinedet_tiny
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.losses import MultiBoxLoss
-from keras_resnest.detection.matching import BoxMatcher
+from keras_resnest.detection.loss import MultiBoxLoss
 from keras_resnest.detection.refinedet import STAGE_LOSSES, RefineDet
 
 OUTPUTS = ("boxes", "confidence", "labels", "num_detections")

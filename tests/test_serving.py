@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 
-from keras_resnest.data.images import load_image
-from keras_resnest.detection.boxes import convert_boxes
+from keras_resnest import atomic
+from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.detection.builders import refinedet_tiny
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.serving import atomic
+from keras_resnest.images import load_image
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)

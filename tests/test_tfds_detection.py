@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from keras_resnest.data import read_tfds, read_voc
-from keras_resnest.data.pipeline import training_batches
+from keras_resnest.data.batches import training_batches
 
 VOC_NAMES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -199,7 +199,7 @@ def test_names_are_known_in_the_run_that_prepares(monkeypatch, tmp_path):
 
     manager = tfds.download.DownloadManager
     monkeypatch.setattr(manager, "download_and_extract", download_and_extract)
-    monkeypatch.setattr("keras_resnest.data.tfds_reader._check_hosts", lambda builder: None)
+    monkeypatch.setattr("keras_resnest.data.readers.tfds._check_hosts", lambda builder: None)
     dataset = read_tfds("coco/2017", "train", data_dir=tmp_path / "tfds")
     assert dataset.class_names == [category["name"] for category in CATEGORIES]
 
@@ -232,7 +232,7 @@ def test_epochs_resume(coco):
 
 def test_mock_data_has_the_real_features():
     """The specifications that TFDS ships: what is read off them fits all three data sets."""
-    from keras_resnest.data.tfds_reader import _tfds_label_names
+    from keras_resnest.data.readers.tfds import _tfds_label_names
 
     with tfds.testing.mock_data(num_examples=1):
         counts = {

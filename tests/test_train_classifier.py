@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import keras_resnest.recipes  # noqa: F401 (registers the optimizer)
+import keras_resnest.training.recipes  # noqa: F401 (registers the optimizer)
 from keras_resnest.data import center_crop_image, find_images, load_image
 
 PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "train_classifier.py"

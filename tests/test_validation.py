@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_resnest.boxes.formats import BOX_FORMATS
 from keras_resnest.data.validation import check_ground_truth
-from keras_resnest.detection.boxes import BOX_FORMATS
 
 XYXY = np.array([[10.0, 20, 50, 80], [0, 0, 100, 200], [99, 5, 100, 6]])
 SIZE = (200, 100)

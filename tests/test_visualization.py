@@ -59,7 +59,7 @@ def test_large_pictures_are_reduced(tmp_path):
 @pytest.mark.parametrize("box_format", ["xyxy", "xywh", "rel_yxyx", "rel_center_xywh"])
 def test_box_lies_where_it_should(tmp_path, box_format):
     """The outline surrounds the object that is in the picture, in every box format."""
-    from keras_resnest.detection.boxes import convert_boxes
+    from keras_resnest.boxes.formats import convert_boxes
 
     image = np.full((100, 200, 3), 255, "uint8")
     box = np.array([[50.0, 20.0, 150.0, 70.0]])

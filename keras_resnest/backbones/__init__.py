@@ -2,11 +2,8 @@
 
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.classification import decode_predictions, preprocess_input
-from keras_resnest.backbones.pretrained import load_pretrained, read_state_dict
-from keras_resnest.backbones.published_weights import PRETRAINED
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.shufflenet import ShuffleNet
-from keras_resnest.backbones.torch_names import load_torch_state_dict
 from keras_resnest.backbones.variants import (
     VARIANTS,
     VGG16,
@@ -82,6 +79,9 @@ from keras_resnest.backbones.variants import (
     list_backbones,
 )
 from keras_resnest.backbones.vgg import VGG
+from keras_resnest.backbones.weights.fetching import load_pretrained, read_state_dict
+from keras_resnest.backbones.weights.table import PRETRAINED
+from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 from keras_resnest.backbones.zoo import count_multiply_adds, list_models
 
 __all__ = [

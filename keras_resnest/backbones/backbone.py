@@ -2,8 +2,7 @@
 
 import keras
 
-from keras_resnest.distribution import DistributedTraining
-from keras_resnest.serving.export import export_model
+from keras_resnest.trainer import DistributedTraining
 
 
 class Backbone(DistributedTraining, keras.Model):
@@ -96,6 +95,8 @@ class Backbone(DistributedTraining, keras.Model):
         Example:
             >>> model.export("serving/1", class_names=["cat", "dog"])
         """
+        from keras_resnest.serving.export import export_model
+
         export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:

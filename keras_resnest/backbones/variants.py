@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.pretrained import load_pretrained
 from keras_resnest.backbones.regnet import regnet_arguments
 from keras_resnest.backbones.resnet import ResNet
 from keras_resnest.backbones.shufflenet import ShuffleNet
 from keras_resnest.backbones.vgg import VGG
+from keras_resnest.backbones.weights.fetching import load_pretrained
 
 
 class Variant(NamedTuple):

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from keras_resnest.backbones.figures import FIGURES
-from keras_resnest.backbones.published_weights import PRETRAINED
 from keras_resnest.backbones.variants import VARIANTS
+from keras_resnest.backbones.weights.table import PRETRAINED
 
 
 class ModelSummary(NamedTuple):

@@ -5,47 +5,42 @@ TensorFlow Datasets and the `tf.data` code are imported at the first use of a na
 
 import importlib
 
-from keras_resnest.data.any_reader import find_splits, read_detection
-from keras_resnest.data.coco_reader import read_coco
-from keras_resnest.data.csv_reader import read_csv
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
-from keras_resnest.data.images import (
-    center_crop_image,
-    find_images,
-    load_image,
-    resize_image,
-)
-from keras_resnest.data.tfds_reader import read_tfds
+from keras_resnest.data.readers.coco import read_coco
+from keras_resnest.data.readers.csv import read_csv
+from keras_resnest.data.readers.detect_format import find_splits, read_detection
+from keras_resnest.data.readers.tfds import read_tfds
+from keras_resnest.data.readers.voc import read_voc
+from keras_resnest.data.readers.yolo import read_yolo
 from keras_resnest.data.validation import check_ground_truth
-from keras_resnest.data.voc_reader import read_voc
-from keras_resnest.data.yolo_reader import read_yolo
+from keras_resnest.images import center_crop_image, find_images, load_image, resize_image
 
 _LAZY = {
     "Shapes": "shapes",
     "ShapesConfig": "shapes",
-    "read_shapes": "shapes",
-    "MixUp": "mixing",
-    "Mosaic": "mixing",
-    "PhotometricDistortion": "augmentation",
-    "RandomExpand": "augmentation",
-    "RandomFlip": "augmentation",
-    "RandomIoUCrop": "augmentation",
-    "RandomRotate90": "augmentation",
-    "Resize": "augmentation",
-    "TrainingAugmentation": "augmentation",
+    "read_shapes": "readers.tfds",
+    "MixUp": "augmentation.mixing",
+    "Mosaic": "augmentation.mixing",
+    "PhotometricDistortion": "augmentation.detection",
+    "RandomExpand": "augmentation.detection",
+    "RandomFlip": "augmentation.detection",
+    "RandomIoUCrop": "augmentation.detection",
+    "RandomRotate90": "augmentation.detection",
+    "Resize": "augmentation.detection",
+    "TrainingAugmentation": "augmentation.detection",
     "CLASSIFICATION_AUGMENTATIONS": "classification",
     "ClassificationAugmentation": "classification",
     "ClassificationDataset": "classification",
     "ClassificationReport": "classification",
     "LabelledImage": "classification",
-    "RandAugment": "rand_augment",
+    "RandAugment": "augmentation.rand_augment",
     "classification_batches": "classification",
-    "evaluation_batches": "pipeline",
+    "evaluation_batches": "batches",
     "mix_up": "classification",
     "read_image_folder": "classification",
     "read_tfds_classification": "classification",
     "set_epoch": "epochs",
-    "training_batches": "pipeline",
+    "training_batches": "batches",
 }
 
 __all__ = [

@@ -20,6 +20,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_resnest.data.augmentation.rand_augment import (
+    RandAugment,
+    as_uint8,
+    brighten,
+    contrast,
+    saturate,
+)
 from keras_resnest.data.dataset import (
     PictureDataset,
     Problem,
@@ -30,15 +37,9 @@ from keras_resnest.data.dataset import (
     nearest,
 )
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
-from keras_resnest.data.images import (
-    IMAGE_SUFFIXES,
-    PictureInfo,
-    center_crop_image,
-    read_picture_info,
-)
-from keras_resnest.data.rand_augment import RandAugment, as_uint8, brighten, contrast, saturate
-from keras_resnest.data.reading import Faults, FileError
-from keras_resnest.data.tfds_reader import prepare, split_size, tfds_builder
+from keras_resnest.data.readers.common import Faults, FileError
+from keras_resnest.data.readers.tfds import prepare, split_size, tfds_builder
+from keras_resnest.images import IMAGE_SUFFIXES, PictureInfo, center_crop_image, read_picture_info
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _CACHE_LIMIT = 1_000_000_000  # bytes of decoded pictures that are kept without being asked to

@@ -18,12 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from keras_resnest.data.images import (
-    PictureInfo,
-    load_image,
-    orientation_flags,
-    read_picture_info,
-)
+from keras_resnest.images import PictureInfo, load_image, orientation_flags, read_picture_info
 
 
 @dataclasses.dataclass(frozen=True)

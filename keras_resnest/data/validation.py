@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.detection.boxes import check_box_format
+from keras_resnest.boxes.formats import check_box_format
 
 
 def check_ground_truth(

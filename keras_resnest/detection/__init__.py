@@ -1,17 +1,17 @@
 """Anchors, matching, losses, decoding, and the detector made of them."""
 
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
 from keras_resnest.detection.anchor_fit import AnchorCoverage, anchor_coverage, fit_anchors
-from keras_resnest.detection.anchors import AnchorGenerator
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.losses import MultiBoxLoss
-from keras_resnest.detection.matching import BoxMatcher
+from keras_resnest.detection.loss import MultiBoxLoss
 from keras_resnest.detection.multi_scale import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
 )
-from keras_resnest.detection.voting import suppress_boxes, vote_boxes
 
 __all__ = [
     "REFINEDET320_PLUS",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
 
 # A size between 1.5 and 8 strides of its level: smaller anchors leave gaps between the cells,
 # larger ones reach beyond what the level's features see. RefineDet has 4.

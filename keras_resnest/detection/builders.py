@@ -1,7 +1,7 @@
 """Builder functions: one for each published RefineDet, and a small one for CPUs."""
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict, read_state_dict
-from keras_resnest.detection.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.detection.refinedet import RefineDet
 
 # Modules of the PyTorch ports that take no part in detection: pengyang1225's checkpoints hold a

@@ -3,13 +3,9 @@
 import keras
 from keras import ops
 
-from keras_resnest.detection.boxes import (
-    VARIANCES,
-    clip_boxes,
-    convert_boxes,
-    decode_boxes,
-    pairwise_iou,
-)
+from keras_resnest.boxes.formats import clip_boxes, convert_boxes
+from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
+from keras_resnest.boxes.overlap import pairwise_iou
 
 PADDING = -1  # fills the rows beyond `num_detections`
 

@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 
-from keras_resnest.data.images import resize_image
-from keras_resnest.detection.boxes import convert_boxes
-from keras_resnest.detection.checks import checked_images, plain_errors
-from keras_resnest.detection.pictures import detect_pictures
-from keras_resnest.detection.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.formats import convert_boxes
+from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.checks import checked_images, plain_errors
+from keras_resnest.detection.detect import detect_pictures
+from keras_resnest.images import resize_image
 
 SIDE_MULTIPLE = 64  # of the detector
 PADDING = -1

@@ -5,32 +5,28 @@ import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones import create_backbone
-from keras_resnest.data.images import resize_image
-from keras_resnest.detection.anchors import AnchorGenerator
-from keras_resnest.detection.blocks import bottleneck_block
-from keras_resnest.detection.boxes import (
-    check_box_format,
-    convert_boxes,
-    decode_boxes,
-    scale_boxes,
-)
-from keras_resnest.detection.checks import (
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.formats import check_box_format, convert_boxes, scale_boxes
+from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.boxes.offsets import decode_boxes
+from keras_resnest.checks import (
     check_same_classes,
     checked_ground_truth,
     checked_images,
     plain_errors,
 )
+from keras_resnest.detection.blocks import bottleneck_block
 from keras_resnest.detection.class_transfer import class_sources, remap_class_outputs
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.detect import detect_pictures
 from keras_resnest.detection.heads import PredictionHead
-from keras_resnest.detection.losses import MultiBoxLoss
-from keras_resnest.detection.matching import BoxMatcher, encode_targets
-from keras_resnest.detection.pictures import detect_pictures
-from keras_resnest.distribution import DistributedTraining, num_replicas, sum_over_replicas
+from keras_resnest.detection.loss import MultiBoxLoss, encode_targets
 from keras_resnest.divergence import TerminateOnDivergence
+from keras_resnest.images import resize_image
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
 from keras_resnest.layers.normalization import set_batch_norm
-from keras_resnest.serving.export import export_model
+from keras_resnest.replicas import num_replicas, sum_over_replicas
+from keras_resnest.trainer import DistributedTraining
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone; the detector adds P6
 SIDE_MULTIPLE = 64  # stride of P6
@@ -557,6 +553,8 @@ class RefineDet(DistributedTraining, keras.Model):
         >>> model.export("serving/1", precision="bfloat16")
         >>> model.export("detector.onnx", format="onnx")
         """
+        from keras_resnest.serving.export import export_model
+
         export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from keras_resnest.detection.boxes import check_box_format, convert_boxes
-from keras_resnest.detection.checks import check_same_classes
+from keras_resnest.boxes.formats import check_box_format, convert_boxes
+from keras_resnest.checks import check_same_classes
 
 INTERPOLATIONS = ("every_point", "eleven_point")
 PAIRS_AT_ONCE = 1 << 20  # IoU is computed for so many pairs at a time, to bound the memory

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_resnest.distribution import sum_over_replicas
+from keras_resnest.replicas import sum_over_replicas
 
 
 @keras.saving.register_keras_serializable("keras_resnest")

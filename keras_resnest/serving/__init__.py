@@ -1,8 +1,8 @@
 """Export of trained models to TensorFlow Serving and other runtimes."""
 
-from keras_resnest.serving.deployment import deployment_function
+from keras_resnest.serving.decoder_numpy import NumpyDetectionDecoder
 from keras_resnest.serving.export import FORMATS, export_model
-from keras_resnest.serving.numpy_decoder import NumpyDetectionDecoder
+from keras_resnest.serving.graph import deployment_function
 from keras_resnest.serving.saved_model import export_saved_model
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import os
 
-from keras_resnest.serving.deployment import check_backend
+from keras_resnest.serving.graph import check_backend
 
 # Precisions of each format; what a format cannot do is refused, never ignored.
 FORMATS = {
@@ -85,7 +85,7 @@ def export_model(
 
         export_saved_model(model, filepath, precision, verbose, freeze, **options)
     else:
-        from keras_resnest.serving.formats import export_file
+        from keras_resnest.serving.files import export_file
 
         export_file(model, filepath, format, precision, decode, representative_images, **options)
     if verbose:

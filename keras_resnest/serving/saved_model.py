@@ -4,9 +4,9 @@ import json
 import os
 import pathlib
 
-from keras_resnest.empty_batch import call_with_rows
-from keras_resnest.serving.atomic import written_at_once
-from keras_resnest.serving.deployment import check_backend, deployment_function, with_variables
+from keras_resnest.atomic import written_at_once
+from keras_resnest.replicas import call_with_rows
+from keras_resnest.serving.graph import check_backend, deployment_function, with_variables
 from keras_resnest.serving.tasks import task_of
 from keras_resnest.serving.warmup import write_warmup_requests
 
@@ -149,7 +149,7 @@ def _signatures(task, precision: str, freeze: bool):
         return task.results(never_empty(tf.cast(tf.ensure_shape(images, shape), tf.float32)))
 
     def serve_bytes(image_bytes):
-        from keras_resnest.serving.picture_bytes import decode_pictures
+        from keras_resnest.serving.image_bytes import decode_pictures
 
         images, sizes, readable = decode_pictures(image_bytes, task.fit_picture, task.image_shape)
         results = task.in_own_pixels(task.results(never_empty(images)), sizes)

@@ -2,8 +2,8 @@
 
 from keras import ops
 
-from keras_resnest.detection.boxes import scale_boxes
-from keras_resnest.serving.deployment import computing_in_float32
+from keras_resnest.boxes.formats import scale_boxes
+from keras_resnest.serving.graph import computing_in_float32
 
 PADDING = -1  # of detections, as in `DetectionDecoder`
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnest.backbones.published_weights import PRETRAINED, PretrainedWeights
-from keras_resnest.backbones.torch_names import load_torch_state_dict
+from keras_resnest.backbones.weights.table import PRETRAINED, PretrainedWeights
+from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")

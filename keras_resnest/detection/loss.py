@@ -3,7 +3,8 @@
 import keras
 from keras import ops
 
-from keras_resnest.detection.matching import BACKGROUND
+from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
+from keras_resnest.boxes.offsets import VARIANCES, encode_boxes
 
 
 def smooth_l1(targets, predictions):
@@ -106,3 +107,30 @@ class MultiBoxLoss:
     @classmethod
     def from_config(cls, config: dict) -> "MultiBoxLoss":
         return cls(**config)
+
+
+def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIANCES):
+    """Training targets of one stage.
+
+    Args:
+        boxes: ground truth, `"xyxy"`, shape (batch, objects, 4).
+        labels: int, shape (batch, objects); 0 to num_classes - 1, padding is -1.
+        anchors: `"xyxy"` in the unit of `boxes`: (anchors, 4), or (batch, anchors, 4)
+            for the refined anchors of the second stage.
+        matcher: the `BoxMatcher`.
+        variances: see `encode_boxes`.
+
+    Returns:
+        offsets (batch, anchors, 4), meaningful where positive, and classes
+        (batch, anchors) int32: 0 for background, label + 1 for positives.
+    """
+    matches = matcher.match_boxes(boxes, labels >= 0, anchors)  # (B, A)
+    # One more row stands for "no object", so that the lookup needs no special case.
+    boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
+    labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
+    rows = matches + 1
+    matched_boxes = ops.take_along_axis(boxes, rows[:, :, None], axis=1)
+    classes = ops.take_along_axis(labels, rows, axis=1) + 1
+    positive = (classes != BACKGROUND)[:, :, None]
+    offsets = encode_boxes(ops.where(positive, matched_boxes, anchors), anchors, variances)
+    return offsets, classes

@@ -12,12 +12,16 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
-from keras_resnest.data.augmentation import Resize, check_image_shape, drop_empty_boxes
+from keras_resnest.boxes.formats import check_box_format
+from keras_resnest.checks import MARK
+from keras_resnest.data.augmentation.detection import (
+    Resize,
+    check_image_shape,
+    drop_empty_boxes,
+)
+from keras_resnest.data.augmentation.geometry import PADDING
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
-from keras_resnest.data.geometry import PADDING
-from keras_resnest.data.mixing import MixUp, Mosaic, fit_rows
-from keras_resnest.detection.boxes import check_box_format
-from keras_resnest.detection.checks import MARK
 
 
 def training_batches(

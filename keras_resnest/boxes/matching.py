@@ -7,7 +7,7 @@ time and never held as a whole, so that memory does not grow with the number of 
 import keras
 from keras import ops
 
-from keras_resnest.detection.boxes import VARIANCES, encode_boxes, pairwise_iou
+from keras_resnest.boxes.overlap import pairwise_iou
 
 NOT_MATCHED = -1
 BACKGROUND = 0  # column of the background in class targets and logits
@@ -306,30 +306,3 @@ def _any_ran_out(holder, held_iou, anchor_of, values, indices):
     is_free = ops.take_along_axis(holder, anchor_of, axis=1) != objects
     has_none = ops.logical_not(ops.any(_open_candidates(holder, held_iou, values, indices), -1))
     return ops.any(is_free & has_none & (values[..., -1] > 0.0))
-
-
-def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIANCES):
-    """Training targets of one stage.
-
-    Args:
-        boxes: ground truth, `"xyxy"`, shape (batch, objects, 4).
-        labels: int, shape (batch, objects); 0 to num_classes - 1, padding is -1.
-        anchors: `"xyxy"` in the unit of `boxes`: (anchors, 4), or (batch, anchors, 4)
-            for the refined anchors of the second stage.
-        matcher: the `BoxMatcher`.
-        variances: see `encode_boxes`.
-
-    Returns:
-        offsets (batch, anchors, 4), meaningful where positive, and classes
-        (batch, anchors) int32: 0 for background, label + 1 for positives.
-    """
-    matches = matcher.match_boxes(boxes, labels >= 0, anchors)  # (B, A)
-    # One more row stands for "no object", so that the lookup needs no special case.
-    boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
-    labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
-    rows = matches + 1
-    matched_boxes = ops.take_along_axis(boxes, rows[:, :, None], axis=1)
-    classes = ops.take_along_axis(labels, rows, axis=1) + 1
-    positive = (classes != BACKGROUND)[:, :, None]
-    offsets = encode_boxes(ops.where(positive, matched_boxes, anchors), anchors, variances)
-    return offsets, classes

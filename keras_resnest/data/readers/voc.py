@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_resnest.data.dataset import DetectionDataset, usable_boxes
-from keras_resnest.data.images import IMAGE_SUFFIXES, find_images
-from keras_resnest.data.reading import (
+from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
@@ -22,6 +21,7 @@ from keras_resnest.data.reading import (
     number,
     stated_size,
 )
+from keras_resnest.images import IMAGE_SUFFIXES, find_images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 
-from keras_resnest.data.images import find_images, load_image
+from keras_resnest.images import find_images, load_image
 
 
 def detect_pictures(images, detect_batch: Callable[[list], list], batch_size: int):

@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-# As in `keras_resnest.detection.boxes`, which this file must not import.
+# As in `keras_resnest.boxes.offsets`, which this file must not import.
 VARIANCES = (0.1, 0.2)
 MAX_LOG_SIZE_RATIO = float(np.log(1000.0 / 16.0))
 

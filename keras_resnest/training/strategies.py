@@ -5,18 +5,15 @@ import os
 
 import keras
 
-from keras_resnest.distribution import (
+from keras_resnest.layers.normalization import set_batch_norm
+from keras_resnest.replicas import is_chief, is_multi_worker, num_replicas, run_everywhere
+from keras_resnest.trainer import (
     DistributedTraining,
     batch_size_of,
     check_global_batch,
-    is_chief,
-    is_multi_worker,
     lost_workers,
-    num_replicas,
-    run_everywhere,
 )
-from keras_resnest.layers.normalization import set_batch_norm
-from keras_resnest.recipes import AdamW
+from keras_resnest.training.recipes import AdamW
 
 __all__ = [
     "DistributedTraining",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.data.geometry import (
+from keras_resnest.data.augmentation.geometry import (
     MEAN_COLOR,
     apply_if,
     between,

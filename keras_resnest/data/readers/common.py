@@ -27,7 +27,7 @@ from keras_resnest.data.dataset import (
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.data.images import PictureInfo, orientation_flags, read_picture_info
+from keras_resnest.images import PictureInfo, orientation_flags, read_picture_info
 
 ROUNDING = 0.5
 """Pixels by which a box may cross the border without a word: files hold rounded numbers."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset, nearest
-from keras_resnest.data.reading import (
+from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,

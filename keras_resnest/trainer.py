@@ -8,57 +8,7 @@ import functools
 
 import keras
 
-from keras_resnest.empty_batch import call_with_rows
-
-
-def num_replicas() -> int:
-    """Replicas that train in step under the current `tf.distribute` strategy, else 1."""
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def sum_over_replicas(value):
-    """Sum of a tensor over the replicas of a `tf.distribute` strategy, inside a step."""
-    if num_replicas() == 1:
-        return value
-    import tensorflow as tf
-
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
-
-
-def is_multi_worker(strategy=None) -> bool:
-    """Whether a strategy, by default the current one, spans several processes."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    strategy = strategy or tf.distribute.get_strategy()
-    kind = tf.distribute.MultiWorkerMirroredStrategy
-    return isinstance(strategy, kind) and strategy.extended._in_multi_worker_mode()
-
-
-def is_chief(strategy=None) -> bool:
-    """Whether this process is the one of all workers of a strategy that writes files."""
-    if keras.backend.backend() != "tensorflow":
-        return True
-    import tensorflow as tf
-
-    resolver = (strategy or tf.distribute.get_strategy()).cluster_resolver
-    if resolver is None or not resolver.task_type:
-        return True
-    has_chief = "chief" in resolver.cluster_spec().jobs
-    return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
-
-
-def run_everywhere(strategy, function):
-    """What a function without arguments gives on every replica, as one compiled step."""
-    import tensorflow as tf
-
-    function = tf.autograph.experimental.do_not_convert(function)
-    return tf.function(lambda: strategy.run(function), autograph=False)()
+from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
 
 class DistributedTraining:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_resnest.data.dataset import DetectionDataset, check_class_names
-from keras_resnest.data.reading import (
+from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,

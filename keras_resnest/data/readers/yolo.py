@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnest.data.dataset import DetectionDataset, check_class_names
-from keras_resnest.data.images import IMAGE_SUFFIXES
-from keras_resnest.data.reading import (
+from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
@@ -21,6 +20,7 @@ from keras_resnest.data.reading import (
     number,
     read_text,
 )
+from keras_resnest.images import IMAGE_SUFFIXES
 
 YAML_SUFFIXES = (".yaml", ".yml")
 _OTHER_SPLITS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnest.distribution import is_chief, is_multi_worker, run_everywhere
+from keras_resnest.replicas import is_chief, is_multi_worker, run_everywhere
 
 STATE, ARRAYS = "state.json", "arrays.npz"
 #: What callbacks such as ModelCheckpoint, EarlyStopping and ReduceLROnPlateau remember.

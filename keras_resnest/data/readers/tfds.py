@@ -20,7 +20,7 @@ from keras_resnest.data.dataset import (
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.data.images import PictureInfo, orientation_flags, read_picture_info
+from keras_resnest.images import PictureInfo, orientation_flags, read_picture_info
 
 
 def read_tfds(
@@ -317,3 +317,43 @@ def _tfds_example(example: dict, id_key: str, difficult_key: str | None) -> dict
         "label": objects["label"],
         "difficult": difficult,
     }
+
+
+def read_shapes(
+    split: str = "train",
+    size: int = 192,
+    num_train: int = 1600,
+    num_validation: int = 200,
+    num_test: int = 200,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+):
+    """Draws the Shapes data set, or reads it where it has been drawn before.
+
+    Args:
+        split: "train", "validation" or "test", or parts like "train[:50]".
+        size: Side of the pictures in pixels.
+        num_train: Pictures of the split "train".
+        num_validation: Pictures of the split "validation".
+        num_test: Pictures of the split "test".
+        seed: Start of all random numbers; another one gives other pictures.
+        data_dir: Folder to keep it in. Default: that of TFDS (`TFDS_DATA_DIR`, or
+            "~/tensorflow_datasets").
+
+    Returns:
+        `DetectionDataset` with six classes.
+
+    Example: `train = read_shapes("train", size=320, num_train=200, data_dir="/tmp/shapes")`
+    """
+    from keras_resnest.data.shapes import Shapes, ShapesConfig
+
+    config = ShapesConfig(
+        size=size,
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=num_test,
+        seed=seed,
+    )
+    # A ready-made configuration of the same numbers is the same data set.
+    known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)
+    return read_tfds(Shapes(config=next(known, config), data_dir=data_dir), split)

@@ -21,7 +21,7 @@ from keras_resnest.evaluation.average_precision import (
     unpack_batch,
     voc_average_precision,
 )
-from keras_resnest.resume import ResumeTraining
+from keras_resnest.training.resume import ResumeTraining
 from keras_resnest.visualization import plot_detections
 
 __all__ = ["DetectionEvaluation", "DetectionPlot", "ResumeTraining", "TerminateOnDivergence"]

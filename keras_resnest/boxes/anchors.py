@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnest.detection.boxes import check_box_format
+from keras_resnest.boxes.formats import check_box_format
 
 
 @keras.saving.register_keras_serializable("keras_resnest")

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-from keras_resnest.serving.deployment import deployment_function
+from keras_resnest.serving.graph import deployment_function
 from keras_resnest.serving.saved_model import write_facts
 from keras_resnest.serving.tasks import task_of
 

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.data.geometry import PADDING, between, centers_inside, split_seed, view
+from keras_resnest.data.augmentation.geometry import (
+    PADDING,
+    between,
+    centers_inside,
+    split_seed,
+    view,
+)
 
 
 @dataclass(frozen=True)

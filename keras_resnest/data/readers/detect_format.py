@@ -5,12 +5,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from keras_resnest.data.coco_reader import SECTIONS, read_coco
-from keras_resnest.data.csv_reader import has_known_columns, read_csv
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.tfds_reader import read_tfds, tfds_splits
-from keras_resnest.data.voc_reader import read_voc, voc_splits
-from keras_resnest.data.yolo_reader import YAML_SUFFIXES, find_yaml, read_yolo, yolo_splits
+from keras_resnest.data.readers.coco import SECTIONS, read_coco
+from keras_resnest.data.readers.csv import has_known_columns, read_csv
+from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
+from keras_resnest.data.readers.voc import read_voc, voc_splits
+from keras_resnest.data.readers.yolo import YAML_SUFFIXES, find_yaml, read_yolo, yolo_splits
 
 _LOOKED_FOR = """
   VOC:  a folder with Annotations/*.xml and JPEGImages/, or with pictures and XML files side by side

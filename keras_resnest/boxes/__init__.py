@@ -1,0 +1,1 @@
+"""Boxes: formats, overlap, offsets, anchors, matching, suppression. Each idea once."""
