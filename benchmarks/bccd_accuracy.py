@@ -94,7 +94,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-3, help="highest (default: %(default)s)")
     add("--image-size", type=int, default=320, metavar="PIXELS", help="default: %(default)s")
     add("--anchors", choices=("fitted", "default"), default="fitted", help="default: %(default)s")
-    add("--max-pictures", type=int, metavar="N", help="of each split, to try the program out")
+    add("--max-images", type=int, metavar="N", help="of each split, to try the program out")
     add("--dtype", help='precision, such as "mixed_bfloat16"')
     add("--verbose", type=int, default=2, help="of fit (default: one line per epoch)")
     add("--output", type=Path, default=Path("runs/bccd.json"), help="default: %(default)s")
@@ -105,9 +105,9 @@ def read_data(arguments):
     """Training set and measured set."""
     train = kr.data.read_voc(arguments.data, "train")
     test = kr.data.read_voc(arguments.data, arguments.split, train.class_names)
-    if arguments.max_pictures:
+    if arguments.max_images:
         train, test = (
-            kr.data.DetectionDataset(d.records[: arguments.max_pictures], d.class_names)
+            kr.data.DetectionDataset(d.records[: arguments.max_images], d.class_names)
             for d in (train, test)
         )
     return train, test
@@ -222,7 +222,7 @@ def main() -> None:
         result = {"arguments": vars(arguments), "rows": rows, "yolov8n": YOLOV8N}
         # After every variant: a run that is stopped keeps what it has.
         arguments.output.write_text(json.dumps(result, indent=2, default=str))
-    print(f"BCCD, {arguments.split} split, {len(test)} pictures, seeds {arguments.seeds}")
+    print(f"BCCD, {arguments.split} split, {len(test)} images, seeds {arguments.seeds}")
     others = YOLOV8N if arguments.split == "test" else ()
     print(table([*rows, *others], train.class_names))
     print(f"Written to {arguments.output}")

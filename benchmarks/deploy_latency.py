@@ -15,11 +15,11 @@ PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they 
     python benchmarks/deploy_latency.py --fast --model resnest14_tiny
 
 - `classifier`: ResNeSt-50, 224, the same random weights everywhere; "diff" is the largest
-  difference from PyTorch's logits in their standard deviations. Pictures are normalised and
+  difference from PyTorch's logits in their standard deviations. Images are normalized and
   transposed before PyTorch's network and inside ours.
-- `detector`: RefineDet320 on ResNeSt-50, one picture, 20 classes. With random weights all anchors
+- `detector`: RefineDet320 on ResNeSt-50, one image, 20 classes. With random weights all anchors
   are candidates of all classes, which no trained network does: decoding and NMS have about the
-  most work they can have. The rows "as trained" decode made-up outputs, of a picture of ten
+  most work they can have. The rows "as trained" decode made-up outputs, of an image of ten
   objects where 3 % of the anchors are no background. Once with the paper's limits, 400 of a
   class before NMS and 200 after it; once with those of the Caffe code and its ports, 1000 and
   500. `--weights` takes a trained detector, with its own limits.
@@ -29,7 +29,7 @@ PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they 
 - `export`: RefineDet512 on ResNeSt-101: time and size of an export, a fresh process that loads it.
 
 `--model` takes another backbone for all parts, one that PyTorch's package need not have, and
-`--fast` small pictures and few turns: to try the program itself. Linux only.
+`--fast` small images and few turns: to try the program itself. Linux only.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse_arguments():
         "--runtimes", nargs="*", choices=PACKAGES, default=list(PACKAGES), help="beside TensorFlow"
     )
     parser.add_argument("--weights", help="a saved detector instead of random weights")
-    parser.add_argument("--fast", action="store_true", help="small pictures, few turns")
+    parser.add_argument("--fast", action="store_true", help="small images, few turns")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.runs = arguments.runs or (3 if arguments.fast else 15)
@@ -330,7 +330,7 @@ def postprocess(arguments, folder):
         times = Times(workers, 1, arguments.runs)
     few, many = options["classes"]
     print(
-        f"\npostprocess: ms of decoding + NMS of one picture, {few} and {many} classes, and "
+        f"\npostprocess: ms of decoding + NMS of one image, {few} and {many} classes, and "
         f"growth: their ratio / ({many} / {few})"
     )
     known = {label.split("|")[0] for label in times.turns}

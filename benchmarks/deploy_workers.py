@@ -29,7 +29,7 @@ SAVED_MODELS = {
     "bfloat16": {"precision": "bfloat16"},
     "variables": {"freeze": False},
 }
-OBJECTS = 10  # of a made-up picture
+OBJECTS = 10  # of a made-up image
 DETECTION_SHARE = 0.03  # of its anchors are no background
 
 # As in `keras_resnest.detection.DetectionDecoder`; half of --top-k are kept after NMS.
@@ -44,31 +44,31 @@ def parse_arguments():
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="of exported models")
     parser.add_argument("--formats", nargs="*", default=[], help="to be made")
     parser.add_argument("--model", default="resnest50", help="name of the backbone")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="of pictures")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="of images")
     parser.add_argument("--classes", type=int, nargs="+", default=[21], help="with background")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="pictures")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="images")
     parser.add_argument("--top-k", type=int, default=400, help="of a class, before NMS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", help="saved detector")
     return parser.parse_args()
 
 
-# --- Pictures and made-up outputs ------------------------------------------------------------
+# --- Images and made-up outputs ------------------------------------------------------------
 
 
-def pictures(batch, side):
+def random_images(batch, side):
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (batch, side, side, 3)).astype("float32")
 
 
 def for_torch(images):
-    """The same pictures, normalised and channels first: PyTorch's network does neither."""
+    """The same images, normalized and channels first: PyTorch's network does neither."""
     images = (images - IMAGENET_MEAN) / IMAGENET_STANDARD_DEVIATION
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), "float32")
 
 
 def jpeg(height=480, width=640):
-    """A smooth random picture with some noise, which compresses about as a photo does."""
+    """A smooth random image with some noise, which compresses about as a photo does."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -80,8 +80,8 @@ def jpeg(height=480, width=640):
     return stream.getvalue()
 
 
-def picture_of(encoded, height, width):
-    """What a client does where the graph cannot decode files: a batch of one picture."""
+def image_of(encoded, height, width):
+    """What a client does where the graph cannot decode files: a batch of one image."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -90,9 +90,9 @@ def picture_of(encoded, height, width):
 
 
 def made_up_outputs(anchors, side, classes, crowded):
-    """Raw outputs of one picture, as a trained network gives them, or the worst that can come.
+    """Raw outputs of one image, as a trained network gives them, or the worst that can come.
 
-    A picture of ten objects: the 3 % of the anchors that overlap them most are no background.
+    An image of ten objects: the 3 % of the anchors that overlap them most are no background.
     The worst (`crowded`): every anchor is a candidate of every class and none overlaps another.
     """
     rng = np.random.default_rng(0)
@@ -127,13 +127,13 @@ def overlap_with_objects(anchors, side, rng):
 
 
 def make_classifier_torch(arguments):
-    """Random weights, PyTorch's answer to the pictures, and OpenVINO's version of its network."""
+    """Random weights, PyTorch's answer to the images, and OpenVINO's version of its network."""
     import torch
 
     network = torch_classifier(arguments)
     randomize_torch(network)
     np.savez(weights_file(arguments), **{k: v.numpy() for k, v in network.state_dict().items()})
-    images = for_torch(pictures(max(arguments.batch_sizes), arguments.sizes[0]))
+    images = for_torch(random_images(max(arguments.batch_sizes), arguments.sizes[0]))
     with torch.inference_mode():
         expected = network(torch.from_numpy(images)).numpy()
     np.save(arguments.folder / "expected.npy", expected)
@@ -225,10 +225,10 @@ def make_detector_torch(arguments):
 
 
 def make_detector_tensorflow(arguments):
-    """Our exports, and what the network says to the picture."""
+    """Our exports, and what the network says to the image."""
     model = make_detector(arguments)
     height, width = model.image_shape[:2]
-    images = picture_of(jpeg(), height, width)
+    images = image_of(jpeg(), height, width)
     raw = {name: np.asarray(value) for name, value in model(images, training=False).items()}
     np.savez(arguments.folder / "raw.npz", images=images, anchors=model.anchors, **raw)
     for precision in ("float32", "bfloat16"):
@@ -375,7 +375,7 @@ def time_classifier_tensorflow(arguments):
 
     def prepare(path, batch):
         call = tensorflow_signature(tf, path, "serving_default")
-        images = tf.constant(pictures(batch, arguments.sizes[0]))
+        images = tf.constant(random_images(batch, arguments.sizes[0]))
         return lambda: next(iter(call(images).values()))
 
     return {label: functools.partial(prepare, path) for label, path in paths.items()}
@@ -388,7 +388,7 @@ def time_classifier_torch(arguments):
         network.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
 
     def prepare(layout, batch):
-        images = torch.from_numpy(for_torch(pictures(batch, arguments.sizes[0])))
+        images = torch.from_numpy(for_torch(random_images(batch, arguments.sizes[0])))
         images = images.contiguous(memory_format=layout)
         own = copy.deepcopy(network).to(memory_format=layout)
 
@@ -407,7 +407,7 @@ def time_classifier_torch(arguments):
 def time_classifier_openvino(arguments):
     def prepare(name, precision, batch):
         network = openvino_network(arguments, arguments.folder / f"{name}.xml", precision)
-        images = pictures(batch, arguments.sizes[0])
+        images = random_images(batch, arguments.sizes[0])
         if name == "theirs":
             images = for_torch(images)
         return lambda: network(images)[0]
@@ -425,7 +425,7 @@ def time_classifier_onnxruntime(arguments):
     session = onnxruntime_session(arguments, files(arguments)["onnx"])
 
     def prepare(batch):
-        images = pictures(batch, arguments.sizes[0])
+        images = random_images(batch, arguments.sizes[0])
         return lambda: session.run(None, {"images": images})[0]
 
     return {"onnxruntime, our ONNX": prepare}
@@ -518,7 +518,7 @@ def torch_decoder(torch, arrays, top_k, raw):
 def detect_as_the_ports_do(raw, anchors, top_k=400):
     """Decoding and NMS of the PyTorch ports of RefineDet, their class `Detect` written anew.
 
-    As there, a Python loop over pictures and classes, and suppression box by box; only the
+    As there, a Python loop over images and classes, and suppression box by box; only the
     picking of the best of all classes is done here with one `topk`, which is faster.
     """
     import torch
@@ -586,13 +586,13 @@ def time_detector_litert(arguments):
 
 
 def file_and_pixels(name, arguments, run):
-    """The graph decodes boxes; pictures are decoded by Pillow."""
+    """The graph decodes boxes; images are decoded by Pillow."""
     with np.load(arguments.folder / "raw.npz") as arrays:
         height, width = arrays["images"].shape[1:3]
     encoded = jpeg()
 
     def prepare(batch):
-        return lambda: run(picture_of(encoded, height, width))
+        return lambda: run(image_of(encoded, height, width))
 
     return {f"{name}, file to detections": prepare}
 

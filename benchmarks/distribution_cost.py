@@ -78,7 +78,7 @@ def main():
         seconds, cpu_seconds = results[:, place].T
         columns = (np.median(seconds), seconds.min(), seconds.max(), np.median(cpu_seconds))
         print(f"{name:26}{''.join(f'{c:9.3f}' for c in columns)}")
-    ratios = results[:, 1] / results[:, 0]  # of neighbouring turns
+    ratios = results[:, 1] / results[:, 0]  # of neighboring turns
     for what, values in zip(("seconds", "CPU seconds"), ratios.T, strict=True):
         low, middle, high = np.percentile(values, [25, 50, 75])
         print(f"ratio of {what}: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")

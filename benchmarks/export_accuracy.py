@@ -3,8 +3,8 @@
     python examples/train_detector.py bccd --epochs 30 --fit-anchors --output runs/bccd
     python benchmarks/export_accuracy.py runs/bccd/detector.keras --data bccd
 
-Every export is run by its own runtime over the test split, one picture at a time. For int8 it is
-calibrated on pictures of the training split. The packages of the formats come with
+Every export is run by its own runtime over the test split, one image at a time. For int8 it is
+calibrated on images of the training split. The packages of the formats come with
 `pip install "keras_resnest[export]"`.
 """
 
@@ -41,11 +41,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="a .keras file of a RefineDet")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="annotated pictures")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="annotated images")
     parser.add_argument("--split", default="test", help="split that is measured (%(default)s)")
     parser.add_argument("--train-split", default="train", help="for int8 (%(default)s)")
-    parser.add_argument("--max-pictures", type=int, metavar="N", help="to try the program out")
-    parser.add_argument("--calibration", type=int, default=50, help="pictures (%(default)s)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="to try the program out")
+    parser.add_argument("--calibration", type=int, default=50, help="images (%(default)s)")
     parser.add_argument("--formats", nargs="+", choices=sorted({e[0] for e in EXPORTS}))
     parser.add_argument("--output", type=Path, help="also write the rows into this JSON file")
     return parser.parse_args()
@@ -58,10 +58,10 @@ def main() -> None:
     import keras_resnest  # its classes are registered  # noqa: F401
 
     model = keras.saving.load_model(arguments.model)
-    batches = read_split(model, arguments.data, arguments.split, arguments.max_pictures)
+    batches = read_split(model, arguments.data, arguments.split, arguments.max_images)
     calibration = read_split(model, arguments.data, arguments.train_split, arguments.calibration)
     calibration = np.concatenate([images for images, _ in calibration])
-    print("| format | precision | mAP@0.5 | mAP@[.5:.95] | one picture | file |")
+    print("| format | precision | mAP@0.5 | mAP@[.5:.95] | one image | file |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows = [measure("Keras", "float32", model.predict_locally, model, batches, None)]
     with tempfile.TemporaryDirectory() as folder:
@@ -81,20 +81,20 @@ def main() -> None:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def read_split(model, data, split, max_pictures) -> list:
-    """Batches of one picture of the model's size, and its objects."""
+def read_split(model, data, split, max_images) -> list:
+    """Batches of one image of the model's size, and its objects."""
     import keras_resnest as kr
 
     dataset = kr.data.read_detection(data, split, model.class_names)
     batches = kr.data.evaluation_batches(dataset, model.image_shape, 1)
     return [
         (np.asarray(batch["images"], "float32"), batch["bounding_boxes"])
-        for batch in itertools.islice(batches, max_pictures)
+        for batch in itertools.islice(batches, max_images)
     ]
 
 
 class TimedDetector:
-    """A function of pictures in the form that `collect_detections` takes; keeps its times."""
+    """A function of images in the form that `collect_detections` takes; keeps its times."""
 
     def __init__(self, run, bounding_box_format: str):
         self.run, self.bounding_box_format, self.seconds = run, bounding_box_format, []
@@ -107,7 +107,7 @@ class TimedDetector:
 
 
 def measure(name, precision, run, model, batches, path) -> dict:
-    """Accuracy, median time of one picture and size of an export; prints its row."""
+    """Accuracy, median time of one image and size of an export; prints its row."""
     import keras_resnest as kr
 
     run(batches[0][0])  # the first time is slow
@@ -137,7 +137,7 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
 
 
-# === Runtimes: functions of pictures that return a dictionary of arrays ===
+# === Runtimes: functions of images that return a dictionary of arrays ===
 
 
 def tensorflow_runtime(path):

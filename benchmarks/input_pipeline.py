@@ -1,6 +1,6 @@
-"""Pictures per second of the input pipeline, on generated pictures of 640x480.
+"""Images per second of the input pipeline, on generated images of 640x480.
 
-Prints, for each number of threads, the speed and the processor time per picture of each step:
+Prints, for each number of threads, the speed and the processor time per image of each step:
 decoding JPEG, resizing, the training augmentation, and complete batches (from the memory cache,
 and with decoding in every epoch; with mosaic and mixup; with sizes drawn for each batch).
 
@@ -9,7 +9,7 @@ of a step with batches of the pipeline is compared with that of one fixed batch 
 the best round of each; a ratio near 1 means that the step never waits (on a CPU both share the
 cores, which costs).
 
-    python benchmarks/input_pipeline.py --pictures 400 --threads 1 2
+    python benchmarks/input_pipeline.py --images 400 --threads 1 2
     python benchmarks/input_pipeline.py --feed --batch-size 8 --steps 20
 """
 
@@ -27,11 +27,11 @@ from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.batches import training_batches
 
 UNMEASURED = 4  # first steps of a round: their batches were prepared while the others ran
-DISTINCT = 16  # pictures that are generated; they are repeated to the wanted number
+DISTINCT = 16  # images that are generated; they are repeated to the wanted number
 
 
 def generated_jpegs(height: int, width: int) -> list[bytes]:
-    """Smooth random pictures with some noise, which compress about as photographs do."""
+    """Smooth random images with some noise, which compress about as photographs do."""
     rng = np.random.default_rng(0)
     coarse = rng.uniform(0, 255, (DISTINCT, height // 40, width // 40, 3))
     smooth = tf.image.resize(coarse, (height, width), method="bicubic")
@@ -39,16 +39,16 @@ def generated_jpegs(height: int, width: int) -> list[bytes]:
     return [tf.io.encode_jpeg(tf.cast(image, tf.uint8)).numpy() for image in noisy]
 
 
-def decoded(jpegs: list[bytes], boxes_per_picture: int, threads: int) -> tf.data.Dataset:
-    """Elements as the readers give them; each picture is decoded when it is asked for."""
+def decoded(jpegs: list[bytes], boxes_per_image: int, threads: int) -> tf.data.Dataset:
+    """Elements as the readers give them; each image is decoded when it is asked for."""
     height, width = tf.io.decode_jpeg(jpegs[0]).shape[:2]
     rng = np.random.default_rng(1)
-    corners = rng.uniform(0, 0.8, (len(jpegs), boxes_per_picture, 2))
+    corners = rng.uniform(0, 0.8, (len(jpegs), boxes_per_image, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(0.05, 0.2, corners.shape)], axis=-1)
     boxes = (boxes * [width, height, width, height]).astype(np.float32)
 
     def decode(jpeg, boxes):
-        labels = tf.zeros([boxes_per_picture], tf.int32)
+        labels = tf.zeros([boxes_per_image], tf.int32)
         rows = {"boxes": boxes, "labels": labels, "difficult": tf.cast(labels, tf.bool)}
         return {
             "images": tf.io.decode_jpeg(jpeg, channels=3),
@@ -59,8 +59,8 @@ def decoded(jpegs: list[bytes], boxes_per_picture: int, threads: int) -> tf.data
     return tf.data.Dataset.from_tensor_slices((jpegs, boxes)).map(decode, threads)
 
 
-def measure(dataset: tf.data.Dataset, threads: int, pictures_per_element: int = 1):
-    """Returns (pictures per second, processor milliseconds per picture) of one pass."""
+def measure(dataset: tf.data.Dataset, threads: int, images_per_element: int = 1):
+    """Returns (images per second, processor milliseconds per image) of one pass."""
     options = tf.data.Options()
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
@@ -68,9 +68,9 @@ def measure(dataset: tf.data.Dataset, threads: int, pictures_per_element: int = 
     next(iterator)  # starting up, filling caches and buffers
     count, wall, cpu = 0, time.perf_counter(), time.process_time()
     for _ in iterator:
-        count += pictures_per_element
+        count += images_per_element
     if not count:
-        raise SystemExit("--pictures must be several times --batch-size: nothing is left to time")
+        raise SystemExit("--images must be several times --batch-size: nothing is left to time")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return count / wall, 1000 * cpu / count
 
@@ -78,11 +78,11 @@ def measure(dataset: tf.data.Dataset, threads: int, pictures_per_element: int = 
 def print_speeds(arguments):
     """The table of steps of the pipeline."""
     shape, batch_size = tuple(arguments.image_shape), arguments.batch_size
-    repeats = max(1, arguments.pictures // DISTINCT)
+    repeats = max(1, arguments.images // DISTINCT)
     augmentation = TrainingAugmentation(shape)
     jpegs = generated_jpegs(*arguments.source)
-    print(f"source {arguments.source}, image_shape {shape}, {arguments.boxes} boxes per picture")
-    print(f"{'step':34s}{'threads':>8s}{'pictures/s':>12s}{'CPU ms/picture':>16s}")
+    print(f"source {arguments.source}, image_shape {shape}, {arguments.boxes} boxes per image")
+    print(f"{'step':34s}{'threads':>8s}{'images/s':>12s}{'CPU ms/image':>16s}")
     for threads in arguments.threads:
         source = decoded(jpegs, arguments.boxes, threads)
         in_memory = source.cache().repeat(repeats)
@@ -106,8 +106,8 @@ def print_speeds(arguments):
             "  with 3 sizes": batches(in_memory, image_sizes=sizes),
             f"training batches of {batch_size}, decoding": batches(source.repeat(repeats)),
         }
-        for name, (dataset, pictures) in steps.items():
-            speed, cpu = measure(dataset, threads, pictures)
+        for name, (dataset, images) in steps.items():
+            speed, cpu = measure(dataset, threads, images)
             print(f"{name:34s}{threads:8d}{speed:12.0f}{cpu:16.2f}", flush=True)
 
 
@@ -122,7 +122,7 @@ def print_feed(arguments):
         shape,
         batch_size,
         TrainingAugmentation(shape),
-        cache=False,  # every picture is decoded when it is needed: the dearest case
+        cache=False,  # every image is decoded when it is needed: the dearest case
         seed=0,
         max_boxes=arguments.boxes,
     )
@@ -145,7 +145,7 @@ def print_feed(arguments):
             seconds[name].append((time.perf_counter() - start) / arguments.steps)
     best = {name: min(values) for name, values in seconds.items()}  # least disturbed by others
     for name, value in best.items():
-        print(f"{name:12s} {1000 * value:8.1f} ms/step {batch_size / value:8.1f} pictures/s")
+        print(f"{name:12s} {1000 * value:8.1f} ms/step {batch_size / value:8.1f} images/s")
     print(f"ratio pipeline / fixed batch: {best['pipeline'] / best['fixed batch']:.3f}")
 
 
@@ -153,11 +153,11 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=480, help="pictures per measurement")
+    parser.add_argument("--images", type=int, default=480, help="images per measurement")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--source", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
     parser.add_argument("--image-shape", type=int, nargs=2, default=[320, 320], metavar=("H", "W"))
-    parser.add_argument("--boxes", type=int, default=12, help="boxes per picture")
+    parser.add_argument("--boxes", type=int, default=12, help="boxes per image")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--feed", action="store_true", help="compare with a training step")
     parser.add_argument("--steps", type=int, default=10, help="steps per round of --feed")

@@ -1,19 +1,19 @@
-"""Sends requests to an exported detector, one picture each: throughput, latency, memory.
+"""Sends requests to an exported detector, one image each: throughput, latency, memory.
 
 Some clients at a time, each of which sends its next request when it has the answer to the last.
 Without `--url` the SavedModel runs in this process, in two ways: "alone" runs every request as a
 batch of one, "batched" runs requests that come within a few milliseconds together, as TensorFlow
-Serving does with --enable_batching. "CPU" is the processor time of a picture, which depends less
+Serving does with --enable_batching. "CPU" is the processor time of an image, which depends less
 on what else the machine does. The second table is the resident memory after each tenth of the
 requests, and what came after the first tenth: a leak grows with every request.
 
     python benchmarks/serving_load.py
     python benchmarks/serving_load.py --requests 10000 --size 128 --clients 16
-    python benchmarks/serving_load.py --model serving/detector/1 --pictures photos --mode batched
+    python benchmarks/serving_load.py --model serving/detector/1 --images photos --mode batched
     python benchmarks/serving_load.py --url http://127.0.0.1:8501 --name detector --pid 4242
 
 Without `--model` a RefineDet with random weights is exported first. Its detections mean nothing,
-and their number is that of `--confidence`. Without `--pictures` there are sixteen generated JPEGs
+and their number is that of `--confidence`. Without `--images` there are sixteen generated JPEGs
 of 640 x 480. `--url` asks a server over REST, on this machine only: it is a load. `--pid` is the
 server's process, whose memory is read then. Memory is read on Linux only.
 
@@ -54,11 +54,11 @@ def parse_arguments():
     add("--model", type=Path, metavar="FOLDER", help="a SavedModel with the signature serve_bytes")
     add("--size", type=int, default=320, help="without --model: side, pixels (%(default)s)")
     add("--confidence", type=float, default=0.05, help="without --model: threshold (%(default)s)")
-    add("--pictures", type=Path, metavar="FOLDER", help="files to send; default: generated ones")
-    add("--requests", type=int, default=2000, help="of each way, one picture each (%(default)s)")
+    add("--images", type=Path, metavar="FOLDER", help="files to send; default: generated ones")
+    add("--requests", type=int, default=2000, help="of each way, one image each (%(default)s)")
     add("--clients", type=int, default=8, help="requests at a time (%(default)s)")
     add("--mode", choices=("alone", "batched", "both"), default="both")
-    add("--max-batch-size", type=int, default=8, help="of batched, pictures (%(default)s)")
+    add("--max-batch-size", type=int, default=8, help="of batched, images (%(default)s)")
     add("--batch-timeout", type=float, default=2.0, metavar="MS", help="of batched (%(default)s)")
     add("--batch-threads", type=int, default=2, help="batches at a time (%(default)s)")
     add("--threads", type=int, default=0, help="of TensorFlow, intra and inter; 0: all")
@@ -95,28 +95,28 @@ def local_server(url: str) -> tuple[str, int]:
 # === What is sent ===
 
 
-def read_pictures(folder: Path | None) -> list[bytes]:
+def read_images(folder: Path | None) -> list[bytes]:
     if folder is None:
-        return generate_pictures(16)
+        return generate_images(16)
     from keras_resnest.images import find_images
 
     return [path.read_bytes() for path in find_images(folder)]
 
 
-def generate_pictures(count: int, width: int = 640, height: int = 480) -> list[bytes]:
-    """JPEGs as large as photographs of that size: smooth colours and a little noise."""
+def generate_images(count: int, width: int = 640, height: int = 480) -> list[bytes]:
+    """JPEGs as large as photographs of that size: smooth colors and a little noise."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(count):
-        colours = Image.fromarray(rng.integers(0, 256, (12, 16, 3), "uint8"))
-        smooth = np.asarray(colours.resize((width, height), Image.Resampling.BICUBIC), "float32")
+        colors = Image.fromarray(rng.integers(0, 256, (12, 16, 3), "uint8"))
+        smooth = np.asarray(colors.resize((width, height), Image.Resampling.BICUBIC), "float32")
         noisy = (smooth + rng.normal(0.0, 6.0, smooth.shape)).clip(0, 255).astype("uint8")
         stream = io.BytesIO()
         Image.fromarray(noisy).save(stream, "JPEG", quality=85)
-        pictures.append(stream.getvalue())
-    return pictures
+        images.append(stream.getvalue())
+    return images
 
 
 def export_tiny(folder: str, size: int, confidence: float) -> None:
@@ -154,7 +154,7 @@ def load_serve_bytes(folder, threads: int):
 @contextlib.contextmanager
 def alone(serve):
     """Gives a function of one file: its answer, from a batch of one."""
-    yield lambda picture: {name: value[0] for name, value in serve([picture]).items()}
+    yield lambda image: {name: value[0] for name, value in serve([image]).items()}
 
 
 @contextlib.contextmanager
@@ -199,9 +199,9 @@ def batched(serve, max_batch_size: int, timeout: float, threads: int):
             for i, future in enumerate(futures):
                 future.set_result({name: value[i] for name, value in answer.items()})
 
-    def ask(picture: bytes) -> dict:
+    def ask(image: bytes) -> dict:
         future = concurrent.futures.Future()
-        waiting.put((picture, future, time.perf_counter()))
+        waiting.put((image, future, time.perf_counter()))
         return future.result()
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
@@ -221,10 +221,10 @@ def over_rest(address: tuple[str, int], model_name: str):
     own = threading.local()
     path = f"/v1/models/{urllib.parse.quote(model_name)}:predict"
 
-    def ask(picture: bytes) -> dict:
+    def ask(image: bytes) -> dict:
         if not hasattr(own, "connection"):
             own.connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
-        row = {"image_bytes": {"b64": base64.b64encode(picture).decode()}}
+        row = {"image_bytes": {"b64": base64.b64encode(image).decode()}}
         body = json.dumps({"signature_name": "serve_bytes", "instances": [row]})
         try:
             own.connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -257,18 +257,18 @@ class Load:
 
     Args:
         ask: function of one file that returns the answer to it.
-        pictures: files, sent in turns.
+        images: files, sent in turns.
         memory: function that returns the resident memory in MiB.
 
     Attributes:
         latencies: seconds of every request that was answered.
         memories: MiB at the start and after each tenth of the requests.
-        failures, unreadable: requests that raised; answers that the picture is none.
+        failures, unreadable: requests that raised; answers that the image is none.
         last_error: the last one that was raised.
     """
 
-    def __init__(self, ask, pictures: list[bytes], memory=resident_mib):
-        self.ask, self.pictures, self.memory = ask, pictures, memory
+    def __init__(self, ask, images: list[bytes], memory=resident_mib):
+        self.ask, self.images, self.memory = ask, images, memory
         self.lock = threading.Lock()
         self.latencies, self.memories = [], []
         self.failures = self.unreadable = self.done = 0
@@ -300,7 +300,7 @@ class Load:
                 return
             answer, error, start = None, None, time.perf_counter()
             try:
-                answer = self.ask(self.pictures[number % len(self.pictures)])
+                answer = self.ask(self.images[number % len(self.images)])
             except Exception as caught:
                 error = caught
             self._note(answer, error, time.perf_counter() - start, marks)
@@ -318,7 +318,7 @@ class Load:
 
 
 def print_tables(loads: dict[str, Load], requests: int, own_process: bool) -> None:
-    columns = ("pictures/s", "p50 ms", "p95 ms", "p99 ms", "CPU ms", "failed", "unreadable")
+    columns = ("images/s", "p50 ms", "p95 ms", "p99 ms", "CPU ms", "failed", "unreadable")
     print(f"{'':9}" + "".join(f"{column:>12}" for column in columns))
     for name, load in loads.items():
         percentiles = 1e3 * np.percentile(load.latencies or [np.nan], [50, 95, 99])
@@ -328,7 +328,7 @@ def print_tables(loads: dict[str, Load], requests: int, own_process: bool) -> No
         print(f"{name:9}{row}{load.failures:12d}{load.unreadable:12d}")
     if len(loads) == 2:
         rates = [len(load.latencies) / load.seconds for load in loads.values()]
-        print(f"batched / alone: {rates[1] / rates[0]:.2f} times the pictures per second")
+        print(f"batched / alone: {rates[1] / rates[0]:.2f} times the images per second")
     if np.isnan([load.memories[-1] for load in loads.values()]).any():
         return
     print("\nresident memory, MiB, at the start and after each tenth of the requests")
@@ -342,7 +342,7 @@ def print_tables(loads: dict[str, Load], requests: int, own_process: bool) -> No
 # === The ways ===
 
 
-def run_here(arguments, pictures) -> dict[str, Load]:
+def run_here(arguments, images) -> dict[str, Load]:
     """Both ways in this process, one after the other."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or export_elsewhere(f"{temporary}/1", arguments)
@@ -353,12 +353,12 @@ def run_here(arguments, pictures) -> dict[str, Load]:
         "batched": batched(serve, largest, timeout, arguments.batch_threads),
     }
     for size in range(1, largest + 1):  # the first batch of a size takes longer
-        serve(pictures[:1] * size)
+        serve(images[:1] * size)
     loads = {}
     for name, way in ways.items():
         if arguments.mode in (name, "both"):
             with way as ask:
-                loads[name] = Load(ask, pictures).run(arguments.requests, arguments.clients)
+                loads[name] = Load(ask, images).run(arguments.requests, arguments.clients)
     return loads
 
 
@@ -372,29 +372,29 @@ def export_elsewhere(folder: str, arguments) -> str:
     return folder
 
 
-def run_against_server(arguments, pictures) -> dict[str, Load]:
+def run_against_server(arguments, images) -> dict[str, Load]:
     def memory():
         return resident_mib(arguments.pid) if arguments.pid else np.nan
 
     with over_rest(arguments.url, arguments.name) as ask:
         with contextlib.suppress(Exception):  # failures are counted below
-            ask(pictures[0])  # the first request of a server may take longer
-        return {"REST": Load(ask, pictures, memory).run(arguments.requests, arguments.clients)}
+            ask(images[0])  # the first request of a server may take longer
+        return {"REST": Load(ask, images, memory).run(arguments.requests, arguments.clients)}
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
-        pictures = read_pictures(arguments.pictures)
+        images = read_images(arguments.images)
         run = run_against_server if arguments.url else run_here
-        loads = run(arguments, pictures)
+        loads = run(arguments, images)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sizes = [len(picture) / 2**10 for picture in pictures]
+    sizes = [len(image) / 2**10 for image in images]
     print(
         f"{arguments.requests} requests from {arguments.clients} clients, "
-        f"{len(pictures)} files of {min(sizes):.0f} to {max(sizes):.0f} KiB"
+        f"{len(images)} files of {min(sizes):.0f} to {max(sizes):.0f} KiB"
     )
     print_tables(loads, arguments.requests, own_process=not arguments.url)
     failed = [load for load in loads.values() if load.failures]

@@ -147,14 +147,14 @@ def encode_targets(boxes, classes, anchors):
 
 def pair_one_to_one(iou, best_iou, best):
     """Gives every object its best free anchor, by falling IoU; changes all its arguments."""
-    pictures = torch.arange(len(iou))
+    images = torch.arange(len(iou))
     for _ in range(iou.shape[1]):
         highest, pair = iou.flatten(1).max(dim=1)
         number, anchor = pair // iou.shape[2], pair % iou.shape[2]
         overlaps = highest > 0
-        best[pictures, anchor] = torch.where(overlaps, number, best[pictures, anchor])
-        best_iou[pictures, anchor] = torch.where(overlaps, 2.0, best_iou[pictures, anchor])
-        iou[pictures, number], iou[pictures, :, anchor] = -1.0, -1.0
+        best[images, anchor] = torch.where(overlaps, number, best[images, anchor])
+        best_iou[images, anchor] = torch.where(overlaps, 2.0, best_iou[images, anchor])
+        iou[images, number], iou[images, :, anchor] = -1.0, -1.0
 
 
 def _center_form(boxes):

@@ -47,7 +47,7 @@ def parse_arguments():
 
 
 def whole_step(arguments):
-    """Returns the anchors of a picture, and a function that takes a step on a batch."""
+    """Returns the anchors of an image, and a function that takes a step on a batch."""
     model = make_keras_model(arguments, arguments.precision)
 
     def step(images, boxes, labels):

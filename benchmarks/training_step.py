@@ -30,7 +30,7 @@ import numpy as np
 
 NUM_CLASSES = 20
 LEARNING_RATE = 1e-4
-# Of the first step. Later ones differ more: batch normalisation over the pooled maps of a small
+# Of the first step. Later ones differ more: batch normalization over the pooled maps of a small
 # batch, inside of Split-Attention, magnifies the rounding of its gradient.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 LATER_TOLERANCE = 0.15

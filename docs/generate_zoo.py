@@ -17,7 +17,7 @@ MARKS = ("<!-- zoo:start -->\n", "<!-- zoo:end -->")
 INTRODUCTION = """# Networks
 
 Written by `docs/generate_zoo.py`, which builds every network and counts. Parameters are the
-trainable ones; GFLOPs are thousand millions of multiply-adds for one picture of the size beside
+trainable ones; GFLOPs are thousand millions of multiply-adds for one image of the size beside
 them; top-1 is what the publishers of the first weights measured on ImageNet. `weights="imagenet"`
 stands for the first tag.
 

@@ -1,15 +1,15 @@
-"""Says what is in pictures: the most probable classes of each.
+"""Says what is in images: the most probable classes of each.
 
     python examples/classify.py photo.jpg folder/ --model resnest50
     python examples/classify.py photo.jpg --model resnet50 --weights resnet50.safetensors
     python examples/classify.py photo.jpg --model my_classifier.keras --classes names.txt
 
 MODEL is the name of a network (--list shows all, with their published weights) or a `.keras`
-file. Pictures, folders or patterns such as "photos/*.jpg" are resized and cut as when the network
+file. Images, folders or patterns such as "photos/*.jpg" are resized and cut as when the network
 was measured. The names of ImageNet's classes are fetched once; with --classes, a text file of one
 name a line, they are not needed.
 
-Exit status: 0 if at least one picture worked, 1 if none did, 2 if the command is wrong.
+Exit status: 0 if at least one image worked, 1 if none did, 2 if the command is wrong.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pictures", nargs="*", help="pictures, folders, patterns")
+    parser.add_argument("images", nargs="*", help="images, folders, patterns")
     parser.add_argument("--model", default="resnest50", help="name or .keras file (%(default)s)")
     parser.add_argument(
         "--weights", default="imagenet", help="tag or file of a named network (%(default)s)"
@@ -44,21 +44,21 @@ def parse_arguments(argv):
     parser.add_argument(
         "--classes", "--classes-file", type=Path, help="text file with one class name a line"
     )
-    parser.add_argument("--top", type=positive, default=5, help="classes a picture (%(default)s)")
+    parser.add_argument("--top", type=positive, default=5, help="classes an image (%(default)s)")
     parser.add_argument("--crop-size", type=positive, help="side of the crop in pixels")
     parser.add_argument(
-        "--batch-size", type=positive, default=8, help="pictures at once (%(default)s)"
+        "--batch-size", type=positive, default=8, help="images at once (%(default)s)"
     )
     parser.add_argument("--json", type=Path, help="also write the result into this file")
     parser.add_argument("--list", action="store_true", help="show the networks and end")
     arguments = parser.parse_args(argv)
-    if not arguments.pictures and not arguments.list:
-        parser.error("give at least one picture, or --list")
+    if not arguments.images and not arguments.list:
+        parser.error("give at least one image, or --list")
     return arguments
 
 
 def load_classifier(name, weights, classes=None):
-    """Returns the model and how pictures are cut for it: (size, share, interpolation)."""
+    """Returns the model and how images are cut for it: (size, share, interpolation)."""
     import keras
 
     import keras_resnest as kr
@@ -74,13 +74,13 @@ def load_classifier(name, weights, classes=None):
         if row:
             crop = (row.crop_size, row.crop_share, row.interpolation)
     if len(model.output_shape) != 2 or len(model.input_shape) != 4:
-        raise ValueError(f"{name} is no classifier of pictures: its output is {model.output_shape}")
+        raise ValueError(f"{name} is no classifier of images: its output is {model.output_shape}")
     side = model.input_shape[1]
     return model, (side or crop[0], *crop[1:])
 
 
 def collect(names):
-    """Paths of all pictures that the command line names."""
+    """Paths of all images that the command line names."""
     from keras_resnest.data import find_images
 
     found = []
@@ -113,7 +113,7 @@ def class_names(model, path):
 
 
 def crops(paths, size, share, interpolation):
-    """Yields (path, picture); a picture that cannot be read is named and left out."""
+    """Yields (path, image); an image that cannot be read is named and left out."""
     from keras_resnest.data import center_crop_image, load_image
 
     for path in paths:
@@ -142,7 +142,7 @@ def main(argv=None) -> int:
         print(kr.list_models())
         return 0
     try:
-        paths = collect(arguments.pictures)
+        paths = collect(arguments.images)
         classes = len(read_names(arguments.classes)) if arguments.classes else None
         model, crop = load_classifier(arguments.model, arguments.weights, classes)
         names = class_names(model, arguments.classes)
@@ -150,7 +150,7 @@ def main(argv=None) -> int:
         crop = (arguments.crop_size or crop[0], *crop[1:])
         results = []
         for batch in batches(crops(paths, *crop), arguments.batch_size):
-            predictions = model.predict(np.stack([picture for _, picture in batch]), verbose=0)
+            predictions = model.predict(np.stack([image for _, image in batch]), verbose=0)
             decoded = kr.backbones.decode_predictions(predictions, top, names)
             for (path, _), best in zip(batch, decoded, strict=True):
                 results.append({"file": str(path), "classes": report(path, best)})

@@ -27,12 +27,12 @@ def parse_arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="+", help="names or shell patterns of networks")
-    parser.add_argument("--size", type=positive, help="side of the pictures; default: crop size")
+    parser.add_argument("--size", type=positive, help="side of the images; default: crop size")
     parser.add_argument("--batch-size", type=positive, default=1, help="(%(default)s)")
     parser.add_argument("--runs", type=positive, default=10, help="timed batches (%(default)s)")
     parser.add_argument("--features", action="store_true", help="without classifier")
     parser.add_argument("--csv", type=Path, help="also write the table into this file")
-    parser.add_argument("--plot", type=Path, help="draw top-1 against latency into this picture")
+    parser.add_argument("--plot", type=Path, help="draw top-1 against latency into this image")
     parser.add_argument("--measure-here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -64,13 +64,13 @@ def measure(name, size, arguments) -> dict:
     top = {"include_top": False} if arguments.features else {}
     model = kr.create_backbone(name, input_shape=(size, size, 3), **top)
     run = tf.function(lambda x: model(x, training=False))
-    pictures = tf.zeros((arguments.batch_size, size, size, 3))
+    images = tf.zeros((arguments.batch_size, size, size, 3))
     for _ in range(2):
-        run(pictures)
+        run(images)
     seconds = []
     for _ in range(arguments.runs):
         start = time.perf_counter()
-        tf.nest.map_structure(np.asarray, run(pictures))
+        tf.nest.map_structure(np.asarray, run(images))
         seconds.append(time.perf_counter() - start)
     return {
         "latency_ms": round(float(np.median(seconds)) * 1e3, 1),

@@ -1,20 +1,20 @@
-"""Finds objects in pictures, draws them, and writes them down as JSON or CSV.
+"""Finds objects in images, draws them, and writes them down as JSON or CSV.
 
     python examples/predict.py detector.keras photos/ cat.jpg --output found
-    python examples/predict.py serving/1 photos/ --confidence 0.5 --format csv --no-pictures
+    python examples/predict.py serving/1 photos/ --confidence 0.5 --format csv --no-images
 
 MODEL is a file written by `model.save`, or a SavedModel folder written by `model.export`.
-Every picture gets a line on the screen and, in the output folder, a PNG of its own size
-with the boxes. EXIF orientation is respected: boxes belong to the upright picture.
+Every image gets a line on the screen and, in the output folder, a PNG of its own size
+with the boxes. EXIF orientation is respected: boxes belong to the upright image.
 
 detections.json   [{"file", "width", "height", "detections": [
                      {"box": [x1, y1, x2, y2], "label", "class_name", "confidence"}]}]
 detections.csv    file,width,height,x1,y1,x2,y2,label,class_name,confidence; a row per object
 
-Boxes are in pixels of the picture: [0, 0, width, height] is all of it. A picture that
+Boxes are in pixels of the image: [0, 0, width, height] is all of it. An image that
 cannot be read is named, and the others are done.
 
-Exit status: 0 if at least one picture worked, 1 if none did, 2 if the command is wrong.
+Exit status: 0 if at least one image worked, 1 if none did, 2 if the command is wrong.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     try:
         if not arguments.model.exists():
             raise ValueError(f"no such model: {arguments.model}")
-        paths = collect_pictures(arguments.pictures)
+        paths = collect_images(arguments.images)
         detect = load_detector(arguments.model)
         arguments.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -49,13 +49,13 @@ def main(argv=None) -> int:
 
     start = time.perf_counter()
     records = []
-    writer = None if arguments.no_pictures else PictureWriter(arguments.output, paths)
+    writer = None if arguments.no_images else ImageWriter(arguments.output, paths)
     for first in range(0, len(paths), arguments.batch_size):
-        readable, pictures = read_pictures(paths[first : first + arguments.batch_size])
-        found = detect(pictures, arguments.confidence) if pictures else []
-        for path, picture, detections in zip(readable, pictures, found, strict=True):
-            records.append(make_record(path, picture, detections))
-            report(records[-1], writer and writer.write(path, picture, records[-1]))
+        readable, images = read_images(paths[first : first + arguments.batch_size])
+        found = detect(images, arguments.confidence) if images else []
+        for path, image, detections in zip(readable, images, found, strict=True):
+            records.append(make_record(path, image, detections))
+            report(records[-1], writer and writer.write(path, image, records[-1]))
     return finish(arguments, records, len(paths), time.perf_counter() - start)
 
 
@@ -64,25 +64,25 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help=".keras file or SavedModel")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("detections"), help="folder; default: %(default)s"
     )
     parser.add_argument("--format", choices=("json", "csv", "both"), default="json")
-    parser.add_argument("--no-pictures", action="store_true", help="draw nothing")
+    parser.add_argument("--no-images", action="store_true", help="draw nothing")
     return parser.parse_args(argv)
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """What this program and serve_client.py have in common."""
     parser.add_argument(
-        "pictures", metavar="PICTURE", nargs="+", type=Path, help="file, or folder of files"
+        "images", metavar="IMAGE", nargs="+", type=Path, help="file, or folder of files"
     )
     parser.add_argument(
         "--confidence", type=_fraction, default=0.3, help="lowest, 0 to 1; default: %(default)s"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=8, help="pictures at a time; default: %(default)s"
+        "--batch-size", type=_positive, default=8, help="images at a time; default: %(default)s"
     )
 
 
@@ -100,11 +100,11 @@ def _positive(text: str) -> int:
     return value
 
 
-# === Pictures ===
+# === Images ===
 
 
-def collect_pictures(arguments: list[Path]) -> list[Path]:
-    """The files, and the pictures of the folders, each once."""
+def collect_images(arguments: list[Path]) -> list[Path]:
+    """The files, and the images of the folders, each once."""
     from keras_resnest.images import find_images
 
     paths = []
@@ -113,7 +113,7 @@ def collect_pictures(arguments: list[Path]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def read_pictures(paths: list[Path]) -> tuple[list[Path], list[np.ndarray]]:
+def read_images(paths: list[Path]) -> tuple[list[Path], list[np.ndarray]]:
     """The readable ones of the paths and their upright RGB pixels; the others are reported."""
     from keras_resnest.images import load_image
 
@@ -131,7 +131,7 @@ def read_pictures(paths: list[Path]) -> tuple[list[Path], list[np.ndarray]]:
 
 
 def load_detector(path: Path):
-    """A function `(pictures, confidence) -> list of detections` with "xyxy" boxes in pixels."""
+    """A function `(images, confidence) -> list of detections` with "xyxy" boxes in pixels."""
     try:
         return SavedModelDetector(path) if path.is_dir() else KerasDetector(path)
     except Exception as error:  # each file format fails in its own ways
@@ -151,11 +151,11 @@ class KerasDetector:
         if not isinstance(self.model, keras_resnest.RefineDet):
             raise ValueError(f"It holds a {type(self.model).__name__}, not a RefineDet")
 
-    def __call__(self, pictures: list[np.ndarray], confidence: float) -> list[dict]:
-        found = self.model.detect(pictures, confidence, batch_size=len(pictures))
-        for picture, detections in zip(pictures, found, strict=True):
+    def __call__(self, images: list[np.ndarray], confidence: float) -> list[dict]:
+        found = self.model.detect(images, confidence, batch_size=len(images))
+        for image, detections in zip(images, found, strict=True):
             detections["boxes"] = to_corners(
-                detections["boxes"], self.model.bounding_box_format, *picture.shape[:2]
+                detections["boxes"], self.model.bounding_box_format, *image.shape[:2]
             )
         return found
 
@@ -163,7 +163,7 @@ class KerasDetector:
 class SavedModelDetector:
     """A detector from a folder that `model.export` has written.
 
-    `serving_default` is used rather than `serve_bytes`, because the pictures are decoded
+    `serving_default` is used rather than `serve_bytes`, because the images are decoded
     here anyway, and because TensorFlow does not know EXIF orientation.
     """
 
@@ -182,13 +182,13 @@ class SavedModelDetector:
     def __call__(self, pictures: list[np.ndarray], confidence: float) -> list[dict]:
         from keras_resnest.images import resize_image
 
-        resized = [resize_image(picture, self.height, self.width) for picture in pictures]
+        resized = [resize_image(image, self.height, self.width) for image in pictures]
         found = {k: v.numpy() for k, v in self.signature(images=np.stack(resized)).items()}
         found["boxes"] = to_corners(found["boxes"], self.box_format, self.height, self.width)
         results = []
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(pictures):
             detections = select({k: v[i] for k, v in found.items()}, confidence, self.class_names)
-            detections["boxes"] = stretch(detections["boxes"], picture, self.height, self.width)
+            detections["boxes"] = stretch(detections["boxes"], image, self.height, self.width)
             results.append(detections)
         return results
 
@@ -201,19 +201,19 @@ def read_extra_assets(folder: Path) -> tuple[str, list[str] | None]:
 
 
 def to_corners(boxes, bounding_box_format: str, height: int, width: int) -> np.ndarray:
-    """Boxes as "xyxy" pixels of a picture of this size."""
+    """Boxes as "xyxy" pixels of an image of this size."""
     from keras_resnest.boxes.formats import convert_boxes
 
     return np.array(convert_boxes(boxes, bounding_box_format, "xyxy", height, width))
 
 
-def stretch(boxes, picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """ "xyxy" boxes from pixels of a resized picture to those of the picture itself."""
-    return boxes * np.array([picture.shape[1] / width, picture.shape[0] / height] * 2)
+def stretch(boxes, image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """ "xyxy" boxes from pixels of a resized image to those of the image itself."""
+    return boxes * np.array([image.shape[1] / width, image.shape[0] / height] * 2)
 
 
 def select(detections: dict, confidence: float, class_names: list[str] | None) -> dict:
-    """One picture's detections without padding and doubtful ones, with names of classes."""
+    """One image's detections without padding and doubtful ones, with names of classes."""
     keep = (detections["labels"] >= 0) & (detections["confidence"] >= confidence)
     chosen = {name: detections[name][keep] for name in ("boxes", "confidence", "labels")}
     names = [class_names[label] if class_names else str(label) for label in chosen["labels"]]
@@ -223,13 +223,13 @@ def select(detections: dict, confidence: float, class_names: list[str] | None) -
 # === Results ===
 
 
-def make_record(path: Path, picture: np.ndarray, detections: dict) -> dict:
-    """What is known of one picture, ready for JSON."""
+def make_record(path: Path, image: np.ndarray, detections: dict) -> dict:
+    """What is known of one image, ready for JSON."""
     columns = ("boxes", "labels", "class_names", "confidence")
     return {
         "file": str(path),
-        "width": picture.shape[1],
-        "height": picture.shape[0],
+        "width": image.shape[1],
+        "height": image.shape[0],
         "detections": [
             {
                 "box": [round(float(x), 2) for x in box],
@@ -251,11 +251,11 @@ def report(record: dict, drawn: Path | None) -> None:
     print(f"{record['file']}: {objects}" + (f" -> {drawn}" if drawn else ""))
 
 
-def finish(arguments, records: list[dict], num_pictures: int, seconds: float) -> int:
+def finish(arguments, records: list[dict], num_images: int, seconds: float) -> int:
     """Writes the tables and says how it went; the exit status."""
-    failed = num_pictures - len(records)
+    failed = num_images - len(records)
     if not records:
-        print(f"error: none of the {num_pictures} pictures could be read", file=sys.stderr)
+        print(f"error: none of the {num_images} images could be read", file=sys.stderr)
         return 1
     if arguments.format in ("json", "both"):
         write_json(records, arguments.output / "detections.json")
@@ -264,15 +264,15 @@ def finish(arguments, records: list[dict], num_pictures: int, seconds: float) ->
     objects = sum(len(record["detections"]) for record in records)
     skipped = f", {failed} skipped" if failed else ""
     print(
-        f"{len(records)} pictures, {objects} objects{skipped}, "
-        f"{seconds / len(records):.2f} s per picture, written to {arguments.output}"
+        f"{len(records)} images, {objects} objects{skipped}, "
+        f"{seconds / len(records):.2f} s per image, written to {arguments.output}"
     )
     return 0
 
 
 def write_json(records: list[dict], path: Path) -> None:
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")  # a picture per line
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")  # an image per line
 
 
 def write_csv(records: list[dict], path: Path) -> None:
@@ -285,20 +285,20 @@ def write_csv(records: list[dict], path: Path) -> None:
                 table.writerow((*head, d["label"], d["class_name"], d["confidence"]))
 
 
-class PictureWriter:
-    """Writes pictures with boxes as PNG, and never over another picture."""
+class ImageWriter:
+    """Writes images with boxes as PNG, and never over another image."""
 
     def __init__(self, folder: Path, inputs: list[Path]):
         self.folder = folder
         self.taken = {path.resolve() for path in inputs}
 
-    def write(self, path: Path, picture: np.ndarray, record: dict) -> Path:
+    def write(self, path: Path, image: np.ndarray, record: dict) -> Path:
         number, target = 1, self.folder / f"{path.stem}_detections.png"
         while target.resolve() in self.taken:
             number += 1
             target = self.folder / f"{path.stem}_detections_{number}.png"
         self.taken.add(target.resolve())
-        draw_detections(picture, record["detections"]).save(target, compress_level=3)
+        draw_detections(image, record["detections"]).save(target, compress_level=3)
         return target
 
 
@@ -306,7 +306,7 @@ class PictureWriter:
 
 
 def draw_detections(picture: np.ndarray, detections: list[dict]):
-    """A Pillow image of the picture with boxes and labels, whose size follows the picture's."""
+    """A Pillow image of the image with boxes and labels, whose size follows the image's."""
     from PIL import Image, ImageDraw
 
     from keras_resnest.visualization import class_color
@@ -337,7 +337,7 @@ def load_font(size: int):
 
 
 def draw_box(canvas, box: list[float], color: tuple, line: int) -> None:
-    """A coloured line with a dark rim, which shows on any picture."""
+    """A colored line with a dark rim, which shows on any image."""
     x1, y1, x2, y2 = (round(x) for x in box)
     x2, y2 = max(x2 - 1, x1), max(y2 - 1, y1)  # the last column and row inside
     rim = max(1, line // 3)
@@ -347,7 +347,7 @@ def draw_box(canvas, box: list[float], color: tuple, line: int) -> None:
 
 
 def place_label(text_box, box: list[float], image_size, placed: list[tuple]) -> tuple:
-    """(left, top, right, bottom) of a label: at the box, inside the picture, on no other label."""
+    """(left, top, right, bottom) of a label: at the box, inside the image, on no other label."""
     padding = max(2, round(0.2 * text_box[3]))
     width, height = text_box[2] + 2 * padding, text_box[3] + 2 * padding
     x1, y1, x2, y2 = box

@@ -1,7 +1,7 @@
 """The main job in a few minutes on a CPU: train, evaluate, predict, save, export, reload.
 
-It trains a small RefineDet on "shapes", synthetic pictures that are drawn on the
-spot, measures mAP@0.5 on pictures it has never seen, writes plots, saves the model,
+It trains a small RefineDet on "shapes", synthetic images that are drawn on the
+spot, measures mAP@0.5 on images it has never seen, writes plots, saves the model,
 exports it for TensorFlow Serving and checks, in a fresh process that has TensorFlow
 alone, that the export finds the same objects.
 
@@ -46,12 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=128, help="side in pixels, a multiple of 64")
-    parser.add_argument("--fast", action="store_true", help="few pictures and epochs")
+    parser.add_argument("--fast", action="store_true", help="few images and epochs")
     return parser.parse_args()
 
 
 def read_data(arguments):
-    """Training batches, and evaluation batches of the held-out validation and test pictures."""
+    """Training batches, and evaluation batches of the held-out validation and test images."""
     counts = {"num_train": 96, "num_validation": 16, "num_test": 32} if arguments.fast else {}
     shape = (arguments.size, arguments.size, 3)
     sets = {
@@ -59,7 +59,7 @@ def read_data(arguments):
         for split in ("train", "validation", "test")
     }
     kr.visualization.plot_dataset(sets["train"], path=arguments.output / "dataset.png")
-    # Fresh pictures are plenty here; mirroring is all the augmentation that pays.
+    # Fresh images are plenty here; mirroring is all the augmentation that pays.
     augmentation = kr.data.TrainingAugmentation(
         shape, photometric=None, expand=None, crop=None, flip=kr.data.RandomFlip(vertical=0.5)
     )
@@ -119,7 +119,7 @@ def main() -> None:
     kr.visualization.plot_history([history, evaluation], path=arguments.output / "history.png")
 
     result = kr.evaluation.evaluate_detections(model, test)
-    print(f"On test pictures never seen in training:\n{result}")
+    print(f"On test images never seen in training:\n{result}")
     images = next(iter(test))["images"].numpy()
     found = model.detect(list(images[:12]))
     kr.visualization.plot_detections(

@@ -1,4 +1,4 @@
-"""Asks TensorFlow Serving for the objects in pictures, over REST or gRPC.
+"""Asks TensorFlow Serving for the objects in images, over REST or gRPC.
 
 First export a detector, `model.export("serving/detector/1")`, and start a server on it,
 for instance with docker:
@@ -16,9 +16,9 @@ encoded, decoded as the server does it, run, and answered in the server's format
     python examples/serve_client.py cat.jpg --saved-model serving/detector/1 --protocol grpc
 
 Signatures:
-  serve_bytes      JPEG and PNG files as they are; boxes come in pixels of each picture.
+  serve_bytes      JPEG and PNG files as they are; boxes come in pixels of each image.
                    Other files, and photographs that EXIF turns, are sent as upright PNG.
-  serving_default  pictures of the model's size, float32. The client resizes them. As JSON
+  serving_default  images of the model's size, float32. The client resizes them. As JSON
                    one takes megabytes, so this is for gRPC and for tests.
 
 REST is a POST to URL/v1/models/NAME:predict of
@@ -29,7 +29,7 @@ answered by
 gRPC calls tensorflow.serving.PredictionService/Predict with a PredictRequest: model_spec and
 a map of names to TensorProto, of the package tensorflow-serving-api.
 
-Exit status: 0 if at least one picture worked, 1 if none did or the server failed, 2 if the
+Exit status: 0 if at least one image worked, 1 if none did or the server failed, 2 if the
 command is wrong.
 """
 
@@ -44,7 +44,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import predict  # the neighbour: reading, drawing and reporting are the same
+import predict  # the neighbor: reading, drawing and reporting are the same
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -61,7 +61,7 @@ class ServingError(Exception):
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     try:
-        paths = predict.collect_pictures(arguments.pictures)
+        paths = predict.collect_images(arguments.images)
         client = make_client(arguments)
         if arguments.output:
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not succeeded:
-        print(f"error: none of the {len(paths)} pictures could be read", file=sys.stderr)
+        print(f"error: none of the {len(paths)} images could be read", file=sys.stderr)
     return 0 if succeeded else 1
 
 
@@ -82,7 +82,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    predict.add_picture_arguments(parser)
+    predict.add_image_arguments(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--saved-model", type=Path, metavar="DIR", help="no server: this folder")
     where.add_argument("--url", help="REST address of the server, http://host:8501")
@@ -92,7 +92,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--signature", choices=("serve_bytes", "serving_default"), default="serve_bytes"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="draw the pictures there")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="draw the images there")
     parser.add_argument(
         "--class-names", type=Path, metavar="FILE", help="one name per line, with --url"
     )
@@ -108,17 +108,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def run(arguments, client, paths: list[Path]) -> int:
-    """Asks for all pictures, a batch at a time; how many worked."""
-    writer = predict.PictureWriter(arguments.output, paths) if arguments.output else None
+    """Asks for all images, a batch at a time; how many worked."""
+    writer = predict.ImageWriter(arguments.output, paths) if arguments.output else None
     succeeded = 0
     for first in range(0, len(paths), arguments.batch_size):
         batch = paths[first : first + arguments.batch_size]
-        readable, pictures = predict.read_pictures(batch)
-        found = client.detect(readable, pictures) if pictures else []
-        for path, picture, answer in zip(readable, pictures, found, strict=True):
+        readable, images = predict.read_images(batch)
+        found = client.detect(readable, images) if images else []
+        for path, image, answer in zip(readable, images, found, strict=True):
             detections = predict.select(answer, arguments.confidence, client.class_names)
-            record = predict.make_record(path, picture, detections)
-            predict.report(record, writer and writer.write(path, picture, record))
+            record = predict.make_record(path, image, detections)
+            predict.report(record, writer and writer.write(path, image, record))
             for d in record["detections"]:
                 x1, y1, x2, y2 = d["box"]
                 print(
@@ -158,7 +158,7 @@ def make_client(arguments) -> "Client":
 
 
 class Client:
-    """Sends pictures and understands the answers.
+    """Sends images and understands the answers.
 
     Args:
         rest: function `(path, body or None) -> body` of bytes, to the REST interface.
@@ -177,24 +177,24 @@ class Client:
         self._image_size = None
 
     def detect(self, paths: list[Path], pictures: list[np.ndarray]) -> list[dict]:
-        """Detections of each picture with "xyxy" boxes in its own pixels; padding is left in."""
+        """Detections of each image with "xyxy" boxes in its own pixels; padding is left in."""
         if self.signature == "serve_bytes":
-            column = [encoded_picture(*both) for both in zip(paths, pictures, strict=True)]
+            column = [encoded_image(*both) for both in zip(paths, pictures, strict=True)]
             answers = self.predict({"image_bytes": column})
-            sizes = [picture.shape[:2] for picture in pictures]
+            sizes = [image.shape[:2] for image in pictures]
         else:
             from keras_resnest.images import resize_image
 
             size = self.image_size()
             answers = self.predict({"images": [resize_image(p, *size) for p in pictures]})
             sizes = [size] * len(pictures)
-        for answer, picture, size in zip(answers, pictures, sizes, strict=True):
+        for answer, image, size in zip(answers, pictures, sizes, strict=True):
             boxes = predict.to_corners(answer["boxes"], self.box_format, *size)
-            answer["boxes"] = predict.stretch(boxes, picture, *size)
+            answer["boxes"] = predict.stretch(boxes, image, *size)
         return answers
 
     def predict(self, inputs: dict) -> list[dict]:
-        """One batch through the server: columns in, a dictionary of arrays per picture out."""
+        """One batch through the server: columns in, a dictionary of arrays per image out."""
         if self.grpc:
             return read_grpc_response(self.grpc(grpc_request(self.name, self.signature, inputs)))
         path = f"/v1/models/{self.name}:predict"
@@ -210,17 +210,17 @@ class Client:
         return self._image_size
 
 
-def encoded_picture(path: Path, picture: np.ndarray) -> bytes:
+def encoded_image(path: Path, image: np.ndarray) -> bytes:
     """The file as it is where TensorFlow sees the same pixels in it, else an upright PNG."""
     from PIL import Image
 
-    from keras_resnest.images import read_picture_info
+    from keras_resnest.images import read_image_info
 
-    info = read_picture_info(path)
+    info = read_image_info(path)
     if info.plain and info.orientation == 1:
         return path.read_bytes()
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
+    Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -228,7 +228,7 @@ def encoded_picture(path: Path, picture: np.ndarray) -> bytes:
 
 
 def rest_request(signature: str, inputs: dict) -> bytes:
-    """JSON body in the row format: one dictionary per picture."""
+    """JSON body in the row format: one dictionary per image."""
     rows = [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)]
     instances = [{name: _to_json(value) for name, value in row.items()} for row in rows]
     return json.dumps({"signature_name": signature, "instances": instances}).encode()
@@ -274,7 +274,7 @@ class HttpChannel:
 
 
 def grpc_request(name: str, signature: str, inputs: dict) -> bytes:
-    """A serialised PredictRequest."""
+    """A serialized PredictRequest."""
     import tensorflow as tf
     from tensorflow_serving.apis.predict_pb2 import PredictRequest
 
@@ -298,7 +298,7 @@ def read_grpc_response(response: bytes) -> list[dict]:
 
 
 def grpc_channel(address: str):
-    """A function that sends a serialised PredictRequest to a server."""
+    """A function that sends a serialized PredictRequest to a server."""
     import grpc
 
     options = [(f"grpc.max_{way}_message_length", MAX_MESSAGE) for way in ("send", "receive")]
@@ -339,7 +339,7 @@ class LocalServer:
         raise ServingError(f'{{"error": "Malformed request: {path}"}}')
 
     def grpc(self, request: bytes) -> bytes:
-        """Answers a serialised PredictRequest with a serialised PredictResponse."""
+        """Answers a serialized PredictRequest with a serialized PredictResponse."""
         import tensorflow as tf
         from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 

@@ -1,7 +1,7 @@
-"""Train a classifier on your own pictures: accuracy, plots, .keras file and SavedModel.
+"""Train a classifier on your own images: accuracy, plots, .keras file and SavedModel.
 
-DATA is a folder with a folder of pictures for each class, inside of "train" and "val" folders or
-without (then a part is held out for testing); or tfds:NAME for a data set of TensorFlow Datasets
+DATA is a folder with a folder of images for each class, inside of "train" and "val" folders or
+without (then a part is held out for testing); or tfds:NAME for a dataset of TensorFlow Datasets
 with "image" and "label".
 
     python examples/train_classifier.py flowers --model resnest50 --weights imagenet
@@ -67,7 +67,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--train-split", default="train", help="folder or TFDS split (default: %(default)s)")
     add("--test-split", help=f"default: the first that exists of {', '.join(TEST_SPLITS)}")
     add("--data-dir", help="folder of TFDS; default: its own")
-    add("--skip-faulty", action="store_true", help="leave out pictures that cannot be read")
+    add("--skip-faulty", action="store_true", help="leave out images that cannot be read")
     add("--model", default="resnest50", help="name of a network (default: %(default)s)")
     add("--weights", help='start: "imagenet", another tag or a file; default: random weights')
     add(
@@ -80,7 +80,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--batch-size", type=positive(), help="over all devices; default: that of the recipe")
     rate = positive(float)
     add("--learning-rate", type=rate, help="highest, as it is; default: the recipe's, scaled")
-    add("--crop-size", type=positive(), help="of the pictures, in pixels; default: the recipe's")
+    add("--crop-size", type=positive(), help="of the images, in pixels; default: the recipe's")
     add(
         "--augmentation",
         choices=sorted(kr.data.CLASSIFICATION_AUGMENTATIONS),
@@ -111,7 +111,7 @@ def read_data(arguments):
             raise ValueError(f"there is no folder {arguments.train_split!r} in {folder}")
         dataset = kr.data.read_image_folder(folder, on_error=on_error)
         train, test = dataset.hold_out(0.2, arguments.seed)
-        print(f"{len(test)} of {len(dataset)} pictures are held out for testing")
+        print(f"{len(test)} of {len(dataset)} images are held out for testing")
         return train, test
     found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
     test_split = arguments.test_split or (found or TEST_SPLITS)[0]
@@ -272,11 +272,11 @@ def report(arguments, recipe, model, class_names, result, earlier_epochs, second
     print(f"Plots, classifier.keras, serving/1, class_names.txt and result.json are in {output}")
 
 
-def batch_size_for(wanted: int, num_pictures: int, replicas: int) -> int:
-    """The batch that is wanted, or the largest that the pictures can fill."""
-    largest = num_pictures - num_pictures % replicas
+def batch_size_for(wanted: int, num_images: int, replicas: int) -> int:
+    """The batch that is wanted, or the largest that the images can fill."""
+    largest = num_images - num_images % replicas
     if wanted > largest > 0:
-        print(f"There are {num_pictures} pictures: the batch is {largest} instead of {wanted}")
+        print(f"There are {num_images} images: the batch is {largest} instead of {wanted}")
         return largest
     return wanted
 

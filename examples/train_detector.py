@@ -1,8 +1,8 @@
-"""Train a RefineDet on your own annotated pictures: model, mAP, plots and SavedModel.
+"""Train a RefineDet on your own annotated images: model, mAP, plots and SavedModel.
 
-DATA is a folder in Pascal-VOC, YOLO or COCO layout, a folder with pictures and XML files side by
-side, a COCO .json or a .csv file, or tfds:NAME for a data set of TensorFlow Datasets. Where it has
-no splits such as "train" and "test", a fifth of the pictures is held out for testing.
+DATA is a folder in Pascal-VOC, YOLO or COCO layout, a folder with images and XML files side by
+side, a COCO .json or a .csv file, or tfds:NAME for a dataset of TensorFlow Datasets. Where it has
+no splits such as "train" and "test", a fifth of the images is held out for testing.
 
     python examples/train_detector.py my_folder
     python examples/train_detector.py my_folder --test-split val --epochs 60 --fit-anchors
@@ -61,10 +61,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", help="folder or file of annotated pictures, or tfds:NAME")
+    add("data", help="folder or file of annotated images, or tfds:NAME")
     add("--train-split", help="split file or TFDS split; default: train, see above")
     add("--test-split", help="split that is evaluated; default: test, else val")
-    add("--skip-faulty", action="store_true", help="leave out pictures with faulty annotations")
+    add("--skip-faulty", action="store_true", help="leave out images with faulty annotations")
     add(
         "--model",
         default="refinedet_tiny",
@@ -98,9 +98,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     )
     add("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
-    add("--vertical-flip", action="store_true", help="for pictures without up and down")
-    add("--mosaic", type=float, default=0.0, metavar="CHANCE", help="four pictures in one")
-    add("--mixup", type=float, default=0.0, metavar="CHANCE", help="two pictures in one")
+    add("--vertical-flip", action="store_true", help="for images without up and down")
+    add("--mosaic", type=float, default=0.0, metavar="CHANCE", help="four images in one")
+    add("--mixup", type=float, default=0.0, metavar="CHANCE", help="two images in one")
     add(
         "--multi-scale",
         type=positive(),
@@ -108,7 +108,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         metavar="SIDE",
         help="one side per batch, in pixels",
     )
-    add("--no-cache", action="store_true", help="decode pictures in every epoch: large data sets")
+    add("--no-cache", action="store_true", help="decode images in every epoch: large datasets")
     add(
         "--evaluate-every",
         type=positive(),
@@ -133,7 +133,7 @@ def read_data(arguments):
         if len(splits) < 2 and not (train_split or test_split):
             dataset = read()
             train, test = dataset.hold_out(0.2, arguments.seed)
-            print(f"{len(test)} of {len(dataset)} pictures are held out for testing")
+            print(f"{len(test)} of {len(dataset)} images are held out for testing")
             return train, test
         test_split = test_split or first_of(TEST_SPLITS, splits)
     train = read(train_split or "train")
@@ -177,14 +177,14 @@ def make_batches(arguments, train_set, image_shape):
     return batches
 
 
-def make_recipe(arguments, num_pictures: int):
+def make_recipe(arguments, num_images: int):
     recipe = kr.recipes.RECIPES[arguments.recipe]
     if arguments.learning_rate is not None:
         recipe = dataclasses.replace(
             recipe, learning_rate=arguments.learning_rate, batch_size=arguments.batch_size
         )
     epochs = arguments.epochs or (60 if arguments.recipe == RECIPES[0] else None)
-    return recipe.scaled(arguments.batch_size, dataset_size=num_pictures, epochs=epochs)
+    return recipe.scaled(arguments.batch_size, dataset_size=num_images, epochs=epochs)
 
 
 def build_model(arguments, train_set, recipe) -> kr.RefineDet:
@@ -246,17 +246,17 @@ def train(arguments, model, epochs: int, train_batches, test_batches) -> int:
 
 
 def report(arguments, model, test, test_batches, earlier_epochs, seconds, cpu_seconds) -> None:
-    """Average precision, pictures with detections, and the saved models."""
+    """Average precision, images with detections, and the saved models."""
     output = arguments.output
     result = kr.evaluation.evaluate_detections(model, test_batches)
     kr.visualization.plot_precision_recall(result, path=output / "precision_recall.png")
-    pictures, truth = [], []
+    images, truth = [], []
     for element in test.as_dataset().take(6):
-        pictures.append(element["images"].numpy())
+        images.append(element["images"].numpy())
         truth.append({k: v.numpy() for k, v in element["bounding_boxes"].items()})
     kr.visualization.plot_detections(
-        pictures,
-        model.detect(pictures),
+        images,
+        model.detect(images),
         model.class_names,
         ground_truth=truth,
         path=output / "detections.png",

@@ -3,9 +3,9 @@
     python examples/verify_imagenet.py imagenet/val --model resnest50
     python examples/verify_imagenet.py tfds:imagenet_v2 --split test --model resnet50
 
-DATA is a folder with a folder of pictures for each class, whose sorted names are the classes 0,
-1, 2 ..., as in ImageNet's validation set; or `tfds:` and the name of a TensorFlow data set with
-"image" and "label". Pictures are resized and cut as when the figure was published.
+DATA is a folder with a folder of images for each class, whose sorted names are the classes 0,
+1, 2 ..., as in ImageNet's validation set; or `tfds:` and the name of a TensorFlow dataset with
+"image" and "label". Images are resized and cut as when the figure was published.
 """
 
 import argparse
@@ -32,24 +32,24 @@ def parse_arguments(argv):
     parser.add_argument("--data-dir", help="folder of TFDS; default: its own")
     parser.add_argument("--crop-size", type=positive, help="side of the crop in pixels")
     parser.add_argument("--batch-size", type=positive, default=32, help="(%(default)s)")
-    parser.add_argument("--limit", type=positive, help="measure on so many pictures only")
+    parser.add_argument("--limit", type=positive, help="measure on so many images only")
     return parser.parse_args(argv)
 
 
-def labelled_folder(folder):
-    """Yields (picture, label) of a folder of class folders, and the number of classes first."""
+def labeled_folder(folder):
+    """Yields (image, label) of a folder of class folders, and the number of classes first."""
     from keras_resnest.data import find_images, load_image
 
     classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
     if not classes:
         raise ValueError(f"{folder} holds no folders of classes")
     files = [(path, label) for label, name in enumerate(classes) for path in find_images(name)]
-    # Evenly mixed, so that --limit takes pictures of all classes.
+    # Evenly mixed, so that --limit takes images of all classes.
     order = np.random.default_rng(0).permutation(len(files))
     return len(classes), ((load_image(files[i][0]), files[i][1]) for i in order)
 
 
-def labelled_tfds(name, split, data_dir):
+def labeled_tfds(name, split, data_dir):
     import tensorflow_datasets as tfds
 
     from keras_resnest.data import load_image
@@ -62,7 +62,7 @@ def labelled_tfds(name, split, data_dir):
 
 
 def measure(model, pairs, crop, batch_size, limit):
-    """Returns (pictures, right at first, right among five)."""
+    """Returns (images, right at first, right among five)."""
     from keras_resnest.data import center_crop_image
 
     pairs = pairs if limit is None else (pair for pair, _ in zip(pairs, range(limit), strict=False))
@@ -74,13 +74,13 @@ def measure(model, pairs, crop, batch_size, limit):
         first += int((ranks[:, 0] == labels).sum())
         five += int((ranks[:, :5] == labels[:, None]).any(axis=1).sum())
         count += len(batch)
-        print(f"\r{count} pictures, top-1 {first / count:.2%}", end="", flush=True)
+        print(f"\r{count} images, top-1 {first / count:.2%}", end="", flush=True)
     print()
     return count, first, five
 
 
 def published_figure(name, weights) -> str:
-    """What the publishers of the weights measured, with the size of their pictures."""
+    """What the publishers of the weights measured, with the size of their images."""
     import keras_resnest as kr
 
     tags = kr.backbones.PRETRAINED.get(name.lower(), {})
@@ -95,9 +95,9 @@ def main(argv=None) -> int:
     try:
         if arguments.data.startswith("tfds:"):
             name = arguments.data.removeprefix("tfds:")
-            classes, pairs = labelled_tfds(name, arguments.split, arguments.data_dir)
+            classes, pairs = labeled_tfds(name, arguments.split, arguments.data_dir)
         else:
-            classes, pairs = labelled_folder(arguments.data)
+            classes, pairs = labeled_folder(arguments.data)
         model, crop = load_classifier(arguments.model, arguments.weights)
         if model.output_shape[-1] != classes:
             raise ValueError(
@@ -109,9 +109,9 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not count:
-        print("error: no pictures", file=sys.stderr)
+        print("error: no images", file=sys.stderr)
         return 1
-    print(f"{arguments.model}, weights {arguments.weights}, {count} pictures at {crop[0]} pixels")
+    print(f"{arguments.model}, weights {arguments.weights}, {count} images at {crop[0]} pixels")
     print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}")
     print(f"published top-1: {published_figure(arguments.model, arguments.weights)}")
     return 0

@@ -1,57 +1,146 @@
-"""Checks of a training batch, inside the graph, with plain sentences.
+"""Checks of what users pass in: class names, image shapes, batches, images, ground truth.
 
-Errors of the input pipeline show up in the middle of a run, where the values
-are known to the graph alone. TensorFlow can stop there; `plain_errors` turns
-what it raises into a `ValueError`. On other backends, and under `jit_compile`,
-only arrays given directly to `fit` or `predict` are checked.
+Batches of an input pipeline are known to the graph alone. TensorFlow can stop there, and
+`value_errors` turns what it raises into a `ValueError`. On JAX, inside a compiled step, nothing is
+checked.
 """
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
 from keras import ops
 
-MARK = "keras_resnest:"
-MAX_RELATIVE = 10.0  # a larger "fraction" of the picture is a pixel
+PREFIX = "keras_resnest:"  # tells the errors of these checks from TensorFlow's own
+MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
-def check_same_classes(data, class_names) -> None:
-    """`ValueError` if a data set of `keras_resnest.data` has other classes than the model."""
+# === Arguments ===
+
+
+def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
+    """Returns `class_names` as a list.
+
+    Args:
+        class_names: names of the labels 0, 1, 2, ...; a single name may be a string.
+        num_classes: number of classes, without background; None accepts any number.
+
+    Raises:
+        ValueError: if the names are not different strings, or not `num_classes` of them.
+    """
+    names = [class_names] if isinstance(class_names, str) else list(class_names)
+    different = len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
+    if not names or not different or num_classes not in (None, len(names)):
+        count = "" if num_classes is None else f"{num_classes} "
+        raise ValueError(
+            f"`class_names` must be a list of {count}different names, in the order of the labels. "
+            f"Received: class_names={class_names}"
+        )
+    return names
+
+
+def check_same_classes(data, class_names: Sequence[str] | None) -> None:
+    """Raises `ValueError` if a dataset of `keras_resnest.data` has other classes than the model."""
     names = getattr(data, "class_names", None)
     if names and class_names and list(names) != list(class_names):
         raise ValueError(
-            "The data set and the model must have the same classes in the same order: read "
-            f"the data with class_names={list(class_names)}. Received: {list(names)}"
+            "The dataset and the model must have the same classes in the same order: read the "
+            f"data with class_names={list(class_names)}. Received: {list(names)}"
         )
 
 
-def checked_images(images):
-    """Pictures (batch, height, width, 3) that are finite and were not scaled to 0-1."""
+def check_image_shape(image_shape: Sequence[int], multiple_of: int = 1) -> tuple[int, int]:
+    """Returns (height, width) of an `image_shape` (height, width) or (height, width, 3).
+
+    Args:
+        image_shape: sides in pixels.
+        multiple_of: what both sides must be a multiple of.
+
+    Raises:
+        ValueError: if `image_shape` is anything else.
+    """
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence | np.ndarray) else (image_shape,)
+    valid = len(shape) in (2, 3) and all(isinstance(n, int | np.integer) for n in shape)
+    if (
+        not valid
+        or shape[2:] not in ((), (3,))
+        or not all(side > 0 and side % multiple_of == 0 for side in shape[:2])
+    ):
+        unit = (
+            "in pixels" if multiple_of == 1 else f"with sides that are multiples of {multiple_of}"
+        )
+        raise ValueError(
+            f"`image_shape` must be (height, width) or (height, width, 3) {unit}. "
+            f"Received: image_shape={image_shape!r}"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+# === Batches ===
+
+
+def unpack_batch(batch) -> tuple:
+    """Returns (images, ground truth, sample weight) of a batch in either of its layouts.
+
+    Args:
+        batch: `{"images", "bounding_boxes"}`, `(images, ground_truth)`,
+            `(images, ground_truth, sample_weight)`, or images alone.
+
+    Returns:
+        The three parts; None where the batch has no such part.
+    """
+    images, boxes, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    if isinstance(images, Mapping):
+        if "images" not in images:
+            raise ValueError(f'A batch must have the key "images". Received: {list(images)}')
+        images, boxes = images["images"], images.get("bounding_boxes", boxes)
+    return images, boxes, sample_weight
+
+
+def check_box_dictionary(boxes) -> None:
+    """Raises `ValueError` unless ground truth is a dictionary of `"boxes"` and `"labels"`."""
+    if not isinstance(boxes, Mapping) or not {"boxes", "labels"} <= set(boxes):
+        received = list(boxes) if isinstance(boxes, Mapping) else type(boxes).__name__
+        raise ValueError(
+            'Ground truth must be a dictionary {"boxes": (batch, objects, 4), "labels": '
+            f"(batch, objects)}}. Received: {received}"
+        )
+
+
+def check_images(images):
+    """Returns a batch of images once it is known to be finite and not scaled to 0-1.
+
+    Args:
+        images: (batch, height, width, 3).
+
+    Returns:
+        `images`. What is computed from them waits for the checks.
+    """
     values = ops.cast(images, "float32")
     highest, lowest = ops.max(values, initial=0.0), ops.min(values, initial=0.0)
-    # A dark picture holds zeros and ones; a scaled one hardly anything but fractions.
+    # A dark image holds zeros and ones; a scaled one hardly anything but fractions.
     fractions = ops.mean(ops.cast(values != ops.floor(values), "float32")) > 0.5
     finite = ops.isfinite(ops.sum(values))
-    images = _require(images, finite, "`images` must be finite, 0 to 255. Received NaN or infinity")
-    return _require(
+    images = require(images, finite, "`images` must be finite, 0 to 255. Received NaN or infinity")
+    return require(
         images,
         ops.logical_not((highest <= 1.0) & fractions),
-        "`images` must be 0 to 255. Received values within 0 to 1: do not scale pictures; "
-        "the network normalises them itself. Lowest and highest value:",
+        "`images` must be 0 to 255. Received values within 0 to 1: do not scale images; "
+        "the network normalizes them itself. Lowest and highest value:",
         lowest,
         highest,
     )
 
 
-def checked_ground_truth(images, boxes, labels, relative, num_classes: int, box_format: str):
-    """The pictures, once their ground truth has been looked at.
+def check_ground_truth(images, boxes, labels, relative, num_classes: int, box_format: str):
+    """Returns a batch of images once its ground truth has passed the checks.
 
     Args:
-        images: pictures of the batch, any shape.
+        images: images of the batch, any shape.
         boxes: `"xyxy"` in pixels, (batch, objects, 4).
         labels: int, (batch, objects), padding is -1.
-        relative: `boxes` as fractions of the picture.
+        relative: `boxes` as fractions of the image.
         num_classes: classes of the model.
         box_format: the format that was declared, for the messages.
 
@@ -62,7 +151,7 @@ def checked_ground_truth(images, boxes, labels, relative, num_classes: int, box_
     real = (labels >= 0)[..., None]
     boxes, relative = ops.where(real, boxes, 0.0), ops.where(real, relative, 0.0)
     declared = f"bounding_box_format={box_format!r} was declared"
-    images = _require(
+    images = require(
         images,
         ops.all((labels >= -1) & (labels < num_classes)),
         f"`labels` must be 0 to {num_classes - 1}, or -1 for padding. Received lowest and highest:",
@@ -70,9 +159,9 @@ def checked_ground_truth(images, boxes, labels, relative, num_classes: int, box_
         ops.max(labels, initial=0),
     )
     finite = ops.all(ops.isfinite(boxes))
-    images = _require(images, finite, "`boxes` must be finite. Received NaN or infinity")
+    images = require(images, finite, "`boxes` must be finite. Received NaN or infinity")
     smallest = ops.min(boxes[..., 2:] - boxes[..., :2], initial=0.0)
-    images = _require(
+    images = require(
         images,
         smallest >= 0.0,
         f"`boxes` must not have a negative width or height. {declared}: is it another one? "
@@ -80,7 +169,7 @@ def checked_ground_truth(images, boxes, labels, relative, num_classes: int, box_
         smallest,
     )
     extent = ops.max(ops.abs(relative), initial=0.0)
-    return _require(images, *_unit_check(extent, boxes, real, box_format, declared))
+    return require(images, *_unit_check(extent, boxes, real, box_format, declared))
 
 
 def _unit_check(extent, boxes, real, box_format: str, declared: str):
@@ -88,22 +177,22 @@ def _unit_check(extent, boxes, real, box_format: str, declared: str):
     if box_format.startswith("rel_"):
         return (
             extent <= MAX_RELATIVE,
-            f"`boxes` must be fractions of the picture, as {declared}. Received a coordinate:",
+            f"`boxes` must be fractions of the image, as {declared}. Received a coordinate:",
             extent,
         )
     return (
         ops.logical_not(ops.any(real) & (ops.max(ops.abs(boxes), initial=0.0) <= 1.0)),
         f"`boxes` must be in pixels, as {declared}. Received only numbers within 0 to 1: declare "
-        "a rel_ format, or multiply by the picture's size",
+        "a rel_ format, or multiply by the image's size",
     )
 
 
-def _require(tensor, condition, message: str, *values):
-    """`tensor`, if `condition` holds; otherwise an error with the message and the values."""
+def require(tensor, condition, message: str, *values):
+    """Returns `tensor` if `condition` holds; otherwise raises the message with the values."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        check = tf.debugging.Assert(condition, [f"{MARK} {message}", *values])
+        check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
         with tf.control_dependencies([check] if check is not None else []):
             return tf.identity(tensor)
     if isinstance(condition, bool | np.bool_) and not condition:
@@ -112,7 +201,7 @@ def _require(tensor, condition, message: str, *values):
 
 
 @contextlib.contextmanager
-def plain_errors():
+def value_errors():
     """Turns an error of these checks, raised inside a TensorFlow graph, into a `ValueError`."""
     if keras.backend.backend() != "tensorflow":
         yield
@@ -123,8 +212,8 @@ def plain_errors():
         yield
     except tf.errors.InvalidArgumentError as error:
         text = str(error)
-        if MARK not in text:
+        if PREFIX not in text:
             raise
-        # "assertion failed: [<mark> message] [value] [value]\n\t [[node ...", quotes escaped
-        message = text[text.index(MARK) + len(MARK) :].split("\n")[0].replace("\\'", "'")
-        raise ValueError(message.replace("]", "", 1).strip()) from None
+        # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with escaped quotes
+        message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0]
+        raise ValueError(message.replace("\\'", "'").replace("]", "", 1).strip()) from None

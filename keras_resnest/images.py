@@ -1,8 +1,8 @@
-"""Pictures of any kind to RGB arrays: reading, looking at headers, resizing.
+"""Images of any kind to RGB arrays: reading, looking at headers, resizing.
 
-One rule holds everywhere: a picture is a uint8 array (height, width, 3), RGB, 0 to 255, upright
+One rule holds everywhere: an image is a uint8 array (height, width, 3), RGB, 0 to 255, upright
 (EXIF orientation applied). TensorFlow's own decoders ignore EXIF, drop alpha and round JPEG
-differently, so `read_picture_info` says which files they can be trusted with.
+differently, so `read_image_info` says which files they can be trusted with.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-#: Suffixes (lower case) of the files that `find_images` takes for pictures.
+#: Suffixes (lower case) of the files that `find_images` takes for images.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 # Pillow knows more formats, but some of them start other programs (EPS: Ghostscript).
@@ -25,15 +25,15 @@ _ORIENTATION_TAG = 0x0112
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureInfo:
-    """What the header of a picture file tells.
+class ImageInfo:
+    """What the header of an image file tells.
 
     Attributes:
-        height: Rows of the upright picture.
-        width: Columns of the upright picture.
+        height: Rows of the upright image.
+        width: Columns of the upright image.
         orientation: EXIF orientation, 1 to 8; 1 is upright. See `orientation_flags`.
         plain: True where `tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE")` gives
-            the same pixels as Pillow (apart from the orientation): 8-bit RGB or grey JPEG, and PNG
+            the same pixels as Pillow (apart from the orientation): 8-bit RGB or gray JPEG, and PNG
             without alpha.
     """
 
@@ -44,7 +44,7 @@ class PictureInfo:
 
 
 def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
-    """Steps, in this order, that turn a stored picture upright: transpose, flip columns, flip rows.
+    """Steps, in this order, that turn a stored image upright: transpose, flip columns, flip rows.
 
     Args:
         orientation: EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
@@ -53,15 +53,15 @@ def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
 
 
 def load_image(source: Any) -> np.ndarray:
-    """Reads one picture.
+    """Reads one image.
 
     Files and bytes are decoded by Pillow: JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and
-    PPM; grey, palette, CMYK and 16-bit pictures are converted to 8-bit RGB, and EXIF orientation is
-    applied. Transparent pictures are laid over white, as a browser shows them. Arrays with four
+    PPM; gray, palette, CMYK and 16-bit images are converted to 8-bit RGB, and EXIF orientation is
+    applied. Transparent images are laid over white, as a browser shows them. Arrays with four
     channels are RGBA.
 
     Args:
-        source: Path of a file (str or PathLike), the bytes of an encoded picture, a Pillow image,
+        source: Path of a file (str or PathLike), the bytes of an encoded image, a Pillow image,
             or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) with values 0 to 255
             (floats are rounded).
 
@@ -69,7 +69,7 @@ def load_image(source: Any) -> np.ndarray:
         uint8 array (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, not a picture or far too large; or the
+        ValueError: The file is missing, empty, truncated, not an image or far too large; or the
             array has a wrong shape, NaN, or values that are not 0 to 255.
 
     Example:
@@ -88,14 +88,14 @@ def load_image(source: Any) -> np.ndarray:
     return _from_array(source)
 
 
-def read_picture_info(source: str | os.PathLike | bytes) -> PictureInfo:
-    """Looks at the header of a picture without decoding it.
+def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
+    """Looks at the header of an image without decoding it.
 
     A cut file is found as well: files without their end marker, and the formats that have none,
     are decoded completely as a check.
 
     Args:
-        source: Path of a file, or the bytes of an encoded picture.
+        source: Path of a file, or the bytes of an encoded image.
 
     Raises:
         ValueError: As `load_image`.
@@ -115,37 +115,37 @@ def read_picture_info(source: str | os.PathLike | bytes) -> PictureInfo:
         width, height = image.size
     if orientation_flags(orientation)[0]:
         width, height = height, width
-    return PictureInfo(height, width, orientation, plain)
+    return ImageInfo(height, width, orientation, plain)
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Paths of the pictures directly in a folder, sorted by name.
+    """Paths of the images directly in a folder, sorted by name.
 
     Args:
-        folder: The folder; pictures are told by their suffix (`IMAGE_SUFFIXES`), in any case.
+        folder: The folder; images are told by their suffix (`IMAGE_SUFFIXES`), in any case.
 
     Raises:
-        ValueError: There is no such folder, or no picture in it.
+        ValueError: There is no such folder, or no image in it.
 
     Example: `for path in find_images("photos"): image = load_image(path)`
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"Expected a folder of pictures. Received: {folder} (no such folder)")
+        raise ValueError(f"Expected a folder of images. Received: {folder} (no such folder)")
     files = list(folder.iterdir())
     paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise ValueError(
-            f"No pictures in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}. "
+            f"No images in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}. "
             f"Received: {len(files)} other files or folders"
         )
     return paths
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Stretches a picture to the given size, as the network and its exported form do.
+    """Stretches an image to the given size, as the network and its exported form do.
 
-    Bilinear with half-pixel centres and without antialiasing: the same numbers as
+    Bilinear with half-pixel centers and without antialiasing: the same numbers as
     `tf.image.resize(image, (height, width), method="bilinear", antialias=False)`.
 
     Args:
@@ -185,16 +185,16 @@ def center_crop_image(
     crop_share: float = 0.875,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """The middle of a picture, as classifiers are evaluated: resize the shorter side, then cut.
+    """The middle of an image, as classifiers are evaluated: resize the shorter side, then cut.
 
     Args:
-        image: Picture (height, width, 3), uint8, RGB.
+        image: Image (height, width, 3), uint8, RGB.
         crop_size: Side of the result in pixels.
         crop_share: The crop as a share of the resized shorter side, above 0, at most 1.
         interpolation: `"bilinear"` or `"bicubic"`, antialiased.
 
     Returns:
-        Picture (crop_size, crop_size, 3), uint8.
+        Image (crop_size, crop_size, 3), uint8.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -235,28 +235,28 @@ def _describe(source: str | bytes) -> str:
 
 
 def _open(source: str | bytes):
-    """Opens a picture with Pillow, header only; every failure is a ValueError naming the file."""
+    """Opens an image with Pillow, header only; every failure is a ValueError naming the file."""
     from PIL import Image, UnidentifiedImageError
 
     what = _describe(source)
     if isinstance(source, str):
         if not os.path.isfile(source):
             kind = "it is a folder, not a file" if os.path.isdir(source) else "no such file"
-            raise ValueError(f"Cannot read the picture {what!r}: {kind}")
+            raise ValueError(f"Cannot read the image {what!r}: {kind}")
         is_empty = os.path.getsize(source) == 0
     else:
         is_empty = not source
     if is_empty:
-        raise ValueError(f"Cannot read the picture {what!r}: it is empty (0 bytes)")
+        raise ValueError(f"Cannot read the image {what!r}: it is empty (0 bytes)")
     try:
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         return Image.open(stream, formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"Cannot read the picture {what!r}: it is not a picture. Wanted: {', '.join(_FORMATS)}"
+            f"Cannot read the image {what!r}: it is not an image. Wanted: {', '.join(_FORMATS)}"
         ) from error
     except _pillow_errors() as error:
-        raise ValueError(f"Cannot read the picture {what!r}: {error}") from error
+        raise ValueError(f"Cannot read the image {what!r}: {error}") from error
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
@@ -280,7 +280,7 @@ def _load(image, what: str) -> None:
     try:
         image.load()
     except _pillow_errors() as error:
-        raise ValueError(f"Cannot read the picture {what!r}: {error}") from error
+        raise ValueError(f"Cannot read the image {what!r}: {error}") from error
 
 
 def _tail(source: str | bytes) -> bytes:
@@ -327,11 +327,11 @@ def _to_rgb(image, what: str) -> np.ndarray:
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # 65535 / 255 = 257; Pillow's own convert("RGB") would clip at 255 instead.
-        grey = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
-        return np.repeat(grey[..., None], 3, axis=-1)
+        gray = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
+        return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"Cannot read the picture {what!r}: its pixels are 32-bit numbers (Pillow mode "
+            f"Cannot read the image {what!r}: its pixels are 32-bit numbers (Pillow mode "
             f"{image.mode}), whose range nobody knows. Save it with 8 or 16 bits"
         )
     if _has_alpha(image):
@@ -351,7 +351,7 @@ def _from_array(source) -> np.ndarray:
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
         hint = " (channels first?)" if array.ndim == 3 and shape[0] in (1, 3, 4) else ""
         raise ValueError(
-            "One picture must be an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). "
+            "One image must be an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). "
             f"Received: shape {shape}{hint}"
         )
     array = _check_range(array)
@@ -377,7 +377,7 @@ def _to_numpy(source) -> np.ndarray:
         if array.dtype.name == "bfloat16":
             return array.astype("float32")
         raise ValueError(
-            "A picture must be a path, bytes, a Pillow image or an array of numbers 0 to 255. "
+            "An image must be a path, bytes, a Pillow image or an array of numbers 0 to 255. "
             f"Received: {type(source).__name__} ({array.dtype})"
         )
     return array
@@ -391,7 +391,7 @@ def _check_range(array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("Images are 0 to 255. Received: an array with NaN or infinite values")
     low, high = array.min(), array.max()
-    # Resampling filters overshoot a little: half a grey level is let through.
+    # Resampling filters overshoot a little: half a gray level is let through.
     if low < -0.5 or high > 255.5:
         raise ValueError(f"Images are 0 to 255. Received: values from {low:g} to {high:g}")
     if high <= 1.0 and not np.array_equal(array, np.rint(array)):

@@ -24,7 +24,7 @@ class DistributedTraining:
       scaling, which skips such steps itself, is left alone.
     - `fit` and `evaluate` run under `tf.distribute.MultiWorkerMirroredStrategy` (Keras issue
       20585). Keras reduces a whole batch over the workers to learn its shapes, and takes a
-      mean over axis 0 of logs that have no axis. Here the shapes come from the data set's
+      mean over axis 0 of logs that have no axis. Here the shapes come from the dataset's
       own description, and the logs get an axis.
     - A replica that gets no row of a last, small batch of `evaluate` or `predict` predicts an
       empty batch. TensorFlow's oneDNN convolution gives that a wrong shape, and the mean over
@@ -116,7 +116,7 @@ class DistributedTraining:
             return super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
             spec = iterator.data_adapter.get_tf_dataset().element_spec
-            # Of a data set that is distributed already: what the first replica gets.
+            # Of a dataset that is distributed already: what the first replica gets.
             data_batch = keras.tree.map_structure(
                 lambda part: getattr(part, "_value_specs", (part,))[0], spec
             )
@@ -164,7 +164,7 @@ def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
         last = (x.num_batches or 0) - 1
         return {len(keras.tree.flatten(x[i])[0]) for i in (0, last)} if last >= 0 else {None}
     if hasattr(x, "element_spec"):
-        # A data set that is distributed already does not tell: see `distribute_batches`.
+        # A dataset that is distributed already does not tell: see `distribute_batches`.
         import tensorflow as tf
 
         return {batch_size_of(x)} if isinstance(x, tf.data.Dataset) else set()

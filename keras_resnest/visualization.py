@@ -1,4 +1,4 @@
-"""Pictures with boxes, loss curves and precision-recall curves, drawn with matplotlib.
+"""Images with boxes, loss curves and precision-recall curves, drawn with matplotlib.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to no global state:
 a notebook shows it as the last value of a cell, `path=` writes it to a file, and it
@@ -17,13 +17,13 @@ from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.images import load_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
-GAP = 10  # pixels between the pictures of a grid
-MAX_LABELS = 40  # in one picture; more would hide it
+GAP = 10  # pixels between the images of a grid
+MAX_LABELS = 40  # in one image; more would hide it
 LABEL_PADDING = 0.2  # around the text of a label, in font sizes
-TITLE_HEIGHT = 24  # pixels above a picture with a title
-FOOTER_HEIGHT = 22  # pixels below the pictures for the meaning of the lines
+TITLE_HEIGHT = 24  # pixels above an image with a title
+FOOTER_HEIGHT = 22  # pixels below the images for the meaning of the lines
 
-# Strong, well separated colours that show on pale and on dark pictures.
+# Strong, well separated colors that show on pale and on dark images.
 COLORS = (
     "#e6194b",
     "#1f77ff",
@@ -59,18 +59,18 @@ LOSSES = (
 
 
 def class_color(label: int) -> tuple[float, float, float]:
-    """Colour of a class, red, green, blue in 0..1; the same for a label in every plot."""
+    """Color of a class, red, green, blue in 0..1; the same for a label in every plot."""
     if label < len(COLORS):
         value = COLORS[label]
         return tuple(int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
     # Steps of the golden ratio spread any number of hues; brightness and
-    # saturation take turns, so that neighbouring hues still differ.
+    # saturation take turns, so that neighboring hues still differ.
     step = label - len(COLORS)
     hue = (0.05 + 0.6180339887 * step) % 1.0
     return colorsys.hsv_to_rgb(hue, (0.95, 0.55, 0.8)[step % 3], (0.95, 0.95, 0.6)[step % 3])
 
 
-# --- Pictures with boxes --------------------------------------------------------------------
+# --- Images with boxes --------------------------------------------------------------------
 
 
 def plot_detections(
@@ -87,37 +87,37 @@ def plot_detections(
     ax=None,
     path: str | os.PathLike | None = None,
 ):
-    """Draws boxes with class and confidence into one picture or a grid of pictures.
+    """Draws boxes with class and confidence into one image or a grid of images.
 
-    The 40 most confident boxes of each picture get a label, all others only their
-    class's colour.
+    The 40 most confident boxes of each image get a label, all others only their
+    class's color.
 
     Args:
-        image: one picture, array (H, W, 3) or (H, W), 0 to 255, or a file name; or
+        image: one image, array (H, W, 3) or (H, W), 0 to 255, or a file name; or
             several, as a list or an array (B, H, W, 3).
-        detections: of one picture a dictionary with `"boxes"` (n, 4), `"labels"` (n,)
+        detections: of one image a dictionary with `"boxes"` (n, 4), `"labels"` (n,)
             and, if known, `"confidence"` (n,) and `"class_names"` (n names), as
-            `RefineDet.detect` gives it; for several pictures a list of these, or the
-            arrays of `predict` with pictures as first axis. Rows with label -1 are
+            `RefineDet.detect` gives it; for several images a list of these, or the
+            arrays of `predict` with images as first axis. Rows with label -1 are
             padding.
         class_names: names in the order of the labels; where there are none, those in
             `detections`, else the numbers, are shown.
         ground_truth: the true `"boxes"` and `"labels"` in the same form, drawn dashed.
         confidence_threshold: detections below are not drawn.
-        bounding_box_format: format of all boxes, in pixels of the picture or `"rel_*"`.
-        columns: pictures side by side in a grid.
-        size: wanted length of the longer side of each picture in pixels of the figure,
-            640 for one picture and 400 in a grid by default. Small pictures are
+        bounding_box_format: format of all boxes, in pixels of the image or `"rel_*"`.
+        columns: images side by side in a grid.
+        size: wanted length of the longer side of each image in pixels of the figure,
+            640 for one image and 400 in a grid by default. Small images are
             enlarged by a whole factor, without blur, so that labels stay legible.
-        titles: one line above each picture.
-        ax: matplotlib axes to draw into, for one picture only.
+        titles: one line above each image.
+        ax: matplotlib axes to draw into, for one image only.
         path: file to write, `.png`, `.pdf`, `.svg`, ...
 
     Returns:
         The `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: if pictures, boxes or their numbers do not fit together.
+        ValueError: if images, boxes or their numbers do not fit together.
 
     Example:
 
@@ -126,16 +126,16 @@ def plot_detections(
     """
     check_box_format(bounding_box_format)
     images = _load_images(image)
-    found = _boxes_of_pictures(detections, "detections", len(images))
+    found = _boxes_of_images(detections, "detections", len(images))
     truths = [None] * len(images)
     if ground_truth is not None:
-        truths = _boxes_of_pictures(ground_truth, "ground_truth", len(images))
+        truths = _boxes_of_images(ground_truth, "ground_truth", len(images))
     if titles is not None and len(titles) != len(images):
         raise ValueError(
-            f"`titles` must name every picture. Received: {len(titles)} for {len(images)} pictures"
+            f"`titles` must name every image. Received: {len(titles)} for {len(images)} images"
         )
     if ax is not None and len(images) != 1:
-        raise ValueError(f"`ax` takes one picture. Received: {len(images)} pictures")
+        raise ValueError(f"`ax` takes one image. Received: {len(images)} images")
     if ax is None:
         size = size or (640 if len(images) == 1 else 400)
         title = 0 if titles is None else TITLE_HEIGHT
@@ -144,7 +144,7 @@ def plot_detections(
     else:
         figure, all_axes = ax.figure, [ax]
     for number, (axes, picture) in enumerate(zip(all_axes, images, strict=True)):
-        _show_picture(axes, picture, exact=ax is None)
+        _show_image(axes, picture, exact=ax is None)
         if titles is not None:
             axes.set_title(str(titles[number]), fontsize=9, pad=4, parse_math=False)
         source = (class_names, bounding_box_format, picture.shape)
@@ -167,15 +167,15 @@ def plot_dataset(
     size: int = 320,
     path: str | os.PathLike | None = None,
 ):
-    """Draws the first pictures of a data set with their boxes: the first thing to look at.
+    """Draws the first images of a dataset with their boxes: the first thing to look at.
 
     Args:
         dataset: a `tf.data.Dataset` or other iterable of `{"images", "bounding_boxes":
             {"boxes", "labels"}}` or `(images, {"boxes", "labels"})`, batched or not; or
-            a data set object with `.as_dataset()` and `.class_names`.
-        class_names: names in the order of the labels, by default those of the data set.
-        rows: pictures one above the other.
-        columns: pictures side by side.
+            a dataset object with `.as_dataset()` and `.class_names`.
+        class_names: names in the order of the labels, by default those of the dataset.
+        rows: images one above the other.
+        columns: images side by side.
         bounding_box_format: format of the boxes.
         size: as in `plot_detections`.
         path: file to write.
@@ -184,7 +184,7 @@ def plot_dataset(
         The `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: if the data set is empty or its elements have another structure.
+        ValueError: if the dataset is empty or its elements have another structure.
 
     Example:
 
@@ -194,12 +194,12 @@ def plot_dataset(
         class_names = getattr(dataset, "class_names", None)
     if hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
-    pictures = list(itertools.islice(_pictures_of(dataset), rows * columns))
-    if not pictures:
-        raise ValueError("`dataset` must hold at least one picture. Received: an empty data set")
+    images = list(itertools.islice(_images_of(dataset), rows * columns))
+    if not images:
+        raise ValueError("`dataset` must hold at least one image. Received: an empty dataset")
     return plot_detections(
-        [image for image, _ in pictures],
-        [boxes for _, boxes in pictures],
+        [image for image, _ in images],
+        [boxes for _, boxes in images],
         class_names,
         bounding_box_format=bounding_box_format,
         columns=columns,
@@ -208,7 +208,7 @@ def plot_dataset(
     )
 
 
-def _pictures_of(dataset):
+def _images_of(dataset):
     """Single `(image, boxes)` pairs of batched or unbatched elements."""
     for element in dataset:
         if isinstance(element, Mapping):
@@ -229,26 +229,26 @@ def _pictures_of(dataset):
 
 
 def _load_images(image) -> list[np.ndarray]:
-    """The pictures as uint8 arrays (H, W, 3)."""
+    """The images as uint8 arrays (H, W, 3)."""
     if isinstance(image, list | tuple):
-        pictures = list(image)
+        images = list(image)
     elif isinstance(image, str | os.PathLike):
-        pictures = [image]
+        images = [image]
     else:
         array = image if hasattr(image, "ndim") else np.asarray(image)
-        pictures = list(array) if len(array.shape) == 4 else [array]
-    if not pictures:
-        raise ValueError("`image` must be at least one picture. Received: an empty list")
-    return [load_image(_as_array(picture)) for picture in pictures]
+        images = list(array) if len(array.shape) == 4 else [array]
+    if not images:
+        raise ValueError("`image` must be at least one image. Received: an empty list")
+    return [load_image(_as_array(picture)) for picture in images]
 
 
-def _as_array(picture):
+def _as_array(image):
     """Tensors as arrays; paths and the rest as they are."""
-    return ops.convert_to_numpy(picture) if hasattr(picture, "shape") else picture
+    return ops.convert_to_numpy(image) if hasattr(image, "shape") else image
 
 
-def _boxes_of_pictures(boxes, argument: str, num_pictures: int) -> list[Mapping]:
-    """One dictionary per picture from any of the accepted forms."""
+def _boxes_of_images(boxes, argument: str, num_images: int) -> list[Mapping]:
+    """One dictionary per image from any of the accepted forms."""
     if isinstance(boxes, Mapping):
         missing = {"boxes", "labels"} - set(boxes)
         if missing:
@@ -261,10 +261,10 @@ def _boxes_of_pictures(boxes, argument: str, num_pictures: int) -> list[Mapping]
             boxes = [dict(zip(names, row, strict=True)) for row in rows]
         else:
             boxes = [boxes]
-    if len(boxes) != num_pictures:
+    if len(boxes) != num_images:
         raise ValueError(
-            f"`{argument}` must hold one entry per picture. "
-            f"Received: {len(boxes)} for {num_pictures} pictures"
+            f"`{argument}` must hold one entry per image. "
+            f"Received: {len(boxes)} for {num_images} images"
         )
     return list(boxes)
 
@@ -277,7 +277,7 @@ def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshol
     for name, column in (("boxes", coordinates), ("confidence", confidence)):
         if column is not None and len(column) != len(labels):
             raise ValueError(
-                f"`{name}` and `labels` of a picture must be of the same number. "
+                f"`{name}` and `labels` of an image must be of the same number. "
                 f"Received: {len(column)} {name} and {len(labels)} labels"
             )
     if source != "xyxy":
@@ -301,12 +301,12 @@ def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshol
 
 
 def _grid(images, columns: int | None, size: int, title: int, footer: int):
-    """A figure in which every picture is shown pixel by pixel, and its axes."""
+    """A figure in which every image is shown pixel by pixel, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
-    shown = [_shown_size(picture.shape[:2], size) for picture in images]
+    shown = [_shown_size(image.shape[:2], size) for image in images]
     cell_width = max(width for _, width in shown)
     row_heights = [
         max(height for height, _ in shown[i : i + columns]) for i in range(0, len(shown), columns)
@@ -334,20 +334,20 @@ def _grid(images, columns: int | None, size: int, title: int, footer: int):
     return figure, all_axes
 
 
-def _show_picture(axes, picture: np.ndarray, exact: bool) -> None:
-    """Fills the axes with a picture, if `exact` pixel by pixel."""
+def _show_image(axes, image: np.ndarray, exact: bool) -> None:
+    """Fills the axes with an image, if `exact` pixel by pixel."""
     from PIL import Image
 
     # Pixel i reaches from i to i + 1, as the continuous coordinates of the boxes say.
-    extent = (0, picture.shape[1], picture.shape[0], 0)
+    extent = (0, image.shape[1], image.shape[0], 0)
     frame = axes.get_window_extent()
     shown = (round(frame.width), round(frame.height))
-    if exact and shown[0] < picture.shape[1]:  # Pillow reduces without faded borders
-        picture = np.asarray(Image.fromarray(picture).resize(shown, Image.Resampling.LANCZOS))
+    if exact and shown[0] < image.shape[1]:  # Pillow reduces without faded borders
+        image = np.asarray(Image.fromarray(image).resize(shown, Image.Resampling.LANCZOS))
     if exact:
-        axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
+        axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
     else:
-        axes.imshow(picture, extent=extent)
+        axes.imshow(image, extent=extent)
     axes.set_axis_off()
 
 
@@ -364,13 +364,13 @@ def _shown_size(shape, size: int) -> tuple[int, int]:
 
 
 def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> None:
-    """Outlines in the colours of the classes, the first box on top."""
+    """Outlines in the colors of the classes, the first box on top."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     linewidth = 1.4 if dashed else 1.8 if len(boxes) <= MAX_LABELS else 0.9
     # A solid line has a dark rim, a dashed one lies on a white line, so that each
-    # shows on any picture, and the dashed one also upon a solid one.
+    # shows on any image, and the dashed one also upon a solid one.
     rim = withStroke(
         linewidth=linewidth + 1.4, foreground=(1, 1, 1, 0.9) if dashed else (0, 0, 0, 0.35)
     )
@@ -433,7 +433,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
         across = np.minimum(xs + width, other[2]) - np.maximum(xs, other[0])
         down = np.minimum(inside + height, other[3]) - np.maximum(inside, other[1])
         hidden += np.maximum(across, 0) * np.maximum(down, 0)
-    # Places outside the picture last; of equally good ones the first.
+    # Places outside the image last; of equally good ones the first.
     cost = hidden + width * height * (np.abs(inside - ys) > 1)
     best = int(np.argmin(cost))
     return np.array([xs[best], inside[best]])

@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of reference numbers and pictures beside the project; skips where it is absent."""
+    """Folder of reference numbers and images beside the project; skips where it is absent."""
     if not SHARED.is_dir():
         pytest.skip(f"the reference folder {SHARED.name}/ is not beside the project")
     return SHARED

@@ -1,4 +1,4 @@
-"""A detector small enough to be trained inside a test, and pictures for it."""
+"""A detector small enough to be trained inside a test, and images for it."""
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def small_detector(image_shape=(64, 128, 3), **kwargs):
 
 
 def rectangles(count, image_shape=(64, 128, 3), seed=0, objects=2):
-    """Grey noise with one-coloured rectangles; labels are the colours of CLASS_NAMES."""
+    """Gray noise with one-colored rectangles; labels are the colors of CLASS_NAMES."""
     rng = np.random.default_rng(seed)
     height, width, _ = image_shape
     images = rng.integers(90, 130, (count, *image_shape)).astype("float32")

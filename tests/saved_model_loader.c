@@ -4,11 +4,11 @@ Usage:
 
     saved_model_loader MODEL_DIR float INPUT IMAGES.raw HEIGHT WIDTH CHANNELS -- OUTPUT...
     saved_model_loader MODEL_DIR uint8 INPUT IMAGES.raw HEIGHT WIDTH CHANNELS -- OUTPUT...
-    saved_model_loader MODEL_DIR bytes INPUT PICTURE... -- OUTPUT...
+    saved_model_loader MODEL_DIR bytes INPUT IMAGE... -- OUTPUT...
 
 INPUT and OUTPUT are tensors of the graph, such as `serving_default_images:0`; the
 signatures in saved_model.pb name them. IMAGES.raw holds one or more images, nothing but
-pixels in this machine's byte order. Each PICTURE is a file that is sent as it is.
+pixels in this machine's byte order. Each IMAGE is a file that is sent as it is.
 
 Prints two lines for each output: its name, type and dimensions, and its values. Nine
 digits give back every float32. Any error is a message and exit status 1.
@@ -240,7 +240,7 @@ int main(int argc, char **argv) {
         fprintf(stderr,
                 "usage: saved_model_loader MODEL_DIR float|uint8 INPUT IMAGES.raw HEIGHT WIDTH "
                 "CHANNELS -- OUTPUT...\n"
-                "       saved_model_loader MODEL_DIR bytes INPUT PICTURE... -- OUTPUT...\n");
+                "       saved_model_loader MODEL_DIR bytes INPUT IMAGE... -- OUTPUT...\n");
         return 1;
     }
     done = load(&run, argv[1]) && feed(&run, argv[2], dashes - 4, argv + 4) &&

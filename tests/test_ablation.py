@@ -39,7 +39,7 @@ def test_default_is_the_full_model():
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_switches_serialise(name):
+def test_switches_serialize(name):
     model = small_detector(**{name: False})
     again = RefineDet.from_config(model.get_config())
     assert again.get_config() == model.get_config() and getattr(again, name) is False
@@ -173,7 +173,7 @@ def test_upper_levels_reach_lower_ones_through_the_tcb_alone(transfer):
     import tensorflow as tf
 
     model = small_detector(use_transfer_connection=transfer, use_batch_norm=False)
-    images, _ = rectangles(2)  # of one picture, oneDNN 3.7 crashes in the gradient of narrow convs
+    images, _ = rectangles(2)  # of one image, oneDNN 3.7 crashes in the gradient of narrow convs
     with tf.GradientTape() as tape:
         finest = model(images)["odm_logits"][:, : 8 * 16 * 3]
         loss = ops.sum(finest)
@@ -196,7 +196,7 @@ def test_widths_are_arguments():
 
 
 def test_residual_blocks_have_the_published_shape():
-    """P6 from a block 128, 128, 512, heads behind blocks 256, 256, 1024; no L2 normalisation."""
+    """P6 from a block 128, 128, 512, heads behind blocks 256, 256, 1024; no L2 normalization."""
     model = RefineDet(
         3,
         small_backbone(),

@@ -28,7 +28,7 @@ def best_iou_by_pairs(boxes, anchors):
 
 
 def dataset_of(boxes, labels, names, size=(100, 160)):
-    """One record per object, in a picture of `size`."""
+    """One record per object, in an image of `size`."""
     records = [
         ImageRecord(np.zeros((*size, 3), "uint8"), str(i), box[None], [label])
         for i, (box, label) in enumerate(zip(boxes, labels, strict=True))
@@ -70,7 +70,7 @@ def test_an_object_that_is_an_anchor_and_one_that_is_far_from_all():
 
 
 def test_datasets_and_arrays_say_the_same():
-    """A data set, its tf.data elements, batches and arrays; boxes stretch as pictures do."""
+    """A dataset, its tf.data elements, batches and arrays; boxes stretch as images do."""
     import tensorflow as tf
 
     rng = np.random.default_rng(1)

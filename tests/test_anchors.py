@@ -38,7 +38,7 @@ def test_several_sizes_on_a_level():
 
 @pytest.mark.parametrize("side, count", [(320, 6375), (512, 16320)])
 def test_golden_anchors(shared, side, count):
-    """The PyTorch ports clip centre and size to the picture; quirk documented in `clip`."""
+    """The PyTorch ports clip center and size to the image; quirk documented in `clip`."""
     want = np.load(shared / "golden/refinedet/priors.npz")[f"priors_{side}"]
     got = AnchorGenerator(clip=True, bounding_box_format="rel_center_xywh")((side, side, 3))
     assert got.shape == (count, 4)

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: floors, lazy imports, serialisation, docstrings."""
+"""The house rules that a machine can check: floors, lazy imports, serialization, docstrings."""
 
 import ast
 import inspect

@@ -19,20 +19,20 @@ from keras_resnest.data.augmentation.detection import (
     drop_empty_boxes,
 )
 
-PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colours of rectangles 0, 1 and 2
+PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colors of rectangles 0, 1 and 2
 NEUTRAL = {"brightness": 0.0, "contrast": (1, 1), "saturation": (1, 1), "hue": 0.0}
 THREE_BOXES = [[20, 15, 75, 50], [90, 40, 130, 95], [35, 60, 70, 100]]
 
 
 def make_element(height=110, width=150, boxes=THREE_BOXES, background=0, labels=None):
-    """A picture with one filled rectangle per box: red, green, blue on a plain background."""
+    """An image with one filled rectangle per box: red, green, blue on a plain background."""
     image = np.full((height, width, 3), background, np.uint8)
     for (x1, y1, x2, y2), color in zip(boxes, itertools.cycle(PRIMARIES)):
         image[int(y1) : int(y2), int(x1) : int(x2)] = color
     labels = np.arange(len(boxes)) if labels is None else np.asarray(labels)
     return {
         "images": tf.constant(image),
-        "image_id": tf.constant("picture"),
+        "image_id": tf.constant("image"),
         "bounding_boxes": {
             "boxes": tf.constant(np.asarray(boxes, np.float32).reshape(-1, 4)),
             "labels": tf.constant(labels, tf.int32),
@@ -61,7 +61,7 @@ def assert_boxes_match_pixels(result, tolerance=1.0):
     image, rows = result["images"].astype(np.float32), result["bounding_boxes"]
     for box, label in zip(rows["boxes"], rows["labels"], strict=True):
         extent = pixel_extent(image, label)
-        if extent is None:  # no pixel centre hit
+        if extent is None:  # no pixel center hit
             assert min(box[2] - box[0], box[3] - box[1]) < 1.5
         else:
             np.testing.assert_allclose(box, extent, atol=tolerance)
@@ -114,20 +114,20 @@ class TestPixels:
             assert_boxes_match_pixels(result)
         assert sum(len(result["bounding_boxes"]["boxes"]) for result in results) > 150
 
-    def test_very_wide_picture(self):
+    def test_very_wide_image(self):
         element = make_element(20, 500, [[100, 2, 220, 18], [300, 5, 330, 15]])
         for result in run(TrainingAugmentation((128, 128), photometric=None), element, 100):
             assert_boxes_match_pixels(result)
 
-    def test_every_seen_rectangle_with_its_centre_inside_keeps_its_box(self):
+    def test_every_seen_rectangle_with_its_center_inside_keeps_its_box(self):
         augmentation = TrainingAugmentation(
             (150, 150), photometric=None, expand=None, flip=None, min_box_size=0.0
         )
         element = make_element()
-        boxes, picture = element["bounding_boxes"]["boxes"], tf.constant([110, 150])
+        boxes, image = element["bounding_boxes"]["boxes"], tf.constant([110, 150])
         for i, result in enumerate(run(augmentation, element, 100)):
             seed = tf.random.split(tf.constant([i, 7], tf.int64), 5)[1]
-            window = RandomIoUCrop().window(tf.constant([0, 0, 150, 110]), picture, boxes, seed)
+            window = RandomIoUCrop().window(tf.constant([0, 0, 150, 110]), image, boxes, seed)
             x1, y1, x2, y2 = window.numpy()
             centers = (boxes.numpy()[:, :2] + boxes.numpy()[:, 2:]) / 2
             wanted = [k for k, (x, y) in enumerate(centers) if x1 <= x < x2 and y1 <= y < y2]
@@ -136,7 +136,7 @@ class TestPixels:
 
 
 class TestExpand:
-    def test_picture_lies_unchanged_on_a_plain_canvas(self):
+    def test_image_lies_unchanged_on_a_plain_canvas(self):
         element = make_element(background=40)
         color, ratios = (10.0, 200.0, 30.0), []
         for result in run(RandomExpand(3.0, 1.0, color), element, 100):
@@ -182,7 +182,7 @@ class TestCrop:
             assert 0.49 <= width / height <= 2.04
 
     def test_options_are_equally_likely_when_all_are_possible(self):
-        # The box fills the picture: IoU is the crop's share, and few crops reach 0.9 by chance.
+        # The box fills the image: IoU is the crop's share, and few crops reach 0.9 by chance.
         element = make_element(100, 100, [[0, 0, 100, 100]])
         crop = RandomIoUCrop((None, 0.0, 0.8), trials=200)
         windows = np.array(self.windows(crop, element, 600))
@@ -190,7 +190,7 @@ class TestCrop:
         assert np.mean(share == 1.0) == pytest.approx(1 / 3, abs=0.06)
         assert np.mean(share < 0.8) == pytest.approx(1 / 3 * 0.8, abs=0.1)
 
-    def test_impossible_constraint_keeps_the_picture(self):
+    def test_impossible_constraint_keeps_the_image(self):
         element = make_element(400, 400, [[0, 0, 3, 3]])
         assert {tuple(w) for w in self.windows(RandomIoUCrop((0.9,)), element, 30)} == {
             (0, 0, 400, 400)
@@ -204,7 +204,7 @@ class TestCrop:
         whole = {tuple(w) for w in self.windows(RandomIoUCrop((None,)), make_element(), 20)}
         assert whole == {(0, 0, 150, 110)}
 
-    def test_picture_without_objects_is_cropped_too(self):
+    def test_image_without_objects_is_cropped_too(self):
         windows = self.windows(RandomIoUCrop((0.9,)), make_element(boxes=[]), 20)
         assert len({tuple(w) for w in windows}) > 10
 
@@ -248,7 +248,7 @@ class TestOrientation:
 
 
 class TestPhotometric:
-    def picture(self, low=0, high=256):
+    def image(self, low=0, high=256):
         rng = np.random.default_rng(2)
         element = make_element(12, 16)
         element["images"] = tf.constant(rng.integers(low, high, (12, 16, 3)).astype(np.uint8))
@@ -258,7 +258,7 @@ class TestPhotometric:
         return np.array([colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3) / 255.0])
 
     def test_brightness_adds_one_amount(self):
-        element = self.picture(60, 190)
+        element = self.image(60, 190)
         operation = PhotometricDistortion(**{**NEUTRAL, "brightness": 32.0, "probability": 1.0})
         shifts = []
         for result in run(operation, element, 100):
@@ -269,7 +269,7 @@ class TestPhotometric:
         assert abs(np.mean(shifts)) < 6
 
     def test_contrast_multiplies(self):
-        element = self.picture(10, 160)
+        element = self.image(10, 160)
         operation = PhotometricDistortion(**{**NEUTRAL, "contrast": (0.5, 1.5)}, probability=1.0)
         factors = []
         for result in run(operation, element, 100):
@@ -279,7 +279,7 @@ class TestPhotometric:
         assert 0.5 <= min(factors) < 0.6 and 1.4 < max(factors) <= 1.5
 
     def test_saturation_is_that_of_hsv(self):
-        element = self.picture()
+        element = self.image()
         operation = PhotometricDistortion(**{**NEUTRAL, "saturation": (1.4, 1.4)}, probability=1.0)
         wanted = self.hsv(element["images"].numpy())
         wanted[:, 1] = np.minimum(1.0, wanted[:, 1] * 1.4)
@@ -288,7 +288,7 @@ class TestPhotometric:
         np.testing.assert_allclose(result.reshape(-1, 3), wanted, atol=0.01)
 
     def test_hue_turns_by_one_angle(self):
-        element = self.picture()
+        element = self.image()
         operation = PhotometricDistortion(**{**NEUTRAL, "hue": 18.0}, probability=1.0)
         before, angles = self.hsv(element["images"].numpy()), []
         colored = before[:, 1] > 0.2
@@ -331,7 +331,7 @@ class TestPhotometric:
         assert np.mean(is_early) == pytest.approx(0.5, abs=0.12)
 
     def test_each_step_has_its_own_chance(self):
-        element = self.picture(60, 160)
+        element = self.image(60, 160)
         for name, value in [("brightness", 32.0), ("contrast", (0.5, 1.5)), ("hue", 18.0)]:
             operation = PhotometricDistortion(**{**NEUTRAL, name: value}, probability=0.3)
             changed = [
@@ -341,7 +341,7 @@ class TestPhotometric:
             assert np.mean(changed) == pytest.approx(0.3, abs=0.09)
 
     def test_values_stay_in_range_and_boxes_stay(self):
-        element = self.picture()
+        element = self.image()
         operation = PhotometricDistortion(brightness=200, contrast=(0.1, 4), saturation=(0, 5))
         for result in run(operation, element, 100):
             assert result["images"].dtype == np.float32
@@ -416,7 +416,7 @@ class TestTrainingAugmentation:
             assert rows["labels"].numpy().tolist() == labels
             assert rows["difficult"].numpy().tolist() == [k % 2 == 1 for k in labels]
 
-    def test_antialiasing_averages_zoomed_out_pictures(self):
+    def test_antialiasing_averages_zoomed_out_images(self):
         stripes = np.zeros((256, 256, 3), np.uint8)
         stripes[:, ::2] = 254
         element = make_element(256, 256, [])
@@ -444,7 +444,7 @@ class TestTrainingAugmentation:
         ("size", "boxes"),
         [((1, 1), []), ((1, 1), [[0.2, 0.3, 0.9, 0.6]]), ((1, 90), [[0.2, 0.3, 20.0, 0.6]])],
     )
-    def test_tiny_pictures(self, size, boxes):
+    def test_tiny_images(self, size, boxes):
         element = make_element(*size, [])
         element["bounding_boxes"] = make_element(9, 99, boxes)["bounding_boxes"]
         augmentation = TrainingAugmentation((32, 32), rotation=RandomRotate90(), min_box_size=0.0)
@@ -467,7 +467,7 @@ class TestTrainingAugmentation:
                 assert (sides >= 1.0).all()
                 assert (rows["boxes"] >= 0).all() and (rows["boxes"] <= 64).all()
 
-    def test_float_pictures_are_taken_too(self):
+    def test_float_images_are_taken_too(self):
         element = make_element(background=50)
         as_float = dict(element, images=tf.cast(element["images"], tf.float32))
         augmentation = TrainingAugmentation((32, 32))
@@ -483,7 +483,7 @@ def test_drop_empty_boxes():
     assert rows["labels"].numpy().tolist() == [0, 4]
 
 
-def test_resize_is_bilinear_with_half_pixel_centres_and_keeps_all_boxes():
+def test_resize_is_bilinear_with_half_pixel_centers_and_keeps_all_boxes():
     from PIL import Image
 
     rng = np.random.default_rng(6)

@@ -14,11 +14,11 @@ def load(shared, name):
     return json.loads((shared / "golden_ap" / f"{name}.json").read_text())
 
 
-def voc_pictures(case):
-    """The lists of a golden case as one dictionary per picture, and the class names."""
+def voc_images(case):
+    """The lists of a golden case as one dictionary per image, and the class names."""
     rows = case["ground_truth"] + case["detections"]
     names = sorted({row["class"] for row in rows})
-    # Pictures in the order of the detections, which decides between equal confidences.
+    # Images in the order of the detections, which decides between equal confidences.
     images = list(dict.fromkeys(row["image"] for row in case["detections"] + case["ground_truth"]))
 
     def group(rows, keys):
@@ -40,7 +40,7 @@ def voc_pictures(case):
 @pytest.mark.parametrize("convention", ["plus_one", "continuous"])
 def test_golden_voc(shared, name, interpolation, convention):
     case = load(shared, name)
-    ground_truth, detections, names = voc_pictures(case)
+    ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(
         ground_truth,
         detections,
@@ -70,7 +70,7 @@ def test_golden_voc(shared, name, interpolation, convention):
 
 def test_published_figures(shared):
     """What the sources print, to the digits they print."""
-    ground_truth, detections, names = voc_pictures(load(shared, "voc_padilla_sample2"))
+    ground_truth, detections, names = voc_images(load(shared, "voc_padilla_sample2"))
     options = {"class_names": names, "iou_threshold": 0.3, "plus_one": True}
     assert round(voc_average_precision(ground_truth, detections, **options).mAP, 4) == 0.2457
     eleven = voc_average_precision(
@@ -79,7 +79,7 @@ def test_published_figures(shared):
     assert round(eleven.mAP, 4) == 0.2684
 
     case = load(shared, "voc_cartucho_example")
-    ground_truth, detections, names = voc_pictures(case)
+    ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(ground_truth, detections, names, plus_one=True)
     assert round(100 * result.mAP, 2) == case["published"]["mAP_percent"]
     for name, percent in case["published"]["every_point_percent"].items():
@@ -92,23 +92,23 @@ def test_published_figures(shared):
 def naive_average_precision(ground_truth, detections, label, threshold, interpolation):
     """AP, true and false positives of one class, box by box."""
     rows = [
-        (-confidence, picture, number)
-        for picture, found in enumerate(detections)
+        (-confidence, image, number)
+        for image, found in enumerate(detections)
         for number, confidence in enumerate(found["confidence"])
         if found["labels"][number] == label
     ]
-    rows.sort()  # equal confidence: order of the pictures and within them
+    rows.sort()  # equal confidence: order of the images and within them
     num_objects = sum(
         int(own == label and not difficult)
         for truth in ground_truth
         for own, difficult in zip(truth["labels"], truth["difficult"], strict=True)
     )
     taken, outcomes = set(), []
-    for _, picture, number in rows:
-        box = detections[picture]["boxes"][number]
+    for _, image, number in rows:
+        box = detections[image]["boxes"][number]
         best, best_iou = None, 0.0
-        for j, other in enumerate(ground_truth[picture]["boxes"]):
-            if ground_truth[picture]["labels"][j] != label:
+        for j, other in enumerate(ground_truth[image]["boxes"]):
+            if ground_truth[image]["labels"][j] != label:
                 continue
             width = min(box[2], other[2]) - max(box[0], other[0])
             height = min(box[3], other[3]) - max(box[1], other[1])
@@ -120,9 +120,9 @@ def naive_average_precision(ground_truth, detections, label, threshold, interpol
                 best, best_iou = j, iou
         if best is None or best_iou < threshold:
             outcomes.append(0)
-        elif not ground_truth[picture]["difficult"][best]:
-            outcomes.append(int((picture, best) not in taken))
-            taken.add((picture, best))
+        elif not ground_truth[image]["difficult"][best]:
+            outcomes.append(int((image, best) not in taken))
+            taken.add((image, best))
     points, tp = [], 0
     for rank, hit in enumerate(outcomes, 1):
         tp += hit
@@ -137,10 +137,10 @@ def naive_average_precision(ground_truth, detections, label, threshold, interpol
     return area, tp, len(outcomes) - tp
 
 
-def random_pictures(rng, num_pictures, num_classes, most=6, difficult=0.2, digits=1):
+def random_images(rng, num_images, num_classes, most=6, difficult=0.2, digits=1):
     """Random objects and jittered, doubled, confused and free detections; many ties."""
     ground_truth, detections = [], []
-    for _ in range(num_pictures):
+    for _ in range(num_images):
         count = rng.integers(0, most)
         corner, size = rng.uniform(0, 60, (count, 2)), rng.uniform(5, 50, (count, 2))
         boxes = np.concatenate([corner, corner + size], axis=1).round()
@@ -165,7 +165,7 @@ def random_pictures(rng, num_pictures, num_classes, most=6, difficult=0.2, digit
 def test_agrees_with_naive_implementation(monkeypatch, interpolation, seed):
     # Few pairs at a time, so that the chunks are exercised too.
     monkeypatch.setattr("keras_resnest.evaluation.average_precision.PAIRS_AT_ONCE", 37)
-    ground_truth, detections = random_pictures(np.random.default_rng(seed), 25, 4)
+    ground_truth, detections = random_images(np.random.default_rng(seed), 25, 4)
     thresholds = [0.1, 0.5, 0.75, 1.0]
     result = voc_average_precision(
         ground_truth,
@@ -236,17 +236,17 @@ def test_curve_and_table():
 
 def test_padded_batch_equals_lists():
     """What `predict` gives can be passed as it is; only the label marks padding."""
-    ground_truth, detections = random_pictures(np.random.default_rng(3), 8, 3)
+    ground_truth, detections = random_images(np.random.default_rng(3), 8, 3)
 
-    def pad(pictures, fill):
-        most = max(len(p["labels"]) for p in pictures) + 2
+    def pad(images, fill):
+        most = max(len(p["labels"]) for p in images) + 2
         padded = {}
-        for name, first in pictures[0].items():
-            rows = np.full((len(pictures), most, *first.shape[1:]), fill, first.dtype)
+        for name, first in images[0].items():
+            rows = np.full((len(images), most, *first.shape[1:]), fill, first.dtype)
             if name == "labels":
                 rows[:] = -1
-            for row, picture in zip(rows, pictures, strict=True):
-                row[: len(picture[name])] = picture[name]
+            for row, image in zip(rows, images, strict=True):
+                row[: len(image[name])] = image[name]
             padded[name] = rows
         return padded
 
@@ -258,8 +258,8 @@ def test_padded_batch_equals_lists():
         np.testing.assert_array_equal(result.false_positives, wanted.false_positives)
 
 
-def test_many_pictures():
-    """5000 pictures with 100 detections of 20 classes."""
+def test_many_images():
+    """5000 images with 100 detections of 20 classes."""
     rng = np.random.default_rng(0)
     ground_truth, detections = [], []
     for _ in range(5000):
@@ -275,13 +275,13 @@ def test_many_pictures():
 # --- COCO ----------------------------------------------------------------------------------
 
 
-def coco_pictures(case):
+def coco_images(case):
     ids = [image["id"] for image in case["ground_truth"]["images"]]
     categories = [category["id"] for category in case["ground_truth"]["categories"]]
     names = [category["name"] for category in case["ground_truth"]["categories"]]
 
     def group(rows, extra):
-        pictures = []
+        images = []
         for image in ids:
             own = [row for row in rows if row["image_id"] == image]
             x, y, width, height = np.array([row["bbox"] for row in own]).reshape(-1, 4).T
@@ -289,8 +289,8 @@ def coco_pictures(case):
             columns["boxes"] = np.stack([x, y, x + width, y + height], axis=1)
             labels = [categories.index(row["category_id"]) for row in own]
             columns["labels"] = np.array(labels, "int32")
-            pictures.append(columns)
-        return pictures
+            images.append(columns)
+        return images
 
     annotations = case["ground_truth"]["annotations"]
     ground_truth = group(annotations, {"iscrowd": "iscrowd", "area": "area"})
@@ -299,7 +299,7 @@ def coco_pictures(case):
 
 def test_golden_coco(shared, capfd):
     case = load(shared, "coco_bccd_jitter")
-    ground_truth, detections, names = coco_pictures(case)
+    ground_truth, detections, names = coco_images(case)
     result = coco_average_precision(ground_truth, detections, names)
     assert capfd.readouterr().out == ""
     assert list(result.metrics) == list(case["expected"])
@@ -315,13 +315,13 @@ def test_golden_coco(shared, capfd):
     for threshold, value in zip(result.iou_thresholds, per_iou, strict=True):
         assert value == pytest.approx(case["expected_per_iou_AP"][f"{threshold:.2f}"], abs=1e-9)
     # Without `area` that of the box counts, which is the same here.
-    for picture in ground_truth:
-        del picture["area"]
+    for image in ground_truth:
+        del image["area"]
     again = coco_average_precision(ground_truth, detections, names).metrics
     assert again == pytest.approx(result.metrics, abs=1e-12)
     # Without `iscrowd` the note of the case says what comes out.
-    for picture in ground_truth:
-        del picture["iscrowd"]
+    for image in ground_truth:
+        del image["iscrowd"]
     plain = coco_average_precision(ground_truth, detections, names).metrics
     assert plain["AP"] == pytest.approx(0.462396, abs=1e-6)
 
@@ -366,7 +366,7 @@ def test_coco_without_detections_and_without_objects():
     found = {"boxes": [[0, 0, 50, 50]], "labels": [0], "confidence": [0.5]}
     empty = coco_average_precision([truth[1]], [found], num_classes=2)
     assert all(np.isnan(value) for value in empty.metrics.values())
-    # A detection in a picture without objects is a false positive.
+    # A detection in an image without objects is a false positive.
     first = {**found, "confidence": [0.9]}
     both = coco_average_precision(truth, [found, first], num_classes=1)
     assert both.metrics["AP"] == pytest.approx(0.5)
@@ -383,7 +383,7 @@ FOUND = [{"boxes": [[0, 0, 10, 10]], "labels": [0], "confidence": [0.5]}]
 @pytest.mark.parametrize(
     ("truth", "found", "message"),
     [
-        (TRUTH, FOUND * 2, "1 and 2 pictures"),
+        (TRUTH, FOUND * 2, "1 and 2 images"),
         ([{"labels": [0]}], FOUND, r"ground_truth\[0\].*lacks boxes"),
         (TRUTH, TRUTH, r"detections\[0\].*lacks confidence"),
         ([{"boxes": [[5, 0, 1, 9]], "labels": [0]}], FOUND, r"ground_truth\[0\].*x1 <= x2"),
@@ -394,7 +394,7 @@ FOUND = [{"boxes": [[0, 0, 10, 10]], "labels": [0], "confidence": [0.5]}]
         (TRUTH, [{**FOUND[0], "boxes": [[0, 0, np.nan, 10]]}], "finite"),
         (TRUTH, [{**FOUND[0], "confidence": [np.nan]}], "confidence.*finite"),
         ({"boxes": np.zeros((1, 2, 4))}, FOUND, "lacks 'labels'"),
-        (TRUTH, {**FOUND[0], "confidence": np.zeros((3, 1))}, "as many pictures"),
+        (TRUTH, {**FOUND[0], "confidence": np.zeros((3, 1))}, "as many images"),
     ],
 )
 def test_bad_boxes(measure, truth, found, message):

@@ -1,4 +1,4 @@
-"""Bad requests to an exported model: refused as documented, and no other picture feels them."""
+"""Bad requests to an exported model: refused as documented, and no other image feels them."""
 
 import io
 import json
@@ -50,20 +50,20 @@ for path in sys.argv[2:]:
 """
 
 
-# === Pictures ===
+# === Images ===
 
 
 def scene(seed=4, shape=(96, 200, 3)):
     return rectangles(1, shape, seed=seed)[0][0].astype("uint8")
 
 
-def encode(picture, picture_format, **options):
-    """Encoded by Pillow; `picture` is an array or a Pillow image."""
+def encode(picture, image_format, **options):
+    """Encoded by Pillow; `image` is an array or a Pillow image."""
     from PIL import Image
 
     stream = io.BytesIO()
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    image.save(stream, picture_format, **options)
+    image.save(stream, image_format, **options)
     return stream.getvalue()
 
 
@@ -84,10 +84,10 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
 
-def png_file(size, depth, colour, compressed, interlaced=False):
-    """A PNG with any header: size (height, width), bits, colour type, deflated rows."""
+def png_file(size, depth, color, compressed, interlaced=False):
+    """A PNG with any header: size (height, width), bits, color type, deflated rows."""
     height, width = size
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, int(interlaced))
     chunks = (chunk(b"IHDR", header), chunk(b"IDAT", compressed), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -101,8 +101,8 @@ def png(array, depth=8, interlaced=False):
         passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
         passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = (b"\0" + row.tobytes() for x, y, dx, dy in passes for row in samples[y::dy, x::dx])
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
-    return png_file((height, width), depth, colour, zlib.compress(b"".join(rows)), interlaced)
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
+    return png_file((height, width), depth, color, zlib.compress(b"".join(rows)), interlaced)
 
 
 def bmp(bits, pixels, size, palette=b"", compression=0):
@@ -114,8 +114,8 @@ def bmp(bits, pixels, size, palette=b"", compression=0):
     return b"BM" + head + info + palette + pixels
 
 
-def one_colour_png(height, width):
-    """A huge picture as a small file."""
+def one_color_png(height, width):
+    """A huge image as a small file."""
     compressor = zlib.compressobj(1)
     row = b"\0" + bytes([200, 30, 30]) * width
     rows = b"".join(compressor.compress(row) for _ in range(height))
@@ -132,7 +132,7 @@ def bombs():
     """Small files whose headers speak of 60 000 x 60 000 pixels, or what the format has at most."""
     side = 60_000
     files = {name: encode(scene(), name.upper()) for name in ("jpeg", "gif", "bmp")}
-    frame = files["gif"].index(struct.pack("<HHHH", 0, 0, 200, 96))  # the one picture in it
+    frame = files["gif"].index(struct.pack("<HHHH", 0, 0, 200, 96))  # the one image in it
     webp = encode(np.full((16, 16, 3), 9, "uint8"), "WEBP", lossless=True)
     sides = webp.index(b"VP8L") + 9  # 14 bits each, less 1
     (bits,) = struct.unpack_from("<I", webp, sides)
@@ -143,7 +143,7 @@ def bombs():
         "gif frame": patched(files["gif"], frame + 4, "<HH", side, side),
         "bmp": patched(files["bmp"], 18, "<ii", side, side),
         "bmp top down": patched(files["bmp"], 18, "<ii", side, -side),
-        # Complete: one colour needs no bits, whatever the size.
+        # Complete: one color needs no bits, whatever the size.
         "webp": patched(webp, sides, "<I", bits >> 28 << 28 | 16382 << 14 | 16382),
     }
 
@@ -178,11 +178,11 @@ def cuts():
     return cut
 
 
-def no_pictures():
+def no_images():
     return {
         "empty": b"",
         "one byte": b"\xff",
-        "text": b"no picture",
+        "text": b"no image",
         "zeros": bytes(1000),
         "base64": b"/9j/4AAQSkZJRgABAQEASABIAAD/2wBDAP",
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
@@ -193,62 +193,62 @@ def no_pictures():
     }
 
 
-def odd_pictures():
+def odd_images():
     """Good files of unusual kinds: what the model sees must be what Pillow sees."""
-    picture = scene()
-    sixteen = picture.astype("uint16") * 257  # exactly the 8-bit picture
+    image = scene()
+    sixteen = image.astype("uint16") * 257  # exactly the 8-bit image
     return {
-        "1 x 1 png": encode(picture[:1, :1], "PNG"),
-        "1 x 1 jpeg": encode(picture[:1, :1], "JPEG"),
-        "one row": encode(picture[:1], "PNG"),
-        "one column": encode(picture[:, :1], "PNG"),
-        "grey": encode(pillow("L"), "PNG"),
-        "grey and alpha": png(with_alpha(picture[..., :1])),
+        "1 x 1 png": encode(image[:1, :1], "PNG"),
+        "1 x 1 jpeg": encode(image[:1, :1], "JPEG"),
+        "one row": encode(image[:1], "PNG"),
+        "one column": encode(image[:, :1], "PNG"),
+        "gray": encode(pillow("L"), "PNG"),
+        "gray and alpha": png(with_alpha(image[..., :1])),
         "black and white": encode(pillow("1"), "PNG"),
         "palette of 4 bits": encode(pillow().quantize(16), "PNG", bits=4),
         "palette with alpha": encode(pillow().quantize(4), "PNG", transparency=bytes([0, 90, 255])),
         "16 bits": png(sixteen, depth=16),
-        "16 bits grey": png(sixteen[..., 0], depth=16),
-        "16 bits and alpha": png(with_alpha(picture).astype("uint16") * 257, depth=16),
-        "interlaced": png(picture, interlaced=True),
-        "interlaced and alpha": png(with_alpha(picture), interlaced=True),
+        "16 bits gray": png(sixteen[..., 0], depth=16),
+        "16 bits and alpha": png(with_alpha(image).astype("uint16") * 257, depth=16),
+        "interlaced": png(image, interlaced=True),
+        "interlaced and alpha": png(with_alpha(image), interlaced=True),
         "interlaced 16 bits": png(sixteen, depth=16, interlaced=True),
-        "jpeg grey": encode(pillow("L"), "JPEG"),
+        "jpeg gray": encode(pillow("L"), "JPEG"),
         "jpeg cmyk": encode(pillow("CMYK"), "JPEG"),
         "jpeg rgb": encode(pillow(), "JPEG", keep_rgb=True),
-        "jpeg and more": encode(picture, "JPEG") + b"more" * 99,
-        "two jpegs": encode(picture, "MPO", save_all=True, append_images=[pillow(seed=5)]),
+        "jpeg and more": encode(image, "JPEG") + b"more" * 99,
+        "two jpegs": encode(image, "MPO", save_all=True, append_images=[pillow(seed=5)]),
         "gif": encode(pillow().quantize(16), "GIF"),
         "gif frames": encode(
             pillow("L"), "GIF", save_all=True, append_images=[pillow("L", seed=5)]
         ),
-        "bmp": encode(picture, "BMP"),
+        "bmp": encode(image, "BMP"),
         "bmp top down": bmp(24, scene(5, (64, 128, 3)).tobytes(), (-64, 128)),
-        "webp": encode(picture, "WEBP"),
-        "webp lossless": encode(picture, "WEBP", lossless=True),
-        "webp and alpha": encode(with_alpha(picture), "WEBP"),
+        "webp": encode(image, "WEBP"),
+        "webp lossless": encode(image, "WEBP", lossless=True),
+        "webp and alpha": encode(with_alpha(image), "WEBP"),
     }
 
 
-def strange_pictures():
+def strange_images():
     """Files that few programs write. Whoever cannot read them says so; a guess would be wrong."""
     palette = pillow().quantize(64)
-    picture = scene(5, (64, 128, 3))
-    four = picture[..., [0, 1, 2, 2]].tobytes()
+    image = scene(5, (64, 128, 3))
+    four = image[..., [0, 1, 2, 2]].tobytes()
     gif = encode(palette, "GIF")
     cmyk = encode(pillow("CMYK"), "JPEG")
     adobe = cmyk.index(b"\xff\xee")
     return {
-        "bmp grey": encode(pillow("L"), "BMP"),
+        "bmp gray": encode(pillow("L"), "BMP"),
         "bmp palette": encode(palette, "BMP"),
         "bmp 1 bit": encode(pillow("1"), "BMP"),
-        "bmp 4 bits": bmp(4, picture[..., 0].tobytes()[: 64 * 64], (64, 128), bytes(range(64))),
+        "bmp 4 bits": bmp(4, image[..., 0].tobytes()[: 64 * 64], (64, 128), bytes(range(64))),
         "bmp 16 bits": bmp(16, four[: 64 * 128 * 2], (64, 128)),
         "bmp 32 bits": bmp(32, four, (64, 128)),
-        "bmp 32 bits, fourth 0": bmp(32, with_alpha(picture, 0).tobytes(), (64, 128)),
+        "bmp 32 bits, fourth 0": bmp(32, with_alpha(image, 0).tobytes(), (64, 128)),
         "bmp runs": bmp(8, bytes([128, 7, 0, 0]) * 64 + b"\0\1", (64, 128), bytes(1024), 1),
-        "png grey, one clear": encode(pillow("L"), "PNG", transparency=100),
-        "png rgb, one clear": encode(picture, "PNG", transparency=tuple(picture[0, 0].tolist())),
+        "png gray, one clear": encode(pillow("L"), "PNG", transparency=100),
+        "png rgb, one clear": encode(image, "PNG", transparency=tuple(image[0, 0].tolist())),
         "cmyk not of Adobe": cmyk[:adobe] + cmyk[adobe + 16 :],
         "gif frame below the screen": patched(gif, 6, "<HH", 300, 150),
         "tiff": encode(pillow(), "TIFF"),
@@ -297,7 +297,7 @@ def serve(signatures):
 
 
 def assert_same(got, want):
-    """The same pictures in batches of other sizes."""
+    """The same images in batches of other sizes."""
     assert set(got) == set(want)
     for output, value in want.items():
         tolerance = {"boxes": 1e-2, "confidence": 1e-5, "predictions": 1e-5, "features": 1e-4}
@@ -323,8 +323,8 @@ def rows(answer, which):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", [cuts, no_pictures, bombs], ids=lambda kind: kind.__name__)
-def test_bad_pictures_are_empty_and_good_ones_as_if_alone(serve, name, kind):
+@pytest.mark.parametrize("kind", [cuts, no_images, bombs], ids=lambda kind: kind.__name__)
+def test_bad_images_are_empty_and_good_ones_as_if_alone(serve, name, kind):
     bad = kind()
     good = [encode(scene(), "JPEG"), encode(scene(5), "PNG"), encode(scene(6), "JPEG")]
     alone = [serve(name, [one]) for one in good]
@@ -338,7 +338,7 @@ def test_bad_pictures_are_empty_and_good_ones_as_if_alone(serve, name, kind):
         assert_same(rows(together, [place]), want)
 
 
-@pytest.mark.parametrize("kind", [cuts, no_pictures, bombs], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [cuts, no_images, bombs], ids=lambda kind: kind.__name__)
 def test_pillow_refuses_them_too(kind):
     accepted = []
     for name, encoded in kind().items():
@@ -351,8 +351,8 @@ def test_pillow_refuses_them_too(kind):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_but_bad_pictures(serve, name):
-    answer = serve(name, [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_nothing_but_bad_images(serve, name):
+    answer = serve(name, [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
     assert not answer["readable"].any()
     assert_empty(answer)
 
@@ -384,7 +384,7 @@ def fresh(folders, tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("memory is read from /proc")
     files = {"warm up": encode(scene(), "JPEG"), **bombs(), **large_gifs()}
-    files["144 megapixels"] = one_colour_png(12_000, 12_000)
+    files["144 megapixels"] = one_color_png(12_000, 12_000)
     files["8 megapixels and alpha"] = png(np.full((2000, 4000, 4), 99, "uint8"))
     files |= animations()
     root = tmp_path_factory.mktemp("files")
@@ -410,7 +410,7 @@ def test_frames_that_are_not_wanted_take_no_memory(fresh):
 
 
 @pytest.mark.parametrize(("name", "pixels"), [(READ[0], 144e6), (READ[1], 8e6)])
-def test_large_pictures_are_read(fresh, name, pixels):
+def test_large_images_are_read(fresh, name, pixels):
     answer = fresh[0][name]
     assert answer["readable"] and answer["num_detections"] > 0, answer
     assert answer["bytes"] < 24 * pixels, answer
@@ -426,11 +426,11 @@ def test_animations_do_not_end_the_server(fresh):
             assert answer["readable"], name
 
 
-# === Odd pictures ===
+# === Odd images ===
 
 
-def test_odd_pictures_give_what_detect_gives(models, serve):
-    files = odd_pictures()
+def test_odd_images_give_what_detect_gives(models, serve):
+    files = odd_images()
     got = serve(DETECTOR, files.values())
     assert [name for name, r in zip(files, got["readable"], strict=True) if not r] == []
     want = models[DETECTOR].detect(list(files.values()), confidence_threshold=0.0, batch_size=8)
@@ -449,36 +449,36 @@ def assert_detections(got, want, name):
 
 
 def classified(model, files):
-    """What Pillow, `center_crop_image` and the model make of pictures."""
+    """What Pillow, `center_crop_image` and the model make of images."""
     crops = [center_crop_image(load_image(encoded), CROP) for encoded in files]
     return model.predict(np.stack(crops).astype("float32"), verbose=0)
 
 
-def test_odd_pictures_are_classified_alike(models, serve):
-    """TensorFlow's resizing and Pillow's differ by a grey level here and there."""
-    files = odd_pictures()
+def test_odd_images_are_classified_alike(models, serve):
+    """TensorFlow's resizing and Pillow's differ by a gray level here and there."""
+    files = odd_images()
     got = serve(CLASSIFIER, files.values())
     assert got["readable"].all()
     want = classified(models[CLASSIFIER], files.values())
-    assert np.ptp(want, axis=0).max() > 0.2  # of different pictures
+    assert np.ptp(want, axis=0).max() > 0.2  # of different images
     for name, *pair in zip(files, got["predictions"], want, strict=True):
         np.testing.assert_allclose(*pair, atol=0.02, err_msg=name)
 
 
-def test_sixteen_bits_between_grey_levels(models, serve):
-    """TensorFlow cuts the lower 8 bits off, Pillow rounds: at most one grey level apart."""
+def test_sixteen_bits_between_gray_levels(models, serve):
+    """TensorFlow cuts the lower 8 bits off, Pillow rounds: at most one gray level apart."""
     noise = np.random.default_rng(0).integers(0, 257, (96, 200, 3))
     files = [png(scene().astype("uint16") * 256 + noise.clip(0, 255), depth=16)]
-    files.append(png(files_grey := (scene()[..., 0].astype("uint16") * 256 + 200), depth=16))
-    assert files_grey.max() < 2**16
+    files.append(png(files_gray := (scene()[..., 0].astype("uint16") * 256 + 200), depth=16))
+    assert files_gray.max() < 2**16
     got = serve(CLASSIFIER, files)
     assert got["readable"].all()
     np.testing.assert_allclose(got["predictions"], classified(models[CLASSIFIER], files), atol=0.02)
 
 
-@pytest.mark.parametrize("name", strange_pictures())
-def test_strange_pictures_are_refused_or_seen_as_pillow_sees_them(models, serve, name):
-    encoded = strange_pictures()[name]
+@pytest.mark.parametrize("name", strange_images())
+def test_strange_images_are_refused_or_seen_as_pillow_sees_them(models, serve, name):
+    encoded = strange_images()[name]
     (want,) = models[DETECTOR].detect([encoded], confidence_threshold=0.0)
     answer = rows(serve(DETECTOR, [encoded]), 0)
     if answer["readable"]:
@@ -492,7 +492,7 @@ def test_strange_pictures_are_refused_or_seen_as_pillow_sees_them(models, serve,
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_empty_their_picture_alone(signatures, name, value):
+def test_values_that_are_no_numbers_empty_their_image_alone(signatures, name, value):
     import tensorflow as tf
 
     serve = signatures[name]["serving_default"]
@@ -573,11 +573,11 @@ def test_files_must_be_a_list(signatures, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("picture_format", ["JPEG", "PNG"])
-def test_random_damage(serve, name, picture_format):
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_random_damage(serve, name, image_format):
     """200 files with up to five wrong bytes, half of them in the header; some are cut too."""
     rng = np.random.default_rng(7)
-    good = encode(scene(), picture_format)
+    good = encode(scene(), image_format)
     alone = serve(name, [good])
     readable = 0
     for _ in range(10):
@@ -588,7 +588,7 @@ def test_random_damage(serve, name, picture_format):
         assert_empty(rows(answer, ~answer["readable"]))
         readable += answer["readable"].sum() - 1
     # PNG has check sums; many JPEGs survive with a few wrong blocks.
-    assert readable > 50 if picture_format == "JPEG" else readable < 10
+    assert readable > 50 if image_format == "JPEG" else readable < 10
 
 
 def damaged(encoded, rng):

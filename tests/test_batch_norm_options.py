@@ -1,4 +1,4 @@
-"""Frozen and synchronised batch normalisation, and statistics that no batch can spoil."""
+"""Frozen and synchronized batch normalization, and statistics that no batch can spoil."""
 
 import keras
 import numpy as np

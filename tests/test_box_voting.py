@@ -1,4 +1,4 @@
-"""Suppression and voting against loops; several picture sizes merged by one detector."""
+"""Suppression and voting against loops; several image sizes merged by one detector."""
 
 import numpy as np
 import pytest
@@ -145,8 +145,8 @@ def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
     assert through["class_names"] == own["class_names"] and len(own["class_names"])
 
 
-def test_a_mirrored_picture_gives_mirrored_detections(detector):
-    """With both looks at it, a picture and its mirror image are the same to the detector."""
+def test_a_mirrored_image_gives_mirrored_detections(detector):
+    """With both looks at it, an image and its mirror image are the same to the detector."""
     image = rectangles(1, seed=6)[0][0]
     both = MultiScaleDetector(detector, [(64, 128)])
     got, mirror = ({k: v[:20] for k, v in both.detect(i).items()} for i in (image, image[:, ::-1]))
@@ -161,13 +161,13 @@ def test_two_sizes_are_two_detectors_merged(detector):
     """Detectors built for each size, with the same weights, merged by the loops above."""
     large = small_detector((128, 192, 3), decoder=detector.decoder)
     large.set_weights(detector.get_weights())
-    picture = rectangles(1, (80, 160, 3), seed=4)[0][0]
-    found = [model.detect(picture, confidence_threshold=0.0) for model in (detector, large)]
+    image = rectangles(1, (80, 160, 3), seed=4)[0][0]
+    found = [model.detect(image, confidence_threshold=0.0) for model in (detector, large)]
     rows = {k: np.concatenate([f[k] for f in found]) for k in ("boxes", "confidence", "labels")}
     kept = suppress_by_loops(**rows, iou_threshold=0.45)[:200]
     want = vote_by_loops(rows["boxes"][kept], rows["labels"][kept], **rows, voting_iou=0.5)
     two = MultiScaleDetector(detector, [(64, 128), (128, 192)], flip=False)
-    got = two.detect(picture, confidence_threshold=0.0)
+    got = two.detect(image, confidence_threshold=0.0)
     assert len(found[0]["boxes"]) and len(found[1]["boxes"])
     np.testing.assert_allclose(got["confidence"], rows["confidence"][kept], atol=1e-5)
     np.testing.assert_allclose(got["boxes"][:50], want[:50], atol=0.01)  # later ones nearly tie
@@ -181,7 +181,7 @@ def test_evaluates_like_a_model(detector):
     assert result.class_names == tuple(CLASS_NAMES) and 0.0 <= result.mAP <= 1.0
 
 
-def test_sizes_of_boxes_and_turned_pictures(detector):
+def test_sizes_of_boxes_and_turned_images(detector):
     image = rectangles(1, seed=7)[0][0]
     found = MultiScaleDetector(detector, [(64, 128)], box_sizes=[(25, 30)], voting_iou=None).detect(
         image, confidence_threshold=0.0

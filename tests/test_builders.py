@@ -29,7 +29,7 @@ def test_every_builder_has_the_size_of_its_name():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_builds_and_predicts_on_a_small_picture(name):
+def test_builds_and_predicts_on_a_small_image(name):
     model = getattr(builders, name)(num_classes=4, image_shape=(64, 64, 3))
     found = model.predict(np.full((1, 64, 64, 3), 128, "uint8"), verbose=0)
     assert found["boxes"].shape == (1, model.decoder.max_detections, 4)
@@ -39,7 +39,7 @@ def test_builds_and_predicts_on_a_small_picture(name):
 
 
 def _check_parts(model, is_resnet: bool):
-    """ResNet models as the authors': no L2 normalisation, residual blocks, TCBs with BN."""
+    """ResNet models as the authors': no L2 normalization, residual blocks, TCBs with BN."""
     norms = [layer for layer in model.layers if isinstance(layer, L2Normalization)]
     blocks = [layer for layer in model.layers if isinstance(layer, TransferConnectionBlock)]
     names = {layer.name for layer in model.layers}

@@ -137,11 +137,11 @@ def every_type(tmp_path_factory):
     return folder, constants
 
 
-def encode(array, picture_format):
+def encode(array, image_format):
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(array.astype("uint8")).save(stream, picture_format)
+    Image.fromarray(array.astype("uint8")).save(stream, image_format)
     return stream.getvalue()
 
 
@@ -169,7 +169,7 @@ def test_images_give_what_predict_gives(loader, model, detector, tmp_path, signa
     np.testing.assert_allclose(got["boxes"], want["boxes"], atol=1e-2)
 
 
-def test_pictures_give_what_detect_gives(loader, model, detector, tmp_path):
+def test_images_give_what_detect_gives(loader, model, detector, tmp_path):
     wide = rectangles(1, (96, 200, 3), seed=4)[0][0]
     tall = rectangles(1, (150, 90, 3), seed=5)[0][0]
     paths = [tmp_path / "wide.jpg", tmp_path / "tall.png"]
@@ -188,8 +188,8 @@ def test_pictures_give_what_detect_gives(loader, model, detector, tmp_path):
     assert got.get("readable", np.array(True)).all()
 
 
-def test_what_is_no_picture_does_not_crash(loader, detector, tmp_path):
-    contents = (b"no picture", b"", b"\xff\xd8\xff\xe0 cut short", b"\x89PNG\r\n\x1a\n")
+def test_what_is_no_image_does_not_crash(loader, detector, tmp_path):
+    contents = (b"no image", b"", b"\xff\xd8\xff\xe0 cut short", b"\x89PNG\r\n\x1a\n")
     paths = [tmp_path / str(i) for i in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)

@@ -28,9 +28,9 @@ NAMES = ["cell", "dust"]
 
 
 class PlantedDetector(keras.Model):
-    """Detects what is written into the picture, displaced by a shift that training removes.
+    """Detects what is written into the image, displaced by a shift that training removes.
 
-    Row i of a picture holds one box: x1, y1, x2 | y2, label, 100 * confidence | 255. Its only
+    Row i of an image holds one box: x1, y1, x2 | y2, label, 100 * confidence | 255. Its only
     weight is `shift`, in pixels; each training step halves it.
     """
 
@@ -68,26 +68,26 @@ class PlantedDetector(keras.Model):
         }
 
 
-def planted(num_pictures=5, seed=0, empty=False):
-    """Pictures of planted detections and the ground truth: the same boxes, without shift."""
+def planted(num_images=5, seed=0, empty=False):
+    """Images of planted detections and the ground truth: the same boxes, without shift."""
     rng = np.random.default_rng(seed)
-    images = np.zeros((num_pictures, SIZE, SIZE, 3), "uint8")
-    boxes = np.zeros((num_pictures, MOST, 4), "float32")
-    labels = np.full((num_pictures, MOST), -1, "int32")
-    for picture in range(num_pictures):
+    images = np.zeros((num_images, SIZE, SIZE, 3), "uint8")
+    boxes = np.zeros((num_images, MOST, 4), "float32")
+    labels = np.full((num_images, MOST), -1, "int32")
+    for image in range(num_images):
         for row in range(rng.integers(1, MOST + 1)):
             x, y = rng.integers(0, 32, 2)
             box, label = (x, y, x + 30, y + 30), rng.integers(0, 2)
             confidence = rng.integers(10, 100)
-            images[picture, row, :3] = box[:3], (box[3], label, confidence), (255, 0, 0)
+            images[image, row, :3] = box[:3], (box[3], label, confidence), (255, 0, 0)
             if not empty:
-                boxes[picture, row], labels[picture, row] = box, label
+                boxes[image, row], labels[image, row] = box, label
     difficult = np.zeros(labels.shape, bool)
     return images, {"boxes": boxes, "labels": labels, "difficult": difficult}
 
 
 def as_dataset(images, boxes, batch_size=2):
-    """Batches of 2, 2 and 1 pictures of a set of five."""
+    """Batches of 2, 2 and 1 images of a set of five."""
     elements = {"images": images, "bounding_boxes": boxes}
     return tf.data.Dataset.from_tensor_slices(elements).batch(batch_size)
 
@@ -108,13 +108,13 @@ def train(callbacks, epochs=5, model=None, verbose=0, **options):
 
 
 def expected_map(shift, threshold=0.5):
-    """mAP of the validation pictures when every detection is displaced by `shift`."""
+    """mAP of the validation images when every detection is displaced by `shift`."""
     images, boxes = planted()
     truth, found = [], []
-    for picture in range(len(images)):
-        keep = boxes["labels"][picture] >= 0
-        own = {"boxes": boxes["boxes"][picture][keep], "labels": boxes["labels"][picture][keep]}
-        confidence = images[picture, : keep.sum(), 1, 2] / 100
+    for image in range(len(images)):
+        keep = boxes["labels"][image] >= 0
+        own = {"boxes": boxes["boxes"][image][keep], "labels": boxes["labels"][image][keep]}
+        confidence = images[image, : keep.sum(), 1, 2] / 100
         truth.append(own)
         found.append({**own, "boxes": own["boxes"] + shift, "confidence": confidence})
     return voc_average_precision(truth, found, num_classes=2, iou_threshold=threshold).mAP
@@ -197,16 +197,16 @@ def test_collect_detections_gives_what_was_planted():
     images, boxes = planted()
     truth, found = collect_detections(compiled(shift=0.0), as_dataset(images, boxes))
     assert len(truth) == len(found) == 5
-    for picture, (own, other) in enumerate(zip(truth, found, strict=True)):
-        keep = boxes["labels"][picture] >= 0
+    for image, (own, other) in enumerate(zip(truth, found, strict=True)):
+        keep = boxes["labels"][image] >= 0
         assert set(own) == {"boxes", "labels", "difficult"}
-        np.testing.assert_array_equal(own["boxes"], boxes["boxes"][picture][keep])
+        np.testing.assert_array_equal(own["boxes"], boxes["boxes"][image][keep])
         np.testing.assert_array_equal(other["boxes"], own["boxes"])
         np.testing.assert_array_equal(other["labels"], own["labels"])
-        np.testing.assert_allclose(other["confidence"], images[picture, : keep.sum(), 1, 2] / 100)
+        np.testing.assert_allclose(other["confidence"], images[image, : keep.sum(), 1, 2] / 100)
 
 
-def test_boxes_in_pixels_of_the_pictures_before_resizing():
+def test_boxes_in_pixels_of_the_images_before_resizing():
     """`image_size` in the batch brings both kinds of boxes to the original pixels."""
     images, boxes = planted()
     sizes = np.array([[640, 128]] * 4 + [[32, 320]], "int32")  # height, width
@@ -214,11 +214,11 @@ def test_boxes_in_pixels_of_the_pictures_before_resizing():
     dataset = tf.data.Dataset.zip(dataset, tf.data.Dataset.from_tensor_slices(sizes))
     dataset = dataset.map(lambda element, size: {**element, "image_size": size}).batch(2)
     truth, found = collect_detections(compiled(shift=0.0), dataset)
-    for picture, scale in ((0, [2, 10, 2, 10]), (4, [5, 0.5, 5, 0.5])):
-        keep = boxes["labels"][picture] >= 0
-        wanted = boxes["boxes"][picture][keep] * scale
-        np.testing.assert_allclose(truth[picture]["boxes"], wanted)
-        np.testing.assert_allclose(found[picture]["boxes"], wanted)
+    for image, scale in ((0, [2, 10, 2, 10]), (4, [5, 0.5, 5, 0.5])):
+        keep = boxes["labels"][image] >= 0
+        wanted = boxes["boxes"][image][keep] * scale
+        np.testing.assert_allclose(truth[image]["boxes"], wanted)
+        np.testing.assert_allclose(found[image]["boxes"], wanted)
     # Stretching changes no IoU.
     assert evaluate_detections(compiled(shift=3.0), dataset).mAP == expected_map(3.0)
 
@@ -323,9 +323,9 @@ def test_plot_shows_planted_boxes(tmp_path):
     images, boxes = planted(3)
     model, _ = train([DetectionPlot(as_dataset(images, boxes), tmp_path / "a" / "b", NAMES)], 1)
     assert model.num_traces <= 2
-    picture = np.asarray(Image.open(tmp_path / "a" / "b" / "epoch_0001.png").convert("RGB"))
-    assert picture.shape[0] > 2 * 300 and picture.shape[1] > 2 * 300  # a grid of 2 x 2
-    colorful = np.ptp(picture.astype(int), axis=-1) > 100
+    image = np.asarray(Image.open(tmp_path / "a" / "b" / "epoch_0001.png").convert("RGB"))
+    assert image.shape[0] > 2 * 300 and image.shape[1] > 2 * 300  # a grid of 2 x 2
+    colorful = np.ptp(image.astype(int), axis=-1) > 100
     assert colorful.mean() > 0.01
 
 
@@ -348,7 +348,7 @@ def test_bad_data_fail_before_the_first_epoch():
         DetectionEvaluation(iter([1]), NAMES)
     dataset = as_dataset(images, boxes)
     for wrong, message in (
-        (dataset.unbatch(), r"batches of pictures.*\(64, 64, 3\)"),
+        (dataset.unbatch(), r"batches of images.*\(64, 64, 3\)"),
         (dataset.map(lambda x: x["images"]), "must yield"),
         (dataset.map(lambda x: {"images": x["images"]}), "dictionary of images"),
     ):

@@ -67,9 +67,9 @@ def folder(tmp_path_factory):
         for i in range(4):
             pixels = rng.integers(0, 256, (80 + 5 * i, 100, 3), dtype="uint8")
             Image.fromarray(pixels).save(folder / "val" / name / f"{i}.png")
-    (folder / "val" / "n01" / "broken.png").write_bytes(b"no picture")
+    (folder / "val" / "n01" / "broken.png").write_bytes(b"no image")
     model = create_backbone("resnest14_tiny", classes=3, input_shape=(64, 64, 3))
-    for layer in model.layers:  # so that the classes differ from picture to picture
+    for layer in model.layers:  # so that the classes differ from image to image
         if layer.name == "fc":
             layer.kernel.assign(rng.normal(size=layer.kernel.shape) * 5)
     model.save(folder / "model.keras")
@@ -109,7 +109,7 @@ def test_verify(folder):
     paths = [folder / "val" / f"n0{c + 1}" / f"{i}.png" for c in range(3) for i in range(4)]
     right = predictions(folder, paths).argmax(axis=1) == np.repeat(np.arange(3), 4)
     assert f"top-1 {right.mean():.2%}, top-5 100.00%" in result.stdout
-    assert "12 pictures at 64 pixels" in result.stdout and "top-1: unknown" in result.stdout
+    assert "12 images at 64 pixels" in result.stdout and "top-1: unknown" in result.stdout
 
 
 def test_compare(tmp_path):
@@ -126,7 +126,7 @@ def test_compare(tmp_path):
 @pytest.mark.parametrize(
     "name, arguments, match",
     [
-        ("classify.py", (), "give at least one picture"),
+        ("classify.py", (), "give at least one image"),
         ("classify.py", ("a.png", "--model", "resnet51"), "Unknown backbone"),
         ("compare_backbones.py", ("resnet51",), "no network is called"),
         ("verify_imagenet.py", ("absent",), "absent"),

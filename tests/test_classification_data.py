@@ -25,7 +25,7 @@ SIDE = (32, 32)
 
 
 def noise(height, width, seed=0):
-    """A smooth picture with all grey levels in it."""
+    """A smooth image with all gray levels in it."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype("uint8")
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -37,8 +37,8 @@ def save(path, image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of plain colours; number of the picture in the blue channel."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Three classes of plain colors; number of the image in the blue channel."""
+    root = tmp_path_factory.mktemp("images")
     for label, name in enumerate(["cat", "dog", "emu"]):
         for i in range(5):
             image = np.full((40 + i, 60, 3), (80 * label, 0, 40 * i), "uint8")
@@ -72,21 +72,21 @@ def test_odd_files_are_reported_and_broken_ones_raise(folder, tmp_path):
     (tmp_path / "b" / ".hidden").write_text("")
     (tmp_path / "README.md").write_text("")
     (tmp_path / "empty").mkdir()
-    with pytest.warns(UserWarning, match="1 x not a picture"):
+    with pytest.warns(UserWarning, match="1 x not an image"):
         dataset = read_image_folder(tmp_path)
     assert dataset.class_names == ["a", "b", "empty"] and len(dataset) == 2
     what = {(problem.file, problem.what) for problem in dataset.report.problems}
     assert what == {
-        ("notes.txt", "not a picture"),
+        ("notes.txt", "not an image"),
         ("README.md", "file outside of the class folders"),
-        ("empty", "class without pictures"),
+        ("empty", "class without images"),
     }
     cut = (tmp_path / "b" / "good.JPG").read_bytes()[:-40]
     (tmp_path / "b" / "cut.jpg").write_bytes(cut)
     (tmp_path / "a" / "empty.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.png"):
         read_image_folder(tmp_path)
-    with pytest.warns(UserWarning, match="2 x unreadable picture"):
+    with pytest.warns(UserWarning, match="2 x unreadable image"):
         dataset = read_image_folder(tmp_path, on_error="skip")
     assert [record.image_id for record in dataset.records] == ["a/good.png", "b/good.JPG"]
     with warnings.catch_warnings():
@@ -101,7 +101,7 @@ def test_odd_files_are_reported_and_broken_ones_raise(folder, tmp_path):
         ("trian", None, "Nearest: 'train'"),
         ("train", ["cat", "dog"], "unknown class: not in `class_names`"),
         ("train", ["cat", "cat"], "different names"),
-        ("train/cat", None, "one folder of pictures for each class"),
+        ("train/cat", None, "one folder of images for each class"),
     ],
 )
 def test_wrong_folders_say_what_is_wanted(folder, split, class_names, words):
@@ -109,22 +109,22 @@ def test_wrong_folders_say_what_is_wanted(folder, split, class_names, words):
         read_image_folder(folder, split, class_names)
 
 
-def test_missing_folder_and_no_pictures(tmp_path):
+def test_missing_folder_and_no_images(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         read_image_folder(tmp_path / "nowhere")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("")
-    with pytest.raises(ValueError, match="No usable picture"):
+    with pytest.raises(ValueError, match="No usable image"):
         read_image_folder(tmp_path)
 
 
-def test_pictures_of_every_kind_come_as_load_image_reads_them(tmp_path):
+def test_images_of_every_kind_come_as_load_image_reads_them(tmp_path):
     image = noise(30, 20)
     (tmp_path / "a").mkdir()
     rotated = Image.Exif()
     rotated[0x0112] = 6
     Image.fromarray(image).save(tmp_path / "a" / "turned.jpg", exif=rotated)
-    Image.fromarray(image).convert("L").save(tmp_path / "a" / "grey.png")
+    Image.fromarray(image).convert("L").save(tmp_path / "a" / "gray.png")
     Image.fromarray(image).convert("CMYK").save(tmp_path / "a" / "cmyk.jpg")
     Image.fromarray(image).convert("RGBA").save(tmp_path / "a" / "alpha.png")
     dataset = read_image_folder(tmp_path)
@@ -132,13 +132,13 @@ def test_pictures_of_every_kind_come_as_load_image_reads_them(tmp_path):
         np.testing.assert_array_equal(element["images"], data.load_image(record.image))
 
 
-def test_shards_share_all_pictures(folder):
+def test_shards_share_all_images(folder):
     train = read_image_folder(folder, "train")
     shards = [train.shard(4, i) for i in range(4)]
     ids = [record.image_id for shard in shards for record in shard.records]
     assert sorted(ids) == sorted(record.image_id for record in train.records)
     batches = [classification_batches(s, SIDE, 2, training=True, seed=1) for s in shards]
-    assert {sum(1 for _ in b) for b in batches} == {1}  # 15 pictures: the smallest shard has 3
+    assert {sum(1 for _ in b) for b in batches} == {1}  # 15 images: the smallest shard has 3
     with pytest.raises(ValueError, match="`num_shards`"):
         train.shard(16, 0)
 
@@ -148,14 +148,14 @@ def tfds_builder(tmp_path_factory):
     import tensorflow_datasets as tfds
 
     class Tints(tfds.core.GeneratorBasedBuilder):
-        """Grey pictures of three tints."""
+        """Gray images of three tints."""
 
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 1)),
-                "label": tfds.features.ClassLabel(names=["dark", "grey", "light"]),
+                "label": tfds.features.ClassLabel(names=["dark", "gray", "light"]),
             }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
@@ -175,7 +175,7 @@ def tfds_builder(tmp_path_factory):
 
 
 def test_tfds_by_builder(tfds_builder):
-    names = ["light", "grey", "dark"]
+    names = ["light", "gray", "dark"]
     train = read_tfds_classification(tfds_builder, "train", names)
     assert len(train) == 12 and train.report.class_counts == dict.fromkeys(names, 4)
     seen = set()
@@ -192,8 +192,8 @@ def test_tfds_by_builder(tfds_builder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         read_tfds_classification(tfds_builder, "val")
     with pytest.raises(ValueError, match="'dark', which is not in"):
-        read_tfds_classification(tfds_builder, "train", ["light", "grey"])
-    with pytest.raises(ValueError, match="not a classification data set"):
+        read_tfds_classification(tfds_builder, "train", ["light", "gray"])
+    with pytest.raises(ValueError, match="not a classification dataset"):
         read_tfds_classification("shapes", "train", data_dir=tfds_builder.data_dir)
 
 
@@ -205,7 +205,7 @@ def collected(batches):
     return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
 
 
-def test_evaluation_is_the_centre_crop_in_order(folder):
+def test_evaluation_is_the_center_crop_in_order(folder):
     val = read_image_folder(folder, "val")
     for share, interpolation in ((0.875, "bilinear"), (1.0, "bicubic")):
         batches = classification_batches(
@@ -246,14 +246,14 @@ def test_epochs_by_seed(folder, augmentation, cache):
     assert np.any(collected(batches(2))[0] != first[0])
 
 
-def test_every_picture_comes_once_an_epoch(folder):
+def test_every_image_comes_once_an_epoch(folder):
     train = read_image_folder(folder, "train")
     batches = classification_batches(
         train, SIDE, 4, training=True, augmentation="none", seed=3, drop_remainder=False
     )
     images, labels = collected(batches)
     assert len(images) == 15
-    # Plain colours stay as they are: red is the class, blue the number of the picture.
+    # Plain colors stay as they are: red is the class, blue the number of the image.
     assert {(int(i[0, 0, 0]), int(i[0, 0, 2])) for i in images} == {
         (80 * label, 40 * number) for label in range(3) for number in range(5)
     }
@@ -299,7 +299,7 @@ def test_mixup_mixes_labels_as_pixels(folder):
         x, y = plain[0][start : start + 5], plain[1][start : start + 5]
         for i in range(5):
             partner = (i - 1) % 5
-            # The weight by the pixels of this picture, where it differs from its partner.
+            # The weight by the pixels of this image, where it differs from its partner.
             differs = np.abs(x[i] - x[partner]) > 30
             mixed = images[start + i]
             weights = ((mixed - x[partner]) / (x[i] - x[partner] + 1e-9))[differs]
@@ -359,7 +359,7 @@ def test_windows_have_the_areas_and_ratios_asked_for():
 @pytest.mark.parametrize(
     "size, expected", [((10, 1000), (10, 13)), ((1000, 9), (12, 9)), ((1, 1), (1, 1))]
 )
-def test_pictures_too_narrow_give_their_middle(size, expected):
+def test_images_too_narrow_give_their_middle(size, expected):
     augmentation = ClassificationAugmentation(SIDE)
     top, left, height, width = augmentation.window(size, (1, 2)).numpy()
     assert (height, width) == expected
@@ -391,13 +391,13 @@ def test_the_part_is_the_window_mirrored_or_not():
 
 
 def test_colors_change_within_their_ranges():
-    grey = tf.fill([40, 40, 3], tf.constant(100, tf.uint8))
+    gray = tf.fill([40, 40, 3], tf.constant(100, tf.uint8))
     jitter = ClassificationAugmentation(SIDE, color_jitter=0.4)
-    values = [float(jitter(grey, (i, 0))[0, 0, 0]) for i in range(60)]
-    # Of plain grey, contrast and saturation change nothing: 100 times 0.6 to 1.4.
+    values = [float(jitter(gray, (i, 0))[0, 0, 0]) for i in range(60)]
+    # Of plain gray, contrast and saturation change nothing: 100 times 0.6 to 1.4.
     assert 59.5 < min(values) < 70 and 130 < max(values) < 140.5
     noisy = ClassificationAugmentation(SIDE, lighting=0.1)
-    colors = np.array([noisy(grey, (i, 0))[0, 0].numpy() for i in range(200)]) - 100
+    colors = np.array([noisy(gray, (i, 0))[0, 0].numpy() for i in range(200)]) - 100
     # The covariance of alpha * eigenvector with standard deviations 0.1 * eigenvalue.
     vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140]])
     expected = 0.01 * sum(
@@ -423,8 +423,8 @@ def test_impossible_augmentations(arguments):
 # --- RandAugment against Pillow --------------------------------------------------------------
 
 # Not from 0 to 255: automatic contrast is to have something to do.
-PICTURE = (noise(48, 60, seed=3) * 0.75 + 20).astype("uint8")
-PILLOW = Image.fromarray(PICTURE)
+IMAGE = (noise(48, 60, seed=3) * 0.75 + 20).astype("uint8")
+PILLOW = Image.fromarray(IMAGE)
 
 
 def by_pillow(name, sign, share):
@@ -456,19 +456,19 @@ def by_pillow(name, sign, share):
 @pytest.mark.parametrize("name", sorted(ops.OPERATIONS))
 @pytest.mark.parametrize("sign, share", [(1.0, 0.4), (-1.0, 0.4), (1.0, 1.0), (-1.0, 1.0)])
 def test_operations_are_pillows(name, sign, share):
-    ours = ops.OPERATIONS[name](tf.constant(PICTURE), share, sign)
+    ours = ops.OPERATIONS[name](tf.constant(IMAGE), share, sign)
     theirs = np.asarray(by_pillow(name, sign, share)).astype(int)
-    assert ours.dtype == tf.uint8 and ours.shape == PICTURE.shape
+    assert ours.dtype == tf.uint8 and ours.shape == IMAGE.shape
     difference = np.abs(ours.numpy().astype(int) - theirs)
-    # Outside of the picture Pillow has black at once, ours blends over one pixel.
+    # Outside of the image Pillow has black at once, ours blends over one pixel.
     moved = name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
     allowed = 0.05 if moved else 0.0
     assert (difference > 2).mean() <= allowed, difference.max()
     if name != "identity":
-        assert np.any(theirs != PICTURE), "a test that changes nothing shows nothing"
+        assert np.any(theirs != IMAGE), "a test that changes nothing shows nothing"
 
 
-def test_flat_pictures_stay_finite():
+def test_flat_images_stay_finite():
     for value in (0, 128, 255):
         flat = Image.new("RGB", (8, 9), (value, value, value))
         for name, theirs in (
@@ -480,7 +480,7 @@ def test_flat_pictures_stay_finite():
 
 
 def test_rand_augment_draws_all_operations_and_repeats():
-    image = tf.constant(PICTURE)
+    image = tf.constant(IMAGE)
     call = tf.function(RandAugment(num_ops=1, magnitude=12))
     seeds = tf.stack([tf.range(150, dtype=tf.int64), tf.zeros(150, tf.int64)], axis=1)
     drawn = np.stack([call(image, seed).numpy() for seed in seeds]).astype(int)
@@ -494,7 +494,7 @@ def test_rand_augment_draws_all_operations_and_repeats():
     assert known.all()
     two = RandAugment(num_ops=2)
     np.testing.assert_array_equal(two(image, (5, 6)), two(image, (5, 6)))
-    np.testing.assert_array_equal(RandAugment(num_ops=0)(image, (5, 6)), PICTURE)
+    np.testing.assert_array_equal(RandAugment(num_ops=0)(image, (5, 6)), IMAGE)
 
 
 def test_why_not_keras_rand_augment():

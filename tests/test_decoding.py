@@ -56,7 +56,7 @@ def iou_matrix(a, b):
 
 
 def detect_by_hand(outputs, anchors, i, decoder):
-    """One picture, one class and one box at a time, in float64."""
+    """One image, one class and one box at a time, in float64."""
     o = {n: v[i].astype("f8") for n, v in outputs.items()}
     boxes = decode_by_hand(o["odm_boxes"], decode_by_hand(o["arm_boxes"], anchors.astype("f8")))
     scores = softmax(o["odm_logits"])
@@ -118,7 +118,7 @@ def test_formats(target):
     np.testing.assert_allclose(back[real], corners[real], atol=1e-3)
 
 
-def test_clips_to_the_picture():
+def test_clips_to_the_image():
     outputs, anchors = random_outputs(8), AnchorGenerator()((64, 128))
     got = DetectionDecoder(max_detections=20)(outputs, anchors, (64, 128))
     boxes = ops.convert_to_numpy(got["boxes"])[0][: int(got["num_detections"][0])]

@@ -21,7 +21,7 @@ if keras.backend.backend() != "tensorflow":
 
 
 def run(*arguments):
-    """What the program prints, on a small network and small pictures."""
+    """What the program prints, on a small network and small images."""
     program = [sys.executable, str(BENCHMARKS / "deploy_latency.py")]
     small = ["--fast", "--model", "resnest14_tiny", "--runs", "1"]
     done = subprocess.run([*program, *small, *arguments], capture_output=True, text=True)

@@ -97,7 +97,7 @@ NETWORKS = {
         dropblock_rate=0.1,
         dropout_rate=0.2,
     ),
-    "basic, normalised pictures": lambda: resnet(block_type="basic", include_rescaling=False),
+    "basic, normalized images": lambda: resnet(block_type="basic", include_rescaling=False),
     "features": lambda: resnet(include_top=False),
     "SE": lambda: resnet(se_ratio=0.25),
     "SK": lambda: resnet(selective_kernel={}),
@@ -154,8 +154,8 @@ def trained(build, seed=0):
     return model
 
 
-def pictures_of(model, count=2):
-    """Smooth pictures with some noise, channels last."""
+def images_of(model, count=2):
+    """Smooth images with some noise, channels last."""
     height, width, _ = task_of(model).image_shape
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:height, :width][..., None] / 16.0
@@ -186,11 +186,11 @@ def predicted(model, images):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name):
     model = trained(NETWORKS[name])
-    images = pictures_of(model)
+    images = images_of(model)
     function = deployed(model)
     want = predicted(model, images)
     assert_close(function(tf.constant(images)), want, TOLERANCES["float32"])
-    # Pictures do not mix, and any number of them is taken.
+    # Images do not mix, and any number of them is taken.
     first = {output: value[:1] for output, value in want.items()}
     assert_close(function(tf.constant(images[:1])), first, TOLERANCES["float32"])
     assert {op.type for op in operations(function) if not op.inputs} <= {"Placeholder", "Const"}
@@ -211,7 +211,7 @@ def test_networks(name):
 )
 def test_reduced_precision(name, precision):
     model = trained(NETWORKS[name])
-    images = pictures_of(model)
+    images = images_of(model)
     function = deployed(model, precision)
     assert function.structured_input_signature[0][0].dtype == tf.float32
     assert_close(function(tf.constant(images)), predicted(model, images), TOLERANCES[precision])
@@ -239,7 +239,7 @@ def test_a_model_of_mixed_precision_is_deployed_in_float32(build, policy):
     mixed = trained(lambda: build(policy))
     plain = build("float32")
     plain.set_weights(mixed.get_weights())
-    images = pictures_of(mixed)
+    images = images_of(mixed)
     policies = [layer.dtype_policy.name for layer in mixed._flatten_layers()]
     assert policy in policies
     before = predicted(mixed, images)
@@ -255,7 +255,7 @@ def test_a_model_of_mixed_precision_is_deployed_in_float32(build, policy):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_statistics_of_pictures_are_exact(adapted):
+def test_statistics_of_images_are_exact(adapted):
     """Keras rounds them in mixed precision, when the layer is built."""
     images = RNG.uniform(0, 255, (4, 5, 6, 3)).astype("float32")
     mean, variance = images.mean((0, 1, 2)), images.var((0, 1, 2))
@@ -437,8 +437,8 @@ OTHER_AXES = {
     "height": numbers(1, 5, 1, 1),
     "width, as many as channels": numbers(1, 1, CHANNELS, 1),
     "width, without the batch": numbers(CHANNELS, 1),
-    "one picture": numbers(1, 5, CHANNELS, CHANNELS),
-    "one picture, without the batch": numbers(5, CHANNELS, CHANNELS),
+    "one image": numbers(1, 5, CHANNELS, CHANNELS),
+    "one image, without the batch": numbers(5, CHANNELS, CHANNELS),
     "every number": numbers(2, 5, CHANNELS, CHANNELS),
     "one more axis": numbers(1, 1, 1, 1, CHANNELS),
 }

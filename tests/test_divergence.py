@@ -100,7 +100,7 @@ def test_a_weight_out_of_range_stops_the_detector(tmp_path):
     kernel = model.get_layer("arm").box_convolutions[0].kernel
     kernel.assign(kernel * 0 + 1e30)  # its offsets make a loss of infinity, or gradients of it
     stem = next(w for w in model.backbone.trainable_variables if w.name == "kernel")
-    stem.assign(stem * 0 + 3e37)  # so do sums in the first batch normalisation
+    stem.assign(stem * 0 + 3e37)  # so do sums in the first batch normalization
     before = model.get_weights()
     images, truth = rectangles(2, (64, 64, 3), objects=1)
     with pytest.raises(FloatingPointError) as error:
@@ -150,7 +150,7 @@ STEPS = np.arange(300)
     "curve",
     [
         pytest.param(np.zeros(300), id="no objects at all"),
-        pytest.param(np.where(STEPS < 150, 0.0, 60.0), id="pictures without objects come first"),
+        pytest.param(np.where(STEPS < 150, 0.0, 60.0), id="images without objects come first"),
         pytest.param(np.minimum(1e-3 * 1.05**STEPS, 30.0), id="fine-tuning with a warm-up"),
         pytest.param(np.where(STEPS % 100 < 40, 1e6, 5.0), id="peaks it recovers from"),
         pytest.param(np.where(STEPS == 150, 1e12, 5.0), id="one wild batch"),

@@ -21,7 +21,7 @@ SHAPE = (32, 48)
 
 
 def records(count=11):
-    """Pictures of noise, all different, with none to three boxes."""
+    """Images of noise, all different, with none to three boxes."""
     rng = np.random.default_rng(0)
     return [
         ImageRecord(
@@ -54,7 +54,7 @@ def same(first, second):
 
 
 def drawn(element, seed, image_size=SHAPE):
-    """A quick augmentation: the picture in a random brightness."""
+    """A quick augmentation: the image in a random brightness."""
     element = Resize(SHAPE)(element, image_size=tf.stack(image_size))
     return dict(element, images=element["images"] * tf.random.stateless_uniform([], seed))
 
@@ -112,8 +112,8 @@ print(hashlib.sha256(b"".join(leaf.tobytes() for leaf in t.one_pass(batches))).h
     assert other.split()[-1] == own
 
 
-def test_pictures_read_anew_are_shuffled_all_at_once():
-    """Not through a buffer of 512, from which no late picture comes early."""
+def test_images_read_anew_are_shuffled_all_at_once():
+    """Not through a buffer of 512, from which no late image comes early."""
     many = [
         ImageRecord(np.zeros((1, 1300, 3), "uint8"), f"{i}", [[i, 0, i + 50, 1]], [0])
         for i in range(1200)
@@ -124,8 +124,8 @@ def test_pictures_read_anew_are_shuffled_all_at_once():
     assert (epoch[0] > 900).sum() > 5 and (epoch[-1] < 300).sum() > 5
 
 
-def test_an_augmentation_depends_on_the_picture_not_on_its_place():
-    """The same draws for a picture wherever it comes in the epoch; other draws for another one."""
+def test_an_augmentation_depends_on_the_image_not_on_its_place():
+    """The same draws for an image wherever it comes in the epoch; other draws for another one."""
 
     def draws(**options):
         seen = {}
@@ -134,7 +134,7 @@ def test_an_augmentation_depends_on_the_picture_not_on_its_place():
             color = tf.random.stateless_uniform([1, 1, 3], seed) * 255.0
             return dict(element, images=tf.broadcast_to(color, [*SHAPE, 3]))
 
-        # A box tells the picture: x1 is its number.
+        # A box tells the image: x1 is its number.
         made = [
             ImageRecord(np.zeros((30, 60, 3), "uint8"), f"{i}", [[i, 0, i + 9, 9]], [0])
             for i in range(9)
@@ -231,7 +231,7 @@ def test_shard_of_a_shard():
 @pytest.mark.parametrize("drop_remainder", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_workers_make_equally_many_steps(batch_size, drop_remainder):
-    # 11 pictures on 4 workers: 3, 3, 3 and 2
+    # 11 images on 4 workers: 3, 3, 3 and 2
     steps = set()
     for worker in range(4):
         if drop_remainder and batch_size > 2:
@@ -246,13 +246,13 @@ def test_workers_make_equally_many_steps(batch_size, drop_remainder):
     assert steps <= {expected}
 
 
-def test_too_few_pictures_for_the_smallest_shard_are_told():
-    with pytest.raises(ValueError, match=r"at least 3 picture.*smallest shard of 2"):
+def test_too_few_images_for_the_smallest_shard_are_told():
+    with pytest.raises(ValueError, match=r"at least 3 image.*smallest shard of 2"):
         training_batches(dataset().shard(4, 0), SHAPE, 3)
 
 
 def test_wrong_shards():
-    with pytest.raises(ValueError, match=r"`num_shards`.*pictures, 11.*Received: num_shards=12"):
+    with pytest.raises(ValueError, match=r"`num_shards`.*images, 11.*Received: num_shards=12"):
         dataset().shard(12, 0)
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"`shard_index`.*shard_index={index}"):

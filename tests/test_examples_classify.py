@@ -22,15 +22,15 @@ import classify  # noqa: E402
 import compare_backbones  # noqa: E402
 import verify_imagenet  # noqa: E402
 
-NAMES = ("black", "grey", "white")
+NAMES = ("black", "gray", "white")
 GREYS = (0, 120, 255)
 
 
 def brightness_classifier(path):
-    """A model whose answer is known: which of three greys is nearest to the picture's average."""
+    """A model whose answer is known: which of three grays is nearest to the image's average."""
     inputs = keras.Input((32, 32, 3))
     mean = keras.layers.GlobalAveragePooling2D()(inputs)
-    # -(grey - mean)^2 without the part that all classes share is linear in the mean.
+    # -(gray - mean)^2 without the part that all classes share is linear in the mean.
     dense = keras.layers.Dense(3, activation="softmax")
     model = keras.Model(inputs, dense(mean))
     dense.set_weights(
@@ -39,24 +39,24 @@ def brightness_classifier(path):
     model.save(path)
 
 
-def picture(grey, size=(50, 40)):
-    """A picture of one grey whose margins, which the crop cuts off, are of another."""
-    pixels = np.full((*size[::-1], 3), 255 - grey, "uint8")
-    pixels[4:-4, 8:-8] = grey
+def gray_image(gray, size=(50, 40)):
+    """An image of one gray whose margins, which the crop cuts off, are of another."""
+    pixels = np.full((*size[::-1], 3), 255 - gray, "uint8")
+    pixels[4:-4, 8:-8] = gray
     return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two pictures of each class but one, which is black and lies among the white ones."""
+    """Two images of each class but one, which is black and lies among the white ones."""
     folder = tmp_path_factory.mktemp("classes")
     brightness_classifier(folder / "model.keras")
     (folder / "names.txt").write_text("\n".join(NAMES))
-    for name, grey in zip(NAMES, GREYS, strict=True):
+    for name, gray in zip(NAMES, GREYS, strict=True):
         (folder / "val" / name).mkdir(parents=True)
         for i in range(2):
             is_wrong = name == "white" and i == 1
-            picture(0 if is_wrong else grey).save(folder / "val" / name / f"{i}.png")
+            gray_image(0 if is_wrong else gray).save(folder / "val" / name / f"{i}.png")
     return folder
 
 
@@ -72,13 +72,13 @@ def classified(folder, *arguments):
 
 def test_classify_takes_files_folders_and_patterns(folder):
     found = classified(
-        folder, folder / "val" / "black" / "0.png", folder / "val" / "grey", folder / "val/w*/*.png"
+        folder, folder / "val" / "black" / "0.png", folder / "val" / "gray", folder / "val/w*/*.png"
     )
     best = {path: classes[0]["name"] for path, classes in found.items()}
     assert best == {
         "val/black/0.png": "black",
-        "val/grey/0.png": "grey",
-        "val/grey/1.png": "grey",
+        "val/gray/0.png": "gray",
+        "val/gray/1.png": "gray",
         "val/white/0.png": "white",
         "val/white/1.png": "black",
     }
@@ -87,19 +87,19 @@ def test_classify_takes_files_folders_and_patterns(folder):
 
 
 def test_classify_takes_a_file_whose_name_looks_like_a_pattern(folder):
-    picture(255).save(folder / "a[1].png")
+    gray_image(255).save(folder / "a[1].png")
     assert classified(folder, folder / "a[1].png")["a[1].png"][0]["name"] == "white"
 
 
 def test_classify_a_named_network_with_weights_of_a_file(folder, capsys):
     model = create_backbone("resnest14_tiny", classes=3, input_shape=(224, 224, 3))
     model.save_weights(folder / "tiny.weights.h5")
-    arguments = [folder / "val/grey/0.png", "--model", "resnest14_tiny", "--top", 1]
+    arguments = [folder / "val/gray/0.png", "--model", "resnest14_tiny", "--top", 1]
     arguments += ["--weights", folder / "tiny.weights.h5", "--classes", folder / "names.txt"]
     arguments += ["--json", folder / "tiny.json"]
     assert classify.main(list(map(str, arguments))) == 0
     # 40 rows become 256, of which the middle 224 are cut; 50 columns become 320.
-    image = picture(120).resize((320, 256), Image.Resampling.BILINEAR).crop((48, 16, 272, 240))
+    image = gray_image(120).resize((320, 256), Image.Resampling.BILINEAR).crop((48, 16, 272, 240))
     want = model.predict(np.asarray(image)[None], verbose=0)[0]
     (entry,) = json.loads((folder / "tiny.json").read_text())
     assert entry["classes"][0]["id"] == str(want.argmax())
@@ -110,8 +110,8 @@ def test_classify_a_named_network_with_weights_of_a_file(folder, capsys):
     "arguments, status, message",
     [
         (["absent/*.png"], 2, "nothing fits the pattern"),
-        (["{folder}/val/grey/0.png"], 2, "the model has 3 classes: name them with --classes"),
-        (["{folder}/val/grey/0.png", "--classes", "{folder}/two.txt"], 2, "holds 2 names"),
+        (["{folder}/val/gray/0.png"], 2, "the model has 3 classes: name them with --classes"),
+        (["{folder}/val/gray/0.png", "--classes", "{folder}/two.txt"], 2, "holds 2 names"),
         (["{folder}/absent.png", "--classes", "{folder}/names.txt"], 1, "no such file"),
     ],
 )
@@ -132,16 +132,16 @@ def test_numbers_must_be_positive(program, capsys):
 def test_classify_refuses_a_network_without_classifier(folder, capsys):
     inputs = keras.Input((None, None, 3))
     keras.Model(inputs, keras.layers.Conv2D(2, 1)(inputs)).save(folder / "map.keras")
-    arguments = [folder / "val/grey", "--model", folder / "map.keras"]
+    arguments = [folder / "val/gray", "--model", folder / "map.keras"]
     assert classify.main(list(map(str, arguments))) == 2
-    assert "is no classifier of pictures" in capsys.readouterr().err
+    assert "is no classifier of images" in capsys.readouterr().err
 
 
 # --- Accuracy --------------------------------------------------------------------------------
 
 
 class ClassifySample(tfds.core.GeneratorBasedBuilder):
-    """Four grey pictures of one channel, one of them with a wrong label."""
+    """Four gray images of one channel, one of them with a wrong label."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None
@@ -157,9 +157,9 @@ class ClassifySample(tfds.core.GeneratorBasedBuilder):
         return {"test": self._generate_examples()}
 
     def _generate_examples(self):
-        for i, (grey, label) in enumerate(((0, 0), (120, 1), (255, 2), (255, 0))):
+        for i, (gray, label) in enumerate(((0, 0), (120, 1), (255, 2), (255, 0))):
             stream = io.BytesIO()
-            picture(grey).convert("L").save(stream, "PNG")
+            gray_image(gray).convert("L").save(stream, "PNG")
             stream.seek(0)
             yield i, {"image": stream, "label": label}
 
@@ -172,31 +172,31 @@ def verified(capsys, *arguments):
 def test_verify_a_folder_whose_accuracy_is_known(folder, capsys):
     model = ("--model", folder / "model.keras")
     text = verified(capsys, folder / "val", *model, "--batch-size", 4)
-    assert "6 pictures at 32 pixels" in text
+    assert "6 images at 32 pixels" in text
     assert "top-1 83.33%, top-5 100.00%" in text and "published top-1: unknown" in text
-    assert "2 pictures at 32 pixels" in verified(capsys, folder / "val", *model, "--limit", 2)
+    assert "2 images at 32 pixels" in verified(capsys, folder / "val", *model, "--limit", 2)
 
 
 def test_verify_a_data_set_of_tfds(folder, capsys, tmp_path):
     ClassifySample(data_dir=tmp_path).download_and_prepare()
     options = ("--data-dir", tmp_path, "--split", "test", "--model", folder / "model.keras")
     text = verified(capsys, "tfds:classify_sample", *options)
-    assert "4 pictures at 32 pixels" in text and "top-1 75.00%" in text
+    assert "4 images at 32 pixels" in text and "top-1 75.00%" in text
 
 
 def test_verify_says_what_is_wrong(folder, capsys):
     (folder / "empty").mkdir(exist_ok=True)
-    for data, message in (("empty", "holds no folders of classes"), ("val/grey", "no folders")):
+    for data, message in (("empty", "holds no folders of classes"), ("val/gray", "no folders")):
         assert verify_imagenet.main([str(folder / data)]) == 2
         assert message in capsys.readouterr().err
     os.makedirs(folder / "two" / "a", exist_ok=True)
-    picture(0).save(folder / "two" / "a" / "0.png")
+    gray_image(0).save(folder / "two" / "a" / "0.png")
     arguments = [folder / "two", "--model", folder / "model.keras"]
     assert verify_imagenet.main(list(map(str, arguments))) == 2
     assert "knows 3 classes, the data has 1" in capsys.readouterr().err
 
 
-def test_published_figures_come_with_the_size_of_their_pictures():
+def test_published_figures_come_with_the_size_of_their_images():
     # The authors' table: 82.83 % at 256 pixels; timm's: 83.88 % at 320, crop 0.909.
     assert verify_imagenet.published_figure("resnest101", "official").startswith("82.83% at 256 ")
     text = "83.88% at 320 pixels, crop 0.909"

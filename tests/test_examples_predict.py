@@ -1,4 +1,4 @@
-"""The programs that find objects in pictures: examples/predict.py and examples/serve_client.py."""
+"""The programs that find objects in images: examples/predict.py and examples/serve_client.py."""
 
 import concurrent.futures
 import csv
@@ -32,7 +32,7 @@ import serve_client  # noqa: E402
 CONFIDENCE = 0.95
 ORIENTATION = 0x0112  # the EXIF tag
 
-# The same messages, built and serialised with tensorflow-serving-api 2.21.0.
+# The same messages, built and serialized with tensorflow-serving-api 2.21.0.
 OFFICIAL_REQUEST = (
     "0a170a086465746563746f721a0b73657276655f627974657312200a0b696d6167655f62797465731211080712"
     "041202080242036162634202ff00"
@@ -52,39 +52,39 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    """A `.keras` file, a SavedModel of the same weights in another box format, and pictures."""
+    """A `.keras` file, a SavedModel of the same weights in another box format, and images."""
     root = tmp_path_factory.mktemp("examples")
     model.save(root / "detector.keras")
     relative = small_detector(decoder=model.decoder, bounding_box_format="rel_yxyx")
     relative.set_weights(model.get_weights())
     relative.export(root / "serving/1")
-    for name in ("pictures", "others", "empty"):
+    for name in ("images", "others", "empty"):
         (root / name).mkdir()
     wide, tall = (
         rectangles(1, (96, 200, 3), seed=4)[0][0],
         rectangles(1, (150, 90, 3), seed=5)[0][0],
     )
     wide, tall = (Image.fromarray(array.astype("uint8")) for array in (wide, tall))
-    wide.save(root / "pictures/a.jpg")
-    tall.save(root / "pictures/b.png")
+    wide.save(root / "images/a.jpg")
+    tall.save(root / "images/b.png")
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    tall.save(root / "pictures/turned.jpg", exif=exif)
-    (root / "pictures/broken.jpg").write_bytes((root / "pictures/a.jpg").read_bytes()[:900])
-    (root / "pictures/notes.txt").write_text("no picture")
+    tall.save(root / "images/turned.jpg", exif=exif)
+    (root / "images/broken.jpg").write_bytes((root / "images/a.jpg").read_bytes()[:900])
+    (root / "images/notes.txt").write_text("no image")
     tall.save(root / "others/a.png")
     return root
 
 
-def good_pictures(folder):
-    names = ("pictures/a.jpg", "pictures/b.png", "pictures/turned.jpg", "others/a.png")
+def good_images(folder):
+    names = ("images/a.jpg", "images/b.png", "images/turned.jpg", "others/a.png")
     return [folder / name for name in names]
 
 
 @pytest.fixture(scope="module")
 def want(model, folder):
     """File to what `model.detect` finds in it."""
-    paths = good_pictures(folder)
+    paths = good_images(folder)
     found = dict(zip(paths, model.detect(paths, confidence_threshold=CONFIDENCE), strict=True))
     assert sum(len(one["labels"]) for one in found.values()) > 8
     return found
@@ -113,11 +113,11 @@ def assert_record(record, path, one):
     assert [d["class_name"] for d in found] == one["class_names"]
 
 
-def assert_drawn(path, picture_path):
-    """A PNG of the size of the upright picture that is not just a copy."""
-    drawn, picture = np.asarray(Image.open(path)), load_image(picture_path)
-    assert Image.open(path).format == "PNG" and drawn.shape == picture.shape
-    changed = (drawn != picture).any(axis=-1).mean()
+def assert_drawn(path, image_path):
+    """A PNG of the size of the upright image that is not just a copy."""
+    drawn, image = np.asarray(Image.open(path)), load_image(image_path)
+    assert Image.open(path).format == "PNG" and drawn.shape == image.shape
+    changed = (drawn != image).any(axis=-1).mean()
     assert changed > 0.01
 
 
@@ -126,7 +126,7 @@ def assert_drawn(path, picture_path):
 
 def test_keras_file_with_everything(folder, want, tmp_path):
     done = program(
-        *("predict.py", folder / "detector.keras", folder / "pictures", folder / "others/a.png"),
+        *("predict.py", folder / "detector.keras", folder / "images", folder / "others/a.png"),
         *("--output", tmp_path, "--confidence", CONFIDENCE, "--format", "both"),
         *("--batch-size", 3),
     )
@@ -135,7 +135,7 @@ def test_keras_file_with_everything(folder, want, tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [str(p) for p in want]
     total = sum(len(one["labels"]) for one in want.values())
-    assert f"4 pictures, {total} objects, 1 skipped" in lines[-1]
+    assert f"4 images, {total} objects, 1 skipped" in lines[-1]
 
     records = json.loads((tmp_path / "detections.json").read_text())
     for record, (path, one) in zip(records, want.items(), strict=True):
@@ -161,8 +161,8 @@ def assert_table(path, records):
 
 def test_saved_model(folder, want, tmp_path, capsys):
     """The same detections, though this model speaks "rel_yxyx"; and nothing but what was asked."""
-    files = good_pictures(folder)
-    options = ["--output", tmp_path / "out", "--confidence", CONFIDENCE, "--no-pictures"]
+    files = good_images(folder)
+    options = ["--output", tmp_path / "out", "--confidence", CONFIDENCE, "--no-images"]
     arguments = [folder / "serving/1", *files, *options, "--format", "json"]
     assert predict.main([str(a) for a in arguments]) == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["detections.json"]
@@ -172,7 +172,7 @@ def test_saved_model(folder, want, tmp_path, capsys):
     assert "skipped" not in capsys.readouterr().out
 
 
-def test_odd_pictures(folder, shared, tmp_path, capsys):
+def test_odd_images(folder, shared, tmp_path, capsys):
     odd = shared / "data/photos/odd"
     arguments = [folder / "detector.keras", odd, "--output", tmp_path, "--confidence", "0.9"]
     assert predict.main([str(a) for a in arguments]) == 0
@@ -181,7 +181,7 @@ def test_odd_pictures(folder, shared, tmp_path, capsys):
     assert sizes == {
         "cmyk.jpg": (320, 240),
         "exif_orientation6.jpg": (320, 212),
-        "greyscale.jpg": (320, 213),
+        "grayscale.jpg": (320, 213),
         "one_pixel.png": (1, 1),
         "rgba.png": (240, 160),
     }
@@ -192,27 +192,27 @@ def test_odd_pictures(folder, shared, tmp_path, capsys):
     assert "truncated.jpg" in errors and "text_not_image.jpg" in errors
 
 
-def test_no_picture_can_be_read(folder, tmp_path, capsys):
-    broken = [folder / "pictures/broken.jpg", tmp_path / "missing.jpg"]
+def test_no_image_can_be_read(folder, tmp_path, capsys):
+    broken = [folder / "images/broken.jpg", tmp_path / "missing.jpg"]
     arguments = [folder / "serving/1", *broken, "--output", tmp_path / "out"]
     assert predict.main([str(a) for a in arguments]) == 1
     errors = capsys.readouterr().err
     assert "broken.jpg" in errors and "missing.jpg" in errors
-    assert errors.splitlines()[-1] == "error: none of the 2 pictures could be read"
+    assert errors.splitlines()[-1] == "error: none of the 2 images could be read"
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
-    "model_name, pictures, word",
+    "model_name, images, word",
     [
-        ("nothing.keras", "pictures", "no such model: .*nothing.keras"),
-        ("detector.keras", "empty", "No pictures in .*empty"),
-        ("pictures/notes.txt", "pictures", "notes.txt is not a usable model"),
-        ("pictures", "pictures", "pictures is not a usable model"),
+        ("nothing.keras", "images", "no such model: .*nothing.keras"),
+        ("detector.keras", "empty", "No images in .*empty"),
+        ("images/notes.txt", "images", "notes.txt is not a usable model"),
+        ("images", "images", "images is not a usable model"),
     ],
 )
-def test_wrong_commands(folder, model_name, pictures, word, tmp_path, capsys):
-    arguments = [folder / model_name, folder / pictures, "--output", tmp_path / "out"]
+def test_wrong_commands(folder, model_name, images, word, tmp_path, capsys):
+    arguments = [folder / model_name, folder / images, "--output", tmp_path / "out"]
     assert predict.main([str(a) for a in arguments]) == 2
     printed = capsys.readouterr()
     assert not printed.out and printed.err.count("\n") == 1
@@ -221,7 +221,7 @@ def test_wrong_commands(folder, model_name, pictures, word, tmp_path, capsys):
 
 def test_wrong_commands_end_at_once_without_traceback(folder):
     """Before TensorFlow is imported."""
-    done = program("predict.py", folder / "nothing.keras", folder / "pictures")
+    done = program("predict.py", folder / "nothing.keras", folder / "images")
     assert done.returncode == 2 and done.stderr.startswith("error: no such model")
     done = program("predict.py", folder / "detector.keras", "x.jpg", "--confidence", "30")
     assert done.returncode == 2 and "must be between 0 and 1, not 30" in done.stderr
@@ -231,15 +231,15 @@ def test_wrong_commands_end_at_once_without_traceback(folder):
 
 def test_another_model_is_refused(folder, tmp_path, capsys):
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(tmp_path / "other.keras")
-    arguments = [tmp_path / "other.keras", folder / "pictures", "--output", tmp_path / "out"]
+    arguments = [tmp_path / "other.keras", folder / "images", "--output", tmp_path / "out"]
     assert predict.main([str(a) for a in arguments]) == 2
     assert "not a RefineDet" in capsys.readouterr().err
 
 
 def test_drawing_touches_boxes_and_labels_alone():
-    picture = np.full((200, 300, 3), 128, "uint8")
+    image = np.full((200, 300, 3), 128, "uint8")
     detection = {"box": [100, 80, 180, 160], "label": 1, "class_name": "green", "confidence": 0.5}
-    drawn = np.asarray(predict.draw_detections(picture, [detection])).astype(int)
+    drawn = np.asarray(predict.draw_detections(image, [detection])).astype(int)
     color = np.round(255 * np.array(class_color(1)))
     for row, column in ((81, 140), (158, 140), (120, 101), (120, 178)):
         np.testing.assert_allclose(drawn[row, column], color, atol=1)
@@ -257,12 +257,12 @@ def test_labels_stay_inside_and_apart():
         assert all(predict._overlap(a, b) == 0 for b in placed[:i])
 
 
-def test_pictures_are_never_overwritten(tmp_path):
-    picture = np.zeros((20, 20, 3), "uint8")
+def test_images_are_never_overwritten(tmp_path):
+    image = np.zeros((20, 20, 3), "uint8")
     inputs = [tmp_path / "x.png", tmp_path / "x_detections.png"]
-    writer = predict.PictureWriter(tmp_path, inputs)
+    writer = predict.ImageWriter(tmp_path, inputs)
     record = {"detections": []}
-    names = [writer.write(path, picture, record).name for path in [inputs[0], *inputs]]
+    names = [writer.write(path, image, record).name for path in [inputs[0], *inputs]]
     assert names == [
         "x_detections_2.png",
         "x_detections_3.png",
@@ -356,7 +356,7 @@ def test_every_way_to_the_server_gives_what_detect_gives(
 
 def test_client_over_http(folder, url, want, tmp_path):
     done = program(
-        *("serve_client.py", folder / "pictures", folder / "others/a.png", "--url", url),
+        *("serve_client.py", folder / "images", folder / "others/a.png", "--url", url),
         *("--class-names", names_file(folder), "--box-format", "rel_yxyx"),
         *("--confidence", CONFIDENCE, "--output", tmp_path, "--batch-size", 2),
     )
@@ -365,12 +365,12 @@ def test_client_over_http(folder, url, want, tmp_path):
     objects = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     names = [name for one in want.values() for name in one["class_names"]]
     assert [line.split()[0] for line in objects] == names
-    assert_drawn(tmp_path / "turned_detections.png", folder / "pictures/turned.jpg")
+    assert_drawn(tmp_path / "turned_detections.png", folder / "images/turned.jpg")
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
 def test_client_without_a_server(folder, want, capsys, protocol):
-    path = folder / "pictures/turned.jpg"
+    path = folder / "images/turned.jpg"
     arguments = [path, "--saved-model", folder / "serving/1", "--protocol", protocol]
     assert serve_client.main([*map(str, arguments), "--confidence", str(CONFIDENCE)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -382,27 +382,27 @@ def test_client_without_a_server(folder, want, capsys, protocol):
 
 
 def test_client_says_what_went_wrong(folder, url, no_proxy, capsys):
-    picture, broken = str(folder / "pictures/a.jpg"), str(folder / "pictures/broken.jpg")
-    assert serve_client.main([picture, "--url", url, "--name", "other"]) == 1
+    image, broken = str(folder / "images/a.jpg"), str(folder / "images/broken.jpg")
+    assert serve_client.main([image, "--url", url, "--name", "other"]) == 1
     assert "answers 400" in capsys.readouterr().err
-    assert serve_client.main([picture, "--url", "http://127.0.0.1:9"]) == 1
+    assert serve_client.main([image, "--url", "http://127.0.0.1:9"]) == 1
     assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
-    assert serve_client.main([picture, "--url", url, "--grpc", "127.0.0.1:9"]) == 1
+    assert serve_client.main([image, "--url", url, "--grpc", "127.0.0.1:9"]) == 1
     assert "127.0.0.1:9: UNAVAILABLE" in capsys.readouterr().err
     assert serve_client.main([broken, "--url", url]) == 1
-    assert "none of the 1 pictures" in capsys.readouterr().err
+    assert "none of the 1 images" in capsys.readouterr().err
     for arguments in (
-        [picture, "--saved-model", str(folder / "pictures")],
+        [image, "--saved-model", str(folder / "images")],
         [str(folder / "empty"), "--url", url],
-        [picture, "--url", "localhost:8501"],
+        [image, "--url", "localhost:8501"],
     ):
         assert serve_client.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_refused_requests(local_server):
-    """The stand-in refuses what the server refuses; what is no picture has an empty answer."""
-    request = serve_client.rest_request("serve_bytes", {"image_bytes": [b"no picture"]})
+    """The stand-in refuses what the server refuses; what is no image has an empty answer."""
+    request = serve_client.rest_request("serve_bytes", {"image_bytes": [b"no image"]})
     answer = json.loads(local_server.rest("/v1/models/detector:predict", request))
     (one,) = answer["predictions"]
     assert one["readable"] is False and one["num_detections"] == 0

@@ -61,8 +61,8 @@ def test_trains_and_writes_everything(trained):
     assert "8 images" in result.stdout and "mAP@0.5" in result.stdout
     names = ("dataset", "history", "precision_recall", "detections")
     for name in names:
-        with Image.open(folder / f"{name}.png") as picture:
-            assert np.ptp(np.asarray(picture.convert("L"))) > 50, f"{name}.png is empty"
+        with Image.open(folder / f"{name}.png") as image:
+            assert np.ptp(np.asarray(image.convert("L"))) > 50, f"{name}.png is empty"
     assert (folder / "detector.keras").exists()
     assert (folder / "serving/1/saved_model.pb").exists()
     summary = json.loads((folder / "result.json").read_text())
@@ -116,7 +116,7 @@ def ids(*datasets):
 
 
 def test_data_without_splits_are_parted(voc_folder, tmp_path):
-    """Never is the model tested on pictures that it was trained on."""
+    """Never is the model tested on images that it was trained on."""
     program = load_program()
     rows = [f"JPEGImages/{i}.jpg,1,2,30,40,{CLASS_NAMES[i % 3]}" for i in range(10)]
     file = voc_folder / "objects.csv"

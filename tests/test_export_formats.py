@@ -112,13 +112,13 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def open_classifier():
-    """For pictures of any size."""
+    """For images of any size."""
     keras.utils.set_random_seed(1)
     arguments = {"block_type": "basic", "stem_width": 8, "include_top": True, "classes": 4}
     return ResNet([8, 16], [1, 1], [1, 2], **arguments)
 
 
-def pictures(shape=SHAPE, count=3, seed=3):
+def random_images(shape=SHAPE, count=3, seed=3):
     return rectangles(count, shape, seed=seed, objects=1)[0]
 
 
@@ -177,8 +177,8 @@ class Exported:
         weights = self.path(name).with_suffix(".bin")
         return self.path(name).stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
-    def batches(self, name: str, pictures: str = "images") -> list[dict]:
-        return [self.found[name, pictures, batch] for batch in BATCHES[self.format]]
+    def batches(self, name: str, images: str = "images") -> list[dict]:
+        return [self.found[name, images, batch] for batch in BATCHES[self.format]]
 
 
 @pytest.fixture(scope="module", params=list(SUFFIXES))
@@ -193,15 +193,15 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
     }
     if request.param == "openvino":
         models["detector_decoded16"] = (detector, {"precision": "float16"})
-    calibration = {"precision": "int8", "representative_images": pictures(count=12, seed=9)}
+    calibration = {"precision": "int8", "representative_images": random_images(count=12, seed=9)}
     models["detector_int8"] = (detector, {"decode": False, **calibration})
     if request.param == "onnx":
         models["detector_decoded8"] = (detector, calibration)
-    images = {"detector_images": pictures(), "classifier_images": pictures((64, 64, 3))}
+    images = {"detector_images": random_images(), "classifier_images": random_images((64, 64, 3))}
     if request.param != "litert":
         models["open"] = (open_classifier, {})
-        images["open_images"] = pictures((40, 56, 3))
-        images["open_images_others"] = pictures((72, 48, 3))
+        images["open_images"] = random_images((40, 56, 3))
+        images["open_images_others"] = random_images((72, 48, 3))
     if photos:
         resized = [resize_image(load_image(path), *SHAPE[:2]) for path in photos]
         images["detector_images_photos"] = np.array(resized, "float32")
@@ -222,14 +222,14 @@ def assert_same_detections(got, want):
 
 
 def test_detections(exported, detector):
-    want = detector.predict(pictures(), verbose=0)
+    want = detector.predict(random_images(), verbose=0)
     assert ((want["num_detections"] > 0) & (want["num_detections"] < 40)).all()
     for got in exported.batches("detector"):
         assert_same_detections(got, want)
 
 
 def test_raw_outputs(exported, detector):
-    want = detector(pictures(), training=False)
+    want = detector(random_images(), training=False)
     for got in exported.batches("detector_raw"):
         assert set(got) == set(RAW)
         for name in RAW:
@@ -238,14 +238,14 @@ def test_raw_outputs(exported, detector):
 
 
 def test_raw_outputs_decoded_by_numpy(exported, detector):
-    want = detector.predict(pictures(), verbose=0)
+    want = detector.predict(random_images(), verbose=0)
     for got in exported.batches("decoded"):
         assert_same_detections(got, want)
 
 
 def test_classifier(exported, classifier):
-    want = classifier.predict(pictures((64, 64, 3)), verbose=0)
-    assert np.ptp(want, axis=0).max() > 1e-3  # the pictures differ
+    want = classifier.predict(random_images((64, 64, 3)), verbose=0)
+    assert np.ptp(want, axis=0).max() > 1e-3  # the images differ
     for got in exported.batches("classifier"):
         assert set(got) == {"predictions"} and got["predictions"].dtype == np.float32
         np.testing.assert_allclose(got["predictions"], want, atol=1e-5)
@@ -255,7 +255,7 @@ def test_classifier_of_any_size(exported, open_classifier):
     if exported.format == "litert":
         pytest.skip("LiteRT takes one size")
     for name, shape in (("images", (40, 56, 3)), ("others", (72, 48, 3))):
-        want = open_classifier.predict(pictures(shape), verbose=0)
+        want = open_classifier.predict(random_images(shape), verbose=0)
         for got in exported.batches("open", name):
             np.testing.assert_allclose(got["predictions"], want, atol=1e-5)
 
@@ -273,7 +273,7 @@ def test_photographs(exported, detector, photos):
             scale = np.array([width, height, width, height]) / [128, 64, 128, 64]
             np.testing.assert_array_equal(got["labels"][i, :count], one["labels"])
             np.testing.assert_allclose(got["confidence"][i, :count], one["confidence"], atol=1e-4)
-            # A hundredth of a pixel of the network's picture.
+            # A hundredth of a pixel of the network's image.
             np.testing.assert_allclose(got["boxes"][i, :count], one["boxes"] / scale, atol=1e-2)
             assert (got["boxes"][i, count:] == -1).all()
 
@@ -282,7 +282,7 @@ def test_photographs(exported, detector, photos):
 
 
 def test_float16(exported, detector):
-    want = detector(pictures(), training=False)
+    want = detector(random_images(), training=False)
     for got in exported.batches("detector_float16"):
         for name in RAW:
             assert got[name].dtype == np.float32
@@ -295,7 +295,7 @@ def test_float16(exported, detector):
 
 
 def test_int8(exported, detector):
-    want = detector(pictures(), training=False)
+    want = detector(random_images(), training=False)
     for got in exported.batches("detector_int8"):
         assert set(got) == set(RAW)
         for name in RAW:
@@ -308,7 +308,7 @@ def test_int8(exported, detector):
 
 
 def test_int8_with_detections(exported):
-    """The detections are those that the outputs of the quantised network have."""
+    """The detections are those that the outputs of the quantized network have."""
     if exported.format != "onnx":
         pytest.skip("the others need decode=False for int8")
     facts = f"{exported.path('detector_int8')}.json"
@@ -375,17 +375,17 @@ ERRORS = {
         r"`precision` of litert",
     ),
     "saved model float16": ({"precision": "float16"}, "model", r"`precision` of tf_saved_model"),
-    "int8 without pictures": (
+    "int8 without images": (
         {"format": "onnx", "precision": "int8"},
         "model.onnx",
         r"`representative_images` go with .*=None",
     ),
-    "pictures without int8": (
+    "images without int8": (
         {"format": "onnx", "representative_images": np.zeros((2, *SHAPE))},
         "model.onnx",
         r"`representative_images` go with .*precision='float32'",
     ),
-    "pictures of another size": (
+    "images of another size": (
         {
             "format": "onnx",
             "precision": "int8",
@@ -394,12 +394,12 @@ ERRORS = {
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(2, 64, 64, 3\)",
     ),
-    "one picture": (
+    "one image": (
         {"format": "onnx", "precision": "int8", "representative_images": np.zeros(SHAPE)},
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(64, 128, 3\)",
     ),
-    "no pictures": (
+    "no images": (
         {"format": "onnx", "precision": "int8", "representative_images": np.zeros((0, *SHAPE))},
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(0, ",

@@ -1,4 +1,4 @@
-"""Reading pictures: real odd files, files made with Pillow and TensorFlow, and arrays."""
+"""Reading images: real odd files, files made with Pillow and TensorFlow, and arrays."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from keras_resnest.images import (
     find_images,
     load_image,
     orientation_flags,
-    read_picture_info,
+    read_image_info,
     resize_image,
 )
 
@@ -38,8 +38,8 @@ def with_orientation(pixels, orientation, kind="PNG"):
 # === Odd files ===
 
 
-def test_greyscale_file_has_three_equal_channels(shared):
-    image = load_image(shared / "data/photos/odd/greyscale.jpg")
+def test_grayscale_file_has_three_equal_channels(shared):
+    image = load_image(shared / "data/photos/odd/grayscale.jpg")
     assert image.shape == (213, 320, 3) and image.dtype == np.uint8
     assert (image == image[..., :1]).all() and image.std() > 20
 
@@ -78,7 +78,7 @@ def test_one_pixel_file(shared):
 @pytest.mark.parametrize("name", ["truncated.jpg", "text_not_image.jpg", "absent.jpg"])
 def test_bad_files_are_named(shared, name):
     path = shared / "data/photos/odd" / name
-    for read in (load_image, read_picture_info):
+    for read in (load_image, read_image_info):
         with pytest.raises(ValueError, match=name):
             read(path)
     if path.exists():
@@ -90,7 +90,7 @@ def test_empty_files_folders_and_cut_png(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes(encode(Image.fromarray(noise(40, 40, 3)))[:-500])
     for name, message in {"empty.png": "0 bytes", "cut.png": "cut.png", "": "folder"}.items():
-        for read in (load_image, read_picture_info):
+        for read in (load_image, read_image_info):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / name)
     with pytest.raises(ValueError, match="0 bytes"):
@@ -112,7 +112,7 @@ def test_decompression_bomb_is_refused_at_once():
 def test_formats_that_start_other_programs_are_not_tried():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(eps)).format == "EPS"
-    with pytest.raises(ValueError, match="not a picture"):
+    with pytest.raises(ValueError, match="not an image"):
         load_image(eps)
 
 
@@ -123,7 +123,7 @@ def test_every_exif_orientation(orientation, kind):
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
     image = load_image(encoded)
     np.testing.assert_array_equal(image, expected)
-    info = read_picture_info(encoded)
+    info = read_image_info(encoded)
     assert (info.height, info.width) == expected.shape[:2]
     assert info.orientation == orientation and info.plain
     assert orientation_flags(orientation)[0] == (expected.shape[0] == 40)
@@ -154,17 +154,17 @@ def test_16_bit_rgb_png():
     np.testing.assert_allclose(image, values / 257, atol=1.01)
 
 
-def test_palette_grey_alpha_and_gif():
+def test_palette_gray_alpha_and_gif():
     pixels = noise(16, 20, 3) // 64 * 80
     palette = Image.fromarray(pixels).quantize(64)
     np.testing.assert_array_equal(load_image(encode(palette)), np.asarray(palette.convert("RGB")))
     clear = encode(palette, transparency=int(np.asarray(palette)[3, 4]))
     assert (load_image(clear)[3, 4] == 255).all()
 
-    grey_alpha = np.stack([noise(5, 6), np.full((5, 6), 51, "uint8")], axis=-1)
-    expected = grey_alpha[..., :1] * 0.2 + 255 * 0.8
+    gray_alpha = np.stack([noise(5, 6), np.full((5, 6), 51, "uint8")], axis=-1)
+    expected = gray_alpha[..., :1] * 0.2 + 255 * 0.8
     np.testing.assert_allclose(
-        load_image(Image.fromarray(grey_alpha, "LA")), np.repeat(expected, 3, axis=-1), atol=1
+        load_image(Image.fromarray(gray_alpha, "LA")), np.repeat(expected, 3, axis=-1), atol=1
     )
     frames = [Image.new("RGB", (7, 5), color) for color in ("red", "blue")]
     gif = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -177,11 +177,11 @@ def test_lossless_formats(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     encoded = encode(Image.fromarray(pixels), kind, **options)
     np.testing.assert_array_equal(load_image(bytearray(encoded)), pixels)
-    info = read_picture_info(encoded)
+    info = read_image_info(encoded)
     assert (info.height, info.width, info.plain) == (11, 13, kind == "PNG")
 
 
-def test_32_bit_pictures_are_refused():
+def test_32_bit_images_are_refused():
     image = Image.fromarray(np.ones((4, 4), "float32"))
     for source in (image, encode(image, "TIFF")):
         with pytest.raises(ValueError, match="32-bit"):
@@ -211,22 +211,22 @@ def plain_files():
 def test_plain_files_agree_with_tensorflow(shared):
     files = list(plain_files())
     files += [p.read_bytes() for p in sorted((shared / "data/photos").glob("*.jpg"))]
-    files.append((shared / "data/photos/odd/greyscale.jpg").read_bytes())
+    files.append((shared / "data/photos/odd/grayscale.jpg").read_bytes())
     for encoded in files:
-        assert read_picture_info(encoded).plain
+        assert read_image_info(encoded).plain
         np.testing.assert_array_equal(decode_plain_image(encoded), load_image(encoded))
 
 
 def test_files_for_pillow_are_not_plain(shared):
     odd = shared / "data/photos/odd"
-    assert not read_picture_info(odd / "cmyk.jpg").plain
-    assert not read_picture_info(odd / "rgba.png").plain
-    assert not read_picture_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
+    assert not read_image_info(odd / "cmyk.jpg").plain
+    assert not read_image_info(odd / "rgba.png").plain
+    assert not read_image_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
 
 
 def test_bytes_after_the_end_marker_do_no_harm():
     encoded = encode(Image.fromarray(noise(30, 20, 3)), "JPEG")
-    assert read_picture_info(encoded + b"\0" * 300) == read_picture_info(encoded)
+    assert read_image_info(encoded + b"\0" * 300) == read_image_info(encoded)
 
 
 # === Arrays ===
@@ -237,8 +237,8 @@ def test_arrays():
     np.testing.assert_array_equal(load_image(pixels), pixels)
     np.testing.assert_array_equal(load_image(pixels.astype("float32") + 0.3), pixels)
     np.testing.assert_array_equal(load_image(pixels.astype("int64").tolist()), pixels)
-    for grey in (pixels[..., 0], pixels[..., :1]):
-        np.testing.assert_array_equal(load_image(grey), np.repeat(pixels[..., :1], 3, axis=-1))
+    for gray in (pixels[..., 0], pixels[..., :1]):
+        np.testing.assert_array_equal(load_image(gray), np.repeat(pixels[..., :1], 3, axis=-1))
     half = np.concatenate([pixels, np.full((6, 7, 1), 127.5)], axis=-1)
     np.testing.assert_allclose(load_image(half), pixels / 2 + 127.5, atol=0.51)
     opaque = np.concatenate([pixels, np.full((6, 7, 1), 255, "uint8")], axis=-1)
@@ -285,7 +285,7 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in find_images(str(tmp_path))] == ["a.png", "b.JPG", "d.jpeg"]
-    with pytest.raises(ValueError, match=r"No pictures in .*folder\.png"):
+    with pytest.raises(ValueError, match=r"No images in .*folder\.png"):
         find_images(tmp_path / "folder.png")
     with pytest.raises(ValueError, match="no such folder"):
         find_images(tmp_path / "absent")
@@ -310,12 +310,12 @@ def test_resize_is_the_op_of_the_exported_model(size, dtype):
 def test_resize_has_half_pixel_centers():
     ramp = np.tile(np.arange(4.0)[None, :, None] * 60, (1, 1, 3))
     resized = resize_image(ramp, 1, 8)[0, :, 0]
-    # output centre (i + 0.5) / 2 - 0.5 in input pixels, kept inside
+    # output center (i + 0.5) / 2 - 0.5 in input pixels, kept inside
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3) * 60
     np.testing.assert_allclose(resized, expected, atol=1e-4)
 
 
-def test_resize_wants_sizes_and_pictures():
+def test_resize_wants_sizes_and_images():
     for height, width in ((0, 5), (5, -1), (2.5, 2)):
         with pytest.raises(ValueError, match="positive integers"):
             resize_image(noise(4, 4, 3), height, width)

@@ -21,7 +21,7 @@ model = keras.saving.load_model(folder + "/detector.keras")
 images = np.load(folder + "/images.npy")
 predicted = model.predict(images, verbose=0)
 np.savez(folder + "/predicted.npz", **predicted)
-# The same pictures in a batch of tf.data, with an own prediction as ground truth.
+# The same images in a batch of tf.data, with an own prediction as ground truth.
 assert predicted["num_detections"].min() > 0
 truth = {"boxes": predicted["boxes"][:, :1], "labels": predicted["labels"][:, :1]}
 batches = tf.data.Dataset.from_tensors({"images": images, "bounding_boxes": truth})

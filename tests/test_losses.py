@@ -19,7 +19,7 @@ BATCH, ANCHORS, CLASSES = 3, 50, 4
 def random_stage(seed):
     rng = np.random.default_rng(seed)
     classes = rng.integers(1, CLASSES, (BATCH, ANCHORS)) * (rng.random((BATCH, ANCHORS)) < 0.1)
-    classes[-1] = 0  # a picture without objects
+    classes[-1] = 0  # an image without objects
     return {
         "target_offsets": rng.normal(size=(BATCH, ANCHORS, 4)).astype("f4") * 2,
         "target_classes": classes.astype("i4"),
@@ -29,7 +29,7 @@ def random_stage(seed):
 
 
 def stage_by_hand(s, ratio, negative_mask=None):
-    """Loops over pictures and anchors, in float64."""
+    """Loops over images and anchors, in float64."""
     box_sum = class_sum = 0.0
     for b in range(BATCH):
         logits = s["logits"][b].astype("f8")

@@ -64,8 +64,8 @@ def test_many_objects_that_want_the_same_anchors():
 
 
 @pytest.mark.parametrize("objects", [0, 1, 15, 16, 40])
-@pytest.mark.parametrize("per_picture", [False, True])
-def test_matching_boxes_equals_matching_their_iou(objects, per_picture):
+@pytest.mark.parametrize("per_image", [False, True])
+def test_matching_boxes_equals_matching_their_iou(objects, per_image):
     """Duplicates, boxes without area and padding between them, in chunks of every length."""
     rng = np.random.default_rng(objects)
     boxes = rng.uniform(0, 60, (3, objects, 4)).astype("f4")
@@ -73,7 +73,7 @@ def test_matching_boxes_equals_matching_their_iou(objects, per_picture):
     boxes[:, 1::3] = boxes[:, : len(boxes[0, 1::3])]
     valid = rng.random((3, objects)) < 0.8
     anchors = np.asarray(AnchorGenerator()((64, 64)))
-    if per_picture:
+    if per_image:
         anchors = anchors + rng.normal(0, 2, (3, *anchors.shape)).astype("f4")
     iou = np.array(pairwise_iou(boxes, anchors)) * valid[..., None]
     got = np.array(BoxMatcher().match_boxes(boxes, ops.convert_to_tensor(valid), anchors))
@@ -113,7 +113,7 @@ def test_without_forced_matches():
 
 @pytest.mark.parametrize("objects", [0, 3])
 def test_no_objects(objects):
-    """No rows at all, or only padding rows, in every picture."""
+    """No rows at all, or only padding rows, in every image."""
     boxes, labels = np.zeros((2, objects, 4), "f4"), np.full((2, objects), -1, "i4")
     anchors = AnchorGenerator()((64, 64))
     offsets, classes = encode_targets(

@@ -8,18 +8,18 @@ from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmen
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
 from keras_resnest.data.batches import training_batches
 
-PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colours of labels 0, 1 and 2
+PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colors of labels 0, 1 and 2
 BOXES = np.array([[20, 15, 75, 50], [90, 40, 130, 95], [35, 60, 70, 100]], "float32")
 HEIGHT, WIDTH = 110, 150
 
 
 def make_batch(count=4, dtype=np.uint8, boxes=BOXES):
-    """Pictures with filled rectangles in the colours of their labels; picture i has i % 4 rows."""
+    """Images with filled rectangles in the colors of their labels; image i has i % 4 rows."""
     images = np.zeros((count, HEIGHT, WIDTH, 3), dtype)
     labels = np.full((count, 4), -1, "int32")
     all_boxes = np.zeros((count, 4, 4), "float32")
     for i in range(count):
-        images[i, :3, :3] = 20 + 10 * i  # no two pictures are the same
+        images[i, :3, :3] = 20 + 10 * i  # no two images are the same
         for row in range(min(3, 1 + i % 3)):
             x1, y1, x2, y2 = boxes[row].astype(int)
             images[i, y1:y2, x1:x2] = PRIMARIES[row]
@@ -40,8 +40,8 @@ def extent(mask):
     return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) if len(xs) else None
 
 
-def pictures(result):
-    """(image, boxes, labels) of each picture of a result, without padding."""
+def images_of(result):
+    """(image, boxes, labels) of each image of a result, without padding."""
     rows = result["bounding_boxes"]
     for image, boxes, labels in zip(result["images"], rows["boxes"], rows["labels"], strict=True):
         yield image, boxes[labels >= 0], labels[labels >= 0]
@@ -54,18 +54,18 @@ class TestMosaic:
         for result in run(Mosaic(1.0), make_batch(dtype=dtype)):
             assert result["images"].shape == (4, HEIGHT, WIDTH, 3)
             assert result["images"].dtype == dtype
-            for image, boxes, labels in pictures(result):
+            for image, boxes, labels in images_of(result):
                 for box, label in zip(boxes, labels, strict=True):
-                    # Inside the box all is of its colour (but for a border of blending) ...
+                    # Inside the box all is of its color (but for a border of blending) ...
                     x1, y1, x2, y2 = np.round(box).astype(int)
                     inner = image[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].astype(float)
                     assert (np.abs(inner - PRIMARIES[label]) < 2).all()
-                    # ... and just outside there is none of it, unless a neighbour touches.
+                    # ... and just outside there is none of it, unless a neighbor touches.
                     others = np.ones(image.shape[:2], bool)
                     for other in boxes[labels == label]:
                         a1, b1, a2, b2 = np.round(other).astype(int)
                         others[max(b1 - 1, 0) : b2 + 1, max(a1 - 1, 0) : a2 + 1] = False
-                    # (an object whose centre was cut off leaves pixels, but no box)
+                    # (an object whose center was cut off leaves pixels, but no box)
                     rim = np.zeros_like(others)
                     rim[max(y1 - 3, 0) : y2 + 3, max(x1 - 3, 0) : x2 + 3] = True
                     is_color = image[..., label].astype(float) > 200
@@ -73,8 +73,8 @@ class TestMosaic:
                     seen += 1
         assert seen > 200
 
-    def test_quadrants_are_the_four_pictures_at_the_covering_scale(self):
-        """Plain pictures of four grey values, each with one box round everything."""
+    def test_quadrants_are_the_four_images_at_the_covering_scale(self):
+        """Plain images of four gray values, each with one box round everything."""
         images = np.ones((4, HEIGHT, WIDTH, 3), "float32") * np.array([40, 90, 140, 190.0])[
             :, None, None, None
         ].astype("float32")
@@ -84,7 +84,7 @@ class TestMosaic:
         centers, kept = [], 0
         for result in run(Mosaic(1.0, center=(0.25, 0.6)), batch, 40):
             used = []
-            for image, boxes, labels in pictures(result):
+            for image, boxes, labels in images_of(result):
                 owner = np.rint((image[..., 0] - 40) / 50).astype(int)
                 np.testing.assert_allclose(
                     image, (40 + 50 * owner)[..., None] + np.zeros(3), atol=0.01
@@ -95,7 +95,7 @@ class TestMosaic:
                 x, y = parts[corners[0]][2:]
                 wanted = [[0, 0, x, y], [x, 0, WIDTH, y], [0, y, x, HEIGHT], [x, y, WIDTH, HEIGHT]]
                 assert [parts[label].tolist() for label in corners] == wanted
-                # A box goes where its centre is cut off; the others are the quadrants.
+                # A box goes where its center is cut off; the others are the quadrants.
                 for box, label in zip(boxes, labels, strict=True):
                     np.testing.assert_allclose(box, parts[label], atol=1e-3)
                 kept += len(labels)
@@ -113,7 +113,7 @@ class TestMosaic:
         batch = make_batch(boxes=np.repeat(boxes, 3, axis=0))
         squares = []
         for result in run(Mosaic(1.0, center=(0.4, 0.6)), batch):
-            for _, kept, _ in pictures(result):
+            for _, kept, _ in images_of(result):
                 sides = kept[:, 2:] - kept[:, :2]
                 squares += [s for s in sides if s.min() > 15]
         squares = np.array(squares)
@@ -121,20 +121,20 @@ class TestMosaic:
         assert np.median(np.abs(np.log(squares[:, 0] / squares[:, 1]))) < 0.05
         assert 0.4 * 40 - 1 < np.median(squares) < 0.65 * 40  # about half as large as they were
 
-    def test_object_stays_if_its_centre_is_seen(self):
-        """Every pixel of a box's centre is there exactly if the box is."""
+    def test_object_stays_if_its_center_is_seen(self):
+        """Every pixel of a box's center is there exactly if the box is."""
         image = np.zeros((4, HEIGHT, WIDTH, 3), "float32")
         image[:, :, :] = [0, 80, 0]
         x1, y1, x2, y2 = box = np.array([10, 10, 40, 40])
         image[:, y1:y2, x1:x2] = [80, 0, 0]
-        image[:, 23:27, 23:27] = [255, 0, 0]  # the centre
+        image[:, 23:27, 23:27] = [255, 0, 0]  # the center
         rows = {
             "boxes": tf.constant(np.tile(box.astype("float32"), (4, 1, 1))),
             "labels": tf.zeros([4, 1], tf.int32),
         }
         kept = lost = 0
         for result in run(Mosaic(1.0, min_box_size=0.0), {"images": image, "bounding_boxes": rows}):
-            for picture, boxes, _ in pictures(result):
+            for picture, boxes, _ in images_of(result):
                 marks = np.argwhere(picture[..., 0] > 150)
                 for mark_y, mark_x in marks:
                     inside = (boxes[:, 0] - 1 <= mark_x) & (mark_x <= boxes[:, 2] + 1)
@@ -143,7 +143,7 @@ class TestMosaic:
                     lost += not inside.any()
         assert kept > 500 and lost < 0.05 * kept  # half of the mark may be cut off with the box
 
-    def test_probability_and_unchanged_pictures(self):
+    def test_probability_and_unchanged_images(self):
         batch = make_batch(8)
         changed = []
         for result in run(Mosaic(0.4), batch, 30):
@@ -157,10 +157,10 @@ class TestMosaic:
                 assert found[found >= 0].tolist() == wanted[wanted >= 0].tolist()
         assert np.mean(changed) == pytest.approx(0.4, abs=0.1)
 
-    def test_small_boxes_go_and_empty_pictures_stay(self):
+    def test_small_boxes_go_and_empty_images_stay(self):
         batch = make_batch()
         for result in run(Mosaic(1.0, min_box_size=20.0), batch, 10):
-            for _, boxes, _ in pictures(result):
+            for _, boxes, _ in images_of(result):
                 assert (boxes[:, 2:] - boxes[:, :2] >= 20).all()
         batch["bounding_boxes"]["labels"] = tf.fill([4, 4], -1)
         for result in run(Mosaic(1.0), batch, 3):
@@ -173,7 +173,7 @@ class TestMosaic:
 
 
 class TestMixUp:
-    def test_both_pictures_shine_through_and_both_have_their_boxes(self):
+    def test_both_images_shine_through_and_both_have_their_boxes(self):
         first, second = np.zeros((2, HEIGHT, WIDTH, 3), "float32")
         first[15:50, 20:75] = PRIMARIES[0]
         second[40:95, 60:130] = PRIMARIES[1]
@@ -182,11 +182,11 @@ class TestMixUp:
         batch = {"images": tf.constant(np.stack([first, second])), "bounding_boxes": rows}
         shares = []
         for result in run(MixUp(1.0), batch, 60):
-            for number, (image, found, labels) in enumerate(pictures(result)):
+            for number, (image, found, labels) in enumerate(images_of(result)):
                 assert labels.tolist() == [number, 1 - number]
                 for box, label in zip(found, labels, strict=True):
                     np.testing.assert_array_equal(box, extent(image[..., label] > 10))
-                share = image[20, 25, 0] / 255  # where only the first picture has colour
+                share = image[20, 25, 0] / 255  # where only the first image has color
                 np.testing.assert_allclose(image, share * first + (1 - share) * second, atol=1e-2)
                 shares.append(share if number == 0 else 1 - share)
         # Beta(32, 32): mean 1/2, variance 1 / (4 * 65)
@@ -208,11 +208,11 @@ class TestMixUp:
         middle = np.mean((np.array(shares) > 0.25) & (np.array(shares) < 0.75))
         assert middle == pytest.approx(1 / 3, abs=0.1)
 
-    def test_unmixed_pictures_are_untouched(self):
+    def test_unmixed_images_are_untouched(self):
         batch = make_batch(8)
         changed = []
         for result in run(MixUp(0.3), batch, 30):
-            for i, (image, _, labels) in enumerate(pictures(result)):
+            for i, (image, _, labels) in enumerate(images_of(result)):
                 wanted = batch["bounding_boxes"]["labels"][i].numpy()
                 wanted = wanted[wanted >= 0]
                 if np.array_equal(image, batch["images"][i]):
@@ -225,7 +225,7 @@ class TestMixUp:
         assert np.mean(changed) == pytest.approx(0.3, abs=0.1)
         assert result["images"].dtype == np.uint8
 
-    def test_a_picture_alone_is_not_mixed_with_itself(self):
+    def test_an_image_alone_is_not_mixed_with_itself(self):
         batch = make_batch(1)
         (result,) = run(MixUp(1.0), batch, 1)
         np.testing.assert_array_equal(result["images"], batch["images"])
@@ -273,7 +273,7 @@ def test_errors_name_the_argument(build, argument):
 
 
 def dataset(count=12):
-    """Pictures with one rectangle each, of the colour of its label, at its own place."""
+    """Images with one rectangle each, of the color of its label, at its own place."""
 
     def element(i):
         i = tf.cast(i, tf.int32)
@@ -290,7 +290,7 @@ def dataset(count=12):
 
 
 def assert_rectangles(batch, tolerance=1.6):
-    """Every box that stands alone in its colour is where that colour is in the picture."""
+    """Every box that stands alone in its color is where that color is in the image."""
     checked = 0
     rows = batch["bounding_boxes"]
     for image, boxes, labels in zip(batch["images"], rows["boxes"], rows["labels"], strict=True):
@@ -362,7 +362,7 @@ def test_relative_boxes_of_drawn_sizes():
 
 def test_too_many_mixed_boxes_are_an_error():
     batches = training_batches(dataset(), (64, 64), 4, mixup=MixUp(1.0), max_boxes=1)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="mixed picture has more boxes"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="mixed image has more boxes"):
         list(batches)
 
 

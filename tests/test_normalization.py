@@ -1,4 +1,4 @@
-"""The fused batch normalisation against Keras' own layer."""
+"""The fused batch normalization against Keras' own layer."""
 
 import keras
 import numpy as np

@@ -210,7 +210,7 @@ def overlap(a, b):
 
 
 def by_loops(outputs, anchors, objectness, confidence, iou, top_k, most):
-    """(confidence, label, box) of the first picture, one box at a time, in float64."""
+    """(confidence, label, box) of the first image, one box at a time, in float64."""
     o = {name: value[0] for name, value in outputs.items()}
     found = []
     for label in range(o["odm_logits"].shape[1] - 1):
@@ -339,7 +339,7 @@ def test_empty_batch(target):
         "num_detections": ((0,), "int32"),
     }
     decoder = NumpyDetectionDecoder(ANCHORS, SHAPE, target)
-    assert decoder.scale_to_picture(got, [], [])["boxes"].shape == (0, 9, 4)
+    assert decoder.scale_to_image(got, [], [])["boxes"].shape == (0, 9, 4)
 
 
 @pytest.mark.filterwarnings("error")
@@ -397,16 +397,16 @@ def test_infinite_sizes_and_logits_are_as_in_keras():
     assert_same(by_numpy(outputs), by_keras(outputs))
 
 
-# === Pixels of the picture ===
+# === Pixels of the image ===
 
 
 @pytest.mark.parametrize("target", kb.BOX_FORMATS)
-def test_scale_to_picture(target):
+def test_scale_to_image(target):
     outputs = random_outputs(11)
     decoder = NumpyDetectionDecoder(ANCHORS, SHAPE, target, confidence_threshold=0.9)
     detections = decoder(outputs)
     before = detections["boxes"].copy()
-    got = decoder.scale_to_picture(detections, 48, np.array([640, 64]))
+    got = decoder.scale_to_image(detections, 48, np.array([640, 64]))
     np.testing.assert_array_equal(detections["boxes"], before)
     for i, width in enumerate((640, 64)):
         n = detections["num_detections"][i]
@@ -414,16 +414,16 @@ def test_scale_to_picture(target):
         want = kb.scale_boxes(before[i, :n], target, width / 128, 48 / 64)
         np.testing.assert_allclose(got["boxes"][i, :n], ops.convert_to_numpy(want), rtol=1e-5)
         assert (got["boxes"][i, n:] == -1).all()
-        one = decoder.scale_to_picture({k: v[i] for k, v in detections.items()}, 48, width)
+        one = decoder.scale_to_image({k: v[i] for k, v in detections.items()}, 48, width)
         np.testing.assert_array_equal(one["boxes"], got["boxes"][i])
     assert got["boxes"].dtype == np.float32
     np.testing.assert_array_equal(got["labels"], detections["labels"])
 
 
-def test_scale_to_picture_wants_sides():
+def test_scale_to_image_wants_sides():
     decoder = NumpyDetectionDecoder(ANCHORS, SHAPE)
-    with pytest.raises(ValueError, match="picture_height"):
-        decoder.scale_to_picture(decoder(random_outputs(0)), 0, 100)
+    with pytest.raises(ValueError, match="image_height"):
+        decoder.scale_to_image(decoder(random_outputs(0)), 0, 100)
 
 
 # === Files ===

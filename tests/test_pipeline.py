@@ -26,13 +26,13 @@ SPEC = {
 
 
 def element(i, boxes=None):
-    """Picture number i: of colour 10 i, of its own size, with i % 4 boxes labelled 0, 1, 2."""
+    """Image number i: of color 10 i, of its own size, with i % 4 boxes labeled 0, 1, 2."""
     height, width = 20 + i, 40
     boxes = [[2, 3, 12 + k, 13 + k] for k in range(i % 4)] if boxes is None else boxes
     count = len(boxes)
     return {
         "images": np.full((height, width, 3), 10 * i, np.uint8),
-        "image_id": f"picture{i}",
+        "image_id": f"image{i}",
         "bounding_boxes": {
             "boxes": np.asarray(boxes, np.float32).reshape(-1, 4),
             "labels": np.arange(count, dtype=np.int32),
@@ -64,7 +64,7 @@ def same(a, b):
 
 
 def numbers(batches):
-    """Which pictures came, in order (from their colours)."""
+    """Which images came, in order (from their colors)."""
     return [round(float(np.mean(image)) / 10) for batch in batches for image in batch["images"]]
 
 
@@ -88,7 +88,7 @@ class TestTraining:
             runs.append(flat(batches))
         assert same(*runs)
 
-    def test_every_picture_once_per_epoch_in_a_new_order(self):
+    def test_every_image_once_per_epoch_in_a_new_order(self):
         batches = training_batches(make_dataset(9), SHAPE, 2, seed=1, drop_remainder=False)
         epochs = [numbers(batches) for _ in range(3)]
         assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
@@ -114,7 +114,7 @@ class TestTraining:
     @pytest.mark.parametrize(("cache", "reads"), [(True, 8), (False, 24), ("files", 8)])
     def test_cache(self, cache, reads, tmp_path):
         calls = []
-        path = str(tmp_path / "pictures") if cache == "files" else cache
+        path = str(tmp_path / "images") if cache == "files" else cache
         # A known cardinality: nothing has to be read for counting.
         dataset = make_dataset(calls=calls).apply(tf.data.experimental.assert_cardinality(8))
         batches = training_batches(dataset, SHAPE, 4, cache=path)
@@ -140,7 +140,7 @@ class TestTraining:
         assert all(batch["bounding_boxes"]["labels"].shape == (2, 5) for batch in batches)
         too_few = training_batches(make_dataset(4), SHAPE, 2, max_boxes=2, seed=0)
         with pytest.raises(
-            tf.errors.InvalidArgumentError, match=r"more boxes than max_boxes=2.*picture3"
+            tf.errors.InvalidArgumentError, match=r"more boxes than max_boxes=2.*image3"
         ):
             list(too_few)
 
@@ -177,7 +177,7 @@ class TestTraining:
 
 
 class TestEvaluation:
-    def test_keeps_order_pictures_and_boxes(self):
+    def test_keeps_order_images_and_boxes(self):
         boxes = [[5, 5, 5, 9], [3, 3, 9, 9], [-4, 2, 60, 18]]
         dataset = make_dataset(elements=[element(i) for i in range(6)] + [element(6, boxes)])
         batches = evaluation_batches(dataset, SHAPE, 3)
@@ -195,9 +195,9 @@ class TestEvaluation:
     def test_include_source(self):
         batches = list(evaluation_batches(make_dataset(3), SHAPE, 2, include_source=True))
         assert [b.decode() for batch in batches for b in batch["image_id"].numpy()] == [
-            "picture0",
-            "picture1",
-            "picture2",
+            "image0",
+            "image1",
+            "image2",
         ]
         assert [s for batch in batches for s in batch["image_size"].numpy().tolist()] == [
             [20, 40],
@@ -252,9 +252,9 @@ def test_formats(make, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": make_dataset(3)}, "at least 4 picture.*3 picture"),
-        ({"dataset": tf.data.Dataset.from_tensors(element(1))}, "at least 4 picture.*1 picture"),
-        ({"dataset": make_dataset(0), "drop_remainder": False}, "at least 1 picture"),
+        ({"dataset": make_dataset(3)}, "at least 4 image.*3 image"),
+        ({"dataset": tf.data.Dataset.from_tensors(element(1))}, "at least 4 image.*1 image"),
+        ({"dataset": make_dataset(0), "drop_remainder": False}, "at least 1 image"),
         ({"dataset": make_dataset(4).repeat()}, "`cache` must be False"),
         ({"dataset": make_dataset(8).padded_batch(2)}, "`dataset` must give unbatched"),
         ({"dataset": tf.data.Dataset.range(9)}, "`dataset` must give unbatched"),
@@ -275,8 +275,8 @@ def test_errors_before_training(arguments, message):
         training_batches(**{**defaults, **arguments})
 
 
-def test_evaluation_without_pictures():
-    with pytest.raises(ValueError, match="at least 1 picture"):
+def test_evaluation_without_images():
+    with pytest.raises(ValueError, match="at least 1 image"):
         evaluation_batches(make_dataset(0), SHAPE, 4)
 
 
@@ -288,9 +288,9 @@ def test_evaluation_without_pictures():
         (evaluation_batches, [[1, 2, float("nan"), 9]], "x1 <= x2"),
     ],
 )
-def test_errors_of_boxes_name_the_picture(make, boxes, message):
+def test_errors_of_boxes_name_the_image(make, boxes, message):
     dataset = make_dataset(elements=[element(1), element(2, boxes)])
-    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{message}.*picture2"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{message}.*image2"):
         list(make(dataset, SHAPE, 1))
 
 

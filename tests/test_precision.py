@@ -59,7 +59,7 @@ def start():
 
 
 def detector(dtype):
-    # Batches of 4 at 64 x 64 pixels have four numbers per channel on P6: normalised by their own
+    # Batches of 4 at 64 x 64 pixels have four numbers per channel on P6: normalized by their own
     # statistics, any rounding error would grow, in float32 as well.
     model = small_detector(
         SHAPE, backbone=small_backbone(dtype=dtype), dtype=dtype, freeze_batch_norm=True
@@ -213,20 +213,20 @@ def classifier(dtype):
 
 # float16 is slow on processors without its instructions.
 @pytest.mark.parametrize("dtype", [MIXED[0], pytest.param(MIXED[1], marks=pytest.mark.slow)])
-def test_classifier_learns_as_in_float32(dtype, coloured, classifier_curve):
+def test_classifier_learns_as_in_float32(dtype, colored, classifier_curve):
     start = classifier("float32").get_weights()
     model = classifier(dtype)
-    check_curve(train_100_steps(model, *coloured, start, batch=16), classifier_curve)
+    check_curve(train_100_steps(model, *colored, start, batch=16), classifier_curve)
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (dtype == "mixed_float16")
-    probability = model.predict(coloured[0], verbose=0)
+    probability = model.predict(colored[0], verbose=0)
     assert probability.dtype == "float32"
     np.testing.assert_allclose(probability.sum(1), 1.0, atol=1e-6)  # no softmax in half precision
 
 
 @pytest.fixture(scope="module")
-def coloured():
-    """Noise, in which one colour is stronger: the class."""
+def colored():
+    """Noise, in which one color is stronger: the class."""
     rng = np.random.default_rng(0)
     labels = np.arange(48) % 3
     images = rng.uniform(0, 200, (48, *SHAPE)) + 40 * np.eye(3)[labels][:, None, None]
@@ -234,9 +234,9 @@ def coloured():
 
 
 @pytest.fixture(scope="module")
-def classifier_curve(coloured):
+def classifier_curve(colored):
     model = classifier("float32")
-    return train_100_steps(model, *coloured, model.get_weights(), batch=16)
+    return train_100_steps(model, *colored, model.get_weights(), batch=16)
 
 
 # === Ways to run a step ===

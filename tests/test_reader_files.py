@@ -1,4 +1,4 @@
-"""Readers of COCO, YOLO and CSV: one data set written in all of them, and the quirks of each."""
+"""Readers of COCO, YOLO and CSV: one dataset written in all of them, and the quirks of each."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from keras_resnest.data import (
 )
 
 SIZE = (60, 40)  # width, height
-# picture: objects (name, x1, y1, x2, y2), continuous pixels
+# image: objects (name, x1, y1, x2, y2), continuous pixels
 TRUTH = {
     "a.png": [("dog", 10, 5, 30, 25), ("cat", 0, 0, 60, 40)],
     "b.png": [],
@@ -33,7 +33,7 @@ def noise(seed, size=SIZE):
     return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype="uint8")
 
 
-def save_pictures(folder, names=TRUTH, size=SIZE):
+def save_images(folder, names=TRUTH, size=SIZE):
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def coco(truth=TRUTH, ids=None, **changes):
 
 
 def write_coco(folder, truth=TRUTH, **changes):
-    save_pictures(folder / "images", truth)
+    save_images(folder / "images", truth)
     path = folder / "objects.json"
     path.write_text(json.dumps(coco(truth, **changes)))
     return path
@@ -85,21 +85,21 @@ def yolo_lines(objects, names=NAMES):
 
 
 def write_yolo(folder, truth=TRUTH, images="images/train", labels="labels/train"):
-    save_pictures(folder / images, truth)
+    save_images(folder / images, truth)
     (folder / labels).mkdir(parents=True)
     for name, objects in truth.items():
-        if objects:  # a picture without a file has no objects
+        if objects:  # an image without a file has no objects
             (folder / labels / name).with_suffix(".txt").write_text(yolo_lines(objects))
     (folder / "data.yaml").write_text("names: [cat, dog]\n")
     return folder
 
 
 def write_csv(folder, truth=TRUTH):
-    save_pictures(folder, truth)
+    save_images(folder, truth)
     rows = []
-    for picture, objects in truth.items():
-        rows += [f"{picture},{x1},{y1},{x2},{y2},{name}" for name, x1, y1, x2, y2 in objects]
-        rows += [f"{picture},,,,,"] * (not objects)
+    for image, objects in truth.items():
+        rows += [f"{image},{x1},{y1},{x2},{y2},{name}" for name, x1, y1, x2, y2 in objects]
+        rows += [f"{image},,,,,"] * (not objects)
     (folder / "train.csv").write_text("\n".join(rows) + "\n")
     return folder / "train.csv"
 
@@ -112,7 +112,7 @@ WRITERS = {
 
 
 def found(dataset):
-    """(names and boxes) of every picture."""
+    """(names and boxes) of every image."""
     return [
         [(dataset.class_names[k], *box) for k, box in zip(r.labels, r.boxes.tolist(), strict=True)]
         for r in dataset.records
@@ -151,7 +151,7 @@ def test_the_same_data_in_every_format(tmp_path, name):
         ((50, 30, 70, 45), (50, 30, 60, 40), "box across the border"),
         ((-5, 10, 20, 20), (0, 10, 20, 20), "box across the border"),
         ((50, 30, 60.3, 40.2), (50, 30, 60, 40), None),  # rounding of whoever wrote it
-        ((70, 10, 80, 20), None, "box outside the picture"),
+        ((70, 10, 80, 20), None, "box outside the image"),
         ((10, 10, 10, 20), None, "degenerate box"),
         ((30, 10, 20, 20), None, "degenerate box"),
         ((float("nan"), 10, 20, 20), None, "invalid coordinates"),
@@ -208,33 +208,33 @@ def test_class_names_give_the_order_of_the_labels(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_broken_picture_raises_or_is_skipped(tmp_path, name):
+def test_broken_image_raises_or_is_skipped(tmp_path, name):
     WRITERS[name](tmp_path)
     broken = image_path(tmp_path, "c.png")
     broken.write_bytes(broken.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"c\.png: unreadable picture"):
+    with pytest.raises(ValueError, match=r"c\.png: unreadable image"):
         READERS[name](tmp_path)
     dataset, faults = problems(lambda: READERS[name](tmp_path, on_error="skip"))
-    assert faults == ["unreadable picture"] and len(dataset) == 2
+    assert faults == ["unreadable image"] and len(dataset) == 2
     assert dataset.report.problems[0].file == "c.png"
 
 
 @pytest.mark.parametrize("name", ["coco", "csv", "yolo"])
-def test_missing_picture_raises_or_is_skipped(tmp_path, name):
+def test_missing_image_raises_or_is_skipped(tmp_path, name):
     WRITERS[name](tmp_path)
     image_path(tmp_path, "c.png").unlink()
-    with pytest.raises(ValueError, match=r"missing picture: no .*c\."):
+    with pytest.raises(ValueError, match=r"missing image: no .*c\."):
         READERS[name](tmp_path)
     dataset, faults = problems(lambda: READERS[name](tmp_path, on_error="skip"))
-    assert faults == ["missing picture"] and len(dataset) == 2
+    assert faults == ["missing image"] and len(dataset) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "drawn_on"),
-    # Only COCO states the size of the picture, which tells how it was drawn on.
+    # Only COCO states the size of the image, which tells how it was drawn on.
     [("coco", "upright"), ("coco", "stored"), ("yolo", "upright"), ("csv", "upright")],
 )
-def test_rotated_pictures(tmp_path, name, drawn_on):
+def test_rotated_images(tmp_path, name, drawn_on):
     """A white rectangle on black; YOLO's boxes and CSV's are always those of the upright one."""
     WRITERS[name](tmp_path)
     upright = np.zeros((SIZE[1], SIZE[0], 3), "uint8")
@@ -298,19 +298,19 @@ def test_coco_crowds_are_difficult(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
 def test_coco_encodings_and_windows_paths(tmp_path, encoding):
     content = coco({"sub\\a.png": [("Käfer", 1, 2, 3, 4)]}, ids={"Käfer": 3})
-    save_pictures(tmp_path / "images", ["sub/a.png"])
+    save_images(tmp_path / "images", ["sub/a.png"])
     (tmp_path / "x.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
     dataset = read_coco(tmp_path / "x.json", tmp_path / "images")
     assert found(dataset) == [[("Käfer", 1, 2, 3, 4)]]
 
 
-def test_coco_looks_for_its_pictures(tmp_path):
+def test_coco_looks_for_its_images(tmp_path):
     (tmp_path / "annotations").mkdir()
     path = tmp_path / "annotations" / "instances_train2017.json"
     path.write_text(json.dumps(coco()))
     with pytest.raises(ValueError, match=r"give `image_folder`.*train2017"):
         read_coco(path)
-    save_pictures(tmp_path / "train2017")
+    save_images(tmp_path / "train2017")
     assert len(read_coco(path)) == 3
     with pytest.raises(ValueError, match="`image_folder` must be a folder"):
         read_coco(path, tmp_path / "absent")
@@ -326,9 +326,9 @@ def test_coco_order_is_that_of_the_file_and_names_that_of_the_ids(tmp_path):
     assert dataset.class_names == ["cat", "dog"]  # 17 before 90
 
 
-COCO_FAULTS = {  # change: (what, pictures that are left)
+COCO_FAULTS = {  # change: (what, images that are left)
     "unknown category id": (lambda c: c["annotations"][2].update(category_id=1), 2),
-    "annotation of a picture that is not listed": (
+    "annotation of an image that is not listed": (
         lambda c: c["annotations"][2].update(image_id=7),
         3,
     ),
@@ -359,7 +359,7 @@ def test_coco_repetitions_are_reported(tmp_path):
     dataset, faults = problems(read_changed(tmp_path, repeat))
     assert sorted(faults) == [
         "annotation id used twice",
-        "picture listed twice",
+        "image listed twice",
         "repeated category name",
         "repeated image entry",
     ]
@@ -421,7 +421,7 @@ def test_relative_boxes_where_pixels_are_wanted(tmp_path):
     ],
 )
 def test_yolo_layouts(tmp_path, images, labels, split):
-    save_pictures(tmp_path / images)
+    save_images(tmp_path / images)
     (tmp_path / labels).mkdir(parents=True, exist_ok=True)
     for name, objects in TRUTH.items():
         (tmp_path / labels / name).with_suffix(".txt").write_text(yolo_lines(objects))
@@ -450,9 +450,9 @@ def test_yolo_names(tmp_path, names, mark):
     assert read_yolo(tmp_path / "data.yaml").class_names == ["cat", "dog"]
 
 
-def test_yolo_yaml_says_where_the_pictures_are(tmp_path):
+def test_yolo_yaml_says_where_the_images_are(tmp_path):
     write_yolo(tmp_path, images="photos/images/x", labels="photos/labels/x")
-    save_pictures(tmp_path / "more/images", ["d.png"])
+    save_images(tmp_path / "more/images", ["d.png"])
     (tmp_path / "more/listed.txt").write_text("./images/d.png\r\n\r\n")
     text = "path: ../nowhere\nnames: [cat, dog]\n"
     text += "train: [photos/images/x, more/listed.txt]\nval: ../more/images\n"
@@ -520,7 +520,7 @@ def test_yolo_faulty_folders(tmp_path):
         read_yolo(tmp_path)
     for path in (tmp_path / "labels/train").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"None of the 3 pictures has a text file.*labels/train"):
+    with pytest.raises(ValueError, match=r"None of the 3 images has a text file.*labels/train"):
         read_yolo(tmp_path)
     for text, message in [
         ("names: [cat, cat]", "class name used twice: cat"),
@@ -554,7 +554,7 @@ def test_yolo_faulty_folders(tmp_path):
     ],
 )
 def test_csv_forms(tmp_path, text):
-    save_pictures(tmp_path)
+    save_images(tmp_path)
     (tmp_path / "x.csv").write_text(text, encoding="utf-8", newline="")
     dataset, faults = problems(lambda: read_csv(tmp_path / "x.csv"))
     assert faults == [] and found(dataset) == [[("dog", 10, 5, 30, 25)], []]
@@ -562,7 +562,7 @@ def test_csv_forms(tmp_path, text):
 
 
 def test_csv_names_with_commas_and_line_breaks_and_difficult(tmp_path):
-    save_pictures(tmp_path)
+    save_images(tmp_path)
     text = 'image,x1,y1,x2,y2,label,difficult\na.png,1,2,3,4,"big, black\ndog",1\nb.png,1,2,3,4,x,0'
     (tmp_path / "x.csv").write_text(text)
     dataset = read_csv(tmp_path / "x.csv")
@@ -571,7 +571,7 @@ def test_csv_names_with_commas_and_line_breaks_and_difficult(tmp_path):
 
 
 def test_csv_paths(tmp_path):
-    save_pictures(tmp_path / "images", ["a.png", "sub/b.png"])
+    save_images(tmp_path / "images", ["a.png", "sub/b.png"])
     rows = ["C:\\data\\a.png,1,2,3,4,dog", "sub\\b.png,1,2,3,4,dog", "/home/me/a.png,5,6,7,8,dog"]
     (tmp_path / "x.csv").write_text("\n".join(rows))
     dataset = read_csv(tmp_path / "x.csv", tmp_path / "images")
@@ -589,7 +589,7 @@ def test_csv_paths(tmp_path):
     ],
 )
 def test_csv_faulty_rows(tmp_path, row, what):
-    save_pictures(tmp_path)
+    save_images(tmp_path)
     (tmp_path / "x.csv").write_text(f"a.png,10,5,30,25,dog\n{row}\n")
     with pytest.raises(ValueError, match=what):
         read_csv(tmp_path / "x.csv")
@@ -599,14 +599,14 @@ def test_csv_faulty_rows(tmp_path, row, what):
 
 @pytest.mark.parametrize("cells", ["1,,3,4", "1,two,3,4"])
 def test_csv_half_a_box(tmp_path, cells):
-    save_pictures(tmp_path)
+    save_images(tmp_path)
     (tmp_path / "x.csv").write_text(f"a.png,10,5,30,25,dog\na.png,{cells},dog\n")
     dataset, faults = problems(lambda: read_csv(tmp_path / "x.csv"))
     assert faults == ["invalid coordinates"] and dataset.report.num_boxes == 1
 
 
 def test_csv_faulty_files(tmp_path):
-    save_pictures(tmp_path)
+    save_images(tmp_path)
     for text, message in [
         ("", "no rows"),
         ("image,x1,y1,x2,y2,label\n", "no rows"),
@@ -623,11 +623,11 @@ def test_csv_faulty_files(tmp_path):
         read_csv(tmp_path / "x.csv", tmp_path / "absent")
 
 
-# === The format is recognised ===
+# === The format is recognized ===
 
 
 def write_voc(folder):
-    save_pictures(folder / "JPEGImages")
+    save_images(folder / "JPEGImages")
     (folder / "Annotations").mkdir()
     for name, objects in TRUTH.items():
         rows = "".join(
@@ -641,7 +641,7 @@ def write_voc(folder):
 
 
 def write_coco_tree(folder):
-    save_pictures(folder / "train2017")
+    save_images(folder / "train2017")
     (folder / "annotations").mkdir()
     for name in ("instances_train2017", "captions_train2017", "instances_val2017"):
         (folder / "annotations" / f"{name}.json").write_text(json.dumps(coco()))
@@ -649,7 +649,7 @@ def write_coco_tree(folder):
 
 
 def write_exported(folder):
-    save_pictures(folder / "train")
+    save_images(folder / "train")
     (folder / "train" / "_annotations.coco.json").write_text(json.dumps(coco()))
     return folder
 
@@ -670,7 +670,7 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("as_text", [True, False])
-def test_formats_are_recognised(tmp_path, name, as_text):
+def test_formats_are_recognized(tmp_path, name, as_text):
     write, split = TREES[name]
     source = write(tmp_path)
     dataset = read_detection(str(source) if as_text else source, split)
@@ -681,8 +681,8 @@ def test_formats_are_recognised(tmp_path, name, as_text):
             np.testing.assert_allclose(box[1:], right[1:], atol=1e-3)
 
 
-def test_tfds_names_are_recognised(tmp_path):
-    with pytest.raises(ValueError, match="TFDS has no data set 'no_such_set'"):
+def test_tfds_names_are_recognized(tmp_path):
+    with pytest.raises(ValueError, match="TFDS has no dataset 'no_such_set'"):
         read_detection("tfds:no_such_set", "train")
     with pytest.raises(ValueError, match="TFDS needs a `split`"):
         read_detection("tfds:voc/2007")
@@ -701,7 +701,7 @@ def test_options_reach_the_reader(tmp_path):
         read_detection(tmp_path / "VOC", image_folder=moved)
 
 
-def test_what_is_not_recognised(tmp_path):
+def test_what_is_not_recognized(tmp_path):
     (tmp_path / "void").mkdir()
     (tmp_path / "notes.md").write_text("x")
     for source in ("void", "notes.md", "absent"):
@@ -757,5 +757,5 @@ def test_a_part_is_held_out(share, count):
 @pytest.mark.parametrize("share", [0, 1, -0.2, 0.01])
 def test_a_part_that_cannot_be_held_out(share):
     record = ImageRecord(np.zeros((4, 4, 3), "uint8"), "x", boxes=[], labels=[])
-    with pytest.raises(ValueError, match=r"`share` must be|too few pictures"):
+    with pytest.raises(ValueError, match=r"`share` must be|too few images"):
         DetectionDataset([record] * 3, ["a"]).hold_out(share)

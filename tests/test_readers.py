@@ -1,4 +1,4 @@
-"""Readers of annotated pictures: a real VOC folder, made-up faults, and TensorFlow Datasets."""
+"""Readers of annotated images: a real VOC folder, made-up faults, and TensorFlow Datasets."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 
 from keras_resnest.data import DetectionDataset, ImageRecord, load_image, read_tfds, read_voc
 
-# === Help: VOC folders and TFDS data sets of our own ===
+# === Help: VOC folders and TFDS datasets of our own ===
 
 
 def write_xml(path, objects, size=(60, 40), filename="", head=""):
@@ -38,7 +38,7 @@ def noise(*shape, seed=0):
 
 
 def make_voc(folder, annotations, size=(60, 40), splits=None):
-    """annotations: {stem: objects}; pictures are PNG of noise."""
+    """annotations: {stem: objects}; images are PNG of noise."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
     for i, (stem, objects) in enumerate(annotations.items()):
@@ -50,7 +50,7 @@ def make_voc(folder, annotations, size=(60, 40), splits=None):
 
 
 def only_boxes(folder, **options):
-    """Boxes of the only picture, and kinds of problems."""
+    """Boxes of the only image, and kinds of problems."""
     with pytest.warns(UserWarning) if options.pop("warns", True) else nothing():
         dataset = read_voc(folder, **options)
     return dataset.records[0].boxes.tolist(), list(dataset.report.problem_counts)
@@ -66,7 +66,7 @@ class nothing:
 
 # === The blood cells ===
 
-CELLS = {  # usable boxes, from the README of the data set
+CELLS = {  # usable boxes, from the README of the dataset
     "train": (205, {"RBC": 2381, "WBC": 214, "Platelets": 209}),
     "val": (87, {"RBC": 967, "WBC": 87, "Platelets": 83}),
     "test": (72, {"RBC": 805, "WBC": 71, "Platelets": 69}),
@@ -136,7 +136,7 @@ def test_element_spec_is_the_contract(shared):
 # === Layouts and splits ===
 
 
-def test_plain_folder_and_pictures_without_objects(tmp_path):
+def test_plain_folder_and_images_without_objects(tmp_path):
     Image.fromarray(noise(40, 60, 3)).save(tmp_path / "b.jpg")
     Image.fromarray(noise(40, 60, 3)).save(tmp_path / "a.PNG")
     write_xml(tmp_path / "a.xml", [])
@@ -188,9 +188,9 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         read_voc(tmp_path / "absent")
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="No pictures"):
+    with pytest.raises(ValueError, match="No images"):
         read_voc(tmp_path / "void")
-    with pytest.raises(ValueError, match=r"No XML files in .*JPEGImages, only pictures"):
+    with pytest.raises(ValueError, match=r"No XML files in .*JPEGImages, only images"):
         read_voc(tmp_path / "kit/VOC2007/JPEGImages")
     with pytest.raises(ValueError, match=r"no \.txt"):
         read_voc(tmp_path / "kit/VOC2007", "train")
@@ -212,8 +212,8 @@ def test_wrong_folders(tmp_path):
         ((11, 12, 61, 45), [10, 11, 60, 40], ["box across the border"]),
         ((-9, 12, 31, 22), [0, 11, 31, 22], ["box across the border"]),
         ((0, 12, 31, 22), [0, 11, 31, 22], ["coordinate 0 in 1-based coordinates"]),
-        ((61, 12, 80, 22), None, ["box outside the picture"]),
-        ((-9, 12, 0, 22), None, ["box outside the picture"]),
+        ((61, 12, 80, 22), None, ["box outside the image"]),
+        ((-9, 12, 0, 22), None, ["box outside the image"]),
         ((11, 12, 11, 22), None, ["degenerate box"]),
         ((31, 12, 11, 22), None, ["degenerate box"]),
         ((11, 22, 31, 22), None, ["degenerate box"]),
@@ -247,18 +247,18 @@ def test_size_in_xml(tmp_path):
     assert only_boxes(tmp_path) == ([[0, 0, 9, 9]], ["wrong <size>"])
 
 
-# === Faults that stop, or cost a picture ===
+# === Faults that stop, or cost an image ===
 
 
-def break_picture(folder):
+def break_image(folder):
     path = folder / "JPEGImages/2.png"
     path.write_bytes(path.read_bytes()[:900])
-    return "2.png", "unreadable picture"
+    return "2.png", "unreadable image"
 
 
-def remove_picture(folder):
+def remove_image(folder):
     (folder / "JPEGImages/2.png").unlink()
-    return "2.xml", "missing picture"
+    return "2.xml", "missing image"
 
 
 def remove_xml(folder):
@@ -304,8 +304,8 @@ def external_entity(folder):
 
 
 FAULTS = [
-    break_picture,
-    remove_picture,
+    break_image,
+    remove_image,
     remove_xml,
     break_xml,
     other_xml,
@@ -344,7 +344,7 @@ def test_nearest_class_names_are_told(tmp_path):
 def test_nothing_left(tmp_path):
     make_voc(tmp_path, {"1": [("cat", 1, 1, 9, 9)], "2": []})
     (tmp_path / "Annotations/2.xml").unlink()
-    with pytest.raises(ValueError, match=r"No usable picture.*unknown class 'cat'"):
+    with pytest.raises(ValueError, match=r"No usable image.*unknown class 'cat'"):
         read_voc(tmp_path, class_names=["dog"], on_error="skip")
     (tmp_path / "JPEGImages/2.png").unlink()
     write_xml(tmp_path / "Annotations/1.xml", [])
@@ -352,7 +352,7 @@ def test_nothing_left(tmp_path):
         read_voc(tmp_path)
 
 
-def test_encodings_and_named_pictures(tmp_path):
+def test_encodings_and_named_images(tmp_path):
     make_voc(tmp_path, {"1": [], "2": []})
     write_xml(tmp_path / "Annotations/1.xml", [("Käfer & Co", 1, 1, 9, 9)], filename="2.png")
     text = (tmp_path / "Annotations/1.xml").read_text(encoding="utf-8").strip()
@@ -364,7 +364,7 @@ def test_encodings_and_named_pictures(tmp_path):
     (tmp_path / "JPEGImages/other.png").unlink()
     dataset = read_voc(tmp_path)
     assert dataset.class_names == ["Käfer & Co"]
-    # 1 has no picture of its own and names that of 2
+    # 1 has no image of its own and names that of 2
     assert [record.image.endswith("2.png") for record in dataset.records] == [True, True]
 
 
@@ -377,7 +377,7 @@ def test_boxes_follow_exif_orientation(tmp_path, drawn_on, kind):
     """A white rectangle on black, stored in all eight orientations."""
     upright = np.zeros((48, 64, 3), "uint8")
     upright[8:24, 16:56] = 255
-    # How the upright picture lies in the file: the inverse of what the EXIF value asks for.
+    # How the upright image lies in the file: the inverse of what the EXIF value asks for.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -407,7 +407,7 @@ def test_boxes_follow_exif_orientation(tmp_path, drawn_on, kind):
 
 
 def test_odd_files_have_the_right_pixels(tmp_path, shared):
-    names = ("greyscale.jpg", "cmyk.jpg", "rgba.png", "exif_orientation6.jpg", "one_pixel.png")
+    names = ("grayscale.jpg", "cmyk.jpg", "rgba.png", "exif_orientation6.jpg", "one_pixel.png")
     for name in names:
         (tmp_path / name).write_bytes((shared / "data/photos/odd" / name).read_bytes())
         write_xml((tmp_path / name).with_suffix(".xml"), [("thing", 1, 1, 30, 30)], None)
@@ -417,7 +417,7 @@ def test_odd_files_have_the_right_pixels(tmp_path, shared):
     for name in names:
         element = elements[name.split(".")[0]]
         np.testing.assert_array_equal(element["images"], load_image(tmp_path / name))
-    # 30 x 30 pixels are too much for a picture of one pixel
+    # 30 x 30 pixels are too much for an image of one pixel
     assert elements["one_pixel"]["bounding_boxes"]["boxes"].numpy().tolist() == [[0, 0, 1, 1]]
     for name in ("truncated.jpg", "text_not_image.jpg"):
         broken = tmp_path / name
@@ -479,7 +479,7 @@ def test_shuffling():
     assert ids(dataset.as_dataset(shuffle=True, seed=3)) == first
 
 
-def test_shards_share_the_pictures():
+def test_shards_share_the_images():
     dataset = DetectionDataset(records(), ["a", "b"])
     shards = [ids(dataset.as_dataset(num_shards=5, shard_index=i)) for i in range(5)]
     together = [image_id for shard in shards for image_id in shard]
@@ -515,7 +515,7 @@ def test_report_lists_a_few_of_many_problems(tmp_path):
 
 
 class ReaderSample(tfds.core.GeneratorBasedBuilder):
-    """Pictures with boxes that are fine, without area, and difficult."""
+    """Images with boxes that are fine, without area, and difficult."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None
@@ -555,7 +555,7 @@ class ReaderSample(tfds.core.GeneratorBasedBuilder):
 
 
 class ReaderSampleToDownload(ReaderSample):
-    url_infos = {"https://no-such-host.invalid/pictures.zip": None}
+    url_infos = {"https://no-such-host.invalid/images.zip": None}
 
 
 class ReaderSampleWithoutBoxes(ReaderSample):
@@ -636,7 +636,7 @@ def test_tfds_errors(sample, tmp_path):
         read_tfds(sample, "train[:0]")
     with pytest.raises(ValueError, match="data_dir"):
         read_tfds(sample, "train", data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"no data set 'shape/tiny'.*'shapes'"):
+    with pytest.raises(ValueError, match=r"no dataset 'shape/tiny'.*'shapes'"):
         read_tfds("shape/tiny", "train", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"`objects`.*Received: image, label; objects: none"):
         read_tfds(ReaderSampleWithoutBoxes(data_dir=tmp_path), "train")

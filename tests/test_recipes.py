@@ -67,14 +67,14 @@ def test_final_share_is_the_last_rate():
     assert rates(recipe, [30, 600]) == pytest.approx([1e-3, 1e-5], rel=1e-5)
 
 
-def test_scaled_to_another_batch_sees_as_many_pictures():
+def test_scaled_to_another_batch_sees_as_many_images():
     recipe = RECIPES["refinedet_voc"]
     for batch_size in (8, 16, 64):
         scaled = recipe.scaled(batch_size)
         assert scaled.duration * batch_size == 120_000 * 32
         assert [b * batch_size for b in scaled.boundaries] == [80_000 * 32, 100_000 * 32]
         assert scaled.warmup * batch_size == 1000 * 32
-        # The linear rule: what one picture moves the weights stays the same.
+        # The linear rule: what one image moves the weights stays the same.
         assert scaled.learning_rate / batch_size == pytest.approx(1e-3 / 32)
         drop = scaled.boundaries[0]
         assert rates(scaled, [drop - 1, drop]) == pytest.approx(

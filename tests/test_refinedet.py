@@ -1,4 +1,4 @@
-"""The detector: graph, loss, training, bad input, prediction of pictures of any size."""
+"""The detector: graph, loss, training, bad input, prediction of images of any size."""
 
 import keras
 import numpy as np
@@ -128,7 +128,7 @@ def test_padding_rows_do_not_matter():
 
 
 def test_learns_to_detect(trained):
-    """Most of the rectangles of the training pictures are found, in the right colour."""
+    """Most of the rectangles of the training images are found, in the right color."""
     images, truth = rectangles(64)
     found = trained.predict(images[:16], verbose=0)
     hits = 0
@@ -141,13 +141,13 @@ def test_learns_to_detect(trained):
 
 
 def adversarial_truth(step, rng, num_classes=3):
-    """Ground truth of one batch of two pictures of 64 x 128, never twice the same kind."""
+    """Ground truth of one batch of two images of 64 x 128, never twice the same kind."""
     kind = step % 6
     count = (0, 300, 40, 5, 60, 3)[kind]
     corner = rng.uniform(2, 60, (2, count, 2))
     size = {1: 20, 2: 1e-3, 3: 500, 4: 8, 5: 0}.get(kind, 1) * rng.uniform(0.1, 1, (2, count, 2))
     boxes = np.concatenate([corner, corner + size], -1)
-    if kind == 3:  # far larger than the picture
+    if kind == 3:  # far larger than the image
         boxes = boxes * [-1, -1, 1, 1]
     if kind == 4:  # all the same
         boxes[:] = boxes[:, :1]
@@ -226,7 +226,7 @@ def test_faulty_batches_raise_value_errors():
 def test_relative_format_with_pixels_raises():
     model = small_detector(bounding_box_format="rel_xyxy")
     model.compile("sgd")
-    with pytest.raises(ValueError, match=r"must be fractions of the picture.*rel_xyxy"):
+    with pytest.raises(ValueError, match=r"must be fractions of the image.*rel_xyxy"):
         model.fit(*rectangles(2), verbose=0)
 
 
@@ -256,13 +256,13 @@ def test_predict_decodes_the_raw_outputs(trained):
 
 
 def test_detect_one_and_many_of_mixed_sizes(trained, tmp_path):
-    """A picture of twice the size gives the same boxes, twice as large."""
+    """An image of twice the size gives the same boxes, twice as large."""
     from PIL import Image
 
     images, _ = rectangles(2, seed=6)
     small = images[0].astype("uint8")
     large = np.array(Image.fromarray(small).resize((256, 128), Image.Resampling.NEAREST))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(small).save(path)
     one = trained.detect(small, confidence_threshold=0.4)
     several = trained.detect([str(path), large, path.read_bytes()], confidence_threshold=0.4)
@@ -285,16 +285,16 @@ def test_detect_agrees_with_predict(trained):
     np.testing.assert_allclose(got["confidence"], want["confidence"][0, :n], atol=1e-5)
 
 
-def test_detect_takes_the_darkest_pictures(trained):
-    """The noise of a covered lens is no picture scaled to 0-1."""
+def test_detect_takes_the_darkest_images(trained):
+    """The noise of a covered lens is no image scaled to 0-1."""
     noise = np.random.default_rng(0).integers(0, 2, (100, 150, 3)).astype("uint8")
-    for picture in (noise, np.zeros_like(noise), np.ones((1, 1, 3), "uint8")):
-        assert np.isfinite(trained.detect(picture, confidence_threshold=0.0)["boxes"]).all()
+    for image in (noise, np.zeros_like(noise), np.ones((1, 1, 3), "uint8")):
+        assert np.isfinite(trained.detect(image, confidence_threshold=0.0)["boxes"]).all()
     with pytest.raises(ValueError, match="0 to 255"):
         trained.detect(rectangles(1)[0][0] / 255.0)
 
 
-def test_detect_odd_pictures(trained, shared):
+def test_detect_odd_images(trained, shared):
     """Readable ones give a result, the others None and a warning that names them."""
     folder = shared / "data/photos/odd"
     names = sorted(p.name for p in folder.iterdir())
@@ -320,7 +320,7 @@ def test_detect_respects_exif_orientation(trained, shared):
     np.testing.assert_allclose(got["boxes"], want["boxes"][0, :n] * scale, atol=1e-2)
 
 
-# === Serialisation ===
+# === Serialization ===
 
 
 def test_config_names_every_argument():
@@ -364,7 +364,7 @@ UNKNOWN_SIZE = (
 )
 
 
-def test_training_takes_pictures_of_several_sizes():
+def test_training_takes_images_of_several_sizes():
     """Each size gives the loss that a model built for it gives."""
     model = small_detector()
     model.compile(keras.optimizers.SGD(0.0))

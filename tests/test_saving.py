@@ -174,7 +174,7 @@ def test_weights_round_trip(models, tmp_path):
     other.load_weights(tmp_path / "w.weights.h5")
     for a, b in zip(other.weights, original.weights, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=a.path)
-    # The network has no part that depends on the size of the pictures.
+    # The network has no part that depends on the size of the images.
     larger = small_detector((128, 128, 3))
     larger.load_weights(tmp_path / "w.weights.h5")
     np.testing.assert_array_equal(larger.get_weights()[0], original.get_weights()[0])

@@ -22,7 +22,7 @@ from keras_resnest.images import load_image
 if keras.backend.backend() != "tensorflow":
     pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)
 
-# So few that random weights leave no near ties, and the lists of all pictures end with padding.
+# So few that random weights leave no near ties, and the lists of all images end with padding.
 DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
 OUTPUTS = {"boxes", "confidence", "labels", "num_detections"}
 RAW = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
@@ -46,13 +46,13 @@ def nodes_of(folder):
         yield from function.node_def
         yield function  # its attributes are of interest as well
 
-def answers(loaded, images, pictures, every_way):
+def answers(loaded, images, images, every_way):
     floats, integers = tf.constant(images, tf.float32), tf.constant(images, tf.uint8)
     default, serve_bytes = (loaded.signatures[n] for n in ("serving_default", "serve_bytes"))
     if not every_way:
         return {
             "float 3": default(images=floats),
-            "bytes": serve_bytes(image_bytes=tf.constant(pictures)),
+            "bytes": serve_bytes(image_bytes=tf.constant(images)),
         }
     return {
         "float 1": default(images=floats[:1]),
@@ -61,14 +61,14 @@ def answers(loaded, images, pictures, every_way):
         "uint8": loaded.signatures["serve_uint8"](images=integers),
         "serve float": loaded.serve(floats),
         "serve uint8": loaded.serve(integers),
-        "bytes": serve_bytes(image_bytes=tf.constant(pictures)),
+        "bytes": serve_bytes(image_bytes=tf.constant(images)),
         "raw": loaded.signatures["raw_outputs"](images=floats),
         "raw 0": loaded.signatures["raw_outputs"](images=floats[:0]),
         "bytes 0": serve_bytes(image_bytes=tf.constant([], tf.string)),
     }
 
 root, found, facts = pathlib.Path(sys.argv[1]), {}, {}
-pictures = [p.read_bytes() for p in sorted((root / "pictures").iterdir())]
+images = [p.read_bytes() for p in sorted((root / "images").iterdir())]
 for folder in (root / "models").iterdir():
     nodes = list(nodes_of(folder))
     ops = {n.op for n in nodes if hasattr(n, "op")}
@@ -88,7 +88,7 @@ for folder in (root / "models").iterdir():
     }
     images = np.load(root / f"{folder.name}.npy")
     for call, answer in answers(
-        loaded, images, pictures, folder.name == "small"
+        loaded, images, images, folder.name == "small"
     ).items():
         for output, value in answer.items():
             found[f"{folder.name}/{call}/{output}"] = value.numpy()
@@ -99,11 +99,11 @@ np.savez(root / "found.npz", **found)
 """
 
 
-def encode(array, picture_format, mode="RGB", **options):
+def encode(array, image_format, mode="RGB", **options):
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(array.astype("uint8")).convert(mode).save(stream, picture_format, **options)
+    Image.fromarray(array.astype("uint8")).convert(mode).save(stream, image_format, **options)
     return stream.getvalue()
 
 
@@ -113,8 +113,8 @@ def transparent(array):
     return np.concatenate([array, np.broadcast_to(alpha[:, None], (*array.shape[:2], 1))], -1)
 
 
-def encoded_pictures():
-    """Pictures of different sizes and kinds, by file name."""
+def encoded_images():
+    """Images of different sizes and kinds, by file name."""
     wide, tall = (
         rectangles(1, (96, 200, 3), seed=4)[0][0],
         rectangles(1, (150, 90, 3), seed=5)[0][0],
@@ -124,10 +124,10 @@ def encoded_pictures():
         "0_wide.jpg": encode(wide, "JPEG", quality=80),
         "1_tall.png": encode(tall, "PNG"),
         "2_tall.jpg": encode(tall, "JPEG", quality=95, progressive=True),
-        "3_grey.jpg": encode(other, "JPEG", "L"),
+        "3_gray.jpg": encode(other, "JPEG", "L"),
         "4_cmyk.jpg": encode(wide, "JPEG", "CMYK"),
         "5_rgba.png": encode(transparent(wide), "PNG", "RGBA"),
-        "6_grey_alpha.png": encode(transparent(tall), "PNG", "LA"),
+        "6_gray_alpha.png": encode(transparent(tall), "PNG", "LA"),
         "7_palette.png": encode(other, "PNG", "P", transparency=3),
         "8_frames.gif": encode(wide, "GIF", "P", save_all=True, append_images=[_frame(wide)]),
         "9_other.bmp": encode(other, "BMP"),
@@ -157,9 +157,9 @@ def models():
 def exported(models, tmp_path_factory):
     """Folder with the SavedModels and what the fresh process has found with them."""
     root = tmp_path_factory.mktemp("serving")
-    (root / "pictures").mkdir()
-    for file_name, encoded in encoded_pictures().items():
-        (root / "pictures" / file_name).write_bytes(encoded)
+    (root / "images").mkdir()
+    for file_name, encoded in encoded_images().items():
+        (root / "images" / file_name).write_bytes(encoded)
     for name, model in models.items():
         model.export(root / "models" / name, freeze=name != VARIABLES)
         np.save(root / f"{name}.npy", rectangles(3, model.image_shape, seed=3, objects=1)[0])
@@ -213,7 +213,7 @@ def test_every_signature_gives_the_same(found):
 
 
 @pytest.mark.parametrize("call", ["float 0", "bytes 0"])
-def test_a_batch_without_pictures(found, call):
+def test_a_batch_without_images(found, call):
     shapes = {output: value.shape for output, value in found[SMALL, call].items()}
     assert shapes.pop("readable", (0,)) == (0,)
     assert shapes == {
@@ -226,12 +226,12 @@ def test_a_batch_without_pictures(found, call):
 
 @pytest.mark.parametrize("name", [SMALL, RELATIVE])
 def test_served_files_give_what_detect_gives(models, found, name):
-    """Whatever the kind and the size of the picture; boxes in its own pixels, or fractions."""
-    pictures = encoded_pictures()
+    """Whatever the kind and the size of the image; boxes in its own pixels, or fractions."""
+    images = encoded_images()
     got = found[name, "bytes"]
-    want = models[name].detect(list(pictures.values()), confidence_threshold=0.0, batch_size=11)
+    want = models[name].detect(list(images.values()), confidence_threshold=0.0, batch_size=11)
     assert got["readable"].all()
-    for i, (file_name, encoded) in enumerate(pictures.items()):
+    for i, (file_name, encoded) in enumerate(images.items()):
         n = got["num_detections"][i]
         assert 0 < n == len(want[i]["labels"]), file_name
         for output in ("boxes", "confidence", "labels"):
@@ -248,9 +248,9 @@ def test_served_files_give_what_detect_gives(models, found, name):
         np.testing.assert_array_equal(got["labels"][i, :n], want[i]["labels"])
 
 
-def test_boxes_of_files_fill_the_pictures(found):
+def test_boxes_of_files_fill_the_images(found):
     """Boxes reach far, but never outside: in pixels, or as fractions (top, left, bottom, right)."""
-    sizes = np.array([load_image(e).shape[:2] for e in encoded_pictures().values()])
+    sizes = np.array([load_image(e).shape[:2] for e in encoded_images().values()])
     small, relative = found[SMALL, "bytes"]["boxes"], found[RELATIVE, "bytes"]["boxes"]
     for corner, side in ((2, 1), (3, 0)):
         reach = small[..., corner].max(axis=1)
@@ -308,7 +308,7 @@ def test_signatures(models, facts, name):
 
 
 def test_nothing_of_training_is_left(facts):
-    """No variables, no normalisation, no dropout; nothing is multiplied behind a convolution."""
+    """No variables, no normalization, no dropout; nothing is multiplied behind a convolution."""
     for name in MODELS:
         ops = set(facts[name]["ops"])
         assert not {"FusedBatchNormV3", "RandomUniform"} & ops

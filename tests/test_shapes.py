@@ -1,4 +1,4 @@
-"""The synthetic data set: boxes against pixels, repeatability, speed, and TFDS."""
+"""The synthetic dataset: boxes against pixels, repeatability, speed, and TFDS."""
 
 import dataclasses
 import socket
@@ -32,7 +32,7 @@ def scenes(request):
 
 
 def test_boxes_are_tight_round_the_pixels(scenes):
-    """A picture with a figure differs from one without it exactly inside the box."""
+    """An image with a figure differs from one without it exactly inside the box."""
     errors = []
     for scene in scenes:
         for figure, box in zip(scene.figures, scene.boxes, strict=True):
@@ -43,7 +43,7 @@ def test_boxes_are_tight_round_the_pixels(scenes):
     assert errors.max() < 1.6 and (errors > 1.0).mean() < 0.02
 
 
-def test_pictures_differ_only_inside_the_box_of_a_figure(scenes):
+def test_images_differ_only_inside_the_box_of_a_figure(scenes):
     for scene in scenes:
         for i, box in enumerate(scene.boxes):
             others = [f for k, f in enumerate(scene.figures) if k != i]
@@ -63,13 +63,13 @@ def test_enough_of_every_figure_is_visible(scenes):
                 assert scene.difficult[i] == (visible < 0.6)
 
 
-def test_same_seed_same_picture():
+def test_same_seed_same_image():
     for size in (64, 192):
         first, second = plan_scene((5, 6), size), plan_scene((5, 6), size)
         np.testing.assert_array_equal(draw_scene(first), draw_scene(second))
         np.testing.assert_array_equal(first.boxes, second.boxes)
-    pictures = {draw_scene(plan_scene((5, i))).tobytes() for i in range(10)}
-    assert len(pictures) == 10
+    images = {draw_scene(plan_scene((5, i))).tobytes() for i in range(10)}
+    assert len(images) == 10
     image = draw_scene(plan_scene(0, 100))
     assert image.shape == (100, 100, 3) and image.dtype == np.uint8
 
@@ -103,7 +103,7 @@ def test_figures_stand_out_from_what_is_behind_them():
     assert np.min(changes) > 25 and np.median(changes) > 90
 
 
-def test_too_small_a_picture():
+def test_too_small_an_image():
     with pytest.raises(ValueError, match="at least 48"):
         plan_scene(0, 32)
 
@@ -155,7 +155,7 @@ def test_what_is_read_is_what_was_drawn(data_dir):
         image = element["images"].numpy().astype(float)
         assert np.abs(image - draw_scene(scene)).mean() < 6  # JPEG
     assert dataset.report.num_images == 16 and not dataset.report.problems
-    # the ready-made configuration was recognised, nothing was drawn again
+    # the ready-made configuration was recognized, nothing was drawn again
     assert [path.name for path in (data_dir / "shapes").glob("[!.]*")] == ["tiny"]
 
 

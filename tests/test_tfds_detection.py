@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 60, 40
 
 
 def jpeg(seed):
-    """A smooth picture (noise would not survive JPEG), as bytes."""
+    """A smooth image (noise would not survive JPEG), as bytes."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype="uint8")
     stream = io.BytesIO()
     Image.fromarray(coarse).resize((WIDTH, HEIGHT)).save(stream, "JPEG", quality=95)
@@ -45,7 +45,7 @@ def prepare(monkeypatch, name, data_dir, folders):
 
 # === VOC ===
 
-OBJECTS = {  # picture: (name, xmin, ymin, xmax, ymax, difficult)
+OBJECTS = {  # image: (name, xmin, ymin, xmax, ymax, difficult)
     "000001": [("dog", 10, 5, 40, 25, 0), ("person", 3, 4, 50, 39, 1)],
     "000002": [("tvmonitor", 1, 1, 60, 40, 0), ("aeroplane", 5, 6, 7, 9, 0)],
     "000003": [("cat", 5, 6, 25, 30, 1)],
@@ -84,7 +84,7 @@ def voc(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("split", "voc_split"), [("train", "train"), ("validation", "val")])
 def test_voc_is_that_of_the_folder(voc, split, voc_split):
-    """Same pictures, names and objects as `read_voc`; TFDS leaves 1-based corners as they are."""
+    """Same images, names and objects as `read_voc`; TFDS leaves 1-based corners as they are."""
     year, data_dir, folder = voc
     dataset = read_tfds(f"voc/{year}", split, data_dir=data_dir)
     reference = read_voc(folder, voc_split, class_names=VOC_NAMES)
@@ -191,7 +191,7 @@ def test_coco_crowds_and_report(coco):
 
 
 def test_names_are_known_in_the_run_that_prepares(monkeypatch, tmp_path):
-    """COCO's builder learns its names while it makes the data set."""
+    """COCO's builder learns its names while it makes the dataset."""
     write_coco(tmp_path)
 
     def download_and_extract(self, urls):
@@ -214,7 +214,7 @@ def test_shards(coco, num_shards):
         e["image_id"].numpy() for e in dataset.as_dataset()
     )
     assert max(map(len, ids)) - min(map(len, ids)) <= 1
-    with pytest.raises(ValueError, match=r"`num_shards`.*pictures, 3"):
+    with pytest.raises(ValueError, match=r"`num_shards`.*images, 3"):
         dataset.shard(4, 0)
 
 
@@ -231,7 +231,7 @@ def test_epochs_resume(coco):
 
 
 def test_mock_data_has_the_real_features():
-    """The specifications that TFDS ships: what is read off them fits all three data sets."""
+    """The specifications that TFDS ships: what is read off them fits all three datasets."""
     from keras_resnest.data.readers.tfds import _tfds_label_names
 
     with tfds.testing.mock_data(num_examples=1):

@@ -21,7 +21,7 @@ CLASSES = {"circle": (220, 60, 40), "cross": (40, 200, 70), "square": (50, 80, 2
 
 
 def draw(name, rng):
-    """A shape in the colour of its class, somewhere on a grey ground."""
+    """A shape in the color of its class, somewhere on a gray ground."""
     image = Image.new("RGB", (48, 40), (int(rng.integers(90, 160)),) * 3)
     pen, size = ImageDraw.Draw(image), int(rng.integers(16, 26))
     x, y = int(rng.integers(2, 46 - size)), int(rng.integers(2, 38 - size))
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 draw(name, rng).save(root / split / name / f"{i}.png")
-    (root / "train" / "cross" / "notes.txt").write_text("not a picture")
+    (root / "train" / "cross" / "notes.txt").write_text("not an image")
     (root / "train" / "cross" / "broken.jpg").write_bytes(b"\xff\xd8 and nothing else")
     return root
 
@@ -84,9 +84,9 @@ def test_learns_shapes_killed_and_started_again(folder, tmp_path):
     assert summary["top1"] >= 0.9, result.stdout[-2000:]
     assert summary["class_names"] == sorted(CLASSES) and summary["steps"] == 8 * 6
     for name in ("history", "accuracy"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert np.ptp(np.asarray(picture.convert("L"))) > 50, f"{name}.png is empty"
-    # The saved models say the same of pictures that were never trained on.
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert np.ptp(np.asarray(image.convert("L"))) > 50, f"{name}.png is empty"
+    # The saved models say the same of images that were never trained on.
     model = keras.saving.load_model(tmp_path / "classifier.keras")
     images, labels = [], []
     for label, name in enumerate((tmp_path / "class_names.txt").read_text().split()):
@@ -141,15 +141,15 @@ def test_a_part_is_held_out_of_every_class(folder, capsys):
     program = load_program()
     arguments = program.parse_arguments([str(folder / "val")])
     _, test = program.read_data(arguments)
-    assert "6 of 24 pictures are held out" in capsys.readouterr().out
+    assert "6 of 24 images are held out" in capsys.readouterr().out
     assert test.report.class_counts == dict.fromkeys(CLASSES, 2)  # a fifth of 8
 
 
 def test_the_batch_is_not_larger_than_the_data(capsys):
     size = load_program().batch_size_for
     assert size(16, 34, 2) == 16 and not capsys.readouterr().out
-    assert size(64, 35, 2) == 34 and "There are 35 pictures" in capsys.readouterr().out
-    assert size(8, 1, 2) == 8  # what the data set says then is clearer
+    assert size(64, 35, 2) == 34 and "There are 35 images" in capsys.readouterr().out
+    assert size(8, 1, 2) == 8  # what the dataset says then is clearer
 
 
 def test_a_training_that_diverges_ends_with_a_sentence(folder, tmp_path):

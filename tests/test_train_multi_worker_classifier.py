@@ -16,9 +16,9 @@ from train_multi_worker import free_addresses
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COLOURS = {"blue": (50, 80, 230), "red": (220, 60, 40)}
-PICTURES, BATCH, EPOCHS = 16, 8, 2
+IMAGES, BATCH, EPOCHS = 16, 8, 2
 
-# The same program in one process, on two virtual devices: each gets the pictures of one worker, so
+# The same program in one process, on two virtual devices: each gets the images of one worker, so
 # that batch statistics are the same too. It also keeps the weights before the training.
 ONE_PROCESS = """
 import sys
@@ -58,15 +58,15 @@ program.main(sys.argv[1:])
 
 @pytest.fixture
 def folder(tmp_path):
-    """Squares of two colours on grey grounds."""
+    """Squares of two colors on gray grounds."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", PICTURES // 2), ("val", 4)):
-        for name, colour in COLOURS.items():
+    for split, count in (("train", IMAGES // 2), ("val", 4)):
+        for name, color in COLOURS.items():
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = np.full((40, 48, 3), rng.integers(90, 160), "uint8")
                 (y, x), side = rng.integers(0, 14, 2), rng.integers(14, 26)
-                pixels[y : y + side, x : x + side] = colour
+                pixels[y : y + side, x : x + side] = color
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
     return tmp_path / "data"
 
@@ -136,13 +136,13 @@ def test_two_workers_train_one_classifier_on_the_data_of_both(folder, tmp_path):
     # The chief writes and speaks, the other worker does not.
     result, wanted = (json.loads((path / "result.json").read_text()) for path in (many, one))
     assert f"top-1 {result['top1']:.2%}" in chief and "top-1" not in other
-    assert f"{PICTURES} images, 2 classes" in chief
+    assert f"{IMAGES} images, 2 classes" in chief
     assert result["class_names"] == sorted(COLOURS)
-    assert result["steps"] == EPOCHS * PICTURES // BATCH
+    assert result["steps"] == EPOCHS * IMAGES // BATCH
     written = ["classifier.keras", "class_names.txt", "serving/1", "history.png", "accuracy.png"]
     assert [name for name in written if not (many / name).exists()] == []
 
-    # Losses, accuracy, weights and optimizer are those of one process with the pictures of both.
+    # Losses, accuracy, weights and optimizer are those of one process with the images of both.
     assert [row["epoch"] for row in log_of(many)] == list(range(EPOCHS))
     for got, want in zip(log_of(many), log_of(one), strict=True):
         assert got == pytest.approx(want, rel=1e-3)

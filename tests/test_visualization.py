@@ -28,18 +28,18 @@ def read(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def drawn_pixels(picture, label):
-    """Where a picture has (nearly) the colour of a class."""
+def drawn_pixels(image, label):
+    """Where an image has (nearly) the color of a class."""
     color = np.round(255 * np.array(class_color(label)))
-    return np.abs(picture - color).max(axis=-1) < 30
+    return np.abs(image - color).max(axis=-1) < 30
 
 
 def texts(figure):
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_pictures_are_shown_pixel_by_pixel(tmp_path):
-    """A small picture is enlarged by a whole factor without blur, a larger one kept as it is."""
+def test_images_are_shown_pixel_by_pixel(tmp_path):
+    """A small image is enlarged by a whole factor without blur, a larger one kept as it is."""
     rng = np.random.default_rng(0)
     for shape, factor in (((64, 48), 10), ((100, 213), 3), ((480, 640), 1), ((57, 701), 1)):
         image = rng.integers(0, 256, (*shape, 3)).astype("uint8")
@@ -48,7 +48,7 @@ def test_pictures_are_shown_pixel_by_pixel(tmp_path):
         np.testing.assert_array_equal(shown, image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
-def test_large_pictures_are_reduced(tmp_path):
+def test_large_images_are_reduced(tmp_path):
     image = np.full((1500, 3000, 3), 130, "uint8")
     plot_detections(image, NOTHING, path=tmp_path / "a.png")
     assert read(tmp_path / "a.png").shape == (320, 640, 3)
@@ -58,7 +58,7 @@ def test_large_pictures_are_reduced(tmp_path):
 
 @pytest.mark.parametrize("box_format", ["xyxy", "xywh", "rel_yxyx", "rel_center_xywh"])
 def test_box_lies_where_it_should(tmp_path, box_format):
-    """The outline surrounds the object that is in the picture, in every box format."""
+    """The outline surrounds the object that is in the image, in every box format."""
     from keras_resnest.boxes.formats import convert_boxes
 
     image = np.full((100, 200, 3), 255, "uint8")
@@ -102,7 +102,7 @@ def test_threshold_padding_and_names():
 
 
 def test_labels_stay_inside_and_apart():
-    """Labels of boxes at all borders lie within the picture and not upon each other."""
+    """Labels of boxes at all borders lie within the image and not upon each other."""
     image = np.zeros((120, 160, 3), "uint8")
     boxes = [[0, 0, 40, 40], [0, 0, 42, 44], [120, 0, 160, 30], [130, 80, 160, 120]]
     boxes += [[0, 60, 12, 120], [60, 50, 90, 80], [60, 50, 92, 84]]
@@ -119,7 +119,7 @@ def test_labels_stay_inside_and_apart():
         assert not one.overlaps(other)
 
 
-def test_labels_of_very_many_boxes_do_not_hide_the_picture():
+def test_labels_of_very_many_boxes_do_not_hide_the_image():
     corner = np.random.default_rng(0).uniform(0, 300, (200, 2))
     boxes = np.concatenate([corner, corner + 20], axis=1)
     found = {"boxes": boxes, "labels": [0] * 200, "confidence": np.linspace(0.4, 0.9, 200)}
@@ -141,17 +141,17 @@ def test_ground_truth_is_dashed(tmp_path):
     assert drawn_pixels(read(tmp_path / "b.png"), 2)[538:542, 70:530].any(axis=0).all()
 
 
-def test_grid_of_several_pictures(tmp_path):
+def test_grid_of_several_images(tmp_path):
     rng = np.random.default_rng(1)
     images = [np.full((50, 80, 3), 10, "uint8"), np.full((90, 40, 3), (1, 200, 3), "uint8")]
-    images.append(rng.integers(0, 255, (70, 70)).astype("uint8"))  # greyscale
+    images.append(rng.integers(0, 255, (70, 70)).astype("uint8"))  # grayscale
     figure = plot_detections(
         images, [NOTHING] * 3, columns=2, titles=["one", "two", "three"], path=tmp_path / "a.png"
     )
     assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three"]
     lefts = [round(axes.get_window_extent().x0) for axes in figure.axes]
     tops = [round(axes.get_window_extent().y1) for axes in figure.axes]
-    # 5, 4 and 6 times as large; the columns are 420 wide, the pictures centred in them.
+    # 5, 4 and 6 times as large; the columns are 420 wide, the images centerd in them.
     assert lefts == [10 + 10, 10 + 420 + 10 + 130, 10]
     assert tops[1] - tops[0] == (360 - 250) // 2 and tops[2] < tops[1] - 360
     shown = read(tmp_path / "a.png")
@@ -176,7 +176,7 @@ def test_draws_into_given_axes():
     found = {"boxes": [[1, 1, 9, 9]], "labels": [0], "confidence": [0.9]}
     assert plot_detections(np.zeros((20, 20, 3)), found, ax=axes[1]) is figure
     assert len(axes[1].patches) == 1 and not axes[0].images
-    with pytest.raises(ValueError, match="`ax` takes one picture"):
+    with pytest.raises(ValueError, match="`ax` takes one image"):
         plot_detections(np.zeros((2, 20, 20, 3)), [found, found], ax=axes[0])
 
 
@@ -201,13 +201,13 @@ def test_colors_are_distinguishable():
     lab = np.stack([116 * root[:, 1], *(-np.diff(root) * (500, 200)).T], axis=1)
     distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 100 * np.eye(20)
     assert distances.min() > 20
-    # None is a grey, white or black that a photograph would hide.
+    # None is a gray, white or black that a photograph would hide.
     assert min(colorsys.rgb_to_hsv(*color)[1] for color in colors) > 0.5
     assert len({class_color(label) for label in range(200)}) == 200
 
 
 def test_plot_dataset_of_blood_cells(shared, tmp_path):
-    """Batched, unbatched, tuples and data set objects all give the same picture."""
+    """Batched, unbatched, tuples and dataset objects all give the same image."""
     tf = pytest.importorskip("tensorflow")
     names = ["RBC", "WBC", "Platelets"]
     images, boxes, labels = [], [], []
@@ -248,7 +248,7 @@ def test_plot_dataset_of_blood_cells(shared, tmp_path):
         written.append(read(tmp_path / "a.png"))
     assert all(np.array_equal(picture, written[0]) for picture in written[1:])
     assert len(plot_dataset(unbatched.batch(2), names, rows=1, columns=1).axes) == 1
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         plot_dataset(unbatched.take(0), names)
     with pytest.raises(ValueError, match="must yield"):
         plot_dataset(unbatched.map(lambda x: x["images"]), names)
@@ -334,12 +334,12 @@ def test_plot_precision_recall(tmp_path):
     [
         (np.zeros((5, 5, 5)), NOTHING, {}, r"\(5, 5, 5\)"),
         (np.full((5, 5, 3), 0.5), NOTHING, {}, "0 to 255"),
-        ([], [], {}, "at least one picture"),
+        ([], [], {}, "at least one image"),
         (np.zeros((5, 5, 3)), {"boxes": []}, {}, "lacks labels"),
-        (np.zeros((2, 5, 5, 3)), [NOTHING], {}, "1 for 2 pictures"),
+        (np.zeros((2, 5, 5, 3)), [NOTHING], {}, "1 for 2 images"),
         (np.zeros((5, 5, 3)), {"boxes": [[0, 0, 1, 1]], "labels": [0, 1]}, {}, "1 boxes and 2 lab"),
         (np.zeros((5, 5, 3)), NOTHING, {"bounding_box_format": "coco"}, "bounding_box_format"),
-        (np.zeros((5, 5, 3)), NOTHING, {"titles": ["a", "b"]}, "2 for 1 pictures"),
+        (np.zeros((5, 5, 3)), NOTHING, {"titles": ["a", "b"]}, "2 for 1 images"),
     ],
 )
 def test_bad_input(image, found, options, message):

@@ -19,7 +19,7 @@ from keras_resnest.backbones.zoo import count_parameters, crop_size
 ROOT = Path(__file__).resolve().parents[1]
 
 # What timm's benchmarks print for its networks (thousand millions of multiply-adds, two digits)
-# with the side of the pictures. Their counter counts batch normalizations too: up to 1 % more.
+# with the side of the images. Their counter counts batch normalizations too: up to 1 % more.
 TIMM = {
     "resnest14": (2.76, 224),
     "resnest26": (3.64, 224),
@@ -207,7 +207,7 @@ def test_list_models():
     (resnest,) = kr.list_models("ResNeSt101")
     assert resnest.parameters == 48_275_016 and resnest.crop_size == 256
     assert resnest.weights == ("in1k", "official")
-    assert resnest.licences == ("apache-2.0", "apache-2.0")
+    assert resnest.licenses == ("apache-2.0", "apache-2.0")
     assert resnest.sources[0] == "timm/resnest101e.in1k"
     assert kr.list_models("nothing*") == []
     text = str(kr.list_models("resnest50_fast*"))

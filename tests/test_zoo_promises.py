@@ -73,7 +73,7 @@ def test_pyramid_of_any_size_and_keras_file(name, tmp_path):
 
 
 @every_network
-def test_classifier_gives_probabilities_and_a_batch_equals_its_pictures(name):
+def test_classifier_gives_probabilities_and_a_batch_equals_its_images(name):
     if name == "vgg16_reduced":
         with pytest.raises(ValueError, match="no classifier"):
             create_backbone(name, include_top=True)
@@ -125,7 +125,7 @@ def test_detector_on_top_trains_a_step(name):
         not np.array_equal(v, old)
         for v, old in zip(backbone.trainable_variables, before, strict=True)
     ]
-    # Biases before a normalisation and units that ReLU switched off may rest.
+    # Biases before a normalization and units that ReLU switched off may rest.
     assert np.mean(moved) > 0.6
     assert np.isfinite(model.predict(images, verbose=0)["boxes"]).all()
 

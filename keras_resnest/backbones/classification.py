@@ -1,17 +1,17 @@
-"""Pictures in and class names out, in the manner of `keras.applications`."""
+"""Images in and class names out, in the manner of `keras.applications`."""
 
 import keras
 import numpy as np
 
 
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
-    """Prepares a batch of pictures for a network of this package.
+    """Prepares a batch of images for a network of this package.
 
-    The networks normalize pictures themselves (`include_rescaling=True`), so nothing is done by
+    The networks normalize images themselves (`include_rescaling=True`), so nothing is done by
     default: the function is here because programs written for `keras.applications` call it.
 
     Args:
-        x: pictures (batch, height, width, 3), RGB, 0 to 255, uint8 or float.
+        x: images (batch, height, width, 3), RGB, 0 to 255, uint8 or float.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         mode: None to return `x` as it is, or `"torch"` to normalize by ImageNet's means and
             standard deviations, for a network with `include_rescaling=False`.
@@ -37,16 +37,16 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
 
 
 def decode_predictions(preds, top: int = 5, class_names=None):
-    """The most probable classes of each picture, by name.
+    """The most probable classes of each image, by name.
 
     Args:
         preds: class probabilities (batch, classes).
-        top: positive integer, how many classes of each picture are given.
+        top: positive integer, how many classes of each image are given.
         class_names: names of the classes in order. None for those of ImageNet, which Keras
             fetches once.
 
     Returns:
-        List of one list per picture, of (class id, class name, probability), by falling
+        List of one list per image, of (class id, class name, probability), by falling
         probability. With `class_names` the id is the number of the class, for ImageNet its
         WordNet id.
 

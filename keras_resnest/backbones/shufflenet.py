@@ -39,7 +39,7 @@ class ShuffleNet(Backbone):
         head_units: integer. If not 0, global pooling is followed by squeeze-and-excitation and
             a dense layer of this many units (V2+).
         use_classifier_bias: whether the classifier has a bias.
-        trained_on_bgr: whether the weights were trained on BGR pictures of values 0 to 255, as
+        trained_on_bgr: whether the weights were trained on BGR images of values 0 to 255, as
             megvii's. It says what `include_rescaling` does.
         dropout_rate: float in [0, 1), dropout before the classifier.
         include_top: whether the model ends with the classifier.

@@ -23,7 +23,7 @@ class VGG(Backbone):
     dilation 3 and fc7 a 1x1 convolution, both of 1024 channels; there is no classifier, and
     pooling rounds odd sizes up, as in Caffe. Otherwise pooling rounds down, and with
     `include_top` fc6 is a 7x7 convolution of 4096 channels, whose results are averaged before
-    the classifier where the picture is larger than 224 x 224.
+    the classifier where the image is larger than 224 x 224.
 
     Args:
         stackwise_num_filters: list of integers, channels of the convolutions of each stage.

@@ -16,9 +16,9 @@ class ModelSummary(NamedTuple):
     """One network of the table.
 
     `parameters` are the trainable ones with classifier, where there is one; `gflops` are
-    thousand millions of multiply-adds for one picture of `crop_size`; `top1` (per cent) is what
+    thousand millions of multiply-adds for one image of `crop_size`; `top1` (per cent) is what
     the publishers of the weights measured on ImageNet; `weights` are the tags for `weights=`,
-    the first of which is `"imagenet"`; `licences` and `sources` belong to the tags.
+    the first of which is `"imagenet"`; `licenses` and `sources` belong to the tags.
     """
 
     name: str
@@ -27,7 +27,7 @@ class ModelSummary(NamedTuple):
     crop_size: int
     top1: float | None
     weights: tuple[str, ...]
-    licences: tuple[str, ...]
+    licenses: tuple[str, ...]
     sources: tuple[str, ...]
 
 
@@ -36,15 +36,15 @@ class ModelTable(list):
 
     def __str__(self):
         lines = [
-            "| name | parameters | GFLOPs | at | top-1 | weights | licence |",
+            "| name | parameters | GFLOPs | at | top-1 | weights | license |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for model in self:
             top1 = "" if model.top1 is None else f"{model.top1:.2f}"
-            licences = ", ".join(dict.fromkeys(model.licences))
+            licenses = ", ".join(dict.fromkeys(model.licenses))
             lines.append(
                 f"| {model.name} | {model.parameters / 1e6:.2f} M | {model.gflops:.2f} | "
-                f"{model.crop_size} | {top1} | {', '.join(model.weights)} | {licences} |"
+                f"{model.crop_size} | {top1} | {', '.join(model.weights)} | {licenses} |"
             )
         return "\n".join(lines)
 
@@ -78,13 +78,13 @@ def _summary(name):
         crop_size(name),
         None if first is None else first.top1,
         tuple(tags),
-        tuple(row.licence for row in tags.values()),
+        tuple(row.license for row in tags.values()),
         tuple(row.source for row in tags.values()),
     )
 
 
 def crop_size(name: str) -> int:
-    """Side of the square pictures, in pixels, on which a network is measured."""
+    """Side of the square images, in pixels, on which a network is measured."""
     tags = PRETRAINED.get(name)
     return next(iter(tags.values())).crop_size if tags else 224
 
@@ -95,7 +95,7 @@ def count_parameters(model: keras.Model) -> int:
 
 
 def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of all convolution and dense layers for one picture.
+    """Multiply-adds of all convolution and dense layers for one image.
 
     This is what papers call FLOPs. Layers inside other layers are counted too, and layers that
     are called several times as often as that. Nothing is computed: shapes are enough.

@@ -11,7 +11,7 @@ from keras_resnest.boxes.formats import check_box_format
 class AnchorGenerator:
     """Anchors of every cell of every feature map.
 
-    A cell of a level with stride `s` has its anchors centred on
+    A cell of a level with stride `s` has its anchors centerd on
     `(column + offset) * s, (row + offset) * s`. An anchor of size `a` and aspect
     ratio `r` is `a * sqrt(r)` wide and `a / sqrt(r)` high. The order is level,
     row, column, size, ratio, the order in which the prediction heads flatten.
@@ -20,8 +20,8 @@ class AnchorGenerator:
         strides: stride in pixels of each level.
         sizes: for each level one side in pixels, or a sequence of several.
         aspect_ratios: width over height, used on every level.
-        offset: position of the centre inside its cell, as a fraction of the cell.
-        clip: whether centre and size are clipped to the picture, as the PyTorch
+        offset: position of the center inside its cell, as a fraction of the cell.
+        clip: whether center and size are clipped to the image, as the PyTorch
             ports of RefineDet do. The authors' code does not clip.
         bounding_box_format: format of the result.
 
@@ -67,7 +67,7 @@ class AnchorGenerator:
         return tuple(len(level) * len(self.aspect_ratios) for level in self.sizes)
 
     def __call__(self, image_shape) -> np.ndarray:
-        """Anchors of a picture.
+        """Anchors of an image.
 
         Args:
             image_shape: (height, width) or (height, width, channels) in pixels; the

@@ -38,8 +38,8 @@ def convert_boxes(boxes, source: str, target: str, height: int, width: int):
         boxes: tensor or array, shape (..., 4).
         source: format of `boxes`.
         target: wanted format.
-        height: picture height in pixels, used by the `rel_*` formats.
-        width: picture width in pixels.
+        height: image height in pixels, used by the `rel_*` formats.
+        width: image width in pixels.
 
     Returns:
         float32 tensor, shape (..., 4).
@@ -53,7 +53,7 @@ def convert_boxes(boxes, source: str, target: str, height: int, width: int):
 
 
 def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
-    """Moves boxes to a picture of another size.
+    """Moves boxes to an image of another size.
 
     Args:
         boxes: shape (..., 4).
@@ -73,6 +73,6 @@ def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
 
 
 def clip_boxes(boxes, height: int, width: int):
-    """Clips `"xyxy"` boxes (..., 4) in pixels to a picture of the given size."""
+    """Clips `"xyxy"` boxes (..., 4) in pixels to an image of the given size."""
     limits = ops.convert_to_tensor([width, height, width, height], dtype=boxes.dtype)
     return ops.clip(boxes, 0.0, limits)

@@ -110,8 +110,8 @@ class _ObjectChunks:
             (batch, `size`, anchors). Rows beyond the last object are zero.
         number: number of chunks.
         size: objects of a chunk.
-        batch: number of pictures.
-        num_anchors: anchors of a picture.
+        batch: number of images.
+        num_anchors: anchors of an image.
     """
 
     def __init__(self, read, number, size, batch, num_anchors):

@@ -6,7 +6,7 @@ Boxes and anchors are `"xyxy"` in any one unit, pixels or fractions.
 import numpy as np
 from keras import ops
 
-VARIANCES = (0.1, 0.2)  # of centres and of log sizes (SSD, RefineDet)
+VARIANCES = (0.1, 0.2)  # of centers and of log sizes (SSD, RefineDet)
 
 # exp(4.135) = 62.5: no box grows beyond 62.5 times its anchor, so that an
 # untrained or diverging network cannot produce infinite boxes.
@@ -14,13 +14,13 @@ MAX_LOG_SIZE_RATIO = float(np.log(1000.0 / 16.0))
 
 
 def center_form(boxes):
-    """`"xyxy"` (..., 4) to centres (..., 2) and sizes (..., 2)."""
+    """`"xyxy"` (..., 4) to centers (..., 2) and sizes (..., 2)."""
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     return (top_left + bottom_right) / 2.0, bottom_right - top_left
 
 
 def corner_form(centers, sizes):
-    """Centres (..., 2) and sizes (..., 2) to `"xyxy"` (..., 4)."""
+    """Centers (..., 2) and sizes (..., 2) to `"xyxy"` (..., 4)."""
     half = sizes / 2.0
     return ops.concatenate([centers - half, centers + half], axis=-1)
 
@@ -34,7 +34,7 @@ def encode_boxes(boxes, anchors, variances=VARIANCES, epsilon: float = 1e-5):
     Args:
         boxes: `"xyxy"`, shape (..., 4).
         anchors: `"xyxy"`, shape (..., 4), broadcast against `boxes`.
-        variances: scale of centre offsets and of log sizes.
+        variances: scale of center offsets and of log sizes.
         epsilon: added inside the logarithm, as the reference implementation
             does, so that a box without area stays finite; relative error 1e-5.
 

@@ -1,6 +1,6 @@
-"""Non-maximum suppression and box voting over the detections of one picture.
+"""Non-maximum suppression and box voting over the detections of one image.
 
-Pure functions of numpy arrays: one picture has a few thousand rows, for which the eager
+Pure functions of numpy arrays: one image has a few thousand rows, for which the eager
 operations of a backend would cost more than the arithmetic.
 """
 
@@ -58,7 +58,7 @@ def vote_boxes(
 
     Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
     segmentation-aware CNN model", arXiv 1505.01749, section 5. RefineDet's `bbox_vote` has
-    both thresholds at 0.45, and a box votes for the most confident of its neighbours alone.
+    both thresholds at 0.45, and a box votes for the most confident of its neighbors alone.
 
     Example:
 

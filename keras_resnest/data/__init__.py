@@ -1,4 +1,4 @@
-"""Data: pictures, annotated data sets, augmentation, and a data set that needs no download.
+"""Data: images, annotated datasets, augmentation, and a dataset that needs no download.
 
 TensorFlow Datasets and the `tf.data` code are imported at the first use of a name that needs them.
 """
@@ -12,7 +12,6 @@ from keras_resnest.data.readers.detect_format import find_splits, read_detection
 from keras_resnest.data.readers.tfds import read_tfds
 from keras_resnest.data.readers.voc import read_voc
 from keras_resnest.data.readers.yolo import read_yolo
-from keras_resnest.data.validation import check_ground_truth
 from keras_resnest.images import center_crop_image, find_images, load_image, resize_image
 
 _LAZY = {
@@ -32,7 +31,7 @@ _LAZY = {
     "ClassificationAugmentation": "classification",
     "ClassificationDataset": "classification",
     "ClassificationReport": "classification",
-    "LabelledImage": "classification",
+    "LabeledImage": "classification",
     "RandAugment": "augmentation.rand_augment",
     "classification_batches": "classification",
     "evaluation_batches": "batches",
@@ -48,7 +47,6 @@ __all__ = [
     "DetectionDataset",
     "ImageRecord",
     "center_crop_image",
-    "check_ground_truth",
     "find_images",
     "find_splits",
     "load_image",

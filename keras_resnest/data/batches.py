@@ -1,8 +1,8 @@
-"""From a `tf.data.Dataset` of annotated pictures to batches for training and evaluation.
+"""From a `tf.data.Dataset` of annotated images to batches for training and evaluation.
 
 Elements are `{"images": (h, w, 3), "image_id": string, "bounding_boxes": {"boxes": (n, 4),
 "labels": (n,), "difficult": (n,)}}` as the readers give them: RGB of 0 to 255, boxes "xyxy" in
-pixels of the picture. `image_id` and `difficult` may be missing.
+pixels of the image. `image_id` and `difficult` may be missing.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import MARK
+from keras_resnest.checks import PREFIX
 from keras_resnest.data.augmentation.detection import (
     Resize,
     check_image_shape,
@@ -47,59 +47,59 @@ def training_batches(
     """Batches for training: cached, shuffled anew and augmented anew in every epoch.
 
     The same arguments give the same batches in the same order, epoch by epoch, in every run:
-    order and augmentation of epoch k depend on `seed`, k and the pictures only. So a training
+    order and augmentation of epoch k depend on `seed`, k and the images only. So a training
     that was stopped goes on with `initial_epoch=k`, bit for bit as if it had not been stopped
     (inside of an epoch: with `.skip(steps)` for the rest of it). See also `set_epoch`.
 
     Boxes without area are left out; others are only dropped by `augmentation` and `mosaic`
     (their documentation says which).
 
-    Of one shard of a data set (`DetectionDataset.shard`), an epoch has as many batches as the
+    Of one shard of a dataset (`DetectionDataset.shard`), an epoch has as many batches as the
     smallest of the shards can fill, so that no worker waits for another one in vain.
 
     Args:
         dataset: `tf.data.Dataset` of unbatched elements (see the top of this module), or an
             object whose `as_dataset()` returns one.
         image_shape: (height, width) or (height, width, 3) of the network.
-        batch_size: pictures per batch (over all replicas, for a distributed data set).
+        batch_size: images per batch (over all replicas, for a distributed dataset).
         augmentation: called with an element and a seed (int64 tensor of shape (2,)), returns an
             element with an image of `image_shape`: a `TrainingAugmentation`, or your own
             function. Default: `Resize(image_shape)`, so no augmentation.
-        mosaic: a `Mosaic`: pictures made of four of the batch. Default: none.
-        mixup: a `MixUp`: pictures made of two of the batch, after `mosaic`. Default: none.
+        mosaic: a `Mosaic`: images made of four of the batch. Default: none.
+        mixup: a `MixUp`: images made of two of the batch, after `mosaic`. Default: none.
         image_sizes: multi-scale training: the (height, width) in pixels among which one is drawn
             for each batch, instead of `image_shape`. `augmentation` is then called with a third
             argument `image_size`, an int32 tensor (height, width), and makes images of that size.
-        shuffle_buffer: number of pictures among which the next one is drawn; 0 keeps the order.
+        shuffle_buffer: number of images among which the next one is drawn; 0 keeps the order.
             Default: all of them when they are cached in memory, or are files of a
             `DetectionDataset` that are read anew in each epoch; else 512.
         seed: start of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0; later passes are the epochs after it.
-        cache: keep decoded pictures in memory (height x width x 3 bytes for each one); a path
+        cache: keep decoded images in memory (height x width x 3 bytes for each one); a path
             keeps them in files that begin with it; False reads and decodes in every epoch.
-        drop_remainder: leave out the last, smaller batch of an epoch. Which pictures fall out
+        drop_remainder: leave out the last, smaller batch of an epoch. Which images fall out
             changes with every epoch, because they are shuffled.
-        max_boxes: pad boxes to this number of rows; a picture with more raises an error. Default:
+        max_boxes: pad boxes to this number of rows; an image with more raises an error. Default:
             the longest of the batch, at least 1. Give a number where every new shape costs a
             compilation (`jit_compile=True`).
         bounding_box_format: format of the boxes in the batches, one of those of
             `keras.utils.bounding_boxes.convert_format`.
         use_difficult: False leaves out boxes marked as difficult.
-        num_parallel_calls: pictures that are augmented at the same time.
-        deterministic: False lets a faster picture overtake a slower one: a little quicker, but
+        num_parallel_calls: images that are augmented at the same time.
+        deterministic: False lets a faster image overtake a slower one: a little quicker, but
             not reproducible (and not possible with `image_sizes`).
 
     Returns:
-        Data set of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
+        Dataset of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
         gives), "bounding_boxes": {"boxes": (B, M, 4) float32, "labels": (B, M) int32}}`. Padding
         rows have label -1. With `image_sizes`, height and width are None in its `element_spec`.
 
     Raises:
-        ValueError: if an argument is unusable, or the data set has no picture, or fewer than
+        ValueError: if an argument is unusable, or the dataset has no image, or fewer than
             `batch_size` with `drop_remainder`.
         tf.errors.InvalidArgumentError: while iterating, if boxes are upside down or look like
-            relative coordinates, or a picture has more than `max_boxes`.
+            relative coordinates, or an image has more than `max_boxes`.
 
     Example:
         ```python
@@ -160,7 +160,7 @@ def evaluation_batches(
     include_source: bool = False,
     num_parallel_calls: int = tf.data.AUTOTUNE,
 ) -> tf.data.Dataset:
-    """Batches for evaluation: every picture once, in the order of the data set, only resized.
+    """Batches for evaluation: every image once, in the order of the dataset, only resized.
 
     Every box is kept, also difficult ones and those without area; only padding rows of the
     source (label -1) give way to padding of the batch. The last batch may be smaller.
@@ -168,23 +168,23 @@ def evaluation_batches(
     Args:
         dataset: as in `training_batches`.
         image_shape: (height, width) or (height, width, 3) of the network.
-        batch_size: pictures per batch.
+        batch_size: images per batch.
         cache: as in `training_batches`.
         max_boxes: as in `training_batches`.
         bounding_box_format: as in `training_batches`.
         dtype: of the images, "float32" or "uint8" (rounded; a quarter of the bytes).
         include_source: also give "image_id" (B,) and "image_size" (B, 2), int32 height and
-            width of the picture before resizing, in pixels: what is needed to express
+            width of the image before resizing, in pixels: what is needed to express
             detections in its own pixels again.
-        num_parallel_calls: pictures that are resized at the same time.
+        num_parallel_calls: images that are resized at the same time.
 
     Returns:
-        Data set of `{"images": (B, height, width, 3), "bounding_boxes": {"boxes": (B, M, 4)
+        Dataset of `{"images": (B, height, width, 3), "bounding_boxes": {"boxes": (B, M, 4)
         float32, "labels": (B, M) int32, "difficult": (B, M) bool}}`, boxes in pixels of the
         resized image unless the format is relative. Padding rows have label -1.
 
     Raises:
-        ValueError: if an argument is unusable or the data set has no picture.
+        ValueError: if an argument is unusable or the dataset has no image.
         tf.errors.InvalidArgumentError: as in `training_batches`.
 
     Example:
@@ -234,9 +234,9 @@ def _source(dataset, batch_size: int, whole_batch: bool) -> tf.data.Dataset:
         count = sum(1 for _ in dataset.take(needed))
     if 0 <= count < needed:
         raise ValueError(
-            f"`dataset` must have at least {needed} picture(s): with fewer, an epoch would have "
+            f"`dataset` must have at least {needed} image(s): with fewer, an epoch would have "
             f"no batch (batch_size={batch_size}, drop_remainder={whole_batch}). "
-            f"Received: a data set of {count} picture(s)"
+            f"Received: a dataset of {count} image(s)"
         )
     return dataset
 
@@ -276,7 +276,7 @@ def _check_augmentation(augmentation, image_shape, image_sizes, deterministic: b
         )
     if image_sizes and not deterministic:
         raise ValueError(
-            "`image_sizes` needs `deterministic=True`: a picture that overtakes another one "
+            "`image_sizes` needs `deterministic=True`: an image that overtakes another one "
             "would land in a batch of another size. Received: deterministic=False"
         )
 
@@ -312,19 +312,19 @@ def _checked(element: dict) -> dict:
     tf.debugging.Assert(
         tf.reduce_all(boxes[:, 2:] >= boxes[:, :2]),
         [
-            f"{MARK} `dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and "
+            f"{PREFIX} `dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and "
             "y1 <= y2. Received (image_id, boxes):",
             image_id,
             boxes,
         ],
     )
-    # Only in a tiny picture may all boxes lie in the first pixel.
+    # Only in a tiny image may all boxes lie in the first pixel.
     largest = tf.reduce_max(boxes)  # -inf without boxes
     is_relative = (largest > 0.0) & (largest <= 1.0)
     tf.debugging.Assert(
         ~is_relative | (tf.reduce_max(tf.shape(image)) <= 16),
         [
-            f"{MARK} `dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
+            f"{PREFIX} `dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
             "(image_id, boxes):",
             image_id,
             boxes,
@@ -347,7 +347,7 @@ def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
         return elements
     if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            "`cache` must be False for an endless data set (one with `repeat()`). "
+            "`cache` must be False for an endless dataset (one with `repeat()`). "
             f"Received: cache={cache!r}"
         )
     return elements.cache() if cache is True else elements.cache(str(cache))
@@ -356,10 +356,10 @@ def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
 def _stored(
     dataset, source: tf.data.Dataset, cache: bool | str, use_difficult: bool, num_parallel_calls
 ) -> tuple[tf.data.Dataset, Callable | None]:
-    """What is shuffled: whole elements, or only the numbers of pictures that are read later.
+    """What is shuffled: whole elements, or only the numbers of images that are read later.
 
     Returns:
-        The data set of elements and None; or the data set of numbers, and the function that
+        The dataset of elements and None; or the dataset of numbers, and the function that
         makes an element of one.
     """
 
@@ -381,7 +381,7 @@ def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, all_of_them: bo
                 f"Received: shuffle_buffer={buffer!r}"
             )
         return buffer
-    # Pictures cached in memory are shared with the buffer, so a large one costs nothing.
+    # Images cached in memory are shared with the buffer, so a large one costs nothing.
     count = int(stored.cardinality())
     if all_of_them:
         return count if count > 0 else 100_000
@@ -389,7 +389,7 @@ def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, all_of_them: bo
 
 
 def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
-    """Function that draws one of the sizes for the batch of a picture, as a tuple of one."""
+    """Function that draws one of the sizes for the batch of an image, as a tuple of one."""
     if image_sizes is None:
         return None
     if not isinstance(image_sizes, Sequence) or not image_sizes:
@@ -400,7 +400,7 @@ def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
     sizes = tf.constant([check_image_shape(size) for size in image_sizes])
 
     def draw(epoch_seed, position):
-        seed = fold_in(epoch_seed, -1, position // batch_size)  # no picture has the number -1
+        seed = fold_in(epoch_seed, -1, position // batch_size)  # no image has the number -1
         choice = tf.random.stateless_uniform([], seed, 0, len(image_sizes), tf.int32)
         return (sizes[choice],)
 
@@ -408,7 +408,7 @@ def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
 
 
 def _mixed(batch: dict, mixes: list, max_boxes: int | None) -> dict:
-    """The batch after mosaic and mixup, without the seeds of its pictures."""
+    """The batch after mosaic and mixup, without the seeds of its images."""
     batch = dict(batch)
     seeds = batch.pop("seed")
     for number, mix in enumerate(mixes):
@@ -419,10 +419,10 @@ def _mixed(batch: dict, mixes: list, max_boxes: int | None) -> dict:
 
 
 def _padded_to(rows: dict, max_boxes: int) -> dict:
-    """Rows (B, M, ...) of mixed pictures, padded to `max_boxes`."""
+    """Rows (B, M, ...) of mixed images, padded to `max_boxes`."""
     rows = fit_rows(rows)
     count = tf.shape(rows["labels"])[1]
-    message = f"{MARK} a mixed picture has more boxes than max_boxes={max_boxes}. Received (boxes):"
+    message = f"{PREFIX} a mixed image has more boxes than max_boxes={max_boxes}. Received (boxes):"
     tf.debugging.Assert(count <= max_boxes, [message, count])
     padded = {}
     for name, values in rows.items():
@@ -435,14 +435,14 @@ def _padded_to(rows: dict, max_boxes: int) -> dict:
 def _as_long_as_the_smallest_shard(
     batches: tf.data.Dataset, dataset, batch_size: int, drop_remainder: bool
 ) -> tf.data.Dataset:
-    pictures = getattr(dataset, "smallest_shard", None)
-    if pictures is None or pictures == len(dataset):
+    images = getattr(dataset, "smallest_shard", None)
+    if images is None or images == len(dataset):
         return batches
-    steps = pictures // batch_size if drop_remainder else -(-pictures // batch_size)
+    steps = images // batch_size if drop_remainder else -(-images // batch_size)
     if not steps:
         raise ValueError(
-            f"`dataset` must have at least {batch_size} pictures in each shard (batch_size="
-            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {pictures}"
+            f"`dataset` must have at least {batch_size} images in each shard (batch_size="
+            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {images}"
         )
     return batches.take(steps)
 
@@ -492,12 +492,12 @@ def _converted(batches: tf.data.Dataset, bounding_box_format: str) -> tf.data.Da
 
 
 def _at_least_one_row(element: dict, max_boxes: int | None) -> dict:
-    """Box entries, checked against `max_boxes`; a picture without boxes gets a padding row."""
+    """Box entries, checked against `max_boxes`; an image without boxes gets a padding row."""
     rows = element["bounding_boxes"]
     count = tf.shape(rows["labels"])[0]
     if max_boxes is not None:
         message = (
-            f"{MARK} a picture has more boxes than max_boxes={max_boxes}. Received (boxes, id):"
+            f"{PREFIX} an image has more boxes than max_boxes={max_boxes}. Received (boxes, id):"
         )
         tf.debugging.Assert(count <= max_boxes, [message, count, element.get("image_id", "")])
     missing = tf.cast(tf.equal(count, 0), tf.int32)
@@ -515,6 +515,6 @@ def _at_least_one_row(element: dict, max_boxes: int | None) -> dict:
 def _options(deterministic: bool) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = deterministic
-    # One thread per picture: quicker than all threads on one picture, and leaves cores to fit().
+    # One thread per image: quicker than all threads on one image, and leaves cores to fit().
     options.threading.max_intra_op_parallelism = 1
     return options

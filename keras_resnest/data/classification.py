@@ -1,10 +1,10 @@
-"""Labelled pictures: readers, and batches for training and evaluating classifiers.
+"""Labeled images: readers, and batches for training and evaluating classifiers.
 
 `ClassificationDataset.as_dataset()` is a `tf.data.Dataset` of
 
     {"images": uint8 (h, w, 3), "image_id": string, "labels": int32 scalar}
 
-Pictures are RGB, 0 to 255, of any size; labels are 0 to num_classes - 1.
+Images are RGB, 0 to 255, of any size; labels are 0 to num_classes - 1.
 """
 
 import collections
@@ -20,6 +20,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_resnest.checks import check_class_names
 from keras_resnest.data.augmentation.rand_augment import (
     RandAugment,
     as_uint8,
@@ -28,9 +29,8 @@ from keras_resnest.data.augmentation.rand_augment import (
     saturate,
 )
 from keras_resnest.data.dataset import (
-    PictureDataset,
+    ImageDataset,
     Problem,
-    check_class_names,
     count_problems,
     decode_plain_image,
     image_reader,
@@ -39,35 +39,35 @@ from keras_resnest.data.dataset import (
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
 from keras_resnest.data.readers.common import Faults, FileError
 from keras_resnest.data.readers.tfds import prepare, split_size, tfds_builder
-from keras_resnest.images import IMAGE_SUFFIXES, PictureInfo, center_crop_image, read_picture_info
+from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, center_crop_image, read_image_info
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_CACHE_LIMIT = 1_000_000_000  # bytes of decoded pictures that are kept without being asked to
+_CACHE_LIMIT = 1_000_000_000  # bytes of decoded images that are kept without being asked to
 
 
 @dataclasses.dataclass(slots=True)
-class LabelledImage:
-    """One picture and its class.
+class LabeledImage:
+    """One image and its class.
 
     Attributes:
-        image: Path, encoded bytes or array of the picture, as `load_image` takes them.
-        image_id: Name of the picture, different for every picture of the data set.
+        image: Path, encoded bytes or array of the image, as `load_image` takes them.
+        image_id: Name of the image, different for every image of the dataset.
         label: 0 to num_classes - 1.
-        info: Size and orientation of the picture.
+        info: Size and orientation of the image.
     """
 
     image: Any
     image_id: str
     label: int
-    info: PictureInfo
+    info: ImageInfo
 
 
 @dataclasses.dataclass
 class ClassificationReport:
-    """Counts and faults of a data set; `print` it before training.
+    """Counts and faults of a dataset; `print` it before training.
 
     Attributes:
-        class_counts: Pictures of each class, by class name, in the order of the labels.
+        class_counts: Images of each class, by class name, in the order of the labels.
         problems: List of `Problem`.
     """
 
@@ -76,7 +76,7 @@ class ClassificationReport:
 
     @property
     def num_images(self) -> int:
-        """Pictures that are used."""
+        """Images that are used."""
         return sum(self.class_counts.values())
 
     def __str__(self) -> str:
@@ -91,11 +91,11 @@ class ClassificationReport:
         return "\n".join(lines)
 
 
-class ClassificationDataset(PictureDataset):
-    """Labelled pictures, read when they are needed.
+class ClassificationDataset(ImageDataset):
+    """Labeled images, read when they are needed.
 
     Args:
-        records: List of `LabelledImage`, at least one.
+        records: List of `LabeledImage`, at least one.
         class_names: Names of the labels 0, 1, 2, ...
         report: `ClassificationReport`. Default: counted from the records.
 
@@ -104,20 +104,20 @@ class ClassificationDataset(PictureDataset):
 
     Example:
         ```python
-        record = LabelledImage("cat.jpg", "cat", 0, read_picture_info("cat.jpg"))
+        record = LabeledImage("cat.jpg", "cat", 0, read_image_info("cat.jpg"))
         dataset = ClassificationDataset([record], class_names=["cat", "dog"])
         ```
     """
 
     def __init__(
         self,
-        records: Sequence[LabelledImage],
+        records: Sequence[LabeledImage],
         class_names: Sequence[str],
         report: ClassificationReport | None = None,
     ):
         self.records, self.class_names = list(records), check_class_names(class_names)
         if not self.records:
-            raise ValueError("A data set needs at least one picture. Received: no records")
+            raise ValueError("A dataset needs at least one image. Received: no records")
         labels = collections.Counter(record.label for record in self.records)
         wrong = [label for label in labels if not 0 <= label < self.num_classes]
         if wrong:
@@ -129,7 +129,7 @@ class ClassificationDataset(PictureDataset):
         self.report = report or ClassificationReport(counts)
 
     def element_loader(self) -> Callable[[tf.Tensor], dict]:
-        """A function from the number of a picture (int64 tensor) to its element."""
+        """A function from the number of an image (int64 tensor) to its element."""
         with tf.device("CPU:0"):  # else the tables would live on the GPU
             image_ids = tf.constant([record.image_id for record in self.records])
             labels = tf.constant([record.label for record in self.records], tf.int32)
@@ -150,19 +150,19 @@ def read_image_folder(
     class_names: Sequence[str] | None = None,
     on_error: str = "raise",
 ) -> ClassificationDataset:
-    """Reads a folder with a folder of pictures for each class, as ImageNet's.
+    """Reads a folder with a folder of images for each class, as ImageNet's.
 
-    Pictures may lie in folders inside those of the classes. Reported and left out: files that are
-    no pictures by their suffix, and pictures outside of the class folders. Names that begin with
+    Images may lie in folders inside those of the classes. Reported and left out: files that are
+    no images by their suffix, and images outside of the class folders. Names that begin with
     a dot are passed over. One `UserWarning` tells that there are problems.
 
     Args:
-        folder: Folder of the data set.
+        folder: Folder of the dataset.
         split: Folder in `folder` that holds the class folders, such as "train". Default: `folder`
             itself holds them.
         class_names: Names of the labels 0, 1, 2, ... Default: the names of the class folders,
             sorted.
-        on_error: What to do with an unreadable picture, and with a class folder that is not in
+        on_error: What to do with an unreadable image, and with a class folder that is not in
             `class_names`: "raise" a ValueError naming the file, or "skip" it with a line in the
             report.
 
@@ -170,7 +170,7 @@ def read_image_folder(
         `ClassificationDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: No such folder or split, no class folders, no pictures, or see `on_error`.
+        ValueError: No such folder or split, no class folders, no images, or see `on_error`.
 
     Example:
         ```python
@@ -185,31 +185,31 @@ def read_image_folder(
     names = check_class_names(class_names or [path.name for path in class_folders])
     paths, labels = [], []
     for path in class_folders:
-        with faults.costing_a_picture():
+        with faults.skipping_image():
             if path.name not in names:
                 detail = f"not in `class_names`. {nearest(path.name, names)}"
                 raise FileError(path, "unknown class", detail)
-            found = list(_pictures(path, faults))
+            found = list(_images(path, faults))
             paths += found
             labels += [names.index(path.name)] * len(found)
     records = []
     # Threads, because most of the time is spent waiting for the disk.
     with ThreadPoolExecutor(16) as pool:
         for path, label, info in zip(paths, labels, pool.map(_info_or_error, paths), strict=True):
-            with faults.costing_a_picture():
+            with faults.skipping_image():
                 if isinstance(info, FileError):
                     raise info
                 image_id = path.relative_to(folder).as_posix()
-                records.append(LabelledImage(str(path), image_id, label, info))
+                records.append(LabeledImage(str(path), image_id, label, info))
     if not records:
-        raise ValueError(f"No usable picture in {folder}: {count_problems(faults.problems)}")
+        raise ValueError(f"No usable image in {folder}: {count_problems(faults.problems)}")
     counts = collections.Counter(record.label for record in records)
     for i, name in enumerate(names):
         if not counts[i] and class_names is None:
-            faults.add(name, "class without pictures", "kept as a class")
+            faults.add(name, "class without images", "kept as a class")
     if faults.problems:
         warnings.warn(
-            f"{folder}: {count_problems(faults.problems)}. See the `report` of the data set",
+            f"{folder}: {count_problems(faults.problems)}. See the `report` of the dataset",
             stacklevel=2,
         )
     class_counts = {name: counts[i] for i, name in enumerate(names)}
@@ -239,7 +239,7 @@ def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path
     names = [path.name for path in class_folders]
     if not names:
         raise ValueError(
-            f"{folder} must hold one folder of pictures for each class. Received: "
+            f"{folder} must hold one folder of images for each class. Received: "
             f"{len(found)} files and no folder"
         )
     if split is None and {name.lower() for name in names} <= _SPLIT_NAMES:
@@ -253,27 +253,27 @@ def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path
     return class_folders
 
 
-def _pictures(folder: Path, faults: Faults) -> Iterator[Path]:
-    """All pictures of a class, in the order of their names."""
+def _images(folder: Path, faults: Faults) -> Iterator[Path]:
+    """All images of a class, in the order of their names."""
     for path in _visible(folder):
         if path.is_dir():
             # Links of folders could lead round in a circle.
-            yield from () if path.is_symlink() else _pictures(path, faults)
+            yield from () if path.is_symlink() else _images(path, faults)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
         else:
-            faults.add(path, "not a picture", "left out", f"in {folder.name}")
+            faults.add(path, "not an image", "left out", f"in {folder.name}")
 
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _info_or_error(path: Path) -> PictureInfo | FileError:
+def _info_or_error(path: Path) -> ImageInfo | FileError:
     try:
-        return read_picture_info(path)
+        return read_image_info(path)
     except ValueError as error:
-        return FileError(path, "unreadable picture", str(error))
+        return FileError(path, "unreadable image", str(error))
 
 
 # === TensorFlow Datasets ===
@@ -286,25 +286,25 @@ def read_tfds_classification(
     data_dir: str | os.PathLike | None = None,
     download: bool = True,
 ) -> ClassificationDataset:
-    """Reads a classification data set of TensorFlow Datasets, e.g. "imagenet2012" or "cifar10".
+    """Reads a classification dataset of TensorFlow Datasets, e.g. "imagenet2012" or "cifar10".
 
-    It needs the features `image` and `label`. The pictures stay in the TFDS files, decoded as TFDS
-    does; grey ones become RGB. `records` is empty and the `report` is counted on first use.
+    It needs the features `image` and `label`. The images stay in the TFDS files, decoded as TFDS
+    does; gray ones become RGB. `records` is empty and the `report` is counted on first use.
 
     Args:
-        name_or_builder: Name of a data set, or a `tfds.core.DatasetBuilder`.
+        name_or_builder: Name of a dataset, or a `tfds.core.DatasetBuilder`.
         split: E.g. "train", "test[:10%]".
-        class_names: Names of the labels 0, 1, 2, ...: all names of the data set in the order
-            wanted, and possibly more. Default: as in the data set.
-        data_dir: Folder of prepared data sets. Default: that of TFDS (`TFDS_DATA_DIR`, or
+        class_names: Names of the labels 0, 1, 2, ...: all names of the dataset in the order
+            wanted, and possibly more. Default: as in the dataset.
+        data_dir: Folder of prepared datasets. Default: that of TFDS (`TFDS_DATA_DIR`, or
             "~/tensorflow_datasets").
-        download: Download or generate the data set where `data_dir` has not got it.
+        download: Download or generate the dataset where `data_dir` has not got it.
 
     Returns:
         `ClassificationDataset`.
 
     Raises:
-        ValueError: No such data set or split, not a classification data set, a class is not in
+        ValueError: No such dataset or split, not a classification dataset, a class is not in
             `class_names`, or it is not in `data_dir` and `download` is False.
         ConnectionError: It must be downloaded and its server is not to be reached.
 
@@ -321,7 +321,7 @@ def read_tfds_classification(
     is_image = isinstance(features.get("image"), tfds.features.Image)
     if not is_image or not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
-            f"{builder.info.full_name} is not a classification data set. Wanted: `image` (Image) "
+            f"{builder.info.full_name} is not a classification dataset. Wanted: `image` (Image) "
             f"and `label` (ClassLabel). Received: {', '.join(features)}"
         )
     prepare(builder, download)
@@ -337,7 +337,7 @@ def read_tfds_classification(
 
 
 class _TfdsClassification(ClassificationDataset):
-    """A split of a prepared TFDS data set."""
+    """A split of a prepared TFDS dataset."""
 
     def __init__(self, builder, split, label_names, class_names):
         self.records, self.class_names = [], list(class_names)
@@ -397,20 +397,20 @@ class _TfdsClassification(ClassificationDataset):
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationAugmentation:
-    """A random part of a picture, mirrored or not, with changed colours.
+    """A random part of an image, mirrored or not, with changed colors.
 
-    Called on a picture (h, w, 3), uint8, and a `seed`, an integer tensor of shape (2,): the same
-    picture and seed always give the same result.
+    Called on an image (h, w, 3), uint8, and a `seed`, an integer tensor of shape (2,): the same
+    image and seed always give the same result.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result in pixels.
-        area: (low, high) of the part's area as a share of the picture's.
+        area: (low, high) of the part's area as a share of the image's.
         aspect_ratio: (low, high) of the part's width divided by its height.
         flip: chance of mirroring.
         rand_augment: a `RandAugment`, or None.
         color_jitter: brightness, contrast and saturation get factors of 1 plus or minus at most
             this.
-        lighting: standard deviation of AlexNet's noise along the main colours of ImageNet.
+        lighting: standard deviation of AlexNet's noise along the main colors of ImageNet.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -448,12 +448,12 @@ class ClassificationAugmentation:
             )
 
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
-        """Returns the picture for training: float32 of `image_shape`, 0 to 255."""
+        """Returns the image for training: float32 of `image_shape`, 0 to 255."""
         image = tf.convert_to_tensor(image)
         seeds = tf.unstack(tf.random.split(tf.cast(seed, tf.int64), 5))
         top, left, height, width = tf.unstack(self.window(tf.shape(image)[:2], seeds[0]))
         image = image[top : top + height, left : left + width]
-        # Antialiased, as evaluation shrinks its pictures.
+        # Antialiased, as evaluation shrinks its images.
         image = tf.image.resize(image, self.image_shape[:2], antialias=True)
         mirrored = tf.random.stateless_uniform([], seeds[1]) < self.flip
         image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
@@ -468,15 +468,15 @@ class ClassificationAugmentation:
         return tf.ensure_shape(tf.clip_by_value(image, 0.0, 255.0), (*self.image_shape[:2], 3))
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
-        """Draws the part of a picture.
+        """Draws the part of an image.
 
         Args:
-            size: (height, width) of the picture, int32.
+            size: (height, width) of the image, int32.
             seed: integer tensor (2,).
 
         Returns:
             (top, left, height, width) in pixels, int32. If none of ten draws fits into the
-            picture, the largest part in its middle that `aspect_ratio` allows.
+            image, the largest part in its middle that `aspect_ratio` allows.
         """
         height, width = tf.unstack(tf.cast(size, tf.float32))
         draws = tf.random.stateless_uniform([10, 4], seed)
@@ -498,7 +498,7 @@ class ClassificationAugmentation:
 
 
 def _lighting(amounts):
-    # Principal components of the colours of ImageNet's pictures (AlexNet, section 4.1).
+    # Principal components of the colors of ImageNet's images (AlexNet, section 4.1).
     values = tf.constant([55.46, 4.794, 1.148])
     vectors = tf.constant(
         [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
@@ -516,7 +516,7 @@ CLASSIFICATION_AUGMENTATIONS: dict[str, dict | None] = {
 
 
 def mix_up(images: tf.Tensor, labels: tf.Tensor, alpha: float, seed) -> tuple:
-    """Mixes each picture of a batch with the one before it, and their labels alike.
+    """Mixes each image of a batch with the one before it, and their labels alike.
 
     `keras.layers.MixUp` mixes the same way, but its draws depend on how many batches came before:
     a resumed training would see others.
@@ -524,7 +524,7 @@ def mix_up(images: tf.Tensor, labels: tf.Tensor, alpha: float, seed) -> tuple:
     Args:
         images: (B, h, w, 3), float.
         labels: (B, classes), float, one-hot.
-        alpha: parameter of the beta distribution of the weights; each picture draws its own.
+        alpha: parameter of the beta distribution of the weights; each image draws its own.
         seed: integer tensor (2,).
 
     Returns:
@@ -570,9 +570,9 @@ def classification_batches(
 ) -> tf.data.Dataset:
     """Batches for training or evaluating a classifier.
 
-    For training, pictures are shuffled and augmented anew in every epoch. Order, augmentation and
-    mixup of epoch k depend on `seed`, k and the pictures only, so a stopped training goes on with
-    `initial_epoch=k`, or `set_epoch`, as if it had not been stopped. For evaluation, every picture
+    For training, images are shuffled and augmented anew in every epoch. Order, augmentation and
+    mixup of epoch k depend on `seed`, k and the images only, so a stopped training goes on with
+    `initial_epoch=k`, or `set_epoch`, as if it had not been stopped. For evaluation, every image
     comes once and in order, resized and cut in the middle as `center_crop_image` does.
 
     On many machines, give each worker its own part, `dataset.shard(num_workers, worker)`; an epoch
@@ -582,11 +582,11 @@ def classification_batches(
         dataset: a `ClassificationDataset`, or a `tf.data.Dataset` of unbatched elements
             `{"images": (h, w, 3) uint8, "labels": integer}`.
         image_shape: (height, width) or (height, width, 3) of the network; a square.
-        batch_size: pictures per batch.
+        batch_size: images per batch.
         training: whether the batches are for training, or for evaluation.
         augmentation: for training, one of `CLASSIFICATION_AUGMENTATIONS`, a
-            `ClassificationAugmentation`, or a function of a picture and a seed (int64 tensor of
-            shape (2,)) that returns a picture of `image_shape`.
+            `ClassificationAugmentation`, or a function of an image and a seed (int64 tensor of
+            shape (2,)) that returns an image of `image_shape`.
         mixup: for training, parameter of `mix_up`; 0 for none.
         num_classes: number of classes. Default: that of `dataset`.
         seed: start of all random numbers. Default: drawn from Python's `random`, which
@@ -594,14 +594,14 @@ def classification_batches(
         initial_epoch: epoch of the first pass, from 0; later passes are the epochs after it.
         crop_share: for evaluation, the crop as a share of the resized shorter side.
         interpolation: for evaluation, `"bilinear"` or `"bicubic"`.
-        cache: keep pictures in memory, or in files that begin with a path: for training as they
+        cache: keep images in memory, or in files that begin with a path: for training as they
             are, for evaluation cut. Default: in memory if that takes up to 1 GB, else not.
         drop_remainder: leave out the last, smaller batch. Default: for training.
-        num_parallel_calls: pictures that are read and augmented at the same time.
-        deterministic: False lets a faster picture overtake a slower one.
+        num_parallel_calls: images that are read and augmented at the same time.
+        deterministic: False lets a faster image overtake a slower one.
 
     Returns:
-        Data set of `(images, labels)`: (B, height, width, 3) float32 of 0 to 255, and
+        Dataset of `(images, labels)`: (B, height, width, 3) float32 of 0 to 255, and
         (B, num_classes) float32, one-hot or mixed.
 
     Raises:
@@ -671,16 +671,16 @@ def _as_it_is(element: dict) -> dict:
 
 
 def _as_long_as_the_smallest_shard(batches, dataset, batch_size: int, drop_remainder: bool):
-    pictures = getattr(dataset, "smallest_shard", None)
-    if pictures is None or pictures == len(dataset):
+    images = getattr(dataset, "smallest_shard", None)
+    if images is None or images == len(dataset):
         return batches
-    return batches.take(pictures // batch_size if drop_remainder else -(-pictures // batch_size))
+    return batches.take(images // batch_size if drop_remainder else -(-images // batch_size))
 
 
 def _options(deterministic: bool) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = deterministic
-    # One thread per picture: quicker than all threads on one picture, and leaves cores to fit().
+    # One thread per image: quicker than all threads on one image, and leaves cores to fit().
     options.threading.max_intra_op_parallelism = 1
     return options
 
@@ -688,7 +688,7 @@ def _options(deterministic: bool) -> tf.data.Options:
 def _stored(dataset, batch_size: int, whole_batch: bool) -> tuple[tf.data.Dataset, Callable]:
     """What is shuffled, and the function that makes an element of it.
 
-    These are the numbers of pictures where they can be read in any order, else elements.
+    These are the numbers of images where they can be read in any order, else elements.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
@@ -709,8 +709,8 @@ def _stored(dataset, batch_size: int, whole_batch: bool) -> tuple[tf.data.Datase
     count, needed = int(stored.cardinality()), batch_size if whole_batch else 1
     if 0 <= count < needed:
         raise ValueError(
-            f"`dataset` must have at least {needed} picture(s): with fewer, an epoch would have "
-            f"no batch (batch_size={batch_size}). Received: a data set of {count} picture(s)"
+            f"`dataset` must have at least {needed} image(s): with fewer, an epoch would have "
+            f"no batch (batch_size={batch_size}). Received: a dataset of {count} image(s)"
         )
     return stored, load
 
@@ -747,7 +747,7 @@ def _augmentation(augmentation, side: int, cut: Callable) -> Callable:
 
 
 def _keeps(dataset, cache: bool | str | None, side: int | None) -> bool:
-    """Whether pictures are kept; `side` is that of cut pictures, None where they are whole."""
+    """Whether images are kept; `side` is that of cut images, None where they are whole."""
     if cache is not None:
         return bool(cache)
     records = getattr(dataset, "records", None)
@@ -765,7 +765,7 @@ def _cached(elements: tf.data.Dataset, cache: bool | str | None) -> tf.data.Data
 def _shuffle_buffer(stored: tf.data.Dataset, load: Callable) -> int:
     """Number of items among which the next one is drawn; all, unless they are pixels."""
     count = int(stored.cardinality())
-    if load is _with_channels:  # decoded pictures, which take memory in the buffer
+    if load is _with_channels:  # decoded images, which take memory in the buffer
         return min(count, 2048) if count > 0 else 2048
     return count if count > 0 else 100_000
 

@@ -1,4 +1,4 @@
-"""Annotated pictures: what every reader returns.
+"""Annotated images: what every reader returns.
 
 `DetectionDataset.as_dataset()` is a `tf.data.Dataset` of
 
@@ -6,7 +6,7 @@
      "bounding_boxes": {"boxes": float32 (n, 4), "labels": int32 (n,), "difficult": bool (n,)}}
 
 Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width, a box round the whole
-picture is [0, 0, w, h]), labels are 0 to num_classes - 1. All boxes lie inside their picture and
+image is [0, 0, w, h]), labels are 0 to num_classes - 1. All boxes lie inside their image and
 have an area; what the readers had to clip or drop for that stands in the `AnnotationReport`.
 """
 
@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from keras_resnest.images import PictureInfo, load_image, orientation_flags, read_picture_info
+from keras_resnest.checks import check_class_names
+from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_image_info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Problem:
     """One fault in the annotations and what was done about it.
 
     Attributes:
-        file: Name of the file (or id of the picture).
+        file: Name of the file (or id of the image).
         what: Kind of fault, e.g. "degenerate box".
         action: What the reader did, e.g. "dropped".
         detail: The box, numbers or text in question.
@@ -43,14 +44,14 @@ class Problem:
 
 @dataclasses.dataclass
 class AnnotationReport:
-    """Counts and faults of a data set; `print` it before training.
+    """Counts and faults of a dataset; `print` it before training.
 
     Attributes:
-        num_images: Pictures that are used.
+        num_images: Images that are used.
         num_boxes: Boxes that are used.
         class_counts: Boxes of each class, by class name, in the order of the labels.
         num_difficult: How many of the boxes are marked as difficult.
-        num_empty_images: Pictures without any box.
+        num_empty_images: Images without any box.
         problems: List of `Problem`.
     """
 
@@ -85,19 +86,19 @@ class AnnotationReport:
 
 @dataclasses.dataclass(eq=False)
 class ImageRecord:
-    """One picture with its boxes.
+    """One image with its boxes.
 
     Args:
-        image: Path, encoded bytes or array of the picture, as `load_image` takes them; None where
-            the picture stays in a TFDS file (then `info` is needed).
-        image_id: Name of the picture, different for every picture of the data set.
-        boxes: (n, 4), "xyxy" in pixels of the upright picture; kept as float32.
+        image: Path, encoded bytes or array of the image, as `load_image` takes them; None where
+            the image stays in a TFDS file (then `info` is needed).
+        image_id: Name of the image, different for every image of the dataset.
+        boxes: (n, 4), "xyxy" in pixels of the upright image; kept as float32.
         labels: (n,), 0 to num_classes - 1; kept as int32.
         difficult: (n,), which objects evaluation shall not count. Default: none.
-        info: Size and orientation of the picture. Default: looked up.
+        info: Size and orientation of the image. Default: looked up.
 
     Raises:
-        ValueError: Unequal numbers of boxes and labels, or an unreadable picture.
+        ValueError: Unequal numbers of boxes and labels, or an unreadable image.
 
     Example: `ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])`
     """
@@ -107,7 +108,7 @@ class ImageRecord:
     boxes: np.ndarray
     labels: np.ndarray
     difficult: np.ndarray | None = None
-    info: PictureInfo | None = None
+    info: ImageInfo | None = None
 
     def __post_init__(self):
         if isinstance(self.image, os.PathLike):
@@ -125,24 +126,24 @@ class ImageRecord:
         if self.info is None:
             in_file = isinstance(self.image, str | bytes)
             self.info = (
-                read_picture_info(self.image)
+                read_image_info(self.image)
                 if in_file
-                else PictureInfo(*load_image(self.image).shape[:2])
+                else ImageInfo(*load_image(self.image).shape[:2])
             )
 
     @property
     def height(self) -> int:
-        """Rows of the upright picture."""
+        """Rows of the upright image."""
         return self.info.height
 
     @property
     def width(self) -> int:
-        """Columns of the upright picture."""
+        """Columns of the upright image."""
         return self.info.width
 
 
-class PictureDataset:
-    """What data sets of pictures share: `records`, `class_names`, shards.
+class ImageDataset:
+    """What datasets of images share: `records`, `class_names`, shards.
 
     A subclass sets both and has `element_loader`.
     """
@@ -168,14 +169,14 @@ class PictureDataset:
         num_shards: int = 1,
         shard_index: int = 0,
     ):
-        """The pictures and their annotations as a `tf.data.Dataset` (see the top of the module).
+        """The images and their annotations as a `tf.data.Dataset` (see the top of the module).
 
         JPEG and PNG are decoded by TensorFlow in parallel, pixel by pixel as `load_image` does;
         files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats) by Pillow. EXIF
         orientation is applied.
 
         Args:
-            shuffle: Mix the pictures, in another order in every epoch.
+            shuffle: Mix the images, in another order in every epoch.
             seed: Integer for a repeatable order.
             num_shards: Give only one of so many shards, see `shard`.
             shard_index: Which one of the shards, 0 to `num_shards - 1`.
@@ -192,18 +193,18 @@ class PictureDataset:
             indices = indices.shuffle(len(part), seed=seed)
         return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
 
-    def shard(self, num_shards: int, shard_index: int) -> "PictureDataset":
-        """One part of the data set, for training on many machines.
+    def shard(self, num_shards: int, shard_index: int) -> "ImageDataset":
+        """One part of the dataset, for training on many machines.
 
-        Every picture is in exactly one shard, always the same one; the sizes of the shards differ
-        by one picture at most. All shards have all class names.
+        Every image is in exactly one shard, always the same one; the sizes of the shards differ
+        by one image at most. All shards have all class names.
 
         Args:
-            num_shards: Number of parts, at most the number of pictures.
+            num_shards: Number of parts, at most the number of images.
             shard_index: Which one of them, 0 to `num_shards - 1`.
 
         Returns:
-            Data set with its own `report` (without the problems of the whole one).
+            Dataset with its own `report` (without the problems of the whole one).
             `training_batches` gives as many batches of it as the smallest of the shards can fill.
 
         Raises:
@@ -219,20 +220,20 @@ class PictureDataset:
         return part
 
     def hold_out(self, share: float = 0.2, seed: int = 0) -> tuple:
-        """Two data sets of this one: a larger part, and one that is held out for testing.
+        """Two datasets of this one: a larger part, and one that is held out for testing.
 
-        Which pictures are held out is drawn; of pictures with one label each, as many of every
+        Which images are held out is drawn; of images with one label each, as many of every
         class as its size asks for.
 
         Args:
             share: Part that is held out, above 0 and below 1.
-            seed: Integer; the same one draws the same pictures.
+            seed: Integer; the same one draws the same images.
 
         Returns:
-            (the rest, the pictures held out), both with all class names.
+            (the rest, the images held out), both with all class names.
 
         Raises:
-            ValueError: `share` is out of its range, a part would have no picture, or the pictures
+            ValueError: `share` is out of its range, a part would have no image, or the images
                 are in TFDS, which has splits such as "train[:80%]".
 
         Example: `train, test = dataset.hold_out(0.2, seed=1)`
@@ -246,26 +247,26 @@ class PictureDataset:
         for i in np.random.default_rng(seed).permutation(len(self)):
             record = self.records[i]
             group = getattr(record, "label", None)
-            # Of n pictures of a group, round(n * share) are held out, spread evenly.
+            # Of n images of a group, round(n * share) are held out, spread evenly.
             count, seen[group] = seen[group], seen[group] + 1
             parts[round((count + 1) * share) > round(count * share)].append(record)
         if not (parts[True] and parts[False]):
             raise ValueError(
-                f"There are too few pictures to hold out a part of {share:g}. Received: {len(self)}"
+                f"There are too few images to hold out a part of {share:g}. Received: {len(self)}"
             )
         return tuple(type(self)(records, self.class_names) for records in parts.values())
 
     @property
     def smallest_shard(self) -> int:
-        """Pictures in the smallest of the shards of which this one is; its length if it is all."""
+        """Images in the smallest of the shards of which this one is; its length if it is all."""
         return getattr(self, "_smallest_shard", len(self))
 
-    def _part(self, num_shards: int, shard_index: int) -> "PictureDataset":
+    def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
         return type(self)(self.records[shard_index::num_shards], self.class_names)
 
 
-class DetectionDataset(PictureDataset):
-    """Annotated pictures in memory (the annotations) and on disk (the pixels).
+class DetectionDataset(ImageDataset):
+    """Annotated images in memory (the annotations) and on disk (the pixels).
 
     Args:
         records: List of `ImageRecord`, at least one.
@@ -274,7 +275,7 @@ class DetectionDataset(PictureDataset):
 
     Raises:
         ValueError: There is no record, a label has no class name, or a box has no area or does not
-            lie inside its picture.
+            lie inside its image.
 
     Example:
 
@@ -295,7 +296,7 @@ class DetectionDataset(PictureDataset):
         self.records = list(records)
         self.class_names = check_class_names(class_names)
         if not self.records:
-            raise ValueError("A data set needs at least one picture. Received: no records")
+            raise ValueError("A dataset needs at least one image. Received: no records")
         for record in self.records:
             if np.any((record.labels < 0) | (record.labels >= self.num_classes)):
                 raise ValueError(
@@ -306,9 +307,9 @@ class DetectionDataset(PictureDataset):
         self.report = report or summarize(self.records, self.class_names, [])
 
     def element_loader(self):
-        """A function from the number of a picture (int64 tensor) to its element.
+        """A function from the number of an image (int64 tensor) to its element.
 
-        None where pictures can only be read one after the other.
+        None where images can only be read one after the other.
         """
         import tensorflow as tf
 
@@ -338,15 +339,15 @@ class DetectionDataset(PictureDataset):
         return load
 
 
-def check_shard(num_shards: int, shard_index: int, num_pictures: int) -> None:
+def check_shard(num_shards: int, shard_index: int, num_images: int) -> None:
     if not 0 <= shard_index < num_shards:
         raise ValueError(
             "`shard_index` must be 0 to `num_shards - 1`. "
             f"Received: num_shards={num_shards}, shard_index={shard_index}"
         )
-    if num_shards > num_pictures:
+    if num_shards > num_images:
         raise ValueError(
-            f"`num_shards` must be at most the number of pictures, {num_pictures}, so that no "
+            f"`num_shards` must be at most the number of images, {num_images}, so that no "
             f"shard is empty. Received: num_shards={num_shards}"
         )
 
@@ -360,7 +361,7 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
         worst = int(np.argmin(good.all(axis=1)))
         record = records[np.repeat(np.arange(len(records)), counts)[worst]]
         raise ValueError(
-            'Boxes must be "xyxy" in pixels, have an area and lie inside their picture. Received: '
+            'Boxes must be "xyxy" in pixels, have an area and lie inside their image. Received: '
             f"{boxes[worst].tolist()} in {record.image_id!r} of {record.width} x {record.height}"
         )
 
@@ -395,12 +396,12 @@ def decode_plain_image(encoded):
     """Decodes JPEG or PNG bytes in a TensorFlow graph to the same uint8 RGB pixels as Pillow.
 
     Args:
-        encoded: String tensor with the bytes of one picture of which `PictureInfo.plain` is true.
+        encoded: String tensor with the bytes of one image of which `ImageInfo.plain` is true.
     """
     import tensorflow as tf
 
     # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up
-    # to 7 grey levels off what Pillow, and so `load_image` and `detect`, make of the same file.
+    # to 7 gray levels off what Pillow, and so `load_image` and `detect`, make of the same file.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     return tf.ensure_shape(image, (None, None, 3))
 
@@ -432,16 +433,6 @@ def summarize(
     )
 
 
-def check_class_names(class_names: Sequence[str]) -> list[str]:
-    names = [class_names] if isinstance(class_names, str) else list(class_names)
-    if not names or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
-        raise ValueError(
-            "`class_names` must be a list of different names, in the order of the labels. "
-            f"Received: {class_names}"
-        )
-    return names
-
-
 def nearest(name: str, names: Iterable[str]) -> str:
     """What may have been meant by a name that is not among the known ones."""
     names = list(names)
@@ -453,12 +444,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, list[str]]:
-    """Clips boxes to the picture and judges them.
+    """Clips boxes to the image and judges them.
 
     Args:
         boxes: (n, 4) "xyxy".
-        width: Width of the picture, in the unit of the boxes.
-        height: Height of the picture, in the unit of the boxes.
+        width: Width of the image, in the unit of the boxes.
+        height: Height of the image, in the unit of the boxes.
 
     Returns:
         The clipped boxes (n, 4) and a verdict for each: "" (fine), "clipped", or the reason why it
@@ -472,7 +463,7 @@ def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.nda
         elif box[2] <= box[0] or box[3] <= box[1]:
             verdicts.append("degenerate box")
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-            verdicts.append("box outside the picture")
+            verdicts.append("box outside the image")
         else:
             verdicts.append("" if np.array_equal(box, inside) else "clipped")
     return clipped, verdicts
@@ -490,4 +481,4 @@ def without_difficult(record: ImageRecord) -> ImageRecord:
 
 def count_problems(problems: list[Problem]) -> str:
     counts = collections.Counter(problem.what for problem in problems)
-    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "no pictures"
+    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "no images"

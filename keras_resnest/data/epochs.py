@@ -1,6 +1,6 @@
-"""The order and the random numbers of every epoch, from nothing but (seed, epoch, picture).
+"""The order and the random numbers of every epoch, from nothing but (seed, epoch, image).
 
-Epoch k of a data set is the same whether k epochs came before it or the training was resumed
+Epoch k of a dataset is the same whether k epochs came before it or the training was resumed
 there, and whatever the global seeds of TensorFlow are.
 """
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 class EpochCounter:
-    """Tells each pass over a data set which epoch it is: the next one, or the one that was set.
+    """Tells each pass over a dataset which epoch it is: the next one, or the one that was set.
 
     Args:
         initial_epoch: epoch of the first pass, from 0.
@@ -51,16 +51,16 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
     """Makes every following pass over training batches that of `epoch`, until the next call.
 
     Left alone, the passes over `training_batches` are epochs 0, 1, 2, ... (from `initial_epoch`).
-    But `fit` may look into a data set before and between its epochs (under a
+    But `fit` may look into a dataset before and between its epochs (under a
     `tf.distribute.Strategy` it does). A callback that calls `set_epoch` when an epoch begins keeps
     the two together, so that a resumed training sees exactly what an uninterrupted one would.
 
     Args:
-        batches: what `training_batches` returned (not a data set made from it).
+        batches: what `training_batches` returned (not a dataset made from it).
         epoch: from 0.
 
     Raises:
-        ValueError: `batches` is another data set, or `epoch` is no integer from 0.
+        ValueError: `batches` is another dataset, or `epoch` is no integer from 0.
 
     Example:
         ```python
@@ -72,7 +72,7 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
     counter = getattr(batches, "epoch_counter", None)
     if not isinstance(counter, EpochCounter):
         raise ValueError(
-            "`batches` must be the data set that `training_batches` returned, not one made from "
+            "`batches` must be the dataset that `training_batches` returned, not one made from "
             f"it. Received: {batches!r}"
         )
     counter.set_epoch(epoch)
@@ -84,13 +84,13 @@ def epoch_passes(
     """Passes over stored items, shuffled anew in every epoch.
 
     Args:
-        stored: data set of anything; it is never built again, so its cache lasts.
+        stored: dataset of anything; it is never built again, so its cache lasts.
         counter: tells the epoch of a pass.
         seed: start of all random numbers.
         shuffle_buffer: number of items among which the next one is drawn; 0 or 1: in order.
 
     Returns:
-        Data set of (epoch seed (2,) int64, position in the epoch, number of the item, item).
+        Dataset of (epoch seed (2,) int64, position in the epoch, number of the item, item).
         Its cardinality is that of `stored`, where that is known.
     """
     stored = stored.enumerate()

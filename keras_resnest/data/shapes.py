@@ -1,10 +1,10 @@
-"""Shapes: a synthetic detection data set that is drawn, not downloaded.
+"""Shapes: a synthetic detection dataset that is drawn, not downloaded.
 
-Six kinds of figures, turned, stretched and overlapping, each kind in its range of colours, on
-textured greyish backgrounds. It is small enough to train a detector on a processor in minutes,
+Six kinds of figures, turned, stretched and overlapping, each kind in its range of colors, on
+textured grayish backgrounds. It is small enough to train a detector on a processor in minutes,
 and drawn in seconds.
 
-`draw_scene(plan_scene(seed))` draws one picture; `Shapes` is the TFDS builder
+`draw_scene(plan_scene(seed))` draws one image; `Shapes` is the TFDS builder
 (`tfds.load("shapes")` works once this module is imported) and `read_shapes` the short way to it.
 """
 
@@ -36,7 +36,7 @@ class Figure:
     Attributes:
         label: Index into `CLASS_NAMES`.
         outlines: One or two float32 arrays (n, 2) of corners (x, y) in pixels: the figure and, for
-            a ring, its hole. They may lie outside the picture.
+            a ring, its hole. They may lie outside the image.
         color: float32 (3,), RGB, 0 to 255.
         seed: Of the light and grain on the figure.
     """
@@ -49,13 +49,13 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture before it is drawn.
+    """An image before it is drawn.
 
     Attributes:
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
         seed: Of the background.
         figures: From back to front.
-        difficult: bool (n,): other figures hide more than 40 % of the part inside the picture.
+        difficult: bool (n,): other figures hide more than 40 % of the part inside the image.
     """
 
     size: int
@@ -71,7 +71,7 @@ class Scene:
     @property
     def boxes(self) -> np.ndarray:
         """float32 (n, 4), "xyxy" in pixels: the extent of the part of each figure that lies in the
-        picture, whether other figures hide it or not."""
+        image, whether other figures hide it or not."""
         inside = [_cut(figure.outlines[0], self.size) for figure in self.figures]
         corners = [(*points.min(axis=0), *points.max(axis=0)) for points in inside]
         return np.asarray(corners, "float32").reshape(-1, 4)
@@ -80,14 +80,14 @@ class Scene:
 def plan_scene(seed, size: int = 192) -> Scene:
     """Decides what is to be seen where.
 
-    One picture in 25 is empty, the others have 1 to 6 figures. The longer side of a figure's box is
-    12 to 60 % of the picture; one figure in six is small (between 16 pixels and 12 %). A box may
+    One image in 25 is empty, the others have 1 to 6 figures. The longer side of a figure's box is
+    12 to 60 % of the image; one figure in six is small (between 16 pixels and 12 %). A box may
     reach over the border by a quarter of its sides. Figures may hide others as long as 40 % of each
-    (of its part inside the picture) can be seen.
+    (of its part inside the image) can be seen.
 
     Args:
         seed: Integer or sequence of integers; the same seed gives the same scene.
-        size: Side of the picture in pixels, at least 48.
+        size: Side of the image in pixels, at least 48.
 
     Returns:
         `Scene`.
@@ -124,7 +124,7 @@ def plan_scene(seed, size: int = 192) -> Scene:
 
 
 def _cut(points: np.ndarray, size: int) -> np.ndarray:
-    """Corners (n, 2) of the part of a polygon inside the picture (Sutherland and Hodgman, 1974)."""
+    """Corners (n, 2) of the part of a polygon inside the image (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0, 1), (0, size, -1), (1, 0, 1), (1, size, -1)):
         depth = sign * (points[:, axis] - limit)  # negative: beyond the border
         if depth.min() >= 0:
@@ -196,10 +196,10 @@ def _polygon(radii: np.ndarray) -> np.ndarray:
 def _contrasting_color(
     rng: np.random.Generator, label: int, others: list[np.ndarray]
 ) -> np.ndarray:
-    """Of a few colours of a class the one farthest from all others, so that nothing melts away.
+    """Of a few colors of a class the one farthest from all others, so that nothing melts away.
 
-    Every class has a typical hue, as real things have, but hues of neighbouring classes overlap:
-    colour helps, form decides.
+    Every class has a typical hue, as real things have, but hues of neighboring classes overlap:
+    color helps, form decides.
     """
     hues = label / len(CLASS_NAMES) + rng.normal(0.0, _HUE_SPREAD, 4)
     strengths = rng.uniform((0.55, 0.45), 1.0, (4, 2))  # saturation, value
@@ -212,7 +212,7 @@ def _contrasting_color(
 
 
 # === Drawing ===
-# Inside, pictures are float32 with channels first: (3, h, w), which numpy handles much faster.
+# Inside, images are float32 with channels first: (3, h, w), which numpy handles much faster.
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
@@ -248,7 +248,7 @@ def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray
     canvas = Image.new("L", (supersampling * (right - left), supersampling * (bottom - top)))
     draw = ImageDraw.Draw(canvas)
     for points, fill in zip(figure.outlines, (255, 0), strict=False):
-        # Pillow counts from the centre of a pixel, boxes from its border.
+        # Pillow counts from the center of a pixel, boxes from its border.
         corners = (points - (left, top)) * supersampling - 0.5
         draw.polygon(corners.ravel().tolist(), fill=fill)
     if supersampling > 1:
@@ -257,7 +257,7 @@ def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray
 
 
 def _mask(figure: Figure, size: int) -> np.ndarray:
-    """bool (size, size): the pixels of a figure that lie in the picture, roughly."""
+    """bool (size, size): the pixels of a figure that lie in the image, roughly."""
     mask = np.zeros((size, size), bool)
     coverage, (left, top) = _coverage(figure, size, supersampling=1)
     height, width = coverage.shape
@@ -266,7 +266,7 @@ def _mask(figure: Figure, size: int) -> np.ndarray:
 
 
 def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
-    """Colour of a figure, lit from one side, with some grain: (3, h, w)."""
+    """Color of a figure, lit from one side, with some grain: (3, h, w)."""
     rng = np.random.default_rng(figure.seed)
     light = rng.uniform(0, 45) * _ramp(rng, height, width)
     light += _noise(rng, (height, width), rng.uniform(0, 20))
@@ -274,7 +274,7 @@ def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
 
 
 def _background_colors(rng: np.random.Generator) -> np.ndarray:
-    """The two main colours of a background, (2, 3); the first thing drawn from its generator."""
+    """The two main colors of a background, (2, 3); the first thing drawn from its generator."""
     first, second = rng.uniform(40, 215, 2)[:, None] + rng.uniform(-25, 25, (2, 3))
     second = first + (second - first) * rng.uniform(0.2, 0.6)
     return np.stack([first, second]).clip(0, 255).astype("float32")
@@ -290,7 +290,7 @@ def _background(seed: int, size: int) -> np.ndarray:
         _add_speckles(rng, image)
     if rng.random() < 0.5:
         _add_lines(rng, image)
-    channels = (1, 3)[rng.integers(2)]  # grey or coloured noise
+    channels = (1, 3)[rng.integers(2)]  # gray or colored noise
     image += _noise(rng, (channels, size, size), rng.uniform(0, 40))
     return image
 
@@ -333,7 +333,7 @@ def _add_speckles(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
-    """A few thin lines across the picture, which belong to no figure."""
+    """A few thin lines across the image, which belong to no figure."""
     from PIL import Image, ImageDraw
 
     size = image.shape[-1]
@@ -349,14 +349,14 @@ def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-    """Size of the pictures and of the splits.
+    """Size of the images and of the splits.
 
     Attributes:
-        name: Default: made of the other attributes, so that data sets never mix.
-        size: Side of the pictures in pixels.
-        num_train: Pictures of the split "train"; 0 makes no such split.
-        num_validation: Pictures of the split "validation".
-        num_test: Pictures of the split "test".
+        name: Default: made of the other attributes, so that datasets never mix.
+        size: Side of the images in pixels.
+        num_train: Images of the split "train"; 0 makes no such split.
+        num_validation: Images of the split "validation".
+        num_test: Images of the split "test".
         seed: Start of all random numbers.
     """
 
@@ -375,18 +375,18 @@ class ShapesConfig(tfds.core.BuilderConfig):
     def __post_init__(self):
         counts = f"{self.num_train}-{self.num_validation}-{self.num_test}"
         self.name = self.name or f"size{self.size}_{counts}_seed{self.seed}"
-        self.description = f"{self.size} x {self.size} pixels; {counts} pictures; seed {self.seed}"
+        self.description = f"{self.size} x {self.size} pixels; {counts} images; seed {self.seed}"
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """TFDS data set of drawn figures: circle, square, triangle, star, cross, ring.
+    """TFDS dataset of drawn figures: circle, square, triangle, star, cross, ring.
 
     The configurations "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
-    pictures), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16) are ready
-    made; others are given as a `ShapesConfig`. Pictures are JPEG (quality 95).
+    images), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16) are ready
+    made; others are given as a `ShapesConfig`. Images are JPEG (quality 95).
 
     Features of an example: `image`, `image_id` ("train_00000"), and `objects` with `bbox` (relative
-    yxyx: the part of the figure in the picture, whether other figures hide it or not), `label` and
+    yxyx: the part of the figure in the image, whether other figures hide it or not), `label` and
     `is_difficult` (others hide more than 40 % of it).
 
     Example:

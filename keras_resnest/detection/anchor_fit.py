@@ -1,4 +1,4 @@
-"""How well anchors cover the objects of a data set, and anchors that are fitted to them.
+"""How well anchors cover the objects of a dataset, and anchors that are fitted to them.
 
 An object that no anchor meets at an IoU of 0.5 is learned from its one best anchor alone, and
 refined from far away. `anchor_coverage` counts such objects, `fit_anchors` finds sizes with fewer.
@@ -81,15 +81,15 @@ class AnchorCoverage:
 def anchor_coverage(
     dataset, anchor_generator: AnchorGenerator, image_shape, iou_threshold: float = 0.5
 ) -> AnchorCoverage:
-    """Share of the objects of a data set that some anchor meets.
+    """Share of the objects of a dataset that some anchor meets.
 
     Args:
         dataset: a `DetectionDataset`; an iterable, such as a `tf.data.Dataset`, of its elements
             or of batches; or a dictionary `{"boxes": (..., 4), "labels": (...)}` of `"xyxy"`
             boxes in pixels of `image_shape`. Rows of label -1 and boxes without area do not
-            count. Pictures are not decoded where the data set knows their sizes.
+            count. Images are not decoded where the dataset knows their sizes.
         anchor_generator: the anchors.
-        image_shape: (height, width, ...) that pictures are stretched to.
+        image_shape: (height, width, ...) that images are stretched to.
         iou_threshold: lowest IoU at which an anchor meets an object, as in `BoxMatcher`.
 
     Returns:
@@ -105,7 +105,7 @@ def anchor_coverage(
     >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
     """
     shape = _check(image_shape, iou_threshold)
-    boxes, labels, names = _labelled_boxes(dataset, shape)
+    boxes, labels, names = _labeled_boxes(dataset, shape)
     best = _best_iou(boxes, shape, anchor_generator)
     count = len(names)
     sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
@@ -134,14 +134,14 @@ def fit_anchors(
     restarts: int = 3,
     seed: int = 0,
 ) -> AnchorGenerator:
-    """Anchor sizes, and if wanted aspect ratios, fitted to the objects of a data set.
+    """Anchor sizes, and if wanted aspect ratios, fitted to the objects of a dataset.
 
     A coordinate search, from the given anchors, from the quantiles of the objects' sizes and from
     random places, for the highest sum of two means over the classes: the share of objects that
     some anchor meets, and the IoU with the best anchor. Every class counts the same, as in
     mAP; so a frequent class may lose a little where a rare one gains. Neither the share of all
     objects nor its mean over the classes is lower than with the given anchors. Fit to training
-    pictures only.
+    images only.
 
     Args:
         dataset: as in `anchor_coverage`.
@@ -150,7 +150,7 @@ def fit_anchors(
             `AnchorGenerator()` by default.
         iou_threshold: as in `anchor_coverage`.
         fit_aspect_ratios: whether the ratios are fitted too, between 1/4 and 4.
-        max_boxes: of a larger data set this many objects, drawn at random, are looked at.
+        max_boxes: of a larger dataset this many objects, drawn at random, are looked at.
         restarts: random places to start from.
         seed: of all that is random; the same arguments give the same anchors.
 
@@ -168,7 +168,7 @@ def fit_anchors(
     """
     shape = _check(image_shape, iou_threshold)
     start = anchor_generator or AnchorGenerator()
-    boxes, labels, _ = _labelled_boxes(dataset, shape)
+    boxes, labels, _ = _labeled_boxes(dataset, shape)
     if not len(boxes):
         raise ValueError("`dataset` must have objects to fit anchors to. Received: none")
     rng = np.random.default_rng(seed)
@@ -286,10 +286,10 @@ def _best_iou(boxes: np.ndarray, shape, generator: AnchorGenerator) -> np.ndarra
 
 
 def _best_iou_of_shape(boxes, shape, config: dict, level: int, size: float, ratio: float):
-    """Of the anchors of one shape the one with the nearest centre overlaps a box most.
+    """Of the anchors of one shape the one with the nearest center overlaps a box most.
 
     The intersection is the product of two overlaps, each of which only falls with the distance of
-    the centres along its axis; the areas are the same for all cells.
+    the centers along its axis; the areas are the same for all cells.
     """
     areas, overlap = 1.0, 1.0
     stride, sides = config["strides"][level], (size * np.sqrt(ratio), size / np.sqrt(ratio))
@@ -344,22 +344,22 @@ def _check(image_shape, iou_threshold: float) -> tuple[int, int]:
     return tuple(int(side) for side in shape)
 
 
-def _labelled_boxes(dataset, shape: tuple[int, int]):
+def _labeled_boxes(dataset, shape: tuple[int, int]):
     """All boxes with an area, "xyxy" in pixels of `shape`, their labels, and the class names."""
     names = getattr(dataset, "class_names", None)
     if isinstance(dataset, Mapping) and {"boxes", "labels"} <= set(dataset):
-        pictures = [(dataset["boxes"], dataset["labels"], shape)]
+        images = [(dataset["boxes"], dataset["labels"], shape)]
     elif isinstance(dataset, Mapping):  # one batch
-        pictures = [_of_element(dataset)]
+        images = [_of_element(dataset)]
     elif hasattr(dataset, "records"):
-        pictures = [(r.boxes, r.labels, (r.height, r.width)) for r in dataset.records]
+        images = [(r.boxes, r.labels, (r.height, r.width)) for r in dataset.records]
     else:
         source = dataset.as_dataset() if hasattr(dataset, "as_dataset") else dataset
-        pictures = [_of_element(element) for element in source]
+        images = [_of_element(element) for element in source]
     boxes, labels = [np.zeros((0, 4))], [np.zeros(0, int)]
-    for of_picture, its_labels, (height, width) in pictures:
+    for of_image, its_labels, (height, width) in images:
         scale = np.array([shape[1] / width, shape[0] / height] * 2)
-        boxes.append(np.asarray(of_picture, "float64").reshape(-1, 4) * scale)
+        boxes.append(np.asarray(of_image, "float64").reshape(-1, 4) * scale)
         labels.append(np.asarray(its_labels, int).reshape(-1))
     boxes, labels = np.concatenate(boxes), np.concatenate(labels)
     real = (labels >= 0) & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)

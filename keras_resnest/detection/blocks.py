@@ -6,7 +6,7 @@ from keras_resnest.backbones.graph import GraphBuilder
 
 
 def bottleneck_block(x, filters: int, out_filters: int, strides: int = 1, *, dtype, name: str):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions, each batch normalised.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, each batch normalized.
 
     Unlike the blocks of our backbones, its shortcut always has a convolution, and the
     stride is in the first 1x1 convolution, both as in the authors' code.

@@ -8,7 +8,7 @@ from keras_resnest.detection.refinedet import RefineDet
 # second backbone and the backbone's classifier.
 _UNUSED_MODULES = ("Resnet86", "model.fc")
 
-# As the authors' ResNet101_COCO_320.py: batch normalisation in the TCBs, no L2 normalisation,
+# As the authors' ResNet101_COCO_320.py: batch normalization in the TCBs, no L2 normalization,
 # residual blocks for P6 (128, 128, 512 channels) and before the heads (256, 256, 1024). Theirs
 # differs in the backbone alone, which has its strides in the 1x1 convolutions ("A"); published
 # weights today, and so our `resnet101`, have them in the 3x3 ones ("B").
@@ -19,7 +19,7 @@ _RESNET = {
     "use_residual_blocks": True,
 }
 
-# name: (backbone, side of the pictures in pixels, what differs from RefineDet's defaults)
+# name: (backbone, side of the images in pixels, what differs from RefineDet's defaults)
 BUILDERS = {
     "refinedet320_vgg16": ("vgg16_reduced", 320, {}),
     "refinedet512_vgg16": ("vgg16_reduced", 512, {}),
@@ -51,7 +51,7 @@ def _builder(name: str):
                 backbone, include_top=False, weights=backbone_weights, dtype=kwargs.get("dtype")
             )
         if weights is not None:
-            # The ports cut their anchors at the edges of the picture.
+            # The ports cut their anchors at the edges of the image.
             arguments["anchor_generator"] = AnchorGenerator(clip=True)
         model = RefineDet(num_classes, **{**arguments, **options, **kwargs})
         if weights is not None:
@@ -65,7 +65,7 @@ def _builder(name: str):
         num_classes: number of classes, without background.
         image_shape: (height, width, 3), sides multiples of 64.
         weights: path of a checkpoint of the PyTorch RefineDet ports (`.pth`, `.safetensors`), or
-            None. Anchors are then clipped to the picture, as theirs are.
+            None. Anchors are then clipped to the image, as theirs are.
         backbone_weights: `weights` of the backbone alone, such as `"imagenet"`; see
             `create_backbone`.
         **kwargs: as in `RefineDet`.

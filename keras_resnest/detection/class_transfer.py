@@ -1,4 +1,4 @@
-"""Which class of one data set is which class of another, and its rows of the class head."""
+"""Which class of one dataset is which class of another, and its rows of the class head."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ def class_sources(
     source_names: Sequence[str],
     mapping: Mapping[str, str | None] | None = None,
 ) -> dict[str, str | None]:
-    """For each class the one of another data set that it is.
+    """For each class the one of another dataset that it is.
 
     Args:
         class_names: names of the new classes.

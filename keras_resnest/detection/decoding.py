@@ -25,9 +25,9 @@ class DetectionDecoder:
         confidence_threshold: lowest class probability, exclusive, 0 to 1.
         iou_threshold: of two boxes of one class whose IoU is above, the less
             confident one is dropped.
-        pre_nms_top_k: candidates of each class of each picture that enter NMS.
-        max_detections: detections of one picture, all classes together.
-        clip_to_image: whether the resulting boxes are clipped to the picture.
+        pre_nms_top_k: candidates of each class of each image that enter NMS.
+        max_detections: detections of one image, all classes together.
+        clip_to_image: whether the resulting boxes are clipped to the image.
         variances: as in training, see `encode_boxes`.
 
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
@@ -152,7 +152,7 @@ class DetectionDecoder:
 
 
 def _only_candidates(boxes, confidence, confidence_threshold, k: int):
-    """Anchors that are candidates of any picture and class, filled up with zeros to k.
+    """Anchors that are candidates of any image and class, filled up with zeros to k.
 
     TensorFlow graphs only, where runtimes sort slowly: of OpenVINO's time for decoding and
     suppression three quarters went into sorting all anchors.
@@ -212,13 +212,13 @@ def _survivors_by_loop(boxes, candidates, iou_threshold):
     k = candidates.shape[2]
     position = ops.arange(k, dtype="int32")
 
-    def drop_neighbours(i, alive):
+    def drop_neighbors(i, alive):
         box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
         iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
         is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
         return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
 
-    return ops.fori_loop(0, k, drop_neighbours, candidates)
+    return ops.fori_loop(0, k, drop_neighbors, candidates)
 
 
 def _survivors_by_matrix(boxes, candidates, iou_threshold):
@@ -230,7 +230,7 @@ def _survivors_by_matrix(boxes, candidates, iou_threshold):
     import tensorflow as tf
 
     num_classes, k = candidates.shape[1:]
-    # LiteRT slices tensors of few axes only: pictures and classes are one axis here.
+    # LiteRT slices tensors of few axes only: images and classes are one axis here.
     boxes, candidates = tf.reshape(boxes, (-1, k, 4)), tf.reshape(candidates, (-1, k))
     # Confidence falls, so that behind the last candidate of all classes there is none. They are
     # gathered, not sliced: OpenVINO keeps what slices depend on, the whole network, in float32.

@@ -1,4 +1,4 @@
-"""From what a user calls pictures to arrays, for every `detect` of this package."""
+"""From what a user calls images to arrays, for every `detect` of this package."""
 
 import os
 import warnings
@@ -7,21 +7,21 @@ from collections.abc import Callable
 from keras_resnest.images import find_images, load_image
 
 
-def detect_pictures(images, detect_batch: Callable[[list], list], batch_size: int):
-    """Loads pictures and detects in them, some at a time.
+def detect_images(images, detect_batch: Callable[[list], list], batch_size: int):
+    """Loads images and detects in them, some at a time.
 
     Args:
-        images: a path, an encoded picture (bytes), a PIL image, an array (height, width,
-            channels) 0 to 255, a folder, or a list or 4-D array of pictures.
+        images: a path, an encoded image (bytes), a PIL image, an array (height, width,
+            channels) 0 to 255, a folder, or a list or 4-D array of images.
         detect_batch: from a list of arrays (height, width, 3) to a list of detections.
-        batch_size: pictures that are loaded and handed over together.
+        batch_size: images that are loaded and handed over together.
 
     Returns:
-        Detections of the one picture, or a list of them, with None (and a warning) for a
-        picture that cannot be read.
+        Detections of the one image, or a list of them, with None (and a warning) for a
+        image that cannot be read.
 
     Raises:
-        ValueError: if a single picture cannot be read.
+        ValueError: if a single image cannot be read.
     """
     if isinstance(images, str | os.PathLike) and os.path.isdir(images):
         images = find_images(images)
@@ -39,5 +39,5 @@ def _load_or_warn(image):
     try:
         return load_image(image)
     except ValueError as error:
-        warnings.warn(f"skipped a picture: {error}", stacklevel=4)
+        warnings.warn(f"skipped an image: {error}", stacklevel=4)
         return None

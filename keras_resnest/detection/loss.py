@@ -22,7 +22,7 @@ def smooth_l1(targets, predictions):
 
 
 def hard_negatives(loss, candidates, num_wanted):
-    """Marks the hardest candidates of each picture.
+    """Marks the hardest candidates of each image.
 
     Args:
         loss: shape (batch, anchors), any finite values.
@@ -44,8 +44,8 @@ class MultiBoxLoss:
     """Sums of the box and the class loss of one stage over a batch.
 
     Positives get a smooth L1 loss on their offsets and a cross entropy on their
-    class. Of the negatives only the hardest of each picture count, at most
-    `negative_ratio` per positive of that picture.
+    class. Of the negatives only the hardest of each image count, at most
+    `negative_ratio` per positive of that image.
 
     Sums, not means, are returned together with the number of positives: the
     caller divides by the positives of the *global* batch, which one replica

@@ -1,12 +1,12 @@
-"""MultiScaleDetector: one detector on pictures of several sizes, merged by box voting."""
+"""MultiScaleDetector: one detector on images of several sizes, merged by box voting."""
 
 import keras
 import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
-from keras_resnest.checks import checked_images, plain_errors
-from keras_resnest.detection.detect import detect_pictures
+from keras_resnest.checks import check_images, value_errors
+from keras_resnest.detection.detect import detect_images
 from keras_resnest.images import resize_image
 
 SIDE_MULTIPLE = 64  # of the detector
@@ -32,9 +32,9 @@ REFINEDET512_PLUS = {
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class MultiScaleDetector:
-    """Detects in several sizes of a picture and in its mirror image, and merges what is found.
+    """Detects in several sizes of an image and in its mirror image, and merges what is found.
 
-    The same weights look at the picture once per size, and once more mirrored. The detections of
+    The same weights look at the image once per size, and once more mirrored. The detections of
     all passes go through non-maximum suppression, class by class, and each box that is kept
     moves to the confidence-weighted mean of all that agree with it (box voting). This costs as
     many times the computation as there are passes, and finds small and large objects better:
@@ -48,14 +48,14 @@ class MultiScaleDetector:
             pixels, multiples of 64.
         box_sizes: None, or for each of `image_sizes` None or (lowest, highest): of that size
             only detections count whose longer side is above `lowest` and whose shorter side is
-            below `highest` (None: no limit), in pixels of the picture as given.
+            below `highest` (None: no limit), in pixels of the image as given.
         flip: whether the mirror image is looked at too.
         turn_sizes: whether a size that is no square is turned, so that its longer side lies
-            along that of the picture.
+            along that of the image.
         iou_threshold: of two boxes of one class whose IoU is above, the less confident one is
             dropped.
         voting_iou: lowest IoU of a box that votes; None for no voting.
-        max_detections: detections of one picture; that of the model's decoder by default.
+        max_detections: detections of one image; that of the model's decoder by default.
 
     Raises:
         ValueError: if a size is no multiple of 64, or `box_sizes` does not fit `image_sizes`.
@@ -110,27 +110,27 @@ class MultiScaleDetector:
         return self.model.bounding_box_format
 
     def detect(self, images, confidence_threshold: float = 0.3):
-        """As `RefineDet.detect`: pictures of any size, boxes in their own pixels."""
+        """As `RefineDet.detect`: images of any size, boxes in their own pixels."""
 
         def detect_batch(pictures):
             return [
                 self._named(self._merged(p[None])[0], p, confidence_threshold) for p in pictures
             ]
 
-        return detect_pictures(images, detect_batch, batch_size=1)
+        return detect_images(images, detect_batch, batch_size=1)
 
     def predict_on_batch(self, x) -> dict:
-        """Detections of a batch of pictures.
+        """Detections of a batch of images.
 
         Args:
-            x: pictures (batch, height, width, 3), RGB, 0 to 255, of any height and width.
+            x: images (batch, height, width, 3), RGB, 0 to 255, of any height and width.
 
         Returns:
-            As `RefineDet.predict`, with boxes in pixels of these pictures.
+            As `RefineDet.predict`, with boxes in pixels of these images.
         """
         images = np.asarray(x)
-        with plain_errors():
-            checked_images(images)
+        with value_errors():
+            check_images(images)
         rows = self._merged(images)
         counts = [len(r["labels"]) for r in rows]
         shape = (len(rows), self.max_detections)
@@ -145,7 +145,7 @@ class MultiScaleDetector:
         return {**result, "num_detections": np.array(counts, "int32")}
 
     def _merged(self, images: np.ndarray) -> list[dict]:
-        """Detections of pictures (B, H, W, 3): "xyxy" in their pixels, by falling confidence."""
+        """Detections of images (B, H, W, 3): "xyxy" in their pixels, by falling confidence."""
         passes = []
         for size, limits in zip(self.image_sizes, self.box_sizes, strict=True):
             for mirrored in (False, True)[: 1 + self.flip]:
@@ -153,14 +153,14 @@ class MultiScaleDetector:
                 passes.append([_within(rows, limits) for rows in found])
         return [self._merge(rows) for rows in zip(*passes, strict=True)]
 
-    def _turned(self, size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int]:
-        (height, width), is_portrait = size, picture[0] >= picture[1]
+    def _turned(self, size: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
+        (height, width), is_portrait = size, image[0] >= image[1]
         if self.turn_sizes and height != width and (height > width) != is_portrait:
             return width, height
         return size
 
     def _look(self, images: np.ndarray, size: tuple[int, int], mirrored: bool) -> list[dict]:
-        """One pass: detections of each picture, "xyxy" in its pixels, without padding."""
+        """One pass: detections of each image, "xyxy" in its pixels, without padding."""
         height, width = images.shape[1:3]
         resized = resize_image(images, *size)
         if mirrored:
@@ -179,7 +179,7 @@ class MultiScaleDetector:
         ]
 
     def _function(self, size: tuple[int, int]):
-        """The network and its decoder for pictures of one size."""
+        """The network and its decoder for images of one size."""
 
         def detect(images):
             return self.model.decode(self.model(images, training=False), size)
@@ -203,13 +203,13 @@ class MultiScaleDetector:
             )
         return merged
 
-    def _formatted(self, rows: dict, picture: tuple[int, int]) -> dict:
-        boxes = convert_boxes(rows["boxes"], "xyxy", self.bounding_box_format, *picture)
+    def _formatted(self, rows: dict, image: tuple[int, int]) -> dict:
+        boxes = convert_boxes(rows["boxes"], "xyxy", self.bounding_box_format, *image)
         return {**rows, "boxes": keras.ops.convert_to_numpy(boxes)}
 
-    def _named(self, rows: dict, picture: np.ndarray, confidence_threshold: float) -> dict:
+    def _named(self, rows: dict, image: np.ndarray, confidence_threshold: float) -> dict:
         sure = rows["confidence"] >= confidence_threshold
-        rows = self._formatted({k: v[sure] for k, v in rows.items()}, picture.shape[:2])
+        rows = self._formatted({k: v[sure] for k, v in rows.items()}, image.shape[:2])
         return {**rows, "class_names": [self.model.class_name(label) for label in rows["labels"]]}
 
     def get_config(self) -> dict:
@@ -233,7 +233,7 @@ class MultiScaleDetector:
 
 
 def _within(rows: dict, limits) -> dict:
-    """The detections that one size of the picture is there for."""
+    """The detections that one size of the image is there for."""
     if limits is None:
         return rows
     lowest, highest = limits

@@ -10,15 +10,18 @@ from keras_resnest.boxes.formats import check_box_format, convert_boxes, scale_b
 from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.boxes.offsets import decode_boxes
 from keras_resnest.checks import (
+    check_box_dictionary,
+    check_ground_truth,
+    check_image_shape,
+    check_images,
     check_same_classes,
-    checked_ground_truth,
-    checked_images,
-    plain_errors,
+    unpack_batch,
+    value_errors,
 )
 from keras_resnest.detection.blocks import bottleneck_block
 from keras_resnest.detection.class_transfer import class_sources, remap_class_outputs
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.detect import detect_pictures
+from keras_resnest.detection.detect import detect_images
 from keras_resnest.detection.heads import PredictionHead
 from keras_resnest.detection.loss import MultiBoxLoss, encode_targets
 from keras_resnest.divergence import TerminateOnDivergence
@@ -49,7 +52,7 @@ class RefineDet(DistributedTraining, keras.Model):
     Detection Module (ODM) classifies the refined anchors and moves them again.
 
     `model(images)` gives raw outputs, `predict` detections in the model's pixels,
-    `detect` detections of pictures of any size. The two-stage loss is built in:
+    `detect` detections of images of any size. The two-stage loss is built in:
     compile with an optimizer alone and `fit` on batches of
     `(images, {"boxes", "labels"})` or
     `{"images", "bounding_boxes": {"boxes", "labels"}}`. Labels are 0 to
@@ -59,8 +62,8 @@ class RefineDet(DistributedTraining, keras.Model):
         num_classes: number of classes, without background.
         backbone: a name for `create_backbone`, or a model with `pyramid_outputs`
             `"P3"`, `"P4"`, `"P5"` at strides 8, 16 and 32.
-        image_shape: (height, width, 3) of the pictures, sides multiples of 64.
-            Pictures are RGB, 0 to 255, uint8 or float.
+        image_shape: (height, width, 3) of the images, sides multiples of 64.
+            Images are RGB, 0 to 255, uint8 or float.
         bounding_box_format: format of ground truth and detections, as in
             `keras.utils.bounding_boxes`; `"xyxy"` is pixels of `image_shape`.
         class_names: names of the classes; saved with the model.
@@ -71,9 +74,9 @@ class RefineDet(DistributedTraining, keras.Model):
         multibox_loss: `MultiBoxLoss` of both stages.
         filters: channels of the TCBs, and so of the maps that the ODM reads.
         extra_filters: channels of the two convolutions that make P6 from P5.
-        use_batch_norm: whether the layers after the backbone are batch normalised.
+        use_batch_norm: whether the layers after the backbone are batch normalized.
             The paper's VGG-16 models have none; it helps training from scratch.
-        use_l2_normalization: whether P3 and P4 are L2 normalised, as in the VGG-16 models.
+        use_l2_normalization: whether P3 and P4 are L2 normalized, as in the VGG-16 models.
         use_residual_blocks: whether a residual block makes P6, and one of `filters`,
             `filters`, `4 * filters` channels stands before every pair of heads, as in the
             authors' ResNet-101 models.
@@ -84,10 +87,10 @@ class RefineDet(DistributedTraining, keras.Model):
         two_step_regression: whether the ODM starts from the anchors as the ARM refines
             them, in matching, encoding and decoding, or from the regular ones.
         use_transfer_connection: whether the ODM reads the TCBs, or the ARM's maps.
-        freeze_batch_norm: whether all batch normalisation, the backbone's included, keeps
+        freeze_batch_norm: whether all batch normalization, the backbone's included, keeps
             its statistics, scale and offset: right for small batches on top of
             pretrained weights.
-        synchronized_batch_norm: whether batch normalisation takes its statistics over the
+        synchronized_batch_norm: whether batch normalization takes its statistics over the
             batches of all replicas together, on `tf.distribute`.
         dtype: precision of the layers after the backbone, for instance
             `"mixed_bfloat16"`. Loss and boxes are always float32.
@@ -132,7 +135,7 @@ class RefineDet(DistributedTraining, keras.Model):
         name: str = "refinedet",
     ):
         # === Arguments ===
-        image_shape = _check_image_shape(image_shape)
+        image_shape = (*check_image_shape(image_shape, SIDE_MULTIPLE), 3)
         class_names = _check_class_names(class_names, num_classes)
         bounding_box_format = check_box_format(bounding_box_format)
         if isinstance(backbone, str):
@@ -200,7 +203,7 @@ class RefineDet(DistributedTraining, keras.Model):
                 `keras_resnest.recipes` for whole schedules.
                 Under `"mixed_float16"` its loss is scaled, `auto_scale_loss=False` aside.
             **kwargs: as in `keras.Model.compile`. `jit_compile="auto"` means no XLA on
-                TensorFlow: it compiles for minutes, again for every new shape of pictures or
+                TensorFlow: it compiles for minutes, again for every new shape of images or
                 ground truth, and leaves out the checks of each batch. `jit_compile=True`
                 compiles training and evaluation; NMS is no XLA operation, so that
                 `predict` stays as it is.
@@ -237,7 +240,7 @@ class RefineDet(DistributedTraining, keras.Model):
         self.optimizer.build(self.trainable_variables)
 
     def fit(self, x=None, y=None, *args, **kwargs):
-        """As `keras.Model.fit`; faulty pictures or boxes raise a `ValueError`.
+        """As `keras.Model.fit`; faulty images or boxes raise a `ValueError`.
 
         A loss that becomes NaN or infinite, or grows far beyond where it began, ends the
         training with a `FloatingPointError` that says so; see `TerminateOnDivergence`.
@@ -248,14 +251,14 @@ class RefineDet(DistributedTraining, keras.Model):
         if y is None and not isinstance(x, dict):  # Keras warns where it cannot shuffle
             kwargs.setdefault("shuffle", False)
         kwargs["callbacks"] = _with_divergence_guard(kwargs.get("callbacks"))
-        with plain_errors():
+        with value_errors():
             return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`: the losses. For mAP see `DetectionEvaluation`."""
         self._check_arrays(x)
         check_same_classes(x, self.class_names)
-        with plain_errors():
+        with value_errors():
             return super().evaluate(x, y, *args, **kwargs)
 
     def train_step(self, *args):
@@ -272,14 +275,14 @@ class RefineDet(DistributedTraining, keras.Model):
 
     def _checked(self, data):
         """A batch of either layout as (images, ground truth, sample weight)."""
-        images, y, sample_weight = _unpack(data)
+        images, y, sample_weight = unpack_batch(data)
         sides = _sides(images)
         boxes, labels = self._corners(y, sides)
         relative = convert_boxes(boxes, "xyxy", "rel_xyxy", *sides)
-        images = checked_ground_truth(
+        images = check_ground_truth(
             images, boxes, labels, relative, self.num_classes, self.bounding_box_format
         )
-        return checked_images(images), y, sample_weight
+        return check_images(images), y, sample_weight
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The two-stage loss, RefineDet eq. 1. The ODM learns from ARM-refined anchors."""
@@ -302,7 +305,7 @@ class RefineDet(DistributedTraining, keras.Model):
             boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
             labels: int, (batch, objects), padding is -1.
             outputs: raw outputs of the model.
-            image_shape: (height, width) of the pictures, the model's by default.
+            image_shape: (height, width) of the images, the model's by default.
 
         Returns:
             Dictionary of float32 scalars, each divided by the positives of its stage
@@ -339,18 +342,14 @@ class RefineDet(DistributedTraining, keras.Model):
 
     def _corners(self, y, sides):
         """Ground truth as `"xyxy"` pixel boxes and int32 labels."""
-        if not isinstance(y, dict) or not {"boxes", "labels"} <= set(y):
-            raise ValueError(
-                'Ground truth must be a dictionary {"boxes": (batch, objects, 4), "labels": '
-                f"(batch, objects)}}. Received: {list(y) if isinstance(y, dict) else type(y)}"
-            )
+        check_box_dictionary(y)
         boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *sides)
         return boxes, ops.cast(y["labels"], "int32")
 
     # === Prediction ===
 
     def anchors_for(self, image_shape):
-        """Anchors, `"xyxy"` in pixels, (anchors, 4), of pictures of (height, width, ...)."""
+        """Anchors, `"xyxy"` in pixels, (anchors, 4), of images of (height, width, ...)."""
         height, width = image_shape[:2]
         known = isinstance(height, int) and isinstance(width, int)
         if known and (height, width) == self.image_shape[:2]:
@@ -380,17 +379,17 @@ class RefineDet(DistributedTraining, keras.Model):
         return self.decoder(used, anchors, shape, self.bounding_box_format, portable)
 
     def predict_step(self, *args):
-        images, _, _ = _unpack(args[-1])
-        result = super().predict_step(*args[:-1], (checked_images(images),))
+        images, _, _ = unpack_batch(args[-1])
+        result = super().predict_step(*args[:-1], (check_images(images),))
         if keras.backend.backend() == "jax":  # there a step hands its state on
             return self.decode(result[0]), result[1]
         return self.decode(result)
 
     def predict(self, x, *args, **kwargs) -> dict:
-        """Detections of pictures that already have the model's size.
+        """Detections of images that already have the model's size.
 
         Args:
-            x: pictures (batch, height, width, 3), RGB, 0 to 255, uint8 or float; or a
+            x: images (batch, height, width, 3), RGB, 0 to 255, uint8 or float; or a
                 `tf.data.Dataset` of them or of training batches.
             *args: as in `keras.Model.predict`.
             **kwargs: as in `keras.Model.predict`.
@@ -402,48 +401,48 @@ class RefineDet(DistributedTraining, keras.Model):
             beyond `num_detections` are -1.
         """
         self._check_arrays(x)
-        with plain_errors():
+        with value_errors():
             return super().predict(x, *args, **kwargs)
 
     def detect(self, images, confidence_threshold: float = 0.3, batch_size: int = 8):
-        """Detections of pictures of any size.
+        """Detections of images of any size.
 
         Args:
-            images: a path, an encoded picture (bytes), a PIL image, an array (height,
-                width, channels) 0 to 255, a folder, or a list or 4-D array of pictures.
+            images: a path, an encoded image (bytes), a PIL image, an array (height,
+                width, channels) 0 to 255, a folder, or a list or 4-D array of images.
             confidence_threshold: lowest confidence that is returned, 0 to 1.
-            batch_size: pictures that go through the network together.
+            batch_size: images that go through the network together.
 
         Returns:
-            For one picture a dictionary of arrays: `"boxes"` (n, 4) in
-            `bounding_box_format` and the picture's own pixels, `"confidence"` (n,),
+            For one image a dictionary of arrays: `"boxes"` (n, 4) in
+            `bounding_box_format` and the image's own pixels, `"confidence"` (n,),
             `"labels"` (n,), by falling confidence, and `"class_names"`, a list of n
-            names. For several pictures a list of these. In it a picture that cannot
+            names. For several images a list of these. In it an image that cannot
             be read is None, and a warning names it.
 
         Raises:
-            ValueError: if a single picture cannot be read.
+            ValueError: if a single image cannot be read.
         """
-        return detect_pictures(
+        return detect_images(
             images, lambda pictures: self._detect_batch(pictures, confidence_threshold), batch_size
         )
 
-    def _detect_batch(self, pictures: list, confidence_threshold: float) -> list[dict]:
-        if not pictures:
+    def _detect_batch(self, images: list, confidence_threshold: float) -> list[dict]:
+        if not images:
             return []
         height, width = self.image_shape[:2]
-        resized = [ops.convert_to_numpy(resize_image(p, height, width)) for p in pictures]
+        resized = [ops.convert_to_numpy(resize_image(p, height, width)) for p in images]
         batch = self.predict_locally(np.stack(resized))
         return [
             self._own_pixels({k: v[i] for k, v in batch.items()}, p.shape, confidence_threshold)
-            for i, p in enumerate(pictures)
+            for i, p in enumerate(images)
         ]
 
     def predict_locally(self, images) -> dict:
         """Detections of one batch by this process alone, whatever strategy it trains under.
 
         Args:
-            images: pictures (batch, height, width, 3) of the model's size, 0 to 255. Unlike
+            images: images (batch, height, width, 3) of the model's size, 0 to 255. Unlike
                 in `predict`, they may be so dark that they look like fractions.
 
         Returns:
@@ -460,7 +459,7 @@ class RefineDet(DistributedTraining, keras.Model):
         return {name: value.numpy() for name, value in self._detect_function(images).items()}
 
     def _own_pixels(self, detections: dict, shape, confidence_threshold: float) -> dict:
-        """Detections of one picture, without padding, in the pixels of a picture of `shape`."""
+        """Detections of one image, without padding, in the pixels of an image of `shape`."""
         chosen = detections["confidence"] >= max(confidence_threshold, 0.0)
         height, width = self.image_shape[:2]
         boxes = scale_boxes(
@@ -490,10 +489,10 @@ class RefineDet(DistributedTraining, keras.Model):
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"`x` must have shape (batch, {', '.join(map(str, self.image_shape))}); `detect` "
-                f"takes pictures of any size. Received: x.shape={images.shape}"
+                f"takes images of any size. Received: x.shape={images.shape}"
             )
         if keras.backend.backend() != "tensorflow":
-            checked_images(images)
+            check_images(images)
 
     # === Other classes ===
 
@@ -610,23 +609,6 @@ class RefineDet(DistributedTraining, keras.Model):
         return cls(**config)
 
 
-def _check_image_shape(image_shape) -> tuple[int, int, int]:
-    shape = tuple(image_shape)
-    if (
-        len(shape) != 3
-        or shape[2] != 3
-        or any(
-            not isinstance(s, int | np.integer) or s < SIDE_MULTIPLE or s % SIDE_MULTIPLE
-            for s in shape[:2]
-        )
-    ):
-        raise ValueError(
-            f"`image_shape` must be (height, width, 3) with sides that are multiples of "
-            f"{SIDE_MULTIPLE}. Received: image_shape={image_shape}"
-        )
-    return tuple(int(s) for s in shape)
-
-
 def _check_anchor_generator(anchor_generator: AnchorGenerator) -> None:
     if anchor_generator.strides != (8, 16, 32, 64):
         raise ValueError(
@@ -718,7 +700,7 @@ def _source_levels(features, extra_filters, l2_normalization: bool, residual: bo
 
 
 def _convolution(x, filters: int, kernel_size: int, strides: int, name: str, head: dict):
-    """Convolution with symmetric padding, optional batch normalisation, ReLU."""
+    """Convolution with symmetric padding, optional batch normalization, ReLU."""
     dtype, batch_norm = head["dtype"], head["use_batch_norm"]
     if kernel_size > 1:
         x = layers.ZeroPadding2D(kernel_size // 2, dtype=dtype, name=f"{name}_padding")(x)
@@ -792,13 +774,3 @@ def _copy_weights(source: RefineDet, target: RefineDet, columns) -> None:
         if id(new) in by_class:
             value = remap_class_outputs(ops.convert_to_numpy(new), value, columns)
         new.assign(value)
-
-
-def _unpack(data):
-    """(images, ground truth, sample weight) of either layout of a batch."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if isinstance(x, dict):
-        if "images" not in x:
-            raise ValueError(f'A batch must have the key "images". Received: {list(x)}')
-        x, y = x["images"], x.get("bounding_boxes", y)
-    return x, y, sample_weight

@@ -1,7 +1,7 @@
 """Average precision of detections: the PASCAL VOC rule and, through pycocotools, COCO's.
 
 Both measures take plain arrays, so they work for any detector:
-`collect_detections` runs a model over a data set and gives those arrays,
+`collect_detections` runs a model over a dataset and gives those arrays,
 `evaluate_detections` does both steps.
 """
 
@@ -204,17 +204,17 @@ def voc_average_precision(
 ) -> AveragePrecision:
     """Average precision as the PASCAL VOC development kit defines it.
 
-    The detections of a class, over all pictures, are taken by falling confidence
+    The detections of a class, over all images, are taken by falling confidence
     (equal ones in the order given). Each belongs to the object of its class and
-    picture with the highest IoU. It is a true positive if that IoU reaches the
+    image with the highest IoU. It is a true positive if that IoU reaches the
     threshold and the object is still free, else a false positive; it never falls
     back to a second-best object. A detection that belongs to a `difficult` object
     counts neither way.
 
     Args:
-        ground_truth: one dictionary per picture with `"boxes"` (n, 4), `"xyxy"` in
+        ground_truth: one dictionary per image with `"boxes"` (n, 4), `"xyxy"` in
             pixels, `"labels"` (n,), 0 to num_classes-1, and if wanted `"difficult"`
-            (n,) bool. Or one dictionary of arrays with pictures as first axis. Rows
+            (n,) bool. Or one dictionary of arrays with images as first axis. Rows
             with label -1 are padding.
         detections: likewise, with `"boxes"`, `"labels"` and `"confidence"`, which is
             also what `RefineDet.predict` returns.
@@ -268,13 +268,13 @@ def voc_average_precision(
 def _best_object(
     objects: "_Boxes", found: "_Boxes", num_classes: int, plus_one: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Highest IoU of each detection with objects of its class and picture, and their rows.
+    """Highest IoU of each detection with objects of its class and image, and their rows.
 
     Where there is no such object, IoU 0 and row -1.
     """
-    object_group = objects.picture * num_classes + objects.labels
+    object_group = objects.image * num_classes + objects.labels
     rows = np.argsort(object_group, kind="stable")
-    found_group = found.picture * num_classes + found.labels
+    found_group = found.image * num_classes + found.labels
     start = np.searchsorted(object_group[rows], found_group, side="left")
     count = np.searchsorted(object_group[rows], found_group, side="right") - start
 
@@ -386,7 +386,7 @@ def coco_average_precision(
     """COCO's twelve numbers for boxes, computed by pycocotools.
 
     AP is the mean over IoU thresholds 0.50, 0.55, ..., 0.95; at most 100 detections
-    of a class and picture count.
+    of a class and image count.
 
     Args:
         ground_truth: as in `voc_average_precision`; it may also hold `"iscrowd"`
@@ -420,8 +420,8 @@ def coco_average_precision(
         evaluation = COCOeval(
             _coco_index(objects, len(class_names)), _coco_index(found, len(class_names)), "bbox"
         )
-        # Pictures without any object count too: their detections are false positives.
-        evaluation.params.imgIds = list(range(objects.num_pictures))
+        # Images without any object count too: their detections are false positives.
+        evaluation.params.imgIds = list(range(objects.num_images))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -443,7 +443,7 @@ def _coco_index(rows: "_Boxes", num_classes: int):
     sizes = rows.boxes[:, 2:] - rows.boxes[:, :2]
     boxes = np.concatenate([rows.boxes[:, :2], sizes], axis=1).tolist()
     columns = zip(
-        rows.picture.tolist(),
+        rows.image.tolist(),
         rows.labels.tolist(),
         boxes,
         rows.area.tolist(),
@@ -453,26 +453,26 @@ def _coco_index(rows: "_Boxes", num_classes: int):
     )
     index = COCO()
     index.dataset = {
-        "images": [{"id": picture} for picture in range(rows.num_pictures)],
+        "images": [{"id": image} for image in range(rows.num_images)],
         "categories": [{"id": label} for label in range(num_classes)],
         "annotations": [
             {
                 "id": number,  # from 1: pycocotools takes a match with number 0 for none
-                "image_id": picture,
+                "image_id": image,
                 "category_id": label,
                 "bbox": box,
                 "area": area,
                 "iscrowd": int(iscrowd),
                 "score": confidence,
             }
-            for number, (picture, label, box, area, iscrowd, confidence) in enumerate(columns, 1)
+            for number, (image, label, box, area, iscrowd, confidence) in enumerate(columns, 1)
         ],
     }
     index.createIndex()
     return index
 
 
-# --- A model over a data set --------------------------------------------------------------
+# --- A model over a dataset --------------------------------------------------------------
 
 
 def collect_detections(
@@ -482,9 +482,9 @@ def collect_detections(
     bounding_box_format: str | None = None,
     steps: int | None = None,
 ) -> tuple[list[dict], list[dict]]:
-    """Runs a detector over batches; gives ground truth and detections of each picture.
+    """Runs a detector over batches; gives ground truth and detections of each image.
 
-    Both are read in one pass, so a data set that is shuffled anew at each pass does
+    Both are read in one pass, so a dataset that is shuffled anew at each pass does
     no harm. The model's compiled predict function is used, and never traced again
     for a later pass.
 
@@ -498,16 +498,16 @@ def collect_detections(
             hold `"image_size"` (B, 2), height and width before resizing.
         bounding_box_format: format of the ground truth in `dataset`; by default that
             of the model, as in training.
-        steps: number of batches; needed for a data set without end.
+        steps: number of batches; needed for a dataset without end.
 
     Returns:
-        `(ground_truth, detections)`: lists with one dictionary of arrays per picture,
-        without padding. Boxes are `"xyxy"` in pixels of the batch's pictures, or of the
-        pictures before resizing where the batch has `"image_size"`. The latter matters
+        `(ground_truth, detections)`: lists with one dictionary of arrays per image,
+        without padding. Boxes are `"xyxy"` in pixels of the batch's images, or of the
+        images before resizing where the batch has `"image_size"`. The latter matters
         only for COCO's small, medium and large objects.
 
     Raises:
-        ValueError: if a batch has another structure, or the data set has no end.
+        ValueError: if a batch has another structure, or the dataset has no end.
 
     Example:
 
@@ -543,11 +543,11 @@ def evaluate_detections(
     bounding_box_format: str | None = None,
     steps: int | None = None,
 ) -> AveragePrecision:
-    """VOC average precision of a detector on a data set.
+    """VOC average precision of a detector on a dataset.
 
     `collect_detections` followed by `voc_average_precision`; arguments and errors are
-    those of the two. IoU is measured in the batch's pictures; because stretching a
-    picture changes no IoU, this equals the measure in the original pictures.
+    those of the two. IoU is measured in the batch's images; because stretching a
+    image changes no IoU, this equals the measure in the original images.
 
     Args:
         model: as in `collect_detections`.
@@ -624,7 +624,7 @@ def _predict(model, images) -> dict[str, np.ndarray]:
 def _check_finite(dataset, steps: int | None) -> None:
     cardinality = getattr(dataset, "cardinality", None)  # of a tf.data.Dataset; -1: no end
     if steps is None and cardinality is not None and int(cardinality()) == -1:
-        raise ValueError("`steps` must be given for a data set without end. Received: steps=None")
+        raise ValueError("`steps` must be given for a dataset without end. Received: steps=None")
 
 
 def unpack_batch(batch):
@@ -642,14 +642,14 @@ def unpack_batch(batch):
         )
     if len(images.shape) != 4:
         raise ValueError(
-            "`dataset` must yield batches of pictures, shape (batch, height, width, 3). "
+            "`dataset` must yield batches of images, shape (batch, height, width, 3). "
             f"Received: images of shape {tuple(images.shape)}; use dataset.batch(...)"
         )
     return images, boxes
 
 
 def _split_batch(batch: Mapping, source: str, size: tuple[int, int], own_sizes) -> list[dict]:
-    """One dictionary per picture, boxes `"xyxy"`, rows with label -1 dropped."""
+    """One dictionary per image, boxes `"xyxy"`, rows with label -1 dropped."""
     arrays = {name: np.asarray(values) for name, values in batch.items()}
     if source != "xyxy":
         boxes = convert_boxes(arrays["boxes"], source, "xyxy", height=size[0], width=size[1])
@@ -658,8 +658,8 @@ def _split_batch(batch: Mapping, source: str, size: tuple[int, int], own_sizes) 
         scale = (np.asarray(own_sizes, "float32") / np.asarray(size))[:, None, [1, 0, 1, 0]]
         arrays["boxes"] = arrays["boxes"] * scale
     return [
-        {name: values[picture][keep] for name, values in arrays.items()}
-        for picture, keep in enumerate(arrays["labels"] != -1)
+        {name: values[image][keep] for name, values in arrays.items()}
+        for image, keep in enumerate(arrays["labels"] != -1)
     ]
 
 
@@ -668,16 +668,16 @@ def _split_batch(batch: Mapping, source: str, size: tuple[int, int], own_sizes) 
 
 @dataclass(frozen=True)
 class _Boxes:
-    """Boxes of all pictures in one table of N rows, without padding."""
+    """Boxes of all images in one table of N rows, without padding."""
 
     boxes: np.ndarray  # (N, 4) "xyxy"
     labels: np.ndarray  # (N,)
-    picture: np.ndarray  # (N,) number of the picture
+    image: np.ndarray  # (N,) number of the image
     confidence: np.ndarray  # (N,), 0 for objects
     difficult: np.ndarray  # (N,) bool
     iscrowd: np.ndarray  # (N,) bool
     area: np.ndarray  # (N,)
-    num_pictures: int
+    num_images: int
 
     def take(self, rows: np.ndarray) -> "_Boxes":
         columns = {
@@ -690,10 +690,10 @@ class _Boxes:
 def _flatten_both(ground_truth, detections, num_classes: int) -> tuple[_Boxes, _Boxes]:
     objects = _flatten(ground_truth, "ground_truth", ("boxes", "labels"), num_classes)
     found = _flatten(detections, "detections", ("boxes", "labels", "confidence"), num_classes)
-    if objects.num_pictures != found.num_pictures:
+    if objects.num_images != found.num_images:
         raise ValueError(
-            "`ground_truth` and `detections` must be of the same pictures. Received: "
-            f"{objects.num_pictures} and {found.num_pictures} pictures"
+            "`ground_truth` and `detections` must be of the same images. Received: "
+            f"{objects.num_images} and {found.num_images} images"
         )
     highest = [rows.boxes.max(initial=0.0) for rows in (objects, found)]
     if 0.0 < min(highest) <= 1.0 and max(highest) > 2.0:
@@ -705,24 +705,24 @@ def _flatten_both(ground_truth, detections, num_classes: int) -> tuple[_Boxes, _
     return objects, found
 
 
-def _flatten(pictures, argument: str, required: tuple[str, ...], num_classes: int) -> _Boxes:
-    """Checks the boxes of all pictures and puts them into one table."""
-    if isinstance(pictures, Mapping):
-        pictures = _one_by_one(pictures, argument, required)
-    columns = [_columns(boxes, f"{argument}[{i}]", required) for i, boxes in enumerate(pictures)]
-    picture = np.repeat(np.arange(len(columns)), [len(c["labels"]) for c in columns])
+def _flatten(images, argument: str, required: tuple[str, ...], num_classes: int) -> _Boxes:
+    """Checks the boxes of all images and puts them into one table."""
+    if isinstance(images, Mapping):
+        images = _one_by_one(images, argument, required)
+    columns = [_columns(boxes, f"{argument}[{i}]", required) for i, boxes in enumerate(images)]
+    image = np.repeat(np.arange(len(columns)), [len(c["labels"]) for c in columns])
     columns.append(_columns(dict.fromkeys(required, ()), argument, required))  # sets the shapes
     table = {name: np.concatenate([c[name] for c in columns]) for name in columns[-1]}
     keep = table["labels"] != -1
     table = {name: values[keep] for name, values in table.items()}
-    _check_table(table, picture[keep], argument, num_classes)
+    _check_table(table, image[keep], argument, num_classes)
     own_area = (table["boxes"][:, 2:] - table["boxes"][:, :2]).prod(axis=1)
     table["area"] = np.where(np.isnan(table["area"]), own_area, table["area"])
-    return _Boxes(**table, picture=picture[keep], num_pictures=len(columns) - 1)
+    return _Boxes(**table, image=image[keep], num_images=len(columns) - 1)
 
 
 def _one_by_one(batch: Mapping, argument: str, required: tuple[str, ...]) -> list[dict]:
-    """A dictionary of arrays with pictures as first axis, as one dictionary per picture."""
+    """A dictionary of arrays with images as first axis, as one dictionary per image."""
     names = [name for name in ("difficult", "iscrowd", "area") if name in batch]
     arrays = {}
     for name in (*required, *names):
@@ -732,13 +732,13 @@ def _one_by_one(batch: Mapping, argument: str, required: tuple[str, ...]) -> lis
     lengths = {name: len(values) for name, values in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"`{argument}` must hold as many pictures in every array. Received: {lengths}"
+            f"`{argument}` must hold as many images in every array. Received: {lengths}"
         )
     return [dict(zip(arrays, rows, strict=True)) for rows in zip(*arrays.values(), strict=True)]
 
 
 def _columns(boxes: Mapping, where: str, required: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of one picture, with defaults for the absent ones."""
+    """The arrays of one image, with defaults for the absent ones."""
     missing = [name for name in required if name not in boxes]
     if missing:
         raise ValueError(f"`{where}` lacks {', '.join(missing)}. Received: {sorted(boxes)}")
@@ -770,7 +770,7 @@ def _columns(boxes: Mapping, where: str, required: tuple[str, ...]) -> dict[str,
     return columns
 
 
-def _check_table(table: dict, picture: np.ndarray, argument: str, num_classes: int) -> None:
+def _check_table(table: dict, image: np.ndarray, argument: str, num_classes: int) -> None:
     """`ValueError` that names the first bad row, if there is one."""
     boxes, labels = table["boxes"], table["labels"]
     checks = (
@@ -783,7 +783,7 @@ def _check_table(table: dict, picture: np.ndarray, argument: str, num_classes: i
         if not good.all():
             row = int(np.argmin(good))
             raise ValueError(
-                f"`{argument}[{picture[row]}][{name!r}]` must be {wanted}. "
+                f"`{argument}[{image[row]}][{name!r}]` must be {wanted}. "
                 f"Received: {table[name][row].tolist()}"
             )
 

@@ -1,4 +1,4 @@
-"""Batch normalisation by TensorFlow's fused kernel."""
+"""Batch normalization by TensorFlow's fused kernel."""
 
 import keras
 from keras import ops
@@ -96,7 +96,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool = False) -> None:
-    """Freezes or synchronises all batch normalisation of a model, nested models included.
+    """Freezes or synchronizes all batch normalization of a model, nested models included.
 
     Call it before `compile`.
 

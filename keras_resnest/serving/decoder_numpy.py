@@ -50,16 +50,16 @@ class NumpyDetectionDecoder:
 
     Args:
         anchors: `"xyxy"` in pixels, (anchors, 4): `model.anchors`.
-        image_shape: (height, width, ...) in pixels, of the pictures that the network takes.
+        image_shape: (height, width, ...) in pixels, of the images that the network takes.
         bounding_box_format: format of the resulting boxes, one of `BOX_FORMATS`.
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
         confidence_threshold: lowest class probability, exclusive, 0 to 1.
         iou_threshold: of two boxes of one class whose IoU is above, the less confident one is
             dropped.
-        pre_nms_top_k: candidates of each class of each picture that enter suppression.
-        max_detections: detections of one picture, all classes together.
-        clip_to_image: whether the resulting boxes are clipped to the picture.
-        variances: scale of centre offsets and of log sizes, as in training.
+        pre_nms_top_k: candidates of each class of each image that enter suppression.
+        max_detections: detections of one image, all classes together.
+        clip_to_image: whether the resulting boxes are clipped to the image.
+        variances: scale of center offsets and of log sizes, as in training.
         two_step_regression: whether the ODM starts from the anchors as the ARM refines them;
             otherwise it starts from the anchors, and `"arm_boxes"` is not needed.
         negative_anchor_filtering: whether anchors of low objectness are discarded; otherwise
@@ -79,7 +79,7 @@ class NumpyDetectionDecoder:
 
     >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
     >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
-    >>> detections = decoder.scale_to_picture(detections, 480, 640)
+    >>> detections = decoder.scale_to_image(detections, 480, 640)
     >>> detections["boxes"].shape
     (batch, 200, 4)
 
@@ -117,7 +117,7 @@ class NumpyDetectionDecoder:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         if np.shape(variances) != (2,):
             raise ValueError(
-                "`variances` must be two numbers, of centres and of log sizes. "
+                "`variances` must be two numbers, of centers and of log sizes. "
                 f"Received: variances={variances}"
             )
         self.objectness_threshold = float(objectness_threshold)
@@ -218,8 +218,8 @@ class NumpyDetectionDecoder:
         # Overflow is expected of a diverging network, and handled.
         with np.errstate(all="ignore"):
             for i in range(batch):
-                picture = {name: value[i] for name, value in raw.items()}
-                boxes, confidence, labels = self._detect(picture)
+                image = {name: value[i] for name, value in raw.items()}
+                boxes, confidence, labels = self._detect(image)
                 count = len(labels)
                 result["boxes"][i, :count] = boxes
                 result["confidence"][i, :count] = confidence
@@ -227,15 +227,15 @@ class NumpyDetectionDecoder:
                 result["num_detections"][i] = count
         return result
 
-    def scale_to_picture(self, detections, picture_height, picture_width):
-        """Moves boxes from the pixels of the network's picture to those of the picture itself.
+    def scale_to_image(self, detections, image_height, image_width):
+        """Moves boxes from the pixels of the network's image to those of the image itself.
 
         Args:
-            detections: what this decoder returned, of pictures that were stretched to
+            detections: what this decoder returned, of images that were stretched to
                 `image_shape`.
-            picture_height: height of the picture before that, in pixels; a number, or an array
+            image_height: height of the image before that, in pixels; a number, or an array
                 (batch,).
-            picture_width: width, likewise.
+            image_width: width, likewise.
 
         Returns:
             A new dictionary, with other `"boxes"`. Padding rows and the boxes of `"rel_*"`
@@ -243,18 +243,18 @@ class NumpyDetectionDecoder:
 
         Example:
 
-        >>> decoder.scale_to_picture(detections, 480, 640)["boxes"][0, 0]
+        >>> decoder.scale_to_image(detections, 480, 640)["boxes"][0, 0]
         array([ 12.5,  40. , 210. , 300. ], dtype=float32)
         """
         if self.bounding_box_format.startswith("rel_"):
             return dict(detections)
         height, width = self.image_shape[:2]
-        y = np.asarray(picture_height, np.float32) / np.float32(height)
-        x = np.asarray(picture_width, np.float32) / np.float32(width)
+        y = np.asarray(image_height, np.float32) / np.float32(height)
+        x = np.asarray(image_width, np.float32) / np.float32(width)
         if np.any(~(y > 0)) or np.any(~(x > 0)):
             raise ValueError(
-                "`picture_height` and `picture_width` must be positive. Received: "
-                f"picture_height={picture_height}, picture_width={picture_width}"
+                "`image_height` and `image_width` must be positive. Received: "
+                f"image_height={image_height}, image_width={image_width}"
             )
         y, x = np.broadcast_arrays(y, x)
         sides = (y, x, y, x) if self.bounding_box_format in _Y_FIRST else (x, y, x, y)
@@ -263,10 +263,10 @@ class NumpyDetectionDecoder:
         scaled = boxes * np.stack(sides, axis=-1)[..., None, :]
         return {**detections, "boxes": np.where(real, scaled, boxes)}
 
-    # === One picture ===
+    # === One image ===
 
     def _detect(self, raw):
-        """Boxes (n, 4), confidence (n,) and labels (n,) of one picture, by falling confidence."""
+        """Boxes (n, 4), confidence (n,) and labels (n,) of one image, by falling confidence."""
         boxes, confidence = self._candidates(raw)
         kept, scores, labels = [], [], []
         best = np.zeros(0, np.float32)  # the `max_detections` best so far
@@ -359,10 +359,10 @@ class NumpyDetectionDecoder:
                     f"{channels[name] or 'classes + 1'}), batch as in `odm_boxes`. "
                     f"Received: {name}.shape={value.shape}"
                 )
-            # "V" is bfloat16, which numpy does not know. Integers are a quantised network's.
+            # "V" is bfloat16, which numpy does not know. Integers are a quantized network's.
             if value.dtype.kind not in "fV":
                 raise ValueError(
-                    f"`{name}` must be of a float type; dequantise integers first. "
+                    f"`{name}` must be of a float type; dequantize integers first. "
                     f"Received: {name}.dtype={value.dtype}"
                 )
         # Values beyond float32 become infinite, and are handled like others that are.

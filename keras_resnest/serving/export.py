@@ -26,7 +26,7 @@ def export_model(
 ) -> None:
     """Writes a trained model for a runtime that needs neither Keras nor this package.
 
-    Batch normalisation is folded into the convolutions and the weights are constants (but
+    Batch normalization is folded into the convolutions and the weights are constants (but
     see `freeze`).
 
     | format | runtime | file | precision |
@@ -37,12 +37,12 @@ def export_model(
     | `"litert"` | ai-edge-litert | `.tflite` | float32, float16, int8 |
 
     All take `images` (batch, height, width, 3), RGB, 0 to 255, float32, and return what
-    `predict` returns under the same names; LiteRT takes one picture at a time. A
+    `predict` returns under the same names; LiteRT takes one image at a time. A
     SavedModel has more signatures, see `export_saved_model`. Beside the file of another
     format lies one with `.json` behind its name: image shape, box format, class names.
 
     `precision="float16"` halves the file; OpenVINO stores weights so and computes as it
-    finds best, and ONNX computes in float16 where the device can. `"int8"` quantises the
+    finds best, and ONNX computes in float16 where the device can. `"int8"` quantizes the
     network by what it sees in `representative_images`; of a detector, LiteRT and OpenVINO
     with `decode=False` only. For
     bfloat16 in OpenVINO compile with `{"INFERENCE_PRECISION_HINT": "bf16"}`, its default
@@ -57,7 +57,7 @@ def export_model(
             False gives the raw outputs, `"arm_boxes"`, `"arm_objectness"`, `"odm_boxes"`,
             `"odm_logits"`, for `NumpyDetectionDecoder`, which needs numpy alone. Not for
             SavedModels: their signature `raw_outputs` gives the same.
-        representative_images: for int8, pictures (n, height, width, 3) of the model's
+        representative_images: for int8, images (n, height, width, 3) of the model's
             size, 0 to 255, some tens of the kind that will come.
         verbose: whether to say what was written.
         freeze: False writes the weights of a SavedModel as variables, which takes much less

@@ -16,11 +16,11 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 # What TensorFlow itself does not bring along.
 PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino",), "litert": ()}
 ONNX_OPSET = 17
-# Why a detector is not decoded inside of a quantised graph.
+# Why a detector is not decoded inside of a quantized graph.
 INT8_FAULTS = {
     "litert": "LiteRT would compute boxes in 8 bits too",
     # 2026.4 then gives other outputs of the same network: mAP 0.65 instead of 0.91.
-    "openvino": "OpenVINO computes a quantised network wrongly if decoding follows it",
+    "openvino": "OpenVINO computes a quantized network wrongly if decoding follows it",
 }
 QUANTIZED = ("Conv", "MatMul", "Gemm")
 
@@ -90,7 +90,7 @@ def _function(task, decode: bool, batch_size=None, precision: str = "float32"):
     """Concrete function of `images`, frozen, of operations that every runtime has."""
     import tensorflow as tf
 
-    # LiteRT, of one picture, knows no open sizes.
+    # LiteRT, of one image, knows no open sizes.
     shape = task.signature_shape if batch_size is None else task.image_shape
     specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
     network = deployment_function(task.network, specification, precision)
@@ -122,7 +122,7 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
 
 
 def _quantize_onnx(model, path, images) -> None:
-    """Static quantisation of convolutions and products, the last ones of each path excepted.
+    """Static quantization of convolutions and products, the last ones of each path excepted.
 
     Eight bits are few for logits and offsets of boxes.
     """
@@ -191,7 +191,7 @@ def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
 
     # Not by `openvino.convert_model`, which sends statistics of use over the network.
     with tempfile.TemporaryDirectory() as folder:
-        if precision == "int8":  # OpenVINO runs what onnxruntime has quantised
+        if precision == "int8":  # OpenVINO runs what onnxruntime has quantized
             source = os.path.join(folder, "int8.onnx")
             _to_onnx(task, source, precision, decode, images)
         else:

@@ -34,7 +34,7 @@ _LARGE = 2**14  # bytes of a constant
 def deployment_function(network, specification, precision: str = "float32"):
     """A function of one tensor as one frozen, folded graph.
 
-    Variables become constants, batch normalisation is folded into the convolution before it,
+    Variables become constants, batch normalization is folded into the convolution before it,
     dropout and other things of training are gone, and what follows a convolution stands in the
     order that TensorFlow fuses at run time (convolution, bias, addition, ReLU).
 
@@ -98,7 +98,7 @@ def _function_of(graph_def, specification, outputs: dict, variables=None):
 def with_variables(function):
     """The function with its weights in variables instead of constants.
 
-    TensorFlow copies the constants of a graph a dozen times while it loads and optimises it.
+    TensorFlow copies the constants of a graph a dozen times while it loads and optimizes it.
     A variable exists once, for all functions that read it, but oneDNN brings it into its own
     order at every call, unless TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 tells it that it never changes.
 

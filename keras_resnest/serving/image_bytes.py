@@ -1,25 +1,25 @@
-"""Encoded pictures to tensors inside a TensorFlow graph, without ever failing."""
+"""Encoded images to tensors inside a TensorFlow graph, without ever failing."""
 
 import tensorflow as tf
 
-# Pictures of more pixels are refused, as Pillow does: a small file can be a huge picture.
+# Images of more pixels are refused, as Pillow does: a small file can be a huge image.
 MAX_PIXELS = 178_956_970
 
 
-def decode_pictures(image_bytes, fit_picture, image_shape):
-    """A batch of encoded pictures of any sizes as one tensor.
+def decode_images(image_bytes, fit_image, image_shape):
+    """A batch of encoded images of any sizes as one tensor.
 
-    What cannot be decoded (no picture, cut, empty, more than `MAX_PIXELS` pixels) becomes a
-    black picture and is reported: it must not make the other requests of its batch fail.
+    What cannot be decoded (no image, cut, empty, more than `MAX_PIXELS` pixels) becomes a
+    black image and is reported: it must not make the other requests of its batch fail.
 
     Args:
         image_bytes: string tensor (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files.
-        fit_picture: function of a uint8 picture (height, width, 3) that returns float32 of
+        fit_image: function of a uint8 image (height, width, 3) that returns float32 of
             `image_shape`.
         image_shape: (height, width, channels) of the result.
 
     Returns:
-        Pictures (batch, *image_shape), float32, 0 to 255; their own sizes (batch, 2), int32,
+        Images (batch, *image_shape), float32, 0 to 255; their own sizes (batch, 2), int32,
         height and width, 1 and 1 for those that cannot be decoded; whether each could be
         decoded, bool (batch,).
     """
@@ -30,9 +30,9 @@ def decode_pictures(image_bytes, fit_picture, image_shape):
     )
 
     def decode(encoded):
-        picture = _decode(encoded)
-        fitted = tf.ensure_shape(fit_picture(picture), image_shape)
-        return fitted, tf.shape(picture)[:2], True
+        image = _decode(encoded)
+        fitted = tf.ensure_shape(fit_image(image), image_shape)
+        return fitted, tf.shape(image)[:2], True
 
     def decode_or_blank(encoded):
         # A graph has no other way to go on after an error than that of tf.data.
@@ -44,7 +44,7 @@ def decode_pictures(image_bytes, fit_picture, image_shape):
 
 
 def _decode(encoded):
-    """One picture, uint8 (height, width, 3). Fails for what is no picture or too large."""
+    """One image, uint8 (height, width, 3). Fails for what is no image or too large."""
     is_jpeg = tf.io.is_jpeg(encoded)
     pixels = tf.reduce_prod(tf.cast(_stated_size(encoded, is_jpeg), tf.int64))
     checks = [
@@ -57,15 +57,15 @@ def _decode(encoded):
         encoded = tf.cond(is_gif, lambda: _first_frame_alone(encoded), lambda: encoded)
     image = tf.cond(
         is_jpeg,
-        # TensorFlow's default JPEG decoding is fast and up to 7 grey levels off.
+        # TensorFlow's default JPEG decoding is fast and up to 7 gray levels off.
         lambda: tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE"),
         lambda: tf.io.decode_image(encoded, expand_animations=False),
     )
     image.set_shape((None, None, None))
-    has_alpha = tf.shape(image)[2] % 2 == 0  # grey, grey + alpha, RGB or RGB + alpha
+    has_alpha = tf.shape(image)[2] % 2 == 0  # gray, gray + alpha, RGB or RGB + alpha
     image = tf.cond(has_alpha, lambda: _over_white(image), lambda: image)
     size = tf.shape(image)[:2]
-    return tf.broadcast_to(image, tf.concat([size, [3]], 0))  # grey to RGB
+    return tf.broadcast_to(image, tf.concat([size, [3]], 0))  # gray to RGB
 
 
 def _stated_size(encoded, is_jpeg):
@@ -102,10 +102,10 @@ def _stated_size(encoded, is_jpeg):
 
 
 def _is_misread(encoded, is_jpeg):
-    """Whether TensorFlow would take the picture for another: rather none than a wrong one.
+    """Whether TensorFlow would take the image for another: rather none than a wrong one.
 
-    These are JPEGs of four components without Adobe's marker, PNGs with a transparent colour but
-    no alpha, BMPs that are not of 24 bits, GIFs whose first frame is not the whole picture, and
+    These are JPEGs of four components without Adobe's marker, PNGs with a transparent color but
+    no alpha, BMPs that are not of 24 bits, GIFs whose first frame is not the whole image, and
     WebP animations, for which TensorFlow 2.21 writes beyond its memory.
     """
     header = tf.strings.substr(encoded, 0, 2**20)
@@ -120,8 +120,8 @@ def _is_misread(encoded, is_jpeg):
         return (tf.image.extract_jpeg_shape(encoded)[2] == 4) & ~holds(r"\x00\x0eAdobe")
 
     def strange_png():
-        clear_grey = (byte(25) == b"\x00") & holds(r"\x00\x00\x00\x02tRNS")
-        return clear_grey | (byte(25) == b"\x02") & holds(r"\x00\x00\x00\x06tRNS")
+        clear_gray = (byte(25) == b"\x00") & holds(r"\x00\x00\x00\x02tRNS")
+        return clear_gray | (byte(25) == b"\x02") & holds(r"\x00\x00\x00\x06tRNS")
 
     def strange_gif():
         screen = tf.concat([[0, 0], _numbers(encoded, 6, tf.uint16, True, 2)], 0)
@@ -146,12 +146,12 @@ def _is_misread(encoded, is_jpeg):
 
 
 def _first_gif_frame(encoded):
-    """Place of the first image descriptor: behind the colours and the extensions."""
+    """Place of the first image descriptor: behind the colors and the extensions."""
 
     def is_extension(position):
         return _octet(encoded, position) == 0x21
 
-    start = 13 + _gif_colours(_octet(encoded, 10))
+    start = 13 + _gif_colors(_octet(encoded, 10))
     # An extension is two bytes and blocks.
     return tf.while_loop(is_extension, lambda p: (_after_blocks(encoded, p + 2),), (start,))[0]
 
@@ -159,7 +159,7 @@ def _first_gif_frame(encoded):
 def _first_frame_alone(encoded):
     """A GIF that ends behind its first frame."""
     frame = _first_gif_frame(encoded)
-    blocks = frame + 11 + _gif_colours(_octet(encoded, frame + 9))
+    blocks = frame + 11 + _gif_colors(_octet(encoded, frame + 9))
     return tf.strings.substr(encoded, 0, _after_blocks(encoded, blocks)) + b";"
 
 
@@ -175,8 +175,8 @@ def _after_blocks(encoded, position):
     return tf.while_loop(is_block, next_block, (position,))[0] + 1
 
 
-def _gif_colours(flags):
-    """Bytes of a table of colours, as the flags before it tell."""
+def _gif_colors(flags):
+    """Bytes of a table of colors, as the flags before it tell."""
     return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
 
 
@@ -192,8 +192,8 @@ def _numbers(encoded, position, dtype, little_endian: bool, count: int):
 
 
 def _over_white(image):
-    """Lays uint8 (h, w, colours + alpha) over white, as `load_image` does."""
-    image = tf.cast(image, tf.uint16)  # a large picture in float32 would take 36 bytes a pixel
+    """Lays uint8 (h, w, colors + alpha) over white, as `load_image` does."""
+    image = tf.cast(image, tf.uint16)  # a large image in float32 would take 36 bytes a pixel
     alpha = image[..., -1:]
     total = image[..., :-1] * alpha + 255 * (255 - alpha) + 128
     # x / 255, rounded, for all x up to 255 * 255; 128 is in the total already.

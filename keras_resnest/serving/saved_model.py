@@ -12,7 +12,7 @@ from keras_resnest.serving.warmup import write_warmup_requests
 
 BATCHING_PARAMETERS = """\
 # Of TensorFlow Serving, with --enable_batching --batching_parameters_file=THIS_FILE: requests that
-# come within 2 ms are run together, at most 8 pictures at a time.
+# come within 2 ms are run together, at most 8 images at a time.
 max_batch_size { value: 8 }
 batch_timeout_micros { value: 2000 }
 max_enqueued_batches { value: 100 }
@@ -36,12 +36,12 @@ def export_saved_model(
       RGB, 0 to 255.
     - `serve_uint8`: the same, `images` uint8.
     - `serve_bytes`: `image_bytes` (batch,), encoded JPEG, PNG, GIF (first frame), BMP or
-      WebP pictures of any size. A detector stretches them to its size, and the boxes are
-      in the pixels of each picture; for a classifier the shorter side is resized and the
+      WebP images of any size. A detector stretches them to its size, and the boxes are
+      in the pixels of each image; for a classifier the shorter side is resized and the
       middle is cut, as `center_crop_image` does. Pixels, and so results, are those of
       `detect`, transparent PNGs over white included, with two exceptions: TensorFlow has
       no op for the EXIF orientation of a photograph, and it ignores the transparency of
-      GIFs. Send such pictures upright and as PNG.
+      GIFs. Send such images upright and as PNG.
     - `raw_outputs`: `images` as in `serving_default`; the outputs of the network itself.
 
     Outputs of a detector are those of `model.predict`: `"boxes"` (batch, max_detections,
@@ -50,9 +50,9 @@ def export_saved_model(
     `"predictions"` (batch, classes), of a backbone without classifier `"features"`.
     `serve_bytes` has `"readable"` (batch,), bool, beside them.
 
-    A picture that cannot be read (no picture, cut, empty, larger than 178 megapixels), or
-    float pictures with NaN or infinite values, have an empty result: no detections, or
-    zeros. The other pictures of the batch have theirs.
+    An image that cannot be read (no image, cut, empty, larger than 178 megapixels), or
+    float images with NaN or infinite values, have an empty result: no detections, or
+    zeros. The other images of the batch have theirs.
 
     The `serve` attribute of the loaded object takes images of both types. In
     `assets.extra` lie `model.json` with what a client must know (image shape, box format,
@@ -73,7 +73,7 @@ def export_saved_model(
             the environment variable TF_ONEDNN_ASSUME_FROZEN_WEIGHTS is 1.
         **options: of a classifier `image_shape`, (height, width, 3), where the model
             leaves them open; without it tensors of any size are taken, and encoded
-            pictures are cut to 224. `class_names`; `crop_share`, default 0.875.
+            images are cut to 224. `class_names`; `crop_share`, default 0.875.
 
     Raises:
         ValueError: if Keras does not run on TensorFlow, or an argument is wrong.
@@ -149,9 +149,9 @@ def _signatures(task, precision: str, freeze: bool):
         return task.results(never_empty(tf.cast(tf.ensure_shape(images, shape), tf.float32)))
 
     def serve_bytes(image_bytes):
-        from keras_resnest.serving.image_bytes import decode_pictures
+        from keras_resnest.serving.image_bytes import decode_images
 
-        images, sizes, readable = decode_pictures(image_bytes, task.fit_picture, task.image_shape)
+        images, sizes, readable = decode_images(image_bytes, task.fit_image, task.image_shape)
         results = task.in_own_pixels(task.results(never_empty(images)), sizes)
         return {**empty_where_not(readable, results), "readable": readable}
 

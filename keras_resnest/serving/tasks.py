@@ -30,7 +30,7 @@ def task_of(model, **options):
 
 
 class DetectionTask:
-    """A detector: pictures in, decoded detections out.
+    """A detector: images in, decoded detections out.
 
     Args:
         model: a model with `decode`, `image_shape`, `bounding_box_format`, `class_names`.
@@ -51,14 +51,14 @@ class DetectionTask:
         """What `predict` returns, from raw outputs."""
         return self.model.decode(raw, portable=portable)
 
-    def fit_picture(self, picture):
-        """One uint8 picture (height, width, 3), stretched to float32 of the model's size."""
+    def fit_image(self, picture):
+        """One uint8 image (height, width, 3), stretched to float32 of the model's size."""
         import tensorflow as tf
 
         return tf.image.resize(picture, self.image_shape[:2])
 
     def in_own_pixels(self, results: dict, sizes) -> dict:
-        """Boxes in the pixels of each picture; `sizes` are (batch, 2), height and width."""
+        """Boxes in the pixels of each image; `sizes` are (batch, 2), height and width."""
         height, width = self.image_shape[:2]
         scale = ops.cast(sizes, "float32")[:, None, :] / ops.convert_to_tensor(
             [height, width], "float32"
@@ -69,7 +69,7 @@ class DetectionTask:
         return {**results, "boxes": ops.where(real, scaled, boxes)}
 
     def empty(self, name: str) -> int:
-        """What an output holds for a picture that cannot be read: no detections."""
+        """What an output holds for an image that cannot be read: no detections."""
         return 0 if name == "num_detections" else PADDING
 
     def facts(self) -> dict:
@@ -87,14 +87,14 @@ class DetectionTask:
 
 
 class ImageTask:
-    """A classifier, or a backbone without classifier: pictures in, one tensor out.
+    """A classifier, or a backbone without classifier: images in, one tensor out.
 
     Args:
-        model: a network of one tensor of pictures.
-        image_shape: (height, width, 3) of the pictures, where the model leaves them open. If
-            not given, tensors of any size are taken, and encoded pictures are cut to 224.
+        model: a network of one tensor of images.
+        image_shape: (height, width, 3) of the images, where the model leaves them open. If
+            not given, tensors of any size are taken, and encoded images are cut to 224.
         class_names: names of the classes, to be written beside the model.
-        crop_share: the crop as a share of the resized shorter side of an encoded picture.
+        crop_share: the crop as a share of the resized shorter side of an encoded image.
     """
 
     options = ("image_shape", "class_names", "crop_share")
@@ -120,22 +120,22 @@ class ImageTask:
     def results(self, raw: dict, portable: bool = False) -> dict:
         return raw
 
-    def fit_picture(self, picture):
-        """The middle of a picture, as classifiers are evaluated: see `center_crop_image`."""
+    def fit_image(self, image):
+        """The middle of an image, as classifiers are evaluated: see `center_crop_image`."""
         import tensorflow as tf
 
         crop = tf.constant(self.image_shape[:2])
-        size = tf.shape(picture)[:2]
+        size = tf.shape(image)[:2]
         # As `center_crop_image` rounds, for crops that are not square too.
         target = tf.cast(tf.cast(crop, tf.float32) / self.crop_share + 1e-3, tf.int32)
         ratios = tf.cast(target, tf.float64) / tf.cast(size, tf.float64)
         enlarged = tf.cast(tf.cast(size, tf.float64) * tf.reduce_max(ratios) + 1e-6, tf.int32)
         enlarged = tf.maximum(enlarged, target)
         start = tf.cast(tf.round(tf.cast(enlarged - crop, tf.float64) / 2.0), tf.int32)
-        # Resizes and cuts in one operation, which never makes the whole resized picture.
+        # Resizes and cuts in one operation, which never makes the whole resized image.
         scale = tf.cast(enlarged, tf.float32) / tf.cast(size, tf.float32)
         cut = tf.raw_ops.ScaleAndTranslate(
-            images=picture[None],
+            images=image[None],
             size=crop,
             scale=scale,
             translation=-tf.cast(start, tf.float32),
@@ -148,7 +148,7 @@ class ImageTask:
         return results
 
     def empty(self, name: str) -> int:
-        """What an output holds for a picture that cannot be read."""
+        """What an output holds for an image that cannot be read."""
         return 0
 
     def facts(self) -> dict:
@@ -161,7 +161,7 @@ class ImageTask:
 
 
 def _shapes(model, image_shape) -> tuple[tuple, tuple]:
-    """(height, width, channels) of tensors, None for any, and of encoded pictures."""
+    """(height, width, channels) of tensors, None for any, and of encoded images."""
     own = tuple(model.input_shape[1:])
     if model.data_format == "channels_first":
         own = (*own[1:], own[0])

@@ -7,13 +7,13 @@ import numpy as np
 
 
 def write_warmup_requests(path: str | os.PathLike, image_shape) -> None:
-    """Writes a file `tf_serving_warmup_requests`: each signature with one picture.
+    """Writes a file `tf_serving_warmup_requests`: each signature with one image.
 
     Without it the first requests wait for memory, kernels and packed weights.
 
     Args:
         path: file to write, in `assets.extra` of a SavedModel.
-        image_shape: (height, width, 3) of the model's pictures.
+        image_shape: (height, width, 3) of the model's images.
     """
     import tensorflow as tf
 

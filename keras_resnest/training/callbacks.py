@@ -45,7 +45,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
 
     Args:
         validation_data: evaluation batches as for `evaluate_detections`; objects marked
-            `"difficult"` are ignored as in VOC. May be the data set given to `fit` as
+            `"difficult"` are ignored as in VOC. May be the dataset given to `fit` as
             `validation_data`.
         class_names: names of the classes, by default `model.class_names`.
         iou_threshold: lowest IoU of a true positive, or several; each gives its own
@@ -60,7 +60,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
             progress bar short with many classes.
         bounding_box_format: format of the boxes in `validation_data`, by default
             that of the model.
-        steps: number of batches; needed for a data set without end.
+        steps: number of batches; needed for a dataset without end.
         verbose: 0 prints nothing, 1 one line for each evaluation, or a table with more
             than five classes.
 
@@ -159,7 +159,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
 
 
 class DetectionPlot(keras.callbacks.Callback):
-    """Writes a picture of the detections on a few validation images, every so many epochs.
+    """Writes an image of the detections on a few validation images, every so many epochs.
 
     The files are `epoch_0001.png`, `epoch_0002.png`, ...; detections are solid, ground
     truth is dashed. The images are read once, at the start, so that all files show the

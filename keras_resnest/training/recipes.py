@@ -2,7 +2,7 @@
 
 A recipe says everything that is not the network and not the data: optimizer, schedule, weight
 decay, and the regularization that goes with them. `RECIPES` holds the published ones and two for
-small data sets; `Recipe.scaled` brings one to another batch size, data set or length.
+small datasets; `Recipe.scaled` brings one to another batch size, dataset or length.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Recipe:
     Args:
         name: name of the row.
         source: where the numbers are from.
-        batch_size: pictures per step, over all replicas, that the other numbers belong to.
+        batch_size: images per step, over all replicas, that the other numbers belong to.
         learning_rate: highest learning rate.
         unit: `"steps"` or `"epochs"`, what `duration`, `warmup` and `boundaries` count.
         duration: length of the training.
@@ -48,7 +48,7 @@ class Recipe:
         mixup: parameter of the beta distribution of mixup, 0 for none.
         augmentation: name of an augmentation, for classifiers one of
             `keras_resnest.data.CLASSIFICATION_AUGMENTATIONS`.
-        crop_size: side of a classifier's pictures in pixels, or None.
+        crop_size: side of a classifier's images in pixels, or None.
         crop_share: crop of the evaluation as a share of the resized shorter side.
         dropblock_rate: of the last two stages.
         dropout_rate: before the classifier.
@@ -123,7 +123,7 @@ class Recipe:
             )
 
     def for_network(self, name: str) -> "Recipe":
-        """The recipe with what differs for one network, such as the size of its pictures.
+        """The recipe with what differs for one network, such as the size of its images.
 
         Args:
             name: name of a network, as in `kr.list_models()`. Case does not matter.
@@ -143,14 +143,14 @@ class Recipe:
         """The recipe in steps, for another batch size or length.
 
         The learning rate grows with the batch size (`learning_rate_rule`) and the number of
-        steps shrinks with it, so that as many pictures are seen. With `epochs`, warm-up and
+        steps shrinks with it, so that as many images are seen. With `epochs`, warm-up and
         boundaries are compressed or stretched in proportion.
 
         Args:
-            batch_size: pictures per step, over all replicas.
+            batch_size: images per step, over all replicas.
             steps_per_epoch: batches in one pass over the data; needed for recipes that count
                 epochs, and with `epochs`.
-            dataset_size: pictures in one pass, in place of `steps_per_epoch`; a last, smaller
+            dataset_size: images in one pass, in place of `steps_per_epoch`; a last, smaller
                 batch is not counted.
             epochs: length of the training in passes over the data. Default: that of the recipe.
 
@@ -401,7 +401,7 @@ class AdamW(_NamedExclusions, keras.optimizers.AdamW):
 # --- The table -------------------------------------------------------------------------------
 
 _REFINEDET = {
-    # solver_param of the authors' scripts: base_lr = 0.00004 * 25 with 4 GPUs of 8 pictures.
+    # solver_param of the authors' scripts: base_lr = 0.00004 * 25 with 4 GPUs of 8 images.
     "batch_size": 32,
     "learning_rate": 1e-3,
     "unit": "steps",
@@ -438,7 +438,7 @@ _RECIPES = (
         source="arXiv 2004.08955 (version 2), section 4.2; "
         "github.com/zhanghang1989/ResNeSt scripts/gluon (README.md, train.py)",
         batch_size=256,
-        learning_rate=0.1,  # 0.05 for each GPU of 128 pictures
+        learning_rate=0.1,  # 0.05 for each GPU of 128 images
         unit="epochs",
         duration=270,
         warmup=5,

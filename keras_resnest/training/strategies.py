@@ -79,14 +79,14 @@ def create_strategy(distribution: str = "auto"):
 def distribute_batches(strategy, make_batches, batch_size: int):
     """Training batches for `fit`, of which each worker reads its own part of the data only.
 
-    Given to `fit` as it is, a data set is read in whole by every worker, which then drops what
+    Given to `fit` as it is, a dataset is read in whole by every worker, which then drops what
     others train on: right for few workers or small data, a waste for many.
 
     Args:
         strategy: the `tf.distribute.Strategy` of the model.
         make_batches: called with (number of workers, this worker, batch size of one
             replica), returns a `tf.data.Dataset` of batches of that size.
-        batch_size: pictures of one step, over all replicas.
+        batch_size: images of one step, over all replicas.
 
     Returns:
         What `fit` takes as `x`. With one worker it is what `make_batches(1, 0, batch_size)` gives.
@@ -226,7 +226,7 @@ def adamw_with_warmup(
         learning_rate: highest learning rate.
         total_steps: steps of the whole training, epochs times batches per epoch.
         warmup_steps: steps in which the rate rises from 0; a twentieth of all by default.
-        weight_decay: decoupled, as in AdamW; biases and normalisation are left out.
+        weight_decay: decoupled, as in AdamW; biases and normalization are left out.
         global_clipnorm: largest norm of all gradients together.
 
     Returns:

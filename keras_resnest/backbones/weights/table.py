@@ -1,4 +1,4 @@
-"""The table of published weights: where they lie, under which licence, and what they reach."""
+"""The table of published weights: where they lie, under which license, and what they reach."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ class PretrainedWeights(NamedTuple):
 
     `source` is a repository of the Hugging Face hub, which holds `model.safetensors`, or the
     address of a PyTorch file. `crop_size`, `crop_share` (the crop as a share of the resized
-    picture) and `interpolation` say how pictures were prepared when `top1` (per cent, ImageNet
+    image) and `interpolation` say how images were prepared when `top1` (per cent, ImageNet
     validation) was measured by those who published it. `sha256` is the beginning of the file's
     checksum, where its authors publish one; the hub states the checksum of each of its files.
     """
@@ -18,7 +18,7 @@ class PretrainedWeights(NamedTuple):
     crop_share: float
     interpolation: str
     top1: float | None
-    licence: str
+    license: str
     sha256: str | None = None
 
     @property
@@ -27,8 +27,8 @@ class PretrainedWeights(NamedTuple):
         return "://" not in self.source
 
 
-def _hub(name, crop_size, crop_share, interpolation, top1, licence):
-    return PretrainedWeights(f"timm/{name}", crop_size, crop_share, interpolation, top1, licence)
+def _hub(name, crop_size, crop_share, interpolation, top1, license):
+    return PretrainedWeights(f"timm/{name}", crop_size, crop_share, interpolation, top1, license)
 
 
 def _official(name, sha256, crop_size, crop_share, interpolation, top1):

@@ -118,7 +118,7 @@ def load_torch_state_dict(
     `conv` inside of the layer `layer1_0_conv2`. Layouts of convolution, depthwise and transposed
     convolution and dense kernels are converted. The modules of timm's RegNet, SKNet and VGG-16,
     of torchvision's VGG-16 and ShuffleNet V2, of megvii's ShuffleNet and of the RefineDet ports are
-    recognised and renamed.
+    recognized and renamed.
 
     Args:
         model: a built Keras model, such as `ResNeSt50()`.

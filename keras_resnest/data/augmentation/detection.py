@@ -1,7 +1,7 @@
 """Training augmentation of single-shot detectors, as TensorFlow graph code for `tf.data`.
 
 The recipe is SSD's (arXiv 1512.02325, section 2.2, and the expansion of section 3.6), which
-RefineDet took over: colour distortion, zooming out, a crop that keeps a given overlap with an
+RefineDet took over: color distortion, zooming out, a crop that keeps a given overlap with an
 object, mirroring, and stretching to the size of the network.
 
 Every class here is a small immutable recipe that is called on one unbatched data-set element
@@ -14,7 +14,7 @@ keys of the element pass through untouched, and every entry of `bounding_boxes` 
 filtered together with the boxes.
 
 Boxes may disappear, by these rules only: padding rows (label -1) and boxes without area always;
-after a crop, boxes whose centre is outside; at the end of `TrainingAugmentation`, boxes that are
+after a crop, boxes whose center is outside; at the end of `TrainingAugmentation`, boxes that are
 smaller than `min_box_size`. `Resize`, the evaluation's counterpart, keeps every row.
 """
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_resnest.checks import check_image_shape
 from keras_resnest.data.augmentation.geometry import (
     MEAN_COLOR,
     apply_if,
@@ -38,22 +39,6 @@ from keras_resnest.data.augmentation.geometry import (
     whole_window,
     window_iou,
 )
-
-
-def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Returns (height, width) in pixels of an `image_shape` (height, width) or (h, w, 3).
-
-    Raises:
-        ValueError: if `image_shape` is anything else.
-    """
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
-    sizes_are_fine = len(shape) in (2, 3) and all(isinstance(n, int) and n > 0 for n in shape)
-    if not sizes_are_fine or shape[2:] not in ((), (3,)):
-        raise ValueError(
-            "`image_shape` must be (height, width) or (height, width, 3) in pixels. "
-            f"Received: image_shape={image_shape!r}"
-        )
-    return shape[0], shape[1]
 
 
 def _check_range(name: str, values: tuple, low: float, high: float):
@@ -77,13 +62,13 @@ def _check_dtype(dtype: str):
 
 
 def drop_empty_boxes(element: dict) -> dict:
-    """Clips boxes to the picture and drops those without area, and padding rows (label -1).
+    """Clips boxes to the image and drops those without area, and padding rows (label -1).
 
     Args:
         element: data-set element as described at the top of this module.
 
     Returns:
-        The element with boxes of positive area inside the picture; the image is untouched.
+        The element with boxes of positive area inside the image; the image is untouched.
 
     Example:
         ```python
@@ -100,10 +85,10 @@ def drop_empty_boxes(element: dict) -> dict:
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """Random brightness, contrast, saturation, hue and order of the colour channels.
+    """Random brightness, contrast, saturation, hue and order of the color channels.
 
     Each change happens with its own chance. Contrast comes right after brightness in half of the
-    pictures and last in the other half. Values are clipped to 0..255 after every step. Boxes
+    images and last in the other half. Values are clipped to 0..255 after every step. Boxes
     stay as they are.
 
     Args:
@@ -114,7 +99,7 @@ class PhotometricDistortion:
             counted in OpenCV's 0..180, so 36 degrees; its ports use 18 degrees.)
         probability: chance of each of these four changes.
         channel_probability: chance of a random order of the three channels. 0 in the code of SSD
-            and RefineDet, 0.5 in some ports; leave it 0 where colour tells the classes apart.
+            and RefineDet, 0.5 in some ports; leave it 0 where color tells the classes apart.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -144,7 +129,7 @@ class PhotometricDistortion:
         return dict(element, images=self.distort(element["images"], seed))
 
     def distort(self, image: tf.Tensor, seed) -> tf.Tensor:
-        """Distorts the colours of one image (h, w, 3), 0..255; returns float32, 0..255."""
+        """Distorts the colors of one image (h, w, 3), 0..255; returns float32, 0..255."""
         draws = tf.random.stateless_uniform([11], seed)
         happens = draws[:4] < self.probability
         contrast_is_first = draws[4] < 0.5
@@ -183,12 +168,12 @@ class PhotometricDistortion:
 
 @dataclass(frozen=True)
 class RandomExpand:
-    """Random zooming out: the picture at a random place on a larger canvas of one colour.
+    """Random zooming out: the image at a random place on a larger canvas of one color.
 
     SSD's way to small objects ("expansion", arXiv 1512.02325, section 3.6).
 
     Args:
-        max_ratio: largest ratio of the sides of canvas and picture; drawn from 1 to this.
+        max_ratio: largest ratio of the sides of canvas and image; drawn from 1 to this.
         probability: chance that it happens.
         fill_color: (red, green, blue) of the canvas, 0..255.
 
@@ -222,14 +207,14 @@ class RandomExpand:
         return updated(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
-        """Draws the canvas around a picture.
+        """Draws the canvas around an image.
 
         Args:
-            size: (height, width) of the picture, int32.
+            size: (height, width) of the image, int32.
             seed: integer tensor (2,).
 
         Returns:
-            The canvas in pixels of the picture: int32 (x1, y1, x2, y2), with x1, y1 <= 0.
+            The canvas in pixels of the image: int32 (x1, y1, x2, y2), with x1, y1 <= 0.
         """
         draws = tf.random.stateless_uniform([4], seed)
         ratio = tf.where(draws[0] < self.probability, between(1.0, self.max_ratio, draws[1]), 1.0)
@@ -245,13 +230,13 @@ class RandomIoUCrop:
 
     As in SSD's own code, every option of `min_ious` is tried `trials` times, and one of the
     options that succeeded is drawn. A trial succeeds when the crop reaches the required IoU with
-    at least one object and holds the centre of at least one object; in a picture without objects
-    every crop succeeds. Objects stay when their centre is in the crop, and are clipped to it.
+    at least one object and holds the center of at least one object; in an image without objects
+    every crop succeeds. Objects stay when their center is in the crop, and are clipped to it.
 
     Args:
-        min_ious: the options. None keeps the whole picture; 0.0 asks for no overlap.
+        min_ious: the options. None keeps the whole image; 0.0 asks for no overlap.
         scale: (low, high) of the square root of the crop's share of the area.
-        aspect_ratio: (low, high) of width / height, where the picture itself counts as 1.
+        aspect_ratio: (low, high) of width / height, where the image itself counts as 1.
         trials: number of random crops for each option.
         probability: chance that it happens.
 
@@ -300,9 +285,9 @@ class RandomIoUCrop:
         """Draws a crop of a canvas.
 
         Args:
-            canvas: int32 (x1, y1, x2, y2) in pixels of the picture, may reach beyond it.
-            size: (height, width) of the picture; the crop shows at least one pixel of it.
-            boxes: (n, 4) "xyxy" pixels of the picture, each with an area.
+            canvas: int32 (x1, y1, x2, y2) in pixels of the image, may reach beyond it.
+            size: (height, width) of the image; the crop shows at least one pixel of it.
+            boxes: (n, 4) "xyxy" pixels of the image, each with an area.
             seed: integer tensor (2,).
 
         Returns:
@@ -313,7 +298,7 @@ class RandomIoUCrop:
         seeds = split_seed(seed, 2)
         crops = self._trials(canvas, len(required), seeds[0])
         shows = intersection(crops, whole_window(size)) > 0.0
-        # A picture without objects asks for nothing.
+        # An image without objects asks for nothing.
         no_objects = tf.equal(tf.shape(boxes)[0], 0)
         best = tf.reduce_max(window_iou(crops, boxes), axis=-1)
         overlaps = (best >= tf.constant(required, shape=[len(required), 1])) | no_objects
@@ -350,7 +335,7 @@ class RandomFlip:
 
     Args:
         horizontal: chance of swapping left and right.
-        vertical: chance of swapping top and bottom; for pictures without an up, such as those
+        vertical: chance of swapping top and bottom; for images without an up, such as those
             of a microscope or from the air.
 
     Raises:
@@ -382,7 +367,7 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class RandomRotate90:
-    """Random rotation by 90, 180 or 270 degrees, for pictures without an up.
+    """Random rotation by 90, 180 or 270 degrees, for images without an up.
 
     Args:
         probability: chance of a rotation; the three angles are equally likely. With 0.75, all
@@ -418,9 +403,9 @@ class RandomRotate90:
 
 @dataclass(frozen=True)
 class Resize:
-    """Stretches the picture to the size of the network: what evaluation and prediction do.
+    """Stretches the image to the size of the network: what evaluation and prediction do.
 
-    Bilinear with half-pixel centres, without keeping the aspect ratio and without antialiasing,
+    Bilinear with half-pixel centers, without keeping the aspect ratio and without antialiasing,
     as in the RefineDet paper. Boxes are stretched along; none is clipped or dropped.
 
     Args:
@@ -460,25 +445,25 @@ class Resize:
 
 @dataclass(frozen=True)
 class TrainingAugmentation:
-    """SSD's and RefineDet's training augmentation, from any picture to the network's size.
+    """SSD's and RefineDet's training augmentation, from any image to the network's size.
 
     Expansion, crop, mirroring and stretching are drawn first and carried out in one go: only
-    the part of the picture that is seen is resized, only once, and only its colours are
-    distorted (so the canvas around a zoomed-out picture keeps its plain colour). The seen part
+    the part of the image that is seen is resized, only once, and only its colors are
+    distorted (so the canvas around a zoomed-out image keeps its plain color). The seen part
     is placed on whole output pixels, which moves its edges by at most half an output pixel; the
     boxes follow exactly.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
-        photometric: colour distortion, or None for none.
+        photometric: color distortion, or None for none.
         expand: zooming out, or None.
         crop: crop, or None.
         flip: mirroring, or None.
         rotation: rotation by quarter turns, or None (default).
         min_box_size: boxes with a side shorter than this many output pixels are dropped, with
             their labels. 0 keeps all.
-        antialias: average the source pixels in pictures that are zoomed out and shrunk to less
-            than half, where bilinear sampling would skip pixels. Pictures that are not zoomed
+        antialias: average the source pixels in images that are zoomed out and shrunk to less
+            than half, where bilinear sampling would skip pixels. Images that are not zoomed
             out are always sampled as `Resize` does, so that the network sees in training what
             it sees in use.
         dtype: "float32", or "uint8" (rounded) to save memory.
@@ -545,7 +530,7 @@ class TrainingAugmentation:
         return updated(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        """Draws the part of the plane, in pixels of the picture, that the result shows."""
+        """Draws the part of the plane, in pixels of the image, that the result shows."""
         window = whole_window(size)
         if self.expand:
             window = self.expand.window(size, seeds[0])

@@ -1,6 +1,6 @@
-"""Windows, boxes and pictures moved together, as TensorFlow graph code.
+"""Windows, boxes and images moved together, as TensorFlow graph code.
 
-A window is an int32 vector (x1, y1, x2, y2) in pixels of the source picture. Elements are those of
+A window is an int32 vector (x1, y1, x2, y2) in pixels of the source image. Elements are those of
 `augmentation`: `{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 MEAN_COLOR = (123.0, 117.0, 104.0)
-"""Mean colour of ImageNet pictures (red, green, blue, 0 to 255): SSD's fill of new ground."""
+"""Mean color of ImageNet images (red, green, blue, 0 to 255): SSD's fill of new ground."""
 
 PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
 """What the box entries of a padding row hold."""
@@ -21,7 +21,7 @@ def size_of(image: tf.Tensor) -> tf.Tensor:
 
 
 def whole_window(size: tf.Tensor) -> tf.Tensor:
-    """The window that shows a picture of `size` (height, width) completely."""
+    """The window that shows an image of `size` (height, width) completely."""
     return tf.stack([0, 0, size[1], size[0]])
 
 
@@ -33,13 +33,13 @@ def view(
     antialias: bool = False,
     distort: Callable = tf.identity,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Shows a window of a picture at another size.
+    """Shows a window of an image at another size.
 
     Args:
         element: data-set element.
-        window: the part to show; it may reach beyond the picture but must meet it.
+        window: the part to show; it may reach beyond the image but must meet it.
         size: (height, width) of the result, int32; default: that of the window.
-        fill_color: what lies beyond the picture.
+        fill_color: what lies beyond the image.
         antialias: see `TrainingAugmentation`.
         distort: function of the seen part (float32 image at its final size).
 
@@ -62,7 +62,7 @@ def view(
     is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(picture)
     averages = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
     image = distort(resize(image, (end - start)[::-1], averages))
-    # Padding with zeros around image - color is padding with the colour.
+    # Padding with zeros around image - color is padding with the color.
     paddings = tf.stack([start[::-1], (size - end)[::-1]], axis=1)
     image = tf.pad(image - fill_color, tf.concat([paddings, [[0, 0]]], axis=0)) + fill_color
 
@@ -95,7 +95,7 @@ def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tup
 
 
 def centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
-    """Whether the centres of (n, 4) boxes lie in (..., 4) windows."""
+    """Whether the centers of (n, 4) boxes lie in (..., 4) windows."""
     windows = tf.cast(windows, tf.float32)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
     inside = (centers >= windows[..., :2]) & (centers < windows[..., 2:])

@@ -1,14 +1,14 @@
-"""Augmentation that mixes the pictures of a batch, as TensorFlow graph code for `tf.data`.
+"""Augmentation that mixes the images of a batch, as TensorFlow graph code for `tf.data`.
 
-`Mosaic` and `MixUp` are small immutable recipes that are called on a batch of pictures of one size
+`Mosaic` and `MixUp` are small immutable recipes that are called on a batch of images of one size
 
     {"images": (B, H, W, 3), "bounding_boxes": {"boxes": (B, M, 4), "labels": (B, M), ...}}
 
 and a `seed`, an integer tensor of shape (2,): the same batch and seed always give the same result.
 Images are RGB, 0 to 255, and keep their data type; boxes are "xyxy" in pixels; rows with label -1
-are padding. The partners of a picture come from its own batch, so that nothing is decoded or
-augmented twice; each picture is used equally often. The result has as many rows as its fullest
-picture needs, at least one. `training_batches(mosaic=..., mixup=...)` applies them.
+are padding. The partners of an image come from its own batch, so that nothing is decoded or
+augmented twice; each image is used equally often. The result has as many rows as its fullest
+image needs, at least one. `training_batches(mosaic=..., mixup=...)` applies them.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ from keras_resnest.data.augmentation.geometry import (
 
 @dataclass(frozen=True)
 class Mosaic:
-    """Four pictures in one (YOLOv4, arXiv 2004.10934, section 3.3).
+    """Four images in one (YOLOv4, arXiv 2004.10934, section 3.3).
 
-    The picture is cut into four quadrants at a random centre. Each shows one picture, at the
+    The image is cut into four quadrants at a random center. Each shows one image, at the
     smallest scale that covers the quadrant without changing the aspect ratio (objects become
     smaller, none is stretched); what does not fit is cut off at a random place. Objects stay when
-    their centre is seen, and are clipped to their quadrant. With fewer than four pictures in the
-    batch, pictures are repeated.
+    their center is seen, and are clipped to their quadrant. With fewer than four images in the
+    batch, images are repeated.
 
     Args:
-        probability: chance of each picture of the batch to become a mosaic.
-        center: (low, high) of the centre, as parts of height and width.
+        probability: chance of each image of the batch to become a mosaic.
+        center: (low, high) of the center, as parts of height and width.
         min_box_size: boxes with a side shorter than this many pixels are dropped.
 
     Raises:
@@ -100,7 +100,7 @@ class Mosaic:
         return dict(batch, images=images, bounding_boxes=fit_rows(rows))
 
     def _mosaic(self, images: tf.Tensor, rows: dict, seed) -> tuple[tf.Tensor, dict]:
-        """One picture of four (4, H, W, 3), and the 4 M rows of their boxes."""
+        """One image of four (4, H, W, 3), and the 4 M rows of their boxes."""
         size = tf.shape(images)[1:3]
         draws = tf.random.stateless_uniform([5, 2], seed)
         center = tf.round(between(*self.center, draws[0]) * tf.cast(size, tf.float32))
@@ -124,7 +124,7 @@ class Mosaic:
         """One quadrant (height, width) = `extent`, and the rows, moved to its `corner`."""
         size = tf.cast(tf.shape(element["images"])[:2], tf.float32)
         wanted = tf.cast(extent, tf.float32)
-        # The largest window of the quadrant's aspect ratio, at a random place of the picture.
+        # The largest window of the quadrant's aspect ratio, at a random place of the image.
         seen = tf.clip_by_value(tf.round(wanted / tf.reduce_max(wanted / size)), 1.0, size)
         start = tf.floor(draw * (size - seen + 1.0))
         window = tf.cast(tf.concat([start[::-1], (start + seen)[::-1]], axis=0), tf.int32)
@@ -140,14 +140,14 @@ class Mosaic:
 
 @dataclass(frozen=True)
 class MixUp:
-    """Two pictures, one shining through the other, with the boxes of both.
+    """Two images, one shining through the other, with the boxes of both.
 
     Detection's form of mixup (arXiv 1710.09412; arXiv 1902.04103, section 3.1): `share` of one
-    picture plus `1 - share` of another one of the batch, with `share` from Beta(alpha, alpha).
-    Every object counts fully, however faint it is; the default keeps both pictures well visible.
+    image plus `1 - share` of another one of the batch, with `share` from Beta(alpha, alpha).
+    Every object counts fully, however faint it is; the default keeps both images well visible.
 
     Args:
-        probability: chance of each picture of the batch to be mixed.
+        probability: chance of each image of the batch to be mixed.
         alpha: of the beta distribution, 0.1 or more. 1.5 in arXiv 1902.04103; large values mean
             about half of each.
 
@@ -170,13 +170,13 @@ class MixUp:
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
     def __call__(self, batch: dict, seed) -> dict:
-        """Returns the batch with mixed pictures in it."""
+        """Returns the batch with mixed images in it."""
         seeds = split_seed(seed, 3)
         batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
         images, rows = batch["images"], batch["bounding_boxes"]
         count = tf.shape(images)[0]
         partners = (tf.range(count) + _distinct_shifts(count, 1, seeds[0])) % count
-        # A picture mixed with itself is itself; its boxes must not come twice.
+        # An image mixed with itself is itself; its boxes must not come twice.
         happens = tf.random.stateless_uniform([count], seeds[1]) < self.probability
         happens &= partners != tf.range(count)
         gamma = tf.random.stateless_gamma([count, 2], seeds[2], self.alpha)
@@ -192,7 +192,7 @@ class MixUp:
 
 
 def fit_rows(rows: dict) -> dict:
-    """Moves padding rows to the end and cuts those that no picture of the batch needs.
+    """Moves padding rows to the end and cuts those that no image of the batch needs.
 
     Args:
         rows: `{"boxes": (B, M, 4), "labels": (B, M), ...}`; label -1 marks padding.
@@ -221,7 +221,7 @@ def _check_probability(probability: float):
 def _distinct_shifts(count: tf.Tensor, number: int, seed) -> tf.Tensor:
     """`number` different ways to move on in a batch of `count`, none of them standing still.
 
-    In a batch that has too few, pictures meet themselves.
+    In a batch that has too few, images meet themselves.
     """
     ways = tf.maximum(count, number + 1) - 1
     return 1 + tf.argsort(tf.random.stateless_uniform([ways], seed))[:number]

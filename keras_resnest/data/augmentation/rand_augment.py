@@ -1,33 +1,33 @@
-"""RandAugment and the colour changes of classifiers, as TensorFlow graph code for `tf.data`.
+"""RandAugment and the color changes of classifiers, as TensorFlow graph code for `tf.data`.
 
-`keras.layers.RandAugment` is another thing: at the same strength it turns pictures by up to 144
+`keras.layers.RandAugment` is another thing: at the same strength it turns images by up to 144
 degrees, to one side only, and only brightens. KerasCV's has no rotation, posterization and
 sharpness, and its draws depend on the order of the threads. The operations here are Pillow's, as
 in ResNeSt's code and torchvision's: the tests compare their pixels.
 
-Pictures are (h, w, 3), RGB, 0 to 255. The same picture and seed always give the same result.
+Images are (h, w, 3), RGB, 0 to 255. The same image and seed always give the same result.
 """
 
 from dataclasses import dataclass
 
 import tensorflow as tf
 
-# Pillow's weights of red, green and blue in a grey value.
-_GREY = (0.299, 0.587, 0.114)
+# Pillow's weights of red, green and blue in a gray value.
+_GRAY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class RandAugment:
     """A few operations after each other, drawn at random, all of one strength.
 
-    The operations: nothing, shear and translation along x and y, rotation, brightness, colour,
+    The operations: nothing, shear and translation along x and y, rotation, brightness, color,
     contrast, sharpness, posterization, solarization, automatic contrast, equalization. Those that
     have a direction get a random one. What enters from outside is black.
 
     Args:
-        num_ops: how many operations a picture goes through, N of the paper.
+        num_ops: how many operations an image goes through, N of the paper.
         magnitude: strength from 0 to 30, M of the paper. At 30: shear 0.3, translation 0.45 of
-            the side, rotation 30 degrees, factors of colours 0.1 or 1.9, 4 bits, threshold 0.
+            the side, rotation 30 degrees, factors of colors 0.1 or 1.9, 4 bits, threshold 0.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -49,7 +49,7 @@ class RandAugment:
             )
 
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
-        """Returns the augmented picture: uint8, of the same size."""
+        """Returns the augmented image: uint8, of the same size."""
         image = as_uint8(image)
         seed = tf.cast(seed, tf.int64)
         names = list(OPERATIONS)
@@ -67,33 +67,33 @@ class RandAugment:
 
 
 def as_uint8(image: tf.Tensor) -> tf.Tensor:
-    """Rounds a picture of 0..255 to uint8."""
+    """Rounds an image of 0..255 to uint8."""
     if image.dtype == tf.uint8:
         return image
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
 
-# --- Colours ---------------------------------------------------------------------------------
+# --- Colors ---------------------------------------------------------------------------------
 
 
 def brighten(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves a picture from black (factor 0) over itself (1) to brighter; float32, 0..255."""
+    """Moves an image from black (factor 0) over itself (1) to brighter; float32, 0..255."""
     return _blend(tf.zeros_like(image, tf.float32), image, factor)
 
 
 def saturate(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves a picture from grey (factor 0) over itself (1) to stronger colours; float32."""
-    return _blend(_grey(image), image, factor)
+    """Moves an image from gray (factor 0) over itself (1) to stronger colors; float32."""
+    return _blend(_gray(image), image, factor)
 
 
 def contrast(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves a picture from its mean grey (factor 0) over itself (1) to more contrast; float32."""
-    mean = tf.round(tf.reduce_mean(_grey(image)))
+    """Moves an image from its mean gray (factor 0) over itself (1) to more contrast; float32."""
+    mean = tf.round(tf.reduce_mean(_gray(image)))
     return _blend(tf.fill(tf.shape(image), mean), image, factor)
 
 
 def sharpen(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves a picture from blurred (factor 0) over itself (1) to sharper; float32, 0..255."""
+    """Moves an image from blurred (factor 0) over itself (1) to sharper; float32, 0..255."""
     image = tf.cast(image, tf.float32)
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13.0
     kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
@@ -104,9 +104,9 @@ def sharpen(image: tf.Tensor, factor) -> tf.Tensor:
     return _blend(blurred, image, factor)
 
 
-def _grey(image):
-    grey = tf.round(tf.tensordot(tf.cast(image, tf.float32), tf.constant(_GREY), 1))
-    return tf.repeat(grey[..., None], 3, axis=-1)
+def _gray(image):
+    gray = tf.round(tf.tensordot(tf.cast(image, tf.float32), tf.constant(_GRAY), 1))
+    return tf.repeat(gray[..., None], 3, axis=-1)
 
 
 def _blend(start, image, factor):
@@ -164,8 +164,8 @@ def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
     """What lies at (x, y) comes from (a x + b y + c, d x + e y + f); bilinear, black outside.
 
     Args:
-        image: picture (h, w, 3), uint8.
-        a: first of the six numbers, in pixels with the corner of the picture at (0, 0), as in
+        image: image (h, w, 3), uint8.
+        a: first of the six numbers, in pixels with the corner of the image at (0, 0), as in
             `PIL.Image.transform` with `AFFINE`.
         b: second number.
         c: third number.
@@ -174,7 +174,7 @@ def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
         f: sixth number.
 
     Returns:
-        uint8 picture of the same size.
+        uint8 image of the same size.
     """
     # TensorFlow counts from the middle of the first pixel.
     c, f = c + 0.5 * (a + b) - 0.5, f + 0.5 * (d + e) - 0.5
@@ -192,7 +192,7 @@ def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
 
 
 def rotate(image: tf.Tensor, degrees) -> tf.Tensor:
-    """Turns a picture about its middle, counter-clockwise as `PIL.Image.rotate`."""
+    """Turns an image about its middle, counter-clockwise as `PIL.Image.rotate`."""
     angle = -degrees * (3.141592653589793 / 180.0)
     cos, sin = tf.cos(angle), tf.sin(angle)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
@@ -209,7 +209,7 @@ def _translate(axis):
     return move
 
 
-# Each takes a uint8 picture, a strength of 0 to 1 and a sign, and returns a uint8 picture.
+# Each takes a uint8 image, a strength of 0 to 1 and a sign, and returns a uint8 image.
 OPERATIONS = {
     "identity": lambda image, share, sign: image,
     "shear_x": lambda image, share, sign: affine(image, 1, sign * share * 0.3, 0, 0, 1, 0),

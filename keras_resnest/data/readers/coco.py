@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_resnest.data.dataset import DetectionDataset, check_class_names
+from keras_resnest.checks import check_class_names
+from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
-    PictureAnnotation,
+    ImageAnnotation,
     build_dataset,
-    find_picture,
+    find_image,
     number,
     plain_path,
     stated_size,
@@ -35,23 +36,23 @@ def read_coco(
 
     Boxes are [x, y, width, height] in pixels. Labels go by the names of the categories, so their
     ids may have gaps and begin anywhere. A crowd (`iscrowd`) is `difficult`: evaluation does not
-    count it. Pictures without annotations are kept. `image_id` is the picture's `id`, as text.
+    count it. Images without annotations are kept. `image_id` is the image's `id`, as text.
 
     Dropped and reported: boxes without area, with coordinates that are no numbers, wholly outside
-    their picture, or repeated. Clipped and reported: boxes that cross the border by half a pixel
-    or more. Reported: a size that is not that of the picture, ids of annotations that are used
-    twice (both stay), pictures listed twice (their annotations are joined). EXIF rotation as in
+    their image, or repeated. Clipped and reported: boxes that cross the border by half a pixel
+    or more. Reported: a size that is not that of the image, ids of annotations that are used
+    twice (both stay), images listed twice (their annotations are joined). EXIF rotation as in
     `read_voc`, with `width` and `height` in the place of `<size>`.
 
     Args:
         annotation_file: File such as "instances_train2017.json".
-        image_folder: Folder of the pictures. Default: looked for beside the file, in "images", and
+        image_folder: Folder of the images. Default: looked for beside the file, in "images", and
             in the folder of the split (`train2017` of `instances_train2017.json`).
         class_names: Names of the labels 0, 1, 2, ...; may be more, and in another order, than the
             categories that the annotations use. Default: all categories, by their ids.
-        on_error: What to do with a missing or unreadable picture, a category that is unknown or
-            not in `class_names`, or an annotation of a picture that is not listed: "raise" a
-            ValueError naming the file, or "skip" the picture with a line in the report.
+        on_error: What to do with a missing or unreadable image, a category that is unknown or
+            not in `class_names`, or an annotation of an image that is not listed: "raise" a
+            ValueError naming the file, or "skip" the image with a line in the report.
         use_difficult: Keep crowds, marked as difficult; False leaves them out.
 
     Returns:
@@ -115,12 +116,12 @@ def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | Non
     for place in places:
         for image in images[:20]:  # some of them may be missing
             try:
-                find_picture(place, str(image.get("file_name", "")), path)
+                find_image(place, str(image.get("file_name", "")), path)
                 return place
             except FileError:
                 continue
     tried = ", ".join(str(place) for place in places)
-    raise ValueError(f"{path}: give `image_folder`; its pictures are in none of {tried}")
+    raise ValueError(f"{path}: give `image_folder`; its images are in none of {tried}")
 
 
 def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[Any, str]:
@@ -148,12 +149,12 @@ def _key(value: Any) -> Any:
 
 
 def _images(path: Path, images: list[dict], faults: Faults) -> dict[Any, dict]:
-    """Entries of the pictures by id."""
+    """Entries of the images by id."""
     found: dict[Any, dict] = {}
     ambiguous = set()
     for image in images:
         key = _key(image.get("id"))
-        with faults.costing_a_picture():
+        with faults.skipping_image():
             if key is None or not isinstance(image.get("file_name"), str):
                 raise FileError(path, "unreadable image entry", str(image)[:200])
             if key not in found:
@@ -177,10 +178,10 @@ def _objects_by_image(
         if own is not None and own in seen:
             faults.add(path, "annotation id used twice", "both kept", f"{own}")
         seen.add(own)
-        with faults.costing_a_picture():
+        with faults.skipping_image():
             if key not in images:
                 detail = f"annotation {own} of image_id {row.get('image_id')!r}"
-                raise FileError(path, "annotation of a picture that is not listed", detail)
+                raise FileError(path, "annotation of an image that is not listed", detail)
             objects[key].append(row)
     return objects
 
@@ -193,7 +194,7 @@ def _joined(
     for key, image in images.items():
         name = plain_path(image["file_name"])
         if name in first:
-            faults.add(path, "picture listed twice", "annotations joined", name)
+            faults.add(path, "image listed twice", "annotations joined", name)
             objects[first[name]] += objects.pop(key, [])
         first.setdefault(name, key)
     return [images[key] for key in first.values()]
@@ -201,11 +202,11 @@ def _joined(
 
 def _annotation(
     path: Path, folder: Path, image: dict, objects: dict[Any, list[dict]], names: dict[Any, str]
-) -> PictureAnnotation:
-    picture = find_picture(folder, image["file_name"], path)
+) -> ImageAnnotation:
+    picture = find_image(folder, image["file_name"], path)
     key = _key(image["id"])
-    return PictureAnnotation(
-        # Faults are told by the picture: the one JSON file says little.
+    return ImageAnnotation(
+        # Faults are told by the image: the one JSON file says little.
         file=plain_path(image["file_name"]),
         image_id=str(key),
         image=picture,

@@ -1,7 +1,7 @@
 """What the readers of annotation files have in common.
 
-Each reader brings a file format into `PictureAnnotation`s; `build_dataset` does the rest: looks at
-the pictures, turns, clips and judges the boxes, maps names to labels, and reports.
+Each reader brings a file format into `ImageAnnotation`s; `build_dataset` does the rest: looks at
+the images, turns, clips and judges the boxes, maps names to labels, and reports.
 """
 
 import contextlib
@@ -16,31 +16,31 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import (
     DetectionDataset,
     ImageRecord,
     Problem,
-    check_class_names,
     count_problems,
     nearest,
     summarize,
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.images import PictureInfo, orientation_flags, read_picture_info
+from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
 
 ROUNDING = 0.5
 """Pixels by which a box may cross the border without a word: files hold rounded numbers."""
 
-_DROPPED = ("invalid coordinates", "degenerate box", "box outside the picture")
+_DROPPED = ("invalid coordinates", "degenerate box", "box outside the image")
 
 
 class FileError(ValueError):
-    """A fault that stops the reader, or costs a picture with `on_error="skip"`."""
+    """A fault that stops the reader, or costs an image with `on_error="skip"`."""
 
     def __init__(self, file: str | os.PathLike, what: str, detail: str = ""):
         super().__init__(f"{file}: {what}{': ' * bool(detail)}{detail}")
-        self.problem = Problem(Path(file).name, what, "picture left out", detail)
+        self.problem = Problem(Path(file).name, what, "image left out", detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AnnotatedObject:
     Attributes:
         name: Name of its class.
         box: (x1, y1, x2, y2) in pixels with continuous coordinates, NaN for what is no number;
-            or as parts of the picture where `PictureAnnotation.is_relative`.
+            or as parts of the image where `ImageAnnotation.is_relative`.
         difficult: Not to be counted by evaluation.
         text: The box as it is written, for the report.
         verdict: Why the box as written is unusable, where the conversion to `box` hides it.
@@ -67,17 +67,17 @@ class AnnotatedObject:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureAnnotation:
-    """One picture and its objects as a file has them.
+class ImageAnnotation:
+    """One image and its objects as a file has them.
 
     Attributes:
         file: Where it is written, for messages.
-        image_id: Name of the picture, different for every picture of the data set.
-        image: Path of the picture.
+        image_id: Name of the image, different for every image of the dataset.
+        image: Path of the image.
         objects: Its objects.
         size: (width, height) that the file states, in pixels, or None.
         size_name: What the file calls `size`, for the report.
-        is_relative: Boxes are parts of the picture, 0 to 1.
+        is_relative: Boxes are parts of the image, 0 to 1.
     """
 
     file: str | os.PathLike
@@ -93,7 +93,7 @@ class Faults:
     """Collects problems; decides whether a fault stops the reader.
 
     Args:
-        on_error: "raise", or "skip" to leave pictures with faults out.
+        on_error: "raise", or "skip" to leave images with faults out.
     """
 
     def __init__(self, on_error: str):
@@ -103,11 +103,11 @@ class Faults:
         self.problems: list[Problem] = []
 
     def add(self, file: str | os.PathLike, what: str, action: str, detail: str = "") -> None:
-        """Notes a problem that costs no picture."""
+        """Notes a problem that costs no image."""
         self.problems.append(Problem(Path(file).name, what, action, detail))
 
     @contextlib.contextmanager
-    def costing_a_picture(self) -> Iterator[None]:
+    def skipping_image(self) -> Iterator[None]:
         """A `FileError` in here is raised, or noted and then forgotten."""
         try:
             yield
@@ -119,12 +119,12 @@ class Faults:
 
 def build_dataset(
     source: str | os.PathLike,
-    annotations: Iterable[PictureAnnotation | Callable[[], PictureAnnotation]],
+    annotations: Iterable[ImageAnnotation | Callable[[], ImageAnnotation]],
     class_names: Sequence[str],
     use_difficult: bool,
     faults: Faults,
 ) -> DetectionDataset:
-    """Makes a data set of annotations, in their order, and warns of problems once.
+    """Makes a dataset of annotations, in their order, and warns of problems once.
 
     Args:
         source: Folder or file, for messages.
@@ -134,35 +134,35 @@ def build_dataset(
         faults: The problems up to now, and what to do with faults.
 
     Raises:
-        ValueError: No usable picture, all coordinates look relative where pixels are wanted, or a
+        ValueError: No usable image, all coordinates look relative where pixels are wanted, or a
             fault with `on_error="raise"`.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []
     for annotation in annotations:
-        with faults.costing_a_picture():
+        with faults.skipping_image():
             annotation = annotation() if callable(annotation) else annotation
             records.append(_record(annotation, class_names, faults))
             if not annotation.is_relative:
                 pixel_boxes += [item.box for item in annotation.objects]
     _check_pixels(source, pixel_boxes)
     if not records:
-        raise ValueError(f"No usable picture in {source}: {count_problems(faults.problems)}")
+        raise ValueError(f"No usable image in {source}: {count_problems(faults.problems)}")
     if not use_difficult:
         records = [without_difficult(record) for record in records]
     report = summarize(records, class_names, faults.problems)
     if faults.problems:
         warnings.warn(
-            f"{source}: {count_problems(faults.problems)}. See the `report` of the data set",
+            f"{source}: {count_problems(faults.problems)}. See the `report` of the dataset",
             stacklevel=3,
         )
     return DetectionDataset(records, class_names, report)
 
 
-def find_picture(folder: Path, name: str, file: str | os.PathLike) -> Path:
-    """The picture that a file names: relative to `folder`, or absolute, with "/" or "\\\\".
+def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
+    """The image that a file names: relative to `folder`, or absolute, with "/" or "\\\\".
 
-    An absolute path of another machine gives way to the picture of that name in `folder`.
+    An absolute path of another machine gives way to the image of that name in `folder`.
 
     Raises:
         FileError: There is none.
@@ -174,7 +174,7 @@ def find_picture(folder: Path, name: str, file: str | os.PathLike) -> Path:
     for path in candidates:
         if name.strip() and path.is_file():
             return path
-    raise FileError(file, "missing picture", f"no {name!r} in {folder}")
+    raise FileError(file, "missing image", f"no {name!r} in {folder}")
 
 
 def plain_path(name: str) -> str:
@@ -205,15 +205,13 @@ def read_text(path: Path, what: str) -> str:
 
 
 def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
-    """(width, height) of a picture as a file states it; None where it states none."""
+    """(width, height) of an image as a file states it; None where it states none."""
     size = number(width), number(height)
     is_known = all(math.isfinite(side) and side >= 1 for side in size)
     return (round(size[0]), round(size[1])) if is_known else None
 
 
-def _record(
-    annotation: PictureAnnotation, class_names: Sequence[str], faults: Faults
-) -> ImageRecord:
+def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Faults) -> ImageRecord:
     for item in annotation.objects:
         if item.name not in class_names:
             raise FileError(
@@ -222,9 +220,9 @@ def _record(
                 f"not in `class_names`. {nearest(item.name, class_names)}",
             )
     try:
-        info = read_picture_info(annotation.image)
+        info = read_image_info(annotation.image)
     except ValueError as error:
-        raise FileError(annotation.image, "unreadable picture", str(error)) from error
+        raise FileError(annotation.image, "unreadable image", str(error)) from error
     boxes, keep = _usable(annotation, info, faults)
     labels = [class_names.index(item.name) for item in annotation.objects]
     return ImageRecord(
@@ -238,9 +236,9 @@ def _record(
 
 
 def _usable(
-    annotation: PictureAnnotation, info: PictureInfo, faults: Faults
+    annotation: ImageAnnotation, info: ImageInfo, faults: Faults
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) in the upright picture, and which of them (bool (n,)) are usable."""
+    """Boxes (n, 4) in the upright image, and which of them (bool (n,)) are usable."""
     boxes = [item.box for item in annotation.objects]
     if annotation.is_relative:
         boxes = np.asarray(boxes, "float64").reshape(-1, 4) * ([info.width, info.height] * 2)
@@ -270,28 +268,28 @@ def _usable(
     return clipped, keep
 
 
-def _is_stored_frame(annotation: PictureAnnotation, info: PictureInfo, faults: Faults) -> bool:
-    """Whether the boxes were drawn on the picture as stored, before its EXIF rotation."""
+def _is_stored_frame(annotation: ImageAnnotation, info: ImageInfo, faults: Faults) -> bool:
+    """Whether the boxes were drawn on the image as stored, before its EXIF rotation."""
     upright = (info.width, info.height)
     stored = upright[::-1] if orientation_flags(info.orientation)[0] else upright
     file, size, name = annotation.file, annotation.size, annotation.size_name
     if info.orientation != 1 and size == stored != upright:
-        action = "boxes rotated with the picture"
-        detail = f"{info.orientation}, and {name} is that of the picture before rotation"
+        action = "boxes rotated with the image"
+        detail = f"{info.orientation}, and {name} is that of the image before rotation"
         faults.add(file, "EXIF orientation", action, detail)
         return True
     if info.orientation != 1 and (size is None or stored == upright):
-        action = "boxes taken as those of the upright picture"
+        action = "boxes taken as those of the upright image"
         faults.add(file, "EXIF orientation", action, f"{info.orientation}")
     if size is not None and size != upright:
-        action = "boxes kept as pixels of the picture"
-        detail = f"{size[0]} x {size[1]}, the picture has {upright[0]} x {upright[1]}"
+        action = "boxes kept as pixels of the image"
+        detail = f"{size[0]} x {size[1]}, the image has {upright[0]} x {upright[1]}"
         faults.add(file, f"wrong {name}", action, detail)
     return False
 
 
-def rotate_boxes(boxes: np.ndarray, info: PictureInfo) -> np.ndarray:
-    """Boxes of the stored picture -> boxes of the upright picture."""
+def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:
+    """Boxes of the stored image -> boxes of the upright image."""
     transpose, flip_columns, flip_rows = orientation_flags(info.orientation)
     if transpose:
         boxes = boxes[:, [1, 0, 3, 2]]

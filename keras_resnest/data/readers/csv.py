@@ -12,9 +12,9 @@ from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
-    PictureAnnotation,
+    ImageAnnotation,
     build_dataset,
-    find_picture,
+    find_image,
     number,
     plain_path,
     read_text,
@@ -48,21 +48,21 @@ def read_csv(
 
     Without a header the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet).
     With a header they may be in any order, have the usual other names (`filename`, `xmin`, ...,
-    `class`), and there may be more: `width` and `height` of the picture and `difficult` are used,
+    `class`), and there may be more: `width` and `height` of the image and `difficult` are used,
     others ignored. Columns are separated by commas, semicolons or tabs. A row whose box and label
-    are empty says that the picture has no objects. Coordinates are pixels of the upright picture,
-    0-based and continuous (x2 - x1 is the width). `image_id` is the picture's name as in the file.
+    are empty says that the image has no objects. Coordinates are pixels of the upright image,
+    0-based and continuous (x2 - x1 is the width). `image_id` is the image's name as in the file.
 
     Dropped, clipped and reported as in `read_coco`.
 
     Args:
         file: The CSV file.
-        image_folder: Folder to which the names of the pictures are relative. Default: that of the
+        image_folder: Folder to which the names of the images are relative. Default: that of the
             file, or "images" in it.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in the file, sorted.
-        on_error: What to do with a missing or unreadable picture, a row with a wrong number of
+        on_error: What to do with a missing or unreadable image, a row with a wrong number of
             columns or no label, and a class that is not in `class_names`: "raise" a ValueError
-            naming the file, or "skip" the picture with a line in the report.
+            naming the file, or "skip" the image with a line in the report.
         use_difficult: Keep boxes marked as difficult; False leaves them out.
 
     Returns:
@@ -86,20 +86,20 @@ def read_csv(
         raise ValueError(
             f"`image_folder` must be a folder. Received: {image_folder} (no such folder)"
         )
-    pictures: dict[str, list[tuple[int, dict[str, str]]]] = {}
+    images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(path):
         name = plain_path(row["image"])
-        pictures.setdefault(name, []).append((line, row))
-    if not pictures:
+        images.setdefault(name, []).append((line, row))
+    if not images:
         raise ValueError(f"{path}: no rows")
-    folder = _usual_folder(path, pictures) if image_folder is None else Path(image_folder)
+    folder = _usual_folder(path, images) if image_folder is None else Path(image_folder)
     if class_names is None:
-        rows = (row for rows in pictures.values() for _, row in rows)
+        rows = (row for rows in images.values() for _, row in rows)
         class_names = sorted({row["label"] for row in rows if row.get("label")})
         if not class_names:
             raise ValueError(f"No objects in {path}: give `class_names`")
     annotations = [
-        functools.partial(_annotation, path, folder, name, rows) for name, rows in pictures.items()
+        functools.partial(_annotation, path, folder, name, rows) for name, rows in images.items()
     ]
     return build_dataset(path, annotations, class_names, use_difficult, faults)
 
@@ -113,7 +113,7 @@ def has_known_columns(path: Path) -> bool:
 
 
 def _usual_folder(path: Path, names: Iterable[str]) -> Path:
-    """Where the pictures are: the names begin in the folder of the file, or in its "images"."""
+    """Where the images are: the names begin in the folder of the file, or in its "images"."""
     images = path.parent / "images"
     known = any((path.parent / name).is_file() for name in list(names)[:20])
     return images if not known and images.is_dir() else path.parent
@@ -167,14 +167,14 @@ def _header(path: Path, cells: list[str]) -> list[str] | None:
 
 def _annotation(
     path: Path, folder: Path, name: str, rows: list[tuple[int, dict[str, str]]]
-) -> PictureAnnotation:
+) -> ImageAnnotation:
     objects = []
     for line, row in rows:
         if "fault" in row:
             raise FileError(path, "unreadable row", f"line {line} has {row['fault']}")
         corners = [row[corner] for corner in COLUMNS[1:5]]
         if not any(corners) and not row["label"]:
-            continue  # a picture without objects
+            continue  # an image without objects
         if not row["label"]:
             raise FileError(path, "unreadable row", f"line {line} has a box without a label")
         objects.append(
@@ -186,10 +186,10 @@ def _annotation(
             )
         )
     row = rows[0][1]
-    return PictureAnnotation(
+    return ImageAnnotation(
         file=name,
         image_id=name,
-        image=find_picture(folder, row["image"], path),
+        image=find_image(folder, row["image"], path),
         objects=tuple(objects),
         size=stated_size(row.get("width"), row.get("height")),
     )

@@ -13,7 +13,7 @@ from keras_resnest.data.readers.voc import read_voc, voc_splits
 from keras_resnest.data.readers.yolo import YAML_SUFFIXES, find_yaml, read_yolo, yolo_splits
 
 _LOOKED_FOR = """
-  VOC:  a folder with Annotations/*.xml and JPEGImages/, or with pictures and XML files side by side
+  VOC:  a folder with Annotations/*.xml and JPEGImages/, or with images and XML files side by side
   COCO: a .json file, or a folder with annotations/instances_<split>.json or
         <split>/_annotations.coco.json
   YOLO: a folder with data.yaml, or with images/ and labels/, or with <split>/images and
@@ -30,18 +30,18 @@ def read_detection(
     on_error: str = "raise",
     use_difficult: bool = True,
 ) -> DetectionDataset:
-    """Reads annotated pictures of any known format: VOC, COCO, YOLO, CSV or TFDS.
+    """Reads annotated images of any known format: VOC, COCO, YOLO, CSV or TFDS.
 
     Args:
         source: Folder or file, or "tfds:" and a name of TensorFlow Datasets. See `read_voc`,
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
         split: Name of the part: a file in `ImageSets/Main` (VOC), `<split>` of the names
             `instances_<split>.json` or `<split>.csv` (a year behind it may be left out), a folder
-            (YOLO), or what TFDS knows. Default: all pictures, or the only file; TFDS needs one,
+            (YOLO), or what TFDS knows. Default: all images, or the only file; TFDS needs one,
             and a single COCO or CSV file has none.
-        class_names: Names of the labels 0, 1, 2, ... Default: as in the data set.
-        image_folder: Folder of the pictures of a COCO or CSV file. Default: see their readers.
-        on_error: "raise" a ValueError for a fault that costs a picture, or "skip" the picture with
+        class_names: Names of the labels 0, 1, 2, ... Default: as in the dataset.
+        image_folder: Folder of the images of a COCO or CSV file. Default: see their readers.
+        on_error: "raise" a ValueError for a fault that costs an image, or "skip" the image with
             a line in the report. (TFDS has no such faults.)
         use_difficult: Keep objects marked as difficult; False leaves them out.
 
@@ -49,7 +49,7 @@ def read_detection(
         `DetectionDataset`.
 
     Raises:
-        ValueError: The format is not recognised, more than one is, or see the reader of the format.
+        ValueError: The format is not recognized, more than one is, or see the reader of the format.
 
     Example:
 
@@ -78,7 +78,7 @@ def read_detection(
         return read_yolo(path, split, **options)
     if split is not None and path.is_file():
         raise ValueError(
-            f"A single {kind} file has no splits: leave `split` out, and part the data set with "
+            f"A single {kind} file has no splits: leave `split` out, and part the dataset with "
             f"`hold_out`. Received: split={split!r}, {path}"
         )
     file = path if path.is_file() else _of_split(path, _FILES[kind](path), split, kind)
@@ -86,7 +86,7 @@ def read_detection(
 
 
 def find_splits(source: str | os.PathLike) -> list[str]:
-    """Names that `read_detection` takes as `split` for a data set.
+    """Names that `read_detection` takes as `split` for a dataset.
 
     Args:
         source: as in `read_detection`.
@@ -95,7 +95,7 @@ def find_splits(source: str | os.PathLike) -> list[str]:
         Names, sorted; none for a single COCO or CSV file, and for a folder without parts.
 
     Raises:
-        ValueError: The format is not recognised, or a TFDS data set is not on disk.
+        ValueError: The format is not recognized, or a TFDS dataset is not on disk.
 
     Example: `find_splits("tfds:voc/2007")` gives `["test", "train", "validation"]`.
     """

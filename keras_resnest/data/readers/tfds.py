@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import (
     AnnotationReport,
     DetectionDataset,
     ImageRecord,
     Problem,
-    check_class_names,
     decode_plain_image,
     nearest,
     summarize,
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.images import PictureInfo, orientation_flags, read_picture_info
+from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
 
 
 def read_tfds(
@@ -31,31 +31,31 @@ def read_tfds(
     use_difficult: bool = True,
     download: bool = True,
 ) -> DetectionDataset:
-    """Reads a detection data set of TensorFlow Datasets, e.g. "voc/2007" or "coco/2017".
+    """Reads a detection dataset of TensorFlow Datasets, e.g. "voc/2007" or "coco/2017".
 
     It needs a feature `image` and a sequence `objects` of `bbox` (relative yxyx) and `label`;
-    `is_difficult` (VOC) or `is_crowd` (COCO) of an object become `difficult`. The pictures stay in
+    `is_difficult` (VOC) or `is_crowd` (COCO) of an object become `difficult`. The images stay in
     the TFDS files, decoded as TFDS does: EXIF orientation is not applied and alpha is dropped. So
     `records` hold no pixels; they and the `report` are read on first use, in one pass over the
     files. Boxes without area are dropped.
 
     Args:
-        name_or_builder: Name of a data set ("shapes" is the one of this package), or a
+        name_or_builder: Name of a dataset ("shapes" is the one of this package), or a
             `tfds.core.DatasetBuilder`.
         split: E.g. "train", "test[:10%]" or "train+validation".
-        class_names: Names of the labels 0, 1, 2, ...: all names of the data set in the order
-            wanted, and possibly more. Default: as in the data set.
-        data_dir: Folder of prepared data sets. Default: that of TFDS (`TFDS_DATA_DIR`, or
+        class_names: Names of the labels 0, 1, 2, ...: all names of the dataset in the order
+            wanted, and possibly more. Default: as in the dataset.
+        data_dir: Folder of prepared datasets. Default: that of TFDS (`TFDS_DATA_DIR`, or
             "~/tensorflow_datasets").
         use_difficult: Keep boxes marked as difficult; False leaves them out.
-        download: Download or generate the data set where `data_dir` has not got it. Nothing is
+        download: Download or generate the dataset where `data_dir` has not got it. Nothing is
             fetched from Google Cloud Storage.
 
     Returns:
         `DetectionDataset`.
 
     Raises:
-        ValueError: No such data set or split, not a detection data set, a class is not in
+        ValueError: No such dataset or split, not a detection dataset, a class is not in
             `class_names`, or it is not in `data_dir` and `download` is False.
         ConnectionError: It must be downloaded and its server is unknown or not to be reached
             (found out at once, while TFDS itself would try for minutes).
@@ -85,14 +85,14 @@ def read_tfds(
 
 
 def tfds_splits(name: str) -> list[str]:
-    """Names of the splits of a data set that is on disk."""
+    """Names of the splits of a dataset that is on disk."""
     builder = tfds_builder(name, data_dir=None)
     prepare(builder, download=False)
     return sorted(builder.info.splits)
 
 
 def tfds_builder(name: str, data_dir: str | os.PathLike | None):
-    """Builder of a TFDS data set by name; a ValueError names the nearest ones."""
+    """Builder of a TFDS dataset by name; a ValueError names the nearest ones."""
     import tensorflow_datasets as tfds
 
     from keras_resnest.data import shapes  # noqa: F401 (the import registers "shapes")
@@ -102,11 +102,11 @@ def tfds_builder(name: str, data_dir: str | os.PathLike | None):
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         hint = nearest(re.split("[/:]", name)[0], known)
-        raise ValueError(f"TFDS has no data set {name!r}. {hint}") from error
+        raise ValueError(f"TFDS has no dataset {name!r}. {hint}") from error
 
 
 def _tfds_label_names(builder) -> list[str]:
-    """Class names of a detection data set; a ValueError says what another one lacks."""
+    """Class names of a detection dataset; a ValueError says what another one lacks."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -122,7 +122,7 @@ def _tfds_label_names(builder) -> list[str]:
     )
     if not is_detection:
         raise ValueError(
-            f"{builder.info.full_name} is not a detection data set. Wanted: `image` (Image) and "
+            f"{builder.info.full_name} is not a detection dataset. Wanted: `image` (Image) and "
             "`objects`, a sequence of `bbox` (BBoxFeature, relative yxyx) and `label` "
             "(ClassLabel). "
             f"Received: {', '.join(features)}; objects: {', '.join(objects) or 'none'}"
@@ -132,7 +132,7 @@ def _tfds_label_names(builder) -> list[str]:
 
 
 def prepare(builder, download: bool) -> None:
-    """Makes sure that the data set is on disk; fails at once without a network."""
+    """Makes sure that the dataset is on disk; fails at once without a network."""
     import tensorflow_datasets as tfds
 
     if builder.data_path.exists():
@@ -168,7 +168,7 @@ def _check_hosts(builder) -> None:
 
 
 def split_size(builder, split: str) -> int:
-    """Number of pictures in a split of a prepared data set, which must have some."""
+    """Number of images in a split of a prepared dataset, which must have some."""
     try:
         size = builder.info.splits[split].num_examples
     except (KeyError, ValueError, AssertionError) as error:
@@ -182,7 +182,7 @@ def split_size(builder, split: str) -> int:
 
 
 class _TfdsDataset(DetectionDataset):
-    """A split of a prepared TFDS data set."""
+    """A split of a prepared TFDS dataset."""
 
     def __init__(self, builder, split, label_names, class_names, use_difficult):
         self.class_names = list(class_names)
@@ -207,7 +207,7 @@ class _TfdsDataset(DetectionDataset):
 
         part = self.shard(num_shards, shard_index)
         examples = part._examples(shuffle, seed)
-        if shuffle:  # encoded pictures: of COCO about 300 MB
+        if shuffle:  # encoded images: of COCO about 300 MB
             examples = examples.shuffle(min(len(part), 2048), seed=seed)
         return examples.map(self._to_element, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -276,8 +276,8 @@ class _TfdsDataset(DetectionDataset):
         return records, summarize(records, self.class_names, problems)
 
     def _record(self, example, problems: list[Problem]) -> ImageRecord:
-        info = read_picture_info(example["image"])
-        # TFDS leaves pictures as they are stored.
+        info = read_image_info(example["image"])
+        # TFDS leaves images as they are stored.
         is_turned = orientation_flags(info.orientation)[0]
         height, width = (info.width, info.height) if is_turned else (info.height, info.width)
         boxes, verdicts = usable_boxes(example["bbox"][:, [1, 0, 3, 2]], 1.0, 1.0)
@@ -295,7 +295,7 @@ class _TfdsDataset(DetectionDataset):
             boxes=boxes[keep] * np.asarray([width, height, width, height], "float32"),
             labels=labels[keep],
             difficult=example["difficult"][keep],
-            info=PictureInfo(height, width),
+            info=ImageInfo(height, width),
         )
         return record if self._use_difficult else without_difficult(record)
 
@@ -328,15 +328,15 @@ def read_shapes(
     seed: int = 0,
     data_dir: str | os.PathLike | None = None,
 ):
-    """Draws the Shapes data set, or reads it where it has been drawn before.
+    """Draws the Shapes dataset, or reads it where it has been drawn before.
 
     Args:
         split: "train", "validation" or "test", or parts like "train[:50]".
-        size: Side of the pictures in pixels.
-        num_train: Pictures of the split "train".
-        num_validation: Pictures of the split "validation".
-        num_test: Pictures of the split "test".
-        seed: Start of all random numbers; another one gives other pictures.
+        size: Side of the images in pixels.
+        num_train: Images of the split "train".
+        num_validation: Images of the split "validation".
+        num_test: Images of the split "test".
+        seed: Start of all random numbers; another one gives other images.
         data_dir: Folder to keep it in. Default: that of TFDS (`TFDS_DATA_DIR`, or
             "~/tensorflow_datasets").
 
@@ -354,6 +354,6 @@ def read_shapes(
         num_test=num_test,
         seed=seed,
     )
-    # A ready-made configuration of the same numbers is the same data set.
+    # A ready-made configuration of the same numbers is the same dataset.
     known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)
     return read_tfds(Shapes(config=next(known, config), data_dir=data_dir), split)

@@ -16,7 +16,7 @@ from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
-    PictureAnnotation,
+    ImageAnnotation,
     build_dataset,
     number,
     stated_size,
@@ -50,25 +50,25 @@ def read_voc(
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
     Two layouts: the one of VOC (`JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`), and a
-    plain folder with pictures and XML files side by side. A picture belongs to the XML file of the
+    plain folder with images and XML files side by side. An image belongs to the XML file of the
     same stem. VOC's own coordinates are 1-based and inclusive, so [xmin, ymin, xmax, ymax] becomes
     [xmin - 1, ymin - 1, xmax, ymax].
 
     Dropped and reported: boxes with xmax <= xmin or ymax <= ymin, with coordinates that are no
-    numbers, or wholly outside their picture. Clipped and reported: boxes that cross the border.
-    Reported: a `<size>` that is not that of the picture. Pictures are always upright: where
-    `<size>` shows that the boxes were drawn on the stored, not yet rotated picture, they are
+    numbers, or wholly outside their image. Clipped and reported: boxes that cross the border.
+    Reported: a `<size>` that is not that of the image. Images are always upright: where
+    `<size>` shows that the boxes were drawn on the stored, not yet rotated image, they are
     rotated with it. One `UserWarning` tells that there are problems.
 
     Args:
-        folder: Folder of the data set.
+        folder: Folder of the dataset.
         split: Name of a file in `ImageSets/Main`, without ".txt"; in files with a flag in each line
-            ("cat_train") the pictures marked -1 are left out. Default: all pictures.
+            ("cat_train") the images marked -1 are left out. Default: all images.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in all XML files of the
             folder (not only of the split, so that all splits agree), sorted.
-        on_error: What to do with a missing or unreadable picture, a missing or unreadable XML
+        on_error: What to do with a missing or unreadable image, a missing or unreadable XML
             file, and a class that is not in `class_names`: "raise" a ValueError naming the file, or
-            "skip" the picture with a line in the report.
+            "skip" the image with a line in the report.
         use_difficult: Keep boxes marked as difficult; False leaves them out.
         one_based_coordinates: False for files with 0-based coordinates: they are used as they are.
 
@@ -76,7 +76,7 @@ def read_voc(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: No such folder or split, no pictures, or see `on_error`.
+        ValueError: No such folder or split, no images, or see `on_error`.
 
     Example:
 
@@ -95,12 +95,12 @@ def read_voc(
         class_names = sorted({o.name for a in annotations.values() for o in a.objects})
         if not class_names:
             raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
-    pictures = (
+    images = (
         functools.partial(_annotation, source, i, annotations[i], one_based_coordinates)
         for i in image_ids
         if i in annotations
     )
-    return build_dataset(source.folder, pictures, class_names, use_difficult, faults)
+    return build_dataset(source.folder, images, class_names, use_difficult, faults)
 
 
 def voc_splits(folder: str | os.PathLike) -> list[str]:
@@ -109,7 +109,7 @@ def voc_splits(folder: str | os.PathLike) -> list[str]:
 
 
 class _VocFolder:
-    """Where the files of a VOC data set are."""
+    """Where the files of a VOC dataset are."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -131,10 +131,10 @@ class _VocFolder:
         for path in find_images(self.image_folder):
             self.image_files[path.stem].append(path)
         if not self.xml_files:
-            raise ValueError(f"No XML files in {xml_folder}, only pictures")
+            raise ValueError(f"No XML files in {xml_folder}, only images")
 
     def image_ids(self, split: str | None, faults: Faults) -> list[str]:
-        """Stems of the files of a split; of all pictures and XML files where split is None."""
+        """Stems of the files of a split; of all images and XML files where split is None."""
         if split is None:
             return sorted({*self.xml_files, *self.image_files})
         split_folder = self.folder / "ImageSets" / "Main"
@@ -164,18 +164,18 @@ class _VocFolder:
         return stem if suffix.lower() in (".xml", *IMAGE_SUFFIXES) else line
 
     def image_file(self, image_id: str, annotation: _VocAnnotation) -> Path:
-        """The picture of an annotation: the one of the same stem, else the named one."""
+        """The image of an annotation: the one of the same stem, else the named one."""
         candidates = self.image_files.get(image_id, [])
         named = [path for path in candidates if path.name == annotation.filename]
         if named or candidates:
             return (named or candidates)[0]
         path = self.image_folder / Path(annotation.filename or image_id).name
         if not annotation.filename or not path.is_file():
-            tried = f"nor is there {path.name}" if annotation.filename else "and names no picture"
+            tried = f"nor is there {path.name}" if annotation.filename else "and names no image"
             raise FileError(
                 annotation.path,
-                "missing picture",
-                f"no picture {image_id}.* in {self.image_folder}, {tried}",
+                "missing image",
+                f"no image {image_id}.* in {self.image_folder}, {tried}",
             )
         return path
 
@@ -185,12 +185,12 @@ def _parse_all(
 ) -> dict[str, _VocAnnotation]:
     annotations = {}
     for image_id in image_ids:
-        with faults.costing_a_picture():
+        with faults.skipping_image():
             if image_id not in source.xml_files:
                 raise FileError(
                     source.image_files.get(image_id, [image_id])[0],
                     "missing XML file",
-                    f"no {image_id}.xml (a picture without objects has an XML file without "
+                    f"no {image_id}.xml (an image without objects has an XML file without "
                     "<object>)",
                 )
             annotations[image_id] = _parse_voc_xml(source.xml_files[image_id])
@@ -236,8 +236,8 @@ def _text(node: ElementTree.Element, path: str) -> str:
 
 def _annotation(
     source: _VocFolder, image_id: str, annotation: _VocAnnotation, one_based: bool
-) -> PictureAnnotation:
-    return PictureAnnotation(
+) -> ImageAnnotation:
+    return ImageAnnotation(
         file=annotation.path,
         image_id=image_id,
         image=source.image_file(image_id, annotation),

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.data.dataset import DetectionDataset, check_class_names
+from keras_resnest.checks import check_class_names
+from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers.common import (
     AnnotatedObject,
     Faults,
     FileError,
-    PictureAnnotation,
+    ImageAnnotation,
     build_dataset,
-    find_picture,
+    find_image,
     number,
     read_text,
 )
@@ -33,36 +34,36 @@ def read_yolo(
     on_error: str = "raise",
     use_difficult: bool = True,
 ) -> DetectionDataset:
-    """Reads a folder of pictures with YOLO's text files.
+    """Reads a folder of images with YOLO's text files.
 
-    Each picture has a file of its name with one object in each line: "class x y width height", the
-    centre and sides of the box as parts of the picture, 0 to 1, with classes from 0. A line
-    "class x1 y1 x2 y2 x3 y3 ..." is a polygon; its bounding box is taken. A picture without such a
+    Each image has a file of its name with one object in each line: "class x y width height", the
+    center and sides of the box as parts of the image, 0 to 1, with classes from 0. A line
+    "class x1 y1 x2 y2 x3 y3 ..." is a polygon; its bounding box is taken. An image without such a
     file, or with an empty one, has no objects. The format knows no difficult objects.
 
     Where the files are: `data.yaml` says so, if the folder has one ("train:", "val:", "test:" with
-    folders or a text file of pictures); else "images/<split>" or "<split>/images". The text files
+    folders or a text file of images); else "images/<split>" or "<split>/images". The text files
     are in the folder whose path has "labels" in place of the last "images", or beside the
-    pictures. `image_id` is the path of the picture in the folder.
+    images. `image_id` is the path of the image in the folder.
 
-    Dropped, clipped and reported as in `read_coco`. Boxes are those of the upright picture.
+    Dropped, clipped and reported as in `read_coco`. Boxes are those of the upright image.
 
     Args:
-        folder: Folder of the data set, or its `data.yaml`.
-        split: "train", "val", "test" or another name. Default: all pictures.
+        folder: Folder of the dataset, or its `data.yaml`.
+        split: "train", "val", "test" or another name. Default: all images.
         class_names: Names of the labels 0, 1, 2, ... Where the folder has names of its own, classes
             are mapped by name; else these are the names of the classes in the files. Default: the
             `names` of `data.yaml`, or the lines of `classes.txt`.
-        on_error: What to do with an unreadable picture or text file, a text file without a
-            picture, and a class without a name: "raise" a ValueError naming the file, or "skip" the
-            picture with a line in the report.
+        on_error: What to do with an unreadable image or text file, a text file without a
+            image, and a class without a name: "raise" a ValueError naming the file, or "skip" the
+            image with a line in the report.
         use_difficult: Has no effect; it is here because all readers take the same arguments.
 
     Returns:
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: No such folder or split, no pictures, no text file at all, no class names, or
+        ValueError: No such folder or split, no images, no text file at all, no class names, or
             see `on_error`.
 
     Example:
@@ -75,7 +76,7 @@ def read_yolo(
     """
     faults = Faults(on_error)
     source = _YoloFolder(folder)
-    pictures = source.pictures(split, faults)
+    images = source.images(split, faults)
     names = source.names
     if names is None:
         if class_names is None:
@@ -86,8 +87,8 @@ def read_yolo(
         names = dict(enumerate(check_class_names(class_names)))
     if class_names is None:
         class_names = list(dict.fromkeys(names.values()))
-    annotations = [functools.partial(_annotation, source, path, names) for path in pictures]
-    annotations += source.labels_without_picture(pictures)
+    annotations = [functools.partial(_annotation, source, path, names) for path in images]
+    annotations += source.labels_without_image(images)
     return build_dataset(source.folder, annotations, class_names, use_difficult, faults)
 
 
@@ -97,7 +98,7 @@ def yolo_splits(folder: str | os.PathLike) -> list[str]:
 
 
 class _YoloFolder:
-    """Where the files of a YOLO data set are."""
+    """Where the files of a YOLO dataset are."""
 
     def __init__(self, folder: str | os.PathLike):
         path = Path(folder)
@@ -111,8 +112,8 @@ class _YoloFolder:
         self.settings = read_yaml(self.yaml_file) if self.yaml_file else {}
         self.names = self._names()
 
-    def pictures(self, split: str | None, faults: Faults) -> list[Path]:
-        """Paths of the pictures of a split, or of all, each one once, in a fixed order."""
+    def images(self, split: str | None, faults: Faults) -> list[Path]:
+        """Paths of the images of a split, or of all, each one once, in a fixed order."""
         splits = self.splits()
         if split is None:
             found = self._all_places()
@@ -124,22 +125,22 @@ class _YoloFolder:
                     f"`split` must be one of those of {self.folder}. Received: {split!r}; {known}"
                 )
             found = splits[key]
-        pictures: dict[Path, None] = {}
+        images: dict[Path, None] = {}
         for place in found:
-            pictures.update(dict.fromkeys(self._in_place(place, faults)))
-        if not pictures:
-            raise ValueError(f"No pictures in {', '.join(map(str, found))}")
-        if not any(self.label_file(path).is_file() for path in pictures):
+            images.update(dict.fromkeys(self._in_place(place, faults)))
+        if not images:
+            raise ValueError(f"No images in {', '.join(map(str, found))}")
+        if not any(self.label_file(path).is_file() for path in images):
             raise ValueError(
-                f"None of the {len(pictures)} pictures has a text file with its objects. Expected: "
-                f"{self.label_file(next(iter(pictures)))}"
+                f"None of the {len(images)} images has a text file with its objects. Expected: "
+                f"{self.label_file(next(iter(images)))}"
             )
-        return list(pictures)
+        return list(images)
 
-    def label_file(self, picture: Path) -> Path:
-        """The text file of a picture: "labels" for the last "images" in its path, or beside it."""
-        beside = picture.with_suffix(".txt")
-        parts = list(picture.parts[:-1])
+    def label_file(self, image: Path) -> Path:
+        """The text file of an image: "labels" for the last "images" in its path, or beside it."""
+        beside = image.with_suffix(".txt")
+        parts = list(image.parts[:-1])
         if "images" not in parts:
             return beside
         last = len(parts) - 1 - parts[::-1].index("images")
@@ -147,17 +148,17 @@ class _YoloFolder:
         file = Path(*parts, beside.name)
         return file if file.is_file() or not beside.is_file() else beside
 
-    def labels_without_picture(self, pictures: list[Path]) -> list:
-        """For each text file in "labels" without a picture: what tells this fault when called."""
+    def labels_without_image(self, images: list[Path]) -> list:
+        """For each text file in "labels" without an image: what tells this fault when called."""
         stems: dict[Path, set[str]] = collections.defaultdict(set)
-        for folder in sorted({path.parent for path in pictures}):
+        for folder in sorted({path.parent for path in images}):
             place = self.label_file(folder / "x").parent
             if "labels" in place.parts and place.is_dir():
                 files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
                 stems[place] |= {path.stem for path in files}
 
         def fault(path):
-            raise FileError(path, "missing picture", f"no picture {path.stem}.*")
+            raise FileError(path, "missing image", f"no image {path.stem}.*")
 
         return [
             functools.partial(fault, path)
@@ -166,14 +167,14 @@ class _YoloFolder:
             if path.stem not in own and path.name != "classes.txt"
         ]
 
-    def image_id(self, picture: Path) -> str:
+    def image_id(self, image: Path) -> str:
         try:
-            return picture.relative_to(self.folder).as_posix()
+            return image.relative_to(self.folder).as_posix()
         except ValueError:  # data.yaml may name places elsewhere
-            return picture.as_posix()
+            return image.as_posix()
 
     def splits(self) -> dict[str, list[Path]]:
-        """Folders and text files of pictures, by the names of the splits."""
+        """Folders and text files of images, by the names of the splits."""
         return self._named_places() or self._usual_places()
 
     def _all_places(self) -> list[Path]:
@@ -205,19 +206,19 @@ class _YoloFolder:
     def _place(self, root: Path, text: str) -> Path | None:
         """A folder or text file named by data.yaml; it may be meant from another folder."""
         text = text.strip().replace("\\", "/")
-        # Exported data sets say "../train/images" and mean "train/images".
+        # Exported datasets say "../train/images" and mean "train/images".
         tried = [root / text, self.folder / text, self.folder / text.removeprefix("../")]
         return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
 
     def _in_place(self, place: Path, faults: Faults) -> Iterator[Path]:
         if place.is_file():
-            for line in read_text(place, "list of pictures").splitlines():
-                picture = None
+            for line in read_text(place, "list of images").splitlines():
+                image = None
                 if line.strip():
-                    with faults.costing_a_picture():
-                        picture = find_picture(place.parent, line, place)
-                if picture is not None:
-                    yield Path(os.path.normpath(picture))
+                    with faults.skipping_image():
+                        image = find_image(place.parent, line, place)
+                if image is not None:
+                    yield Path(os.path.normpath(image))
         elif place.is_dir():
             files = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             yield from sorted(path for path in files if path.is_file())
@@ -280,10 +281,10 @@ def _is_class(value: Any) -> bool:
     return key >= 0 and key.is_integer()
 
 
-def _annotation(source: _YoloFolder, picture: Path, names: dict[int, str]) -> PictureAnnotation:
+def _annotation(source: _YoloFolder, picture: Path, names: dict[int, str]) -> ImageAnnotation:
     file = source.label_file(picture)
     lines = read_text(file, "text file").splitlines() if file.is_file() else []
-    return PictureAnnotation(
+    return ImageAnnotation(
         file=file,
         image_id=source.image_id(picture),
         image=picture,
@@ -311,7 +312,7 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         raise FileError(file, "class without a name", detail)
     values = np.asarray([number(cell) for cell in cells[1:]])
     if np.nanmax(np.abs(values), initial=0.0) > 2 and np.isfinite(values).all():
-        detail = f"line {line} has pixels, not parts of the picture: {' '.join(cells[1:])}"
+        detail = f"line {line} has pixels, not parts of the image: {' '.join(cells[1:])}"
         raise FileError(file, "coordinates above 1", detail)
     if is_polygon:
         points = values.reshape(-1, 2)
