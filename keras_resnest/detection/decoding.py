@@ -12,27 +12,30 @@ PADDING = -1  # fills the rows beyond `num_detections`
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class DetectionDecoder:
-    """Cascade decoding, filtering and non-maximum suppression, over a whole batch.
+    """Cascade decoding, filtering and non-maximum suppression of a batch.
 
-    The anchors are refined by the first stage (ARM) and again by the second
-    (ODM). Anchors whose ARM objectness is at most `objectness_threshold` are
-    discarded. Then, for each class, the `pre_nms_top_k` most confident boxes
-    above `confidence_threshold` go through NMS, and the `max_detections` best of
-    all classes are kept.
+    The first stage (ARM) refines the anchors, the second (ODM) refines them again. Anchors whose
+    ARM objectness is at most `objectness_threshold` are discarded. For each class, the
+    `pre_nms_top_k` most confident boxes above `confidence_threshold` go through non-maximum
+    suppression (NMS); the `max_detections` most confident ones of all classes are kept.
 
     Args:
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
         confidence_threshold: lowest class probability, exclusive, 0 to 1.
-        iou_threshold: of two boxes of one class whose IoU is above, the less
-            confident one is dropped.
-        pre_nms_top_k: candidates of each class of each image that enter NMS.
-        max_detections: detections of one image, all classes together.
+        iou_threshold: of two boxes of a class with a higher IoU, NMS drops the less confident one.
+        pre_nms_top_k: candidates per class and image that enter NMS.
+        max_detections: detections per image, all classes together.
         clip_to_image: whether the resulting boxes are clipped to the image.
+        negative_anchor_filtering: whether `objectness_threshold` applies.
+        two_step_regression: whether the ODM refines the ARM's boxes; otherwise it refines the
+            regular anchors.
         variances: as in training, see `encode_boxes`.
 
+    Raises:
+        ValueError: if a threshold is not in [0, 1] or a count is not a positive integer.
+
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
-    `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has
-    1000 and 500.
+    `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has 1000 and 500.
 
     Example:
 
@@ -50,6 +53,8 @@ class DetectionDecoder:
         pre_nms_top_k: int = 400,
         max_detections: int = 200,
         clip_to_image: bool = True,
+        negative_anchor_filtering: bool = True,
+        two_step_regression: bool = True,
         variances=VARIANCES,
     ):
         for name, value in (
@@ -68,11 +73,13 @@ class DetectionDecoder:
         self.pre_nms_top_k = int(pre_nms_top_k)
         self.max_detections = int(max_detections)
         self.clip_to_image = bool(clip_to_image)
+        self.negative_anchor_filtering = bool(negative_anchor_filtering)
+        self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
 
     def __call__(
         self,
-        outputs,
+        outputs: dict,
         anchors,
         image_shape,
         bounding_box_format: str = "xyxy",
@@ -81,27 +88,25 @@ class DetectionDecoder:
         """Decodes a batch.
 
         Args:
-            outputs: raw outputs of the model, a dictionary of
-                `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
-                `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1).
-                Without `"arm_boxes"` the anchors are not refined before the second stage
-                moves them; without `"arm_objectness"` none is discarded.
+            outputs: raw outputs of the model: `"arm_boxes"` (batch, anchors, 4),
+                `"arm_objectness"` (batch, anchors, 2), `"odm_boxes"` (batch, anchors, 4) and
+                `"odm_logits"` (batch, anchors, classes + 1).
             anchors: `"xyxy"` in pixels, (anchors, 4).
             image_shape: (height, width, ...) in pixels.
             bounding_box_format: format of the resulting boxes.
-            portable: whether NMS is made of elementary operations, which every runtime
-                has, where TensorFlow has one of its own. The results are the same.
+            portable: whether NMS consists of elementary operations that every runtime has, where
+                TensorFlow has an operation of its own. The results are equal.
 
         Returns:
             Dictionary of `"boxes"` (batch, max_detections, 4) in `bounding_box_format`,
-            `"confidence"` and `"labels"` (batch, max_detections), by falling
-            confidence, and `"num_detections"` (batch,). Rows beyond are -1.
+            `"confidence"` and `"labels"` (batch, max_detections), by falling confidence, and
+            `"num_detections"` (batch,). Rows beyond are -1.
         """
-        boxes, confidence = self.candidates(outputs, anchors)
+        boxes, confidence = self.candidates(outputs, anchors)  # (B, A, 4), (B, A, C)
         k = min(self.pre_nms_top_k, confidence.shape[1])
         if keras.backend.backend() == "tensorflow" and portable:
             boxes, confidence = _only_candidates(boxes, confidence, self.confidence_threshold, k)
-        boxes, confidence = _top_k_per_class(boxes, confidence, k)
+        boxes, confidence = _top_k_per_class(boxes, confidence, k)  # (B, C, k, 4), (B, C, k)
         native = keras.backend.backend() == "tensorflow" and not portable
         suppress = _suppress_tensorflow if native else _suppress
         boxes, confidence, labels, count = suppress(
@@ -113,15 +118,15 @@ class DetectionDecoder:
         boxes = convert_boxes(boxes, "xyxy", bounding_box_format, height, width)
         return self._pad(boxes, confidence, labels, count)
 
-    def candidates(self, outputs, anchors):
-        """Boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
+    def candidates(self, outputs: dict, anchors):
+        """Returns boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
         raw = {name: ops.cast(value, "float32") for name, value in outputs.items()}
         anchors = ops.convert_to_tensor(anchors, dtype="float32")
-        if "arm_boxes" in raw:
-            anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)
+        if self.two_step_regression:
+            anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)  # (B, A, 4)
         boxes = decode_boxes(raw["odm_boxes"], anchors, self.variances)
         confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
-        if "arm_objectness" in raw:
+        if self.negative_anchor_filtering:
             objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
             confidence = ops.where(objectness > self.objectness_threshold, confidence, 0.0)
         return boxes, confidence
@@ -143,6 +148,8 @@ class DetectionDecoder:
             "pre_nms_top_k": self.pre_nms_top_k,
             "max_detections": self.max_detections,
             "clip_to_image": self.clip_to_image,
+            "negative_anchor_filtering": self.negative_anchor_filtering,
+            "two_step_regression": self.two_step_regression,
             "variances": self.variances,
         }
 
