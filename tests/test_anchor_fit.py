@@ -54,9 +54,9 @@ def test_coverage_equals_all_pairs(options):
     np.testing.assert_allclose(got.best_iou, want, atol=1e-4)
     assert got.counts.tolist() == [27, 27, 26]
     assert got.covered.tolist() == [int((want[labels == c] >= 0.4).sum()) for c in range(3)]
-    assert got.share == pytest.approx((want >= 0.4).mean())
+    assert got.coverage == pytest.approx((want >= 0.4).mean())
     sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
-    assert got.smallest[1, 1] == pytest.approx(np.median(sizes[labels == 1]))
+    assert got.size_quantiles[1, 1] == pytest.approx(np.median(sizes[labels == 1]))
 
 
 def test_an_object_that_is_an_anchor_and_one_that_is_far_from_all():
@@ -98,7 +98,7 @@ def test_datasets_and_arrays_say_the_same():
         report = anchor_coverage(other, generator, SHAPE)
         np.testing.assert_allclose(report.best_iou, want.best_iou, atol=1e-5)
         np.testing.assert_allclose(report.best_iou, got.best_iou, atol=1e-5)
-    assert "dog" in str(got) and f"{got.share:.3f}" in str(got)
+    assert "dog" in str(got) and f"{got.coverage:.3f}" in str(got)
 
 
 def test_fitted_anchors_cover_small_objects():
@@ -114,7 +114,7 @@ def test_fitted_anchors_cover_small_objects():
     before, after = (anchor_coverage(truth, g, SHAPE) for g in (AnchorGenerator(), fitted))
     # 20 x 20 in an anchor of 32 x 32 has an IoU of 0.39 at the most.
     assert before.per_class()["0"] == 0.0 and after.per_class()["0"] > 0.8
-    assert after.share >= before.share
+    assert after.coverage >= before.coverage
     assert fitted.num_anchors_per_cell == (3, 3, 3, 3)
     assert fit_anchors(truth, SHAPE).get_config() == fitted.get_config()
 
@@ -171,12 +171,12 @@ def test_bad_input():
         anchor_coverage(truth, generator, SHAPE, 0.0)
     with pytest.raises(ValueError, match="image_shape"):
         anchor_coverage(truth, generator, (320,))
-    with pytest.raises(ValueError, match="DetectionDataset"):
+    with pytest.raises(ValueError, match="Ground truth"):
         anchor_coverage([[1, 2]], generator, SHAPE)
     empty = {"boxes": np.zeros((0, 4)), "labels": []}
     with pytest.raises(ValueError, match="objects to fit"):
         fit_anchors(empty, SHAPE)
     report = anchor_coverage(empty, generator, SHAPE)
-    assert np.isnan(report.share) and "nan" in str(report)
+    assert np.isnan(report.coverage) and "nan" in str(report)
     flat = {"boxes": [[5, 5, 5, 50.0]], "labels": [0]}  # no area: left out
     assert anchor_coverage(flat, generator, SHAPE).counts.sum() == 0

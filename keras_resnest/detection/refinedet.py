@@ -21,7 +21,7 @@ from keras_resnest.checks import (
     unpack_batch,
     value_errors,
 )
-from keras_resnest.detection.class_transfer import class_sources, remap_class_outputs
+from keras_resnest.detection.class_transfer import class_sources, copy_weights
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.detect import (
     SIDE_MULTIPLE,
@@ -396,11 +396,10 @@ class RefineDet(DistributedTraining, keras.Model):
         if self.class_names is None:
             raise ValueError("`replace_classes` needs a model with `class_names`. Received: none")
         names = check_class_names(class_names)
-        sources = class_sources(names, self.class_names, mapping).values()
-        columns = [0] + [None if s is None else 1 + self.class_names.index(s) for s in sources]
+        sources = class_sources(names, self.class_names, mapping)
         config = {**self.get_config(), "num_classes": len(names), "class_names": names, **kwargs}
         model = RefineDet.from_config(config)
-        _copy_weights(self, model, columns)
+        copy_weights(self, model, sources.values())
         return model
 
     # === Saving ===
@@ -534,18 +533,3 @@ def _relative_rows(rows, replicas: int):
     """Rows of this replica, at least one, relative to the mean over all replicas."""
     rows = ops.cast(rows, "float32")
     return ops.maximum(rows, 1.0) * replicas / sum_over_replicas(rows)
-
-
-def _copy_weights(source: RefineDet, target: RefineDet, columns) -> None:
-    """Copies all weights, those of the class convolutions by `columns` of the target."""
-    by_class = {id(w) for c in target.get_layer("odm").class_convolutions for w in c.weights}
-    if len(source.weights) != len(target.weights):
-        raise ValueError(
-            "`replace_classes` keeps the network. Received: arguments that give it "
-            f"{len(target.weights)} weights instead of {len(source.weights)}"
-        )
-    for old, new in zip(source.weights, target.weights, strict=True):
-        value = ops.convert_to_numpy(old)
-        if id(new) in by_class:
-            value = remap_class_outputs(ops.convert_to_numpy(new), value, columns)
-        new.assign(value)
