@@ -5,7 +5,7 @@ import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 import keras_resnest as kr
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.multi_scale import (
     REFINEDET320_PLUS,

@@ -9,20 +9,14 @@ from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import convert_boxes
-from keras_resnest.detection import decoding
 from keras_resnest.detection.decoding import DetectionDecoder
 
-IMPLEMENTATIONS = ["_suppress", "_suppress_tensorflow"]
 
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def suppression(request, monkeypatch):
-    """Runs a test with the `keras.ops` NMS and with TensorFlow's."""
-    if keras.backend.backend() != "tensorflow" and request.param != "_suppress":
-        pytest.skip("needs TensorFlow")
-    if keras.backend.backend() == "tensorflow":
-        chosen = getattr(decoding, request.param)
-        monkeypatch.setattr(decoding, "_suppress_tensorflow", chosen)
+@pytest.fixture(params=[False, True], ids=["native", "portable"])
+def portable(request):
+    """Runs a test with the suppression of TensorFlow and with that of elementary operations."""
+    if keras.backend.backend() != "tensorflow" and not request.param:
+        pytest.skip("native suppression needs TensorFlow")
     return request.param
 
 
@@ -83,10 +77,13 @@ def detect_by_hand(outputs, anchors, i, decoder):
         {"max_detections": 2000, "pre_nms_top_k": 5},
     ],
 )
-def test_equals_plain_numpy(suppression, options):
+def test_equals_plain_numpy(portable, options):
     decoder = DetectionDecoder(clip_to_image=False, **options)
     outputs, anchors = random_outputs(5), AnchorGenerator()((64, 128))
-    got = {k: ops.convert_to_numpy(v) for k, v in decoder(outputs, anchors, (64, 128)).items()}
+    got = {
+        k: ops.convert_to_numpy(v)
+        for k, v in decoder(outputs, anchors, (64, 128), portable=portable).items()
+    }
     assert got["boxes"].shape == (2, decoder.max_detections, 4)
     for i in range(2):
         want = detect_by_hand(outputs, anchors, i, decoder)
@@ -99,10 +96,10 @@ def test_equals_plain_numpy(suppression, options):
             assert (value[i, n:] == -1).all()
 
 
-def test_nothing_above_the_thresholds(suppression):
+def test_nothing_above_the_thresholds(portable):
     outputs = random_outputs(6)
     outputs["arm_objectness"][..., 0] = 100.0
-    got = DetectionDecoder()(outputs, AnchorGenerator()((64, 128)), (64, 128))
+    got = DetectionDecoder()(outputs, AnchorGenerator()((64, 128)), (64, 128), portable=portable)
     assert ops.convert_to_numpy(got["num_detections"]).tolist() == [0, 0]
     assert (ops.convert_to_numpy(got["boxes"]) == -1).all()
 
@@ -131,7 +128,7 @@ def golden_rows(case, arrays, image):
 
 
 @pytest.mark.parametrize("name", ["few_clean", "many_noisy", "dense", "size512"])
-def test_golden_detections(shared, suppression, name):
+def test_golden_detections(shared, portable, name):
     folder = shared / "golden/refinedet"
     arrays = np.load(folder / "detect.npz")
     case = next(
@@ -149,7 +146,10 @@ def test_golden_detections(shared, suppression, name):
     side = case["size"]
     anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((side, side))
     decoder = DetectionDecoder(pre_nms_top_k=1000, max_detections=500, clip_to_image=False)
-    got = {k: ops.convert_to_numpy(v) for k, v in decoder(outputs, anchors, (1, 1)).items()}
+    got = {
+        k: ops.convert_to_numpy(v)
+        for k, v in decoder(outputs, anchors, (1, 1), portable=portable).items()
+    }
     for image in range(case["batch"]):
         want, n = golden_rows(name, arrays, image), got["num_detections"][image]
         assert n == len(want)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.checks import check_images, value_errors
 from keras_resnest.detection.detect import detect_images
 from keras_resnest.images import resize_image
