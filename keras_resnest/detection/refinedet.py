@@ -615,11 +615,6 @@ def _check_anchor_generator(anchor_generator: AnchorGenerator) -> None:
             "`anchor_generator` must have the strides of the feature maps, (8, 16, 32, 64). "
             f"Received: strides={anchor_generator.strides}"
         )
-    if anchor_generator.bounding_box_format != "xyxy":
-        raise ValueError(
-            '`anchor_generator` must give "xyxy" boxes. '
-            f"Received: bounding_box_format={anchor_generator.bounding_box_format!r}"
-        )
 
 
 def _default_optimizer() -> keras.optimizers.Optimizer:
