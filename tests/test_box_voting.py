@@ -110,7 +110,7 @@ def test_nothing_to_merge():
     assert empty.shape == (0, 4)
     flat = [[5, 5, 5, 9.0]]  # without area
     np.testing.assert_array_equal(vote_boxes(flat, [0], flat, [0.5], [0]), flat)
-    with pytest.raises(ValueError, match="as many rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         suppress_boxes([[0, 0, 1, 1]], [0.5, 0.6], [0])
 
 

@@ -1,8 +1,4 @@
-"""Non-maximum suppression and box voting over the detections of one image.
-
-Pure functions of numpy arrays: one image has a few thousand rows, for which the eager
-operations of a backend would cost more than the arithmetic.
-"""
+"""Non-maximum suppression (NMS) of a batch, and of the detections of one image with NumPy."""
 
 import keras
 import numpy as np
@@ -10,104 +6,50 @@ from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
 
-
-def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np.ndarray:
-    """Greedy non-maximum suppression, each class for itself.
-
-    Args:
-        boxes: `"xyxy"`, (n, 4).
-        confidence: (n,).
-        labels: int, (n,); rows of label -1 are padding and never kept.
-        iou_threshold: of two boxes of one class whose IoU is above, the less confident
-            one is dropped.
-
-    Returns:
-        Indices of the rows that are kept, by falling confidence.
-
-    Example:
-
-    >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
-    array([1])
-    """
-    boxes, confidence, labels = _arrays(boxes, confidence, labels)
-    kept = []
-    for label in np.unique(labels[labels >= 0]):
-        rows = np.flatnonzero(labels == label)
-        rows = rows[np.argsort(-confidence[rows], kind="stable")]
-        while len(rows):
-            kept.append(rows[0])
-            rows = rows[1:][_iou(boxes[rows[:1]], boxes[rows[1:]])[0] <= iou_threshold]
-    kept = np.array(kept, int)
-    return kept[np.argsort(-confidence[kept], kind="stable")]
+# === A batch, in the graph ===
 
 
-def vote_boxes(
-    kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
-) -> np.ndarray:
-    """Moves each kept box to the mean of the boxes that agree with it.
-
-    The mean is weighted by confidence and taken over all boxes of the same class whose IoU
-    with the kept box is at least `voting_iou`, itself among them.
+def suppress_batch(
+    boxes,
+    confidence,
+    confidence_threshold: float,
+    iou_threshold: float,
+    pre_nms_top_k: int,
+    max_detections: int,
+    portable: bool = False,
+):
+    """Applies greedy NMS to each class of each image of a batch.
 
     Args:
-        kept_boxes: `"xyxy"`, (k, 4): what non-maximum suppression kept.
-        kept_labels: int, (k,); rows of label -1 are padding and stay as they are.
-        boxes: `"xyxy"`, (n, 4): all boxes, before suppression.
-        confidence: (n,), not negative.
-        labels: int, (n,); rows of label -1 are padding and have no vote.
-        voting_iou: lowest IoU of a vote, 0 to 1.
+        boxes: `"xyxy"` boxes of shape `(batch, anchors, 4)`.
+        confidence: tensor of shape `(batch, anchors, classes)`.
+        confidence_threshold: lowest confidence of a detection, exclusive.
+        iou_threshold: a box is dropped if its IoU with a more confident box of its class
+            exceeds this.
+        pre_nms_top_k: number of most confident boxes per class that enter NMS.
+        max_detections: number of detections per image, over all classes.
+        portable: whether to use elementary operations, which every runtime has, instead of
+            TensorFlow's NMS operation. The results are equal.
 
     Returns:
-        float64 boxes (k, 4). A box that nobody votes for stays where it is.
-
-    Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
-    segmentation-aware CNN model", arXiv 1505.01749, section 5. RefineDet's `bbox_vote` has
-    both thresholds at 0.45, and a box votes for the most confident of its neighbors alone.
-
-    Example:
-
-    >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
-    array([[0. , 0. , 8. , 8.5]])
+        Boxes `(batch, max_detections, 4)`, confidence and int32 labels
+        `(batch, max_detections)`, by falling confidence, and the number of detections
+        `(batch,)`. The values of further rows are arbitrary.
     """
-    boxes, confidence, labels = _arrays(boxes, confidence, labels)
-    kept_boxes, kept_labels = np.asarray(kept_boxes, "float64"), np.asarray(kept_labels)
-    kept_boxes = kept_boxes.reshape(-1, 4)
-    voted = kept_boxes.copy()
-    for label in np.unique(kept_labels[kept_labels >= 0]):
-        kept, voters = kept_labels == label, labels == label
-        weights = (_iou(kept_boxes[kept], boxes[voters]) >= voting_iou) * confidence[voters]
-        total = weights.sum(axis=1, keepdims=True)
-        mean = weights @ boxes[voters] / np.where(total > 0, total, 1.0)
-        voted[kept] = np.where(total > 0, mean, kept_boxes[kept])
-    return voted
+    k = min(pre_nms_top_k, confidence.shape[1])
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if on_tensorflow and portable:
+        boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
+    boxes, confidence = _top_k_per_class(boxes, confidence, k)
+    suppress = _suppress_native if on_tensorflow and not portable else _suppress_portable
+    return suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detections)
 
 
-def _arrays(boxes, confidence, labels):
-    boxes = np.asarray(boxes, "float64").reshape(-1, 4)
-    confidence, labels = np.asarray(confidence, "float64"), np.asarray(labels)
-    if not confidence.shape == labels.shape == (len(boxes),):
-        raise ValueError(
-            "`boxes`, `confidence` and `labels` must have as many rows. Received: "
-            f"{len(boxes)} boxes, confidence {confidence.shape}, labels {labels.shape}"
-        )
-    return boxes, confidence, labels
+def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
+    """Keeps the anchors that are candidates of any image and class, padded to at least k.
 
-
-def _iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
-    """(k, n) IoU; 0 where a box has no area."""
-    corner1 = np.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
-    corner2 = np.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
-    intersection = np.maximum(corner2 - corner1, 0.0).prod(axis=-1)
-    area1, area2 = (np.maximum(b[:, 2:] - b[:, :2], 0.0).prod(axis=1) for b in (boxes1, boxes2))
-    union = area1[:, None] + area2[None] - intersection
-    return np.where(intersection > 0.0, intersection / np.where(union > 0.0, union, 1.0), 0.0)
-
-
-def only_candidates(boxes, confidence, confidence_threshold, k: int):
-    """Anchors that are candidates of any image and class, filled up with zeros to k.
-
-    TensorFlow graphs only, where runtimes sort slowly: of OpenVINO's time for decoding and
-    suppression three quarters went into sorting all anchors.
+    For TensorFlow graphs in other runtimes, which sort slowly: sorting all anchors took three
+    quarters of OpenVINO's time for decoding and NMS.
     """
     import tensorflow as tf
 
@@ -116,21 +58,20 @@ def only_candidates(boxes, confidence, confidence_threshold, k: int):
     return [tf.pad(tf.gather(x, chosen, axis=1), missing) for x in (boxes, confidence)]
 
 
-def top_k_per_class(boxes, confidence, k: int):
-    """The k most confident anchors of every class: (B, C, k, 4) and (B, C, k), falling."""
+def _top_k_per_class(boxes, confidence, k: int):
+    """The k most confident boxes of every class: (B, C, k, 4) and (B, C, k)."""
     num_classes = confidence.shape[2]
-    by_class = ops.transpose(confidence, (0, 2, 1))  # (B, C, A)
-    values, index = ops.top_k(by_class, k)  # (B, C, k)
+    values, index = ops.top_k(ops.transpose(confidence, (0, 2, 1)), k)  # (B, C, k)
     flat = ops.reshape(index, (-1, num_classes * k, 1))
     chosen = ops.take_along_axis(boxes, flat, axis=1)
     return ops.reshape(chosen, (-1, num_classes, k, 4)), values
 
 
-def suppress_tensorflow(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
-    """NMS by TensorFlow's own batched op: standard in every TF Serving, and fast."""
+def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """Uses TensorFlow's batched NMS: fast, and part of every TensorFlow Serving."""
     import tensorflow as tf
 
-    kept = tf.image.combined_non_max_suppression(
+    boxes, confidence, labels, count = tf.image.combined_non_max_suppression(
         tf.transpose(boxes, (0, 2, 1, 3)),  # (B, k, C, 4)
         tf.transpose(confidence, (0, 2, 1)),  # (B, k, C)
         max_output_size_per_class=boxes.shape[2],
@@ -140,27 +81,31 @@ def suppress_tensorflow(boxes, confidence, confidence_threshold, iou_threshold, 
         pad_per_class=False,
         clip_boxes=False,
     )
-    return kept[0], kept[1], tf.cast(kept[2], "int32"), kept[3]
+    return boxes, confidence, tf.cast(labels, "int32"), count
 
 
-def suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
-    """The same in `keras.ops`, for the backends and runtimes without such an op."""
+def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """Uses elementary operations, for other backends and runtimes."""
     num_classes, k = confidence.shape[1:]
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    choose = _survivors_by_matrix if on_tensorflow else _survivors_by_loop
-    alive = choose(boxes, confidence > confidence_threshold, iou_threshold)
-    scores = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
+    survivors = _survivors_by_matrix if on_tensorflow else _survivors_by_loop
+    alive = survivors(boxes, confidence > confidence_threshold, iou_threshold)
+    confidence = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
     missing = max(0, max_detections - num_classes * k)
-    values, index = ops.top_k(scores, max_detections - missing)
+    confidence, index = ops.top_k(confidence, max_detections - missing)
     boxes = ops.take_along_axis(ops.reshape(boxes, (-1, num_classes * k, 4)), index[..., None], 1)
     labels = ops.cast(index // k, "int32")
-    count = ops.sum(ops.cast(values > confidence_threshold, "int32"), axis=1)
-    padded = (ops.pad(x, [[0, 0], [0, missing]]) for x in (values, labels))
-    return ops.pad(boxes, [[0, 0], [0, missing], [0, 0]]), *padded, count
+    count = ops.sum(ops.cast(confidence > confidence_threshold, "int32"), axis=1)
+    boxes = ops.pad(boxes, [[0, 0], [0, missing], [0, 0]])
+    confidence, labels = (ops.pad(x, [[0, 0], [0, missing]]) for x in (confidence, labels))
+    return boxes, confidence, labels, count
 
 
 def _survivors_by_loop(boxes, candidates, iou_threshold):
-    """Greedy suppression, box after box: little memory. Candidates (B, C, k) come first."""
+    """Greedy NMS, one box at a time: needs little memory.
+
+    `boxes` (B, C, k, 4) and `candidates` (B, C, k) are sorted by falling confidence.
+    """
     k = candidates.shape[2]
     position = ops.arange(k, dtype="int32")
 
@@ -174,35 +119,122 @@ def _survivors_by_loop(boxes, candidates, iou_threshold):
 
 
 def _survivors_by_matrix(boxes, candidates, iou_threshold):
-    """The same in few steps, for runtimes in which every step costs. TensorFlow graphs only.
+    """The same in a few large steps, for runtimes in which every step is slow. TensorFlow only.
 
-    All boxes that no survivor suppresses survive: this is repeated until it changes nothing.
-    After n times at least the first n boxes of a class are settled, in practice all soon are.
+    Repeats "a candidate survives if no survivor suppresses it" until nothing changes. After n
+    rounds the first n boxes of a class are final; in practice all are after a few.
     """
     import tensorflow as tf
 
     num_classes, k = candidates.shape[1:]
-    # LiteRT slices tensors of few axes only: images and classes are one axis here.
+    # LiteRT slices only tensors of few axes, so images and classes share one.
     boxes, candidates = tf.reshape(boxes, (-1, k, 4)), tf.reshape(candidates, (-1, k))
-    # Confidence falls, so that behind the last candidate of all classes there is none. They are
-    # gathered, not sliced: OpenVINO keeps what slices depend on, the whole network, in float32.
+    # Only ranks with a candidate of any class matter. They are gathered, not sliced: OpenVINO
+    # keeps everything a slice depends on, the whole network, in float32.
     ranks = tf.range(k)
     chosen = tf.where(tf.reduce_any(candidates, axis=0) | (ranks == 0))[:, 0]
     boxes, candidates = (tf.gather(x, chosen, axis=1) for x in (boxes, candidates))
     comes_later = chosen[None, :] > chosen[:, None]
-    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
-    overlaps = tf.cast(overlaps, tf.float32)  # (B * C, chosen, chosen)
+    suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
+    suppresses = tf.cast(suppresses, tf.float32)  # (B * C, chosen, chosen)
 
     def settle(alive, _):
-        suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], overlaps)[:, 0] > 0.5
+        suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], suppresses)[:, 0] > 0.5
         return candidates & ~suppressed, alive
 
-    def unsettled(alive, before):
+    def changed(alive, before):
         return tf.reduce_any(tf.not_equal(alive, before))
 
     alive, _ = tf.while_loop(
-        unsettled, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
+        changed, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
     )
     places = tf.cast(chosen[:, None] == tf.cast(ranks, chosen.dtype)[None], tf.float32)
     alive = tf.matmul(tf.cast(alive, tf.float32), places) > 0.5
     return tf.reshape(alive, (-1, num_classes, k))
+
+
+# === The detections of one image, with NumPy ===
+
+
+def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np.ndarray:
+    """Applies greedy NMS to each class of the detections of one image.
+
+    Args:
+        boxes: `"xyxy"` boxes of shape `(n, 4)`.
+        confidence: array of shape `(n,)`.
+        labels: int array of shape `(n,)`; rows of label -1 are padding and never kept.
+        iou_threshold: a box is dropped if its IoU with a more confident box of its class
+            exceeds this.
+
+    Returns:
+        Indices of the kept rows, by falling confidence.
+
+    Example:
+
+    >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
+    array([1])
+    """
+    boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    kept = []
+    for label in np.unique(labels[labels >= 0]):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.argsort(-confidence[rows], kind="stable")]
+        while len(rows):
+            kept.append(rows[0])
+            iou = pairwise_iou(boxes[rows[:1]], boxes[rows[1:]])[0]
+            rows = rows[1:][iou <= iou_threshold]
+    kept = np.array(kept, int)
+    return kept[np.argsort(-confidence[kept], kind="stable")]
+
+
+def vote_boxes(
+    kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
+) -> np.ndarray:
+    """Replaces each box that survived NMS by the mean of its neighbors ("box voting").
+
+    The mean is weighted by confidence, over all boxes of the same class whose IoU with the kept
+    box is at least `voting_iou`, including the box itself.
+
+    Args:
+        kept_boxes: `"xyxy"` boxes of shape `(k, 4)` that survived NMS.
+        kept_labels: int array of shape `(k,)`; rows of label -1 are padding and do not change.
+        boxes: `"xyxy"` boxes of shape `(n, 4)` before NMS.
+        confidence: array of shape `(n,)`, not negative.
+        labels: int array of shape `(n,)`; rows of label -1 are padding and have no vote.
+        voting_iou: lowest IoU of a voter, 0 to 1.
+
+    Returns:
+        float64 boxes of shape `(k, 4)`. A box without voters does not change.
+
+    Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
+    segmentation-aware CNN model" (arXiv 1505.01749) section 5. RefineDet's `bbox_vote` has both
+    thresholds at 0.45 and lets a box vote only for its most confident neighbor.
+
+    Example:
+
+    >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
+    array([[0. , 0. , 8. , 8.5]])
+    """
+    boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    kept_boxes = np.asarray(kept_boxes, "float64").reshape(-1, 4)
+    kept_labels = np.asarray(kept_labels)
+    voted = kept_boxes.copy()
+    for label in np.unique(kept_labels[kept_labels >= 0]):
+        kept, voters = kept_labels == label, labels == label
+        iou = pairwise_iou(kept_boxes[kept], boxes[voters])
+        weights = (iou >= voting_iou) * confidence[voters]
+        total = weights.sum(axis=1, keepdims=True)
+        mean = weights @ boxes[voters] / np.where(total > 0, total, 1.0)
+        voted[kept] = np.where(total > 0, mean, kept_boxes[kept])
+    return voted
+
+
+def _as_arrays(boxes, confidence, labels):
+    boxes = np.asarray(boxes, "float64").reshape(-1, 4)
+    confidence, labels = np.asarray(confidence, "float64"), np.asarray(labels)
+    if not confidence.shape == labels.shape == (len(boxes),):
+        raise ValueError(
+            "`boxes`, `confidence` and `labels` must have the same number of rows. Received: "
+            f"{len(boxes)} boxes, confidence {confidence.shape}, labels {labels.shape}"
+        )
+    return boxes, confidence, labels

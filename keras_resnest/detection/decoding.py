@@ -5,12 +5,7 @@ from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
-from keras_resnest.boxes.suppression import (
-    only_candidates,
-    suppress_portable,
-    suppress_tensorflow,
-    top_k_per_class,
-)
+from keras_resnest.boxes.suppression import suppress_batch
 
 PADDING = -1  # fills the rows beyond `num_detections`
 
@@ -103,14 +98,14 @@ class DetectionDecoder:
             confidence, and `"num_detections"` (batch,). Rows beyond are -1.
         """
         boxes, confidence = self.candidates(outputs, anchors)
-        k = min(self.pre_nms_top_k, confidence.shape[1])
-        if keras.backend.backend() == "tensorflow" and portable:
-            boxes, confidence = only_candidates(boxes, confidence, self.confidence_threshold, k)
-        boxes, confidence = top_k_per_class(boxes, confidence, k)
-        native = keras.backend.backend() == "tensorflow" and not portable
-        suppress = suppress_tensorflow if native else suppress_portable
-        boxes, confidence, labels, count = suppress(
-            boxes, confidence, self.confidence_threshold, self.iou_threshold, self.max_detections
+        boxes, confidence, labels, count = suppress_batch(
+            boxes,
+            confidence,
+            self.confidence_threshold,
+            self.iou_threshold,
+            self.pre_nms_top_k,
+            self.max_detections,
+            portable,
         )
         height, width = image_shape[:2]
         if self.clip_to_image:
