@@ -123,7 +123,7 @@ def losses_of(boxes, labels, predictions):
         from keras_resnest.detection.decoding import DetectionDecoder
 
         image_shape = (320, 320, 3)
-        anchors_for = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")
+        anchors_for = staticmethod(lambda shape: AnchorGenerator(clip=True)(shape) / 320)
         two_step_regression = negative_anchor_filtering = True
         matcher, decoder, multibox_loss = BoxMatcher(), DetectionDecoder(), MultiBoxLoss()
 

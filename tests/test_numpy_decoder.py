@@ -304,7 +304,7 @@ def test_golden_detections(shared, name):
         outputs = {n: arrays[f"{name}_{t}"] for n, t in zip(NAMES, theirs, strict=True)}
         rows = arrays[f"{name}_detections_top500"]
     side = case["size"]
-    anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((side, side))
+    anchors = AnchorGenerator(clip=True)((side, side)) / side
     options = {"pre_nms_top_k": 1000, "max_detections": 500, "clip_to_image": False}
     got = by_numpy(outputs, anchors, (1, 1), **options)
     for image in range(case["batch"]):

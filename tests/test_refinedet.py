@@ -84,7 +84,6 @@ def test_builder_passes_its_options_on():
         ({"backbone": "resnest51"}, "resnest50"),
         ({"backbone": keras.Sequential([keras.Input((None, None, 3))])}, "pyramid_outputs"),
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
-        ({"anchor_generator": AnchorGenerator(bounding_box_format="yxyx")}, "anchor_generator"),
     ],
 )
 def test_bad_arguments(arguments, word):

@@ -69,8 +69,7 @@ class BoxMatcher:
             priority, ids = ops.top_k(ops.where(free, num_objects - object_ids, 0), CHUNK_SIZE)
             ids = ops.cast(ids, "int32")  # (B, K)
             iou = pairwise_iou(ops.take_along_axis(boxes, ids[:, :, None], axis=1), anchors)
-            # A NaN, which infinite boxes give, would win no anchor and never settle.
-            iou = ops.where((priority[:, :, None] > 0) & (iou > 0.0), iou, 0.0)  # (B, K, A)
+            iou = ops.where(priority[:, :, None] > 0, iou, 0.0)  # (B, K, A)
             held_iou, holder = (x[:, None] for x in held)
             wanted = ops.where(_is_better(iou, ids[:, :, None], held_iou, holder), iou, 0.0)
             highest, choice = _first_max(wanted, anchor_ids, axis=2)  # (B, K)
