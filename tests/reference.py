@@ -1,4 +1,4 @@
-"""Brute-force definitions of what the package computes, in float64, one box at a time.
+"""Brute-force definitions of what the package computes, in float64.
 
 Independent of the package: slow, short and easy to check against the papers.
 """
@@ -6,21 +6,17 @@ Independent of the package: slow, short and easy to check against the papers.
 import numpy as np
 
 
-def iou(a, b):
-    """Intersection over union of two "xyxy" boxes; 0 if they do not overlap."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    area_a, area_b = ((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b))
-    return width * height / (area_a + area_b - width * height)
-
-
-def iou_matrix(boxes1, boxes2):
-    """IoU of every pair, (M, N)."""
-    boxes1, boxes2 = (np.asarray(boxes, "float64").reshape(-1, 4) for boxes in (boxes1, boxes2))
-    rows = [[iou(a, b) for b in boxes2.tolist()] for a in boxes1.tolist()]
-    return np.array(rows).reshape(len(boxes1), len(boxes2))
+def iou(boxes1, boxes2):
+    """Intersection over union of every pair of "xyxy" boxes, (M, N); 0 without overlap."""
+    boxes1 = np.reshape(boxes1, (-1, 1, 4)).astype("float64")
+    boxes2 = np.reshape(boxes2, (1, -1, 4)).astype("float64")
+    sides = np.minimum(boxes1[..., 2:], boxes2[..., 2:]) - np.maximum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    overlap = np.maximum(sides, 0).prod(axis=-1)
+    area1, area2 = ((boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) for boxes in (boxes1, boxes2))
+    union = area1 + area2 - overlap
+    return np.divide(overlap, union, out=np.zeros_like(union), where=overlap > 0)
 
 
 def match_greedily(iou):
@@ -80,10 +76,10 @@ def softmax(logits):
 
 def suppress(boxes, confidence, labels, iou_threshold):
     """Greedy non-maximum suppression within each class: kept rows, most confident first."""
-    boxes, kept = np.asarray(boxes, "float64").tolist(), []
+    overlaps, kept = iou(boxes, boxes), []
     for i in np.argsort(-np.asarray(confidence), kind="stable").tolist():
         rivals = [k for k in kept if labels[k] == labels[i]]
-        if all(iou(boxes[k], boxes[i]) <= iou_threshold for k in rivals):
+        if all(overlaps[k, i] <= iou_threshold for k in rivals):
             kept.append(i)
     return kept
 
@@ -129,14 +125,11 @@ def average_precision(ground_truth, detections, label, threshold=0.5, interpolat
     taken, hits = set(), []
     for _, image, row in sorted(rows):  # equal confidence: in the order of images and rows
         truth, box = ground_truth[image], detections[image]["boxes"][row]
-        overlaps = [
-            iou(box, other) if own == label else 0.0
-            for other, own in zip(truth["boxes"], truth["labels"], strict=True)
-        ]
-        if not overlaps or max(overlaps) == 0 or max(overlaps) < threshold:
+        overlaps = iou(box, truth["boxes"])[0] * (np.array(truth["labels"]) == label)
+        if not len(overlaps) or overlaps.max() == 0 or overlaps.max() < threshold:
             hits.append(0)
             continue
-        best = int(np.argmax(overlaps))
+        best = int(overlaps.argmax())
         if not truth["difficult"][best]:  # detections of difficult objects do not count
             hits.append(int((image, best) not in taken))
             taken.add((image, best))

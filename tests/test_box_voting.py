@@ -28,7 +28,7 @@ def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou
     for box, label in zip(kept_boxes, kept_labels, strict=True):
         total, weight = np.zeros(4), 0.0
         for other, c, other_label in zip(boxes, confidence, labels, strict=True):
-            if other_label == label and reference.iou(box, other) >= voting_iou:
+            if other_label == label and reference.iou(box, other)[0, 0] >= voting_iou:
                 total, weight = total + c * other, weight + c
         voted.append(total / weight)
     return np.array(voted)

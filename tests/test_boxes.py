@@ -29,7 +29,7 @@ def test_pairwise_iou_equals_brute_force():
     b[0, 0], b[1, 1] = a[0, 0], [5, 5, 5, 5]  # identical, and without area
     got = pairwise_iou(a, b)
     assert isinstance(got, np.ndarray) and got.dtype == "float32"
-    np.testing.assert_allclose(got, [reference.iou_matrix(a[i], b[i]) for i in range(2)], atol=1e-6)
+    np.testing.assert_allclose(got, [reference.iou(a[i], b[i]) for i in range(2)], atol=1e-6)
     assert got[0, 0, 0] == pytest.approx(1.0)
     tensor = pairwise_iou(ops.convert_to_tensor(a), b)
     assert ops.is_tensor(tensor)
