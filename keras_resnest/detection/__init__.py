@@ -2,7 +2,7 @@
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.anchor_fit import AnchorCoverage, anchor_coverage, fit_anchors
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.checks import check_image_shape, check_images, value_errors
 from keras_resnest.images import find_images, load_image, resize_image
 

@@ -147,7 +147,7 @@ def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIAN
         Offsets (batch, anchors, 4), meaningful where positive, and int32 classes (batch, anchors):
         0 for background, label + 1 for positives.
     """
-    matches = matcher.match_boxes(boxes, labels >= 0, anchors)  # (B, A)
+    matches = matcher(boxes, labels >= 0, anchors)  # (B, A)
     # Row 0 stands for "no object", so that the lookup needs no special case.
     boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
     labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
