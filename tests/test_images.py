@@ -39,7 +39,7 @@ def with_orientation(pixels, orientation, kind="PNG"):
 
 
 def test_grayscale_file_has_three_equal_channels(shared):
-    image = load_image(shared / "data/photos/odd/grayscale.jpg")
+    image = load_image(shared / "data/photos/odd/greyscale.jpg")
     assert image.shape == (213, 320, 3) and image.dtype == np.uint8
     assert (image == image[..., :1]).all() and image.std() > 20
 
@@ -211,7 +211,7 @@ def plain_files():
 def test_plain_files_agree_with_tensorflow(shared):
     files = list(plain_files())
     files += [p.read_bytes() for p in sorted((shared / "data/photos").glob("*.jpg"))]
-    files.append((shared / "data/photos/odd/grayscale.jpg").read_bytes())
+    files.append((shared / "data/photos/odd/greyscale.jpg").read_bytes())
     for encoded in files:
         assert read_image_info(encoded).plain
         np.testing.assert_array_equal(decode_plain_image(encoded), load_image(encoded))

@@ -705,7 +705,7 @@ def test_what_is_not_recognized(tmp_path):
     (tmp_path / "void").mkdir()
     (tmp_path / "notes.md").write_text("x")
     for source in ("void", "notes.md", "absent"):
-        with pytest.raises(ValueError, match=r"Looked for:(.|\n)*VOC:(.|\n)*CSV:(.|\n)*tfds:"):
+        with pytest.raises(ValueError, match=r"Expected:(.|\n)*VOC:(.|\n)*CSV:(.|\n)*tfds:"):
             read_detection(tmp_path / source)
     write_voc(tmp_path / "both")
     write_csv(tmp_path / "both")

@@ -244,7 +244,7 @@ def test_size_in_xml(tmp_path):
         write_xml(xml_file, [("dog", 1, 1, 9, 9)], size)
         assert only_boxes(tmp_path, warns=False) == ([[0, 0, 9, 9]], [])
     write_xml(xml_file, [("dog", 1, 1, 9, 9)], (120, 80))
-    assert only_boxes(tmp_path) == ([[0, 0, 9, 9]], ["wrong <size>"])
+    assert only_boxes(tmp_path) == ([[0, 0, 9, 9]], ["wrong size"])
 
 
 # === Faults that stop, or cost an image ===
@@ -407,7 +407,7 @@ def test_boxes_follow_exif_orientation(tmp_path, drawn_on, kind):
 
 
 def test_odd_files_have_the_right_pixels(tmp_path, shared):
-    names = ("grayscale.jpg", "cmyk.jpg", "rgba.png", "exif_orientation6.jpg", "one_pixel.png")
+    names = ("greyscale.jpg", "cmyk.jpg", "rgba.png", "exif_orientation6.jpg", "one_pixel.png")
     for name in names:
         (tmp_path / name).write_bytes((shared / "data/photos/odd" / name).read_bytes())
         write_xml((tmp_path / name).with_suffix(".xml"), [("thing", 1, 1, 30, 30)], None)

@@ -232,11 +232,11 @@ def test_epochs_resume(coco):
 
 def test_mock_data_has_the_real_features():
     """The specifications that TFDS ships: what is read off them fits all three datasets."""
-    from keras_resnest.data.readers.tfds import _tfds_label_names
+    from keras_resnest.data.readers.tfds import _label_names
 
     with tfds.testing.mock_data(num_examples=1):
         counts = {
-            name: len(_tfds_label_names(tfds.builder(name)))
+            name: len(_label_names(tfds.builder(name)))
             for name in ("voc/2007", "voc/2012", "coco/2017")
         }
     assert counts == {"voc/2007": 20, "voc/2012": 20, "coco/2017": 80}
