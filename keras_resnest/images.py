@@ -5,6 +5,7 @@ applied). TensorFlow's decoders ignore EXIF, drop alpha and round JPEG different
 `read_image_info` tells which files they decode correctly.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -79,11 +80,11 @@ def load_image(source: Any) -> np.ndarray:
     from PIL import Image
 
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-        encoded = _as_path_or_bytes(source)
-        with _open(encoded) as image:
-            return _decode(image, _describe(encoded))
+        with _open(source) as image:
+            return _decode(image)
     if isinstance(source, Image.Image):
-        return _decode(source, "the Pillow image")
+        with _naming("the Pillow image"):
+            return _decode(source)
     return _from_array(source)
 
 
@@ -98,7 +99,6 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
     Raises:
         ValueError: As `load_image`.
     """
-    source = _as_path_or_bytes(source)
     with _open(source) as image:
         modes, end = (), b""
         if image.format in ("JPEG", "MPO"):
@@ -106,7 +106,7 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
         elif image.format == "PNG":
             modes, end = ("RGB", "L", "P", "1"), _PNG_END
         if not (end and _tail(source).endswith(end)):
-            _load(image, _describe(source))
+            image.load()
         plain = image.mode in modes and not _has_alpha(image)
         orientation = _orientation(image)
         width, height = image.size
@@ -221,38 +221,35 @@ def center_crop_image(
 # === Files and bytes ===
 
 
-def _as_path_or_bytes(source) -> str | bytes:
-    if isinstance(source, bytearray | memoryview):
-        return bytes(source)
-    return source if isinstance(source, bytes) else os.fspath(source)
-
-
-def _describe(source: str | bytes) -> str:
-    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-
-
-def _unreadable(what: str, reason) -> ValueError:
-    return ValueError(f"Cannot read the image {what!r}: {reason}")
-
-
-def _open(source: str | bytes):
-    """Opens an image with Pillow, header only; every failure is a `ValueError` naming the file."""
+@contextlib.contextmanager
+def _open(source):
+    """Opens a path or bytes with Pillow; all errors in the block name the file."""
     from PIL import Image, UnidentifiedImageError
 
-    what = _describe(source)
-    if isinstance(source, str) and not os.path.isfile(source):
-        is_folder = os.path.isdir(source)
-        raise _unreadable(what, "it is a folder, not a file" if is_folder else "no such file")
-    if not (source if isinstance(source, bytes) else os.path.getsize(source)):
-        raise _unreadable(what, "it is empty (0 bytes)")
+    is_bytes = isinstance(source, bytes | bytearray | memoryview)
+    source = bytes(source) if is_bytes else os.fspath(source)
+    with _naming(f"{len(source)} bytes" if is_bytes else source):
+        if not (is_bytes or os.path.isfile(source)):
+            is_folder = os.path.isdir(source)
+            raise ValueError("it is a folder, not a file" if is_folder else "no such file")
+        if not (source if is_bytes else os.path.getsize(source)):
+            raise ValueError("it is empty (0 bytes)")
+        try:
+            image = Image.open(io.BytesIO(source) if is_bytes else source, formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            expected = ", ".join(_FORMATS)
+            raise ValueError(f"it is not an image. Expected: {expected}") from error
+        with image:
+            yield image
+
+
+@contextlib.contextmanager
+def _naming(image: str):
+    """Turns errors of damaged images into a `ValueError` that names the image."""
     try:
-        stream = io.BytesIO(source) if isinstance(source, bytes) else source
-        return Image.open(stream, formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        reason = f"it is not an image. Expected: {', '.join(_FORMATS)}"
-        raise _unreadable(what, reason) from error
+        yield
     except _pillow_errors() as error:
-        raise _unreadable(what, error) from error
+        raise ValueError(f"Cannot read the image {image!r}: {error}") from error
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
@@ -261,13 +258,6 @@ def _pillow_errors() -> tuple[type[Exception], ...]:
 
     python_errors = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
     return (*python_errors, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-def _load(image, what: str) -> None:
-    try:
-        image.load()
-    except _pillow_errors() as error:
-        raise _unreadable(what, error) from error
 
 
 def _tail(source: str | bytes) -> bytes:
@@ -295,10 +285,10 @@ def _has_alpha(image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _decode(image, what: str) -> np.ndarray:
+def _decode(image) -> np.ndarray:
     """Pixels of a Pillow image: 8-bit RGB, upright, contiguous and writable."""
-    _load(image, what)
-    pixels = _to_rgb(image, what)
+    image.load()
+    pixels = _to_rgb(image)
     transpose, flip_columns, flip_rows = orientation_flags(_orientation(image))
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
@@ -309,7 +299,7 @@ def _decode(image, what: str) -> np.ndarray:
     return np.array(pixels, order="C")
 
 
-def _to_rgb(image, what: str) -> np.ndarray:
+def _to_rgb(image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -317,8 +307,10 @@ def _to_rgb(image, what: str) -> np.ndarray:
         gray = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
         return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
-        reason = f"its pixels are 32-bit numbers (Pillow mode {image.mode}) of unknown range"
-        raise _unreadable(what, f"{reason}. Save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are 32-bit numbers (Pillow mode {image.mode}) of unknown range. Save it "
+            "with 8 or 16 bits"
+        )
     if _has_alpha(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -15,6 +15,7 @@ from keras_resnest.data import (
     read_coco,
     read_csv,
     read_detection,
+    read_train_test,
     read_voc,
     read_yolo,
 )
@@ -735,6 +736,100 @@ def test_names_of_splits(tmp_path, name, wanted):
     if not wanted:
         with pytest.raises(ValueError, match="has no splits"):
             read_detection(source, "train")
+
+
+# === Training and test set ===
+
+
+def image_ids(dataset):
+    return [record.image_id for record in dataset.records]
+
+
+def write_csv_splits(folder, **splits):
+    """Each split is a list of (image, class name)."""
+    save_images(folder, sorted({image for rows in splits.values() for image, _ in rows}))
+    for name, rows in splits.items():
+        text = "".join(f"{image},1,2,3,4,{label}\n" for image, label in rows)
+        (folder / f"{name}.csv").write_text(text)
+    return folder
+
+
+A, B, C = ("a.png", "dog"), ("b.png", "cat"), ("c.png", "cat")
+
+
+@pytest.mark.parametrize(
+    ("splits", "test"),
+    [
+        (("train", "test", "val"), "test"),
+        (("train", "val", "valid"), "val"),
+        (("train", "validation", "other"), "validation"),
+        (("train2017", "val2017", "unlabeled2017"), "val2017"),
+        (("train", "train2017", "test-2"), "test-2"),
+    ],
+)
+def test_default_splits_for_training_and_testing(tmp_path, splits, test):
+    rows = {name: [("other.png", "dog")] for name in splits}
+    write_csv_splits(tmp_path, **{**rows, splits[0]: [A, B], test: [C]})
+    train_set, test_set = read_train_test(tmp_path)
+    assert image_ids(train_set) == ["a.png", "b.png"] and image_ids(test_set) == ["c.png"]
+
+
+def test_test_set_has_the_class_names_of_the_training_set(tmp_path):
+    write_csv_splits(tmp_path, train=[A, B], test=[A])
+    train_set, test_set = read_train_test(str(tmp_path))
+    assert train_set.class_names == test_set.class_names == ["cat", "dog"]
+    assert test_set.records[0].labels.tolist() == [1]
+    write_csv_splits(tmp_path, train=[A], test=[A, B])
+    with pytest.raises(ValueError, match="unknown class 'cat'"):
+        read_train_test(tmp_path)
+    with pytest.warns(UserWarning, match="unknown class 'cat'"):
+        _, test_set = read_train_test(tmp_path, on_error="skip")
+    assert image_ids(test_set) == ["a.png"]
+
+
+def test_named_splits_for_training_and_testing(tmp_path):
+    write_csv_splits(tmp_path, train=[A, B], test=[A], mine=[C], yours=[B])
+    pair = read_train_test(tmp_path, train_split="yours", test_split="mine")
+    assert list(map(image_ids, pair)) == [["b.png"], ["c.png"]]
+    assert image_ids(read_train_test(tmp_path, test_split="mine")[0]) == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match=r"mine, test, train, yours\. Received: split='absent'"):
+        read_train_test(tmp_path, train_split="absent")
+
+
+def test_default_splits_that_do_not_exist_or_are_ambiguous(tmp_path):
+    write_csv_splits(tmp_path, train=[A], mine=[A])
+    with pytest.raises(ValueError, match="Received: split='test'"):
+        read_train_test(tmp_path)
+    write_csv_splits(tmp_path, val2014=[A], val2017=[A])
+    with pytest.raises(ValueError, match="Received: split='val'"):
+        read_train_test(tmp_path)
+
+
+def test_yolo_splits_of_years_for_training_and_testing(tmp_path):
+    for split in ("train2017", "val2017"):
+        write_yolo(tmp_path, images=f"images/{split}", labels=f"labels/{split}")
+    train_set, test_set = read_train_test(tmp_path)
+    assert image_ids(train_set)[0] == "images/train2017/a.png"
+    assert image_ids(test_set)[0] == "images/val2017/a.png"
+
+
+@pytest.mark.parametrize("name", ["VOC", "COCO file", "CSV only file", "YOLO"])
+def test_dataset_without_splits_is_split_at_random(tmp_path, name):
+    source = TREES[name][0](tmp_path)
+    whole = read_detection(source)
+    train_set, test_set = read_train_test(source, holdout=0.4, seed=1)
+    assert len(train_set) == 2 and len(test_set) == 1
+    assert sorted(image_ids(train_set) + image_ids(test_set)) == image_ids(whole)
+    assert train_set.class_names == test_set.class_names == NAMES
+    assert image_ids(read_train_test(source, holdout=0.4, seed=1)[1]) == image_ids(test_set)
+    tests = [image_ids(read_train_test(source, holdout=0.4, seed=i)[1])[0] for i in range(2, 9)]
+    assert len(set(tests)) > 1
+
+
+@pytest.mark.parametrize("holdout", [0, 1, -0.2, 1.5, float("nan")])
+def test_wrong_fraction_to_hold_out(tmp_path, holdout):
+    with pytest.raises(ValueError, match=f"`holdout` must be.*holdout={holdout}"):
+        read_train_test(write_voc(tmp_path), holdout=holdout)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])

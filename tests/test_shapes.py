@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from keras_resnest.data import Shapes, read_shapes, shapes
+from keras_resnest.data import (
+    Shapes,
+    find_splits,
+    read_detection,
+    read_shapes,
+    read_train_test,
+    shapes,
+)
 from keras_resnest.data.shapes import CLASS_NAMES, draw_scene, plan_scene
 
 
@@ -157,6 +164,18 @@ def test_what_is_read_is_what_was_drawn(data_dir):
     assert dataset.report.num_images == 16 and not dataset.report.problems
     # the ready-made configuration was recognized, nothing was drawn again
     assert [path.name for path in (data_dir / "shapes").glob("[!.]*")] == ["tiny"]
+
+
+def test_tfds_names_are_read(data_dir):
+    tfds.core.add_data_dir(data_dir)
+    assert find_splits("tfds:shapes/tiny") == ["test", "train", "validation"]
+    assert len(read_detection("tfds:shapes/tiny", "train[:5]")) == 5
+    train, test = read_train_test("tfds:shapes/tiny")
+    assert (len(train), len(test)) == (48, 16) and train.class_names == test.class_names
+    train, test = read_train_test(
+        "tfds:shapes/tiny", train_split="train+test", test_split="validation[:4]"
+    )
+    assert (len(train), len(test)) == (64, 4)
 
 
 def test_own_numbers(data_dir):

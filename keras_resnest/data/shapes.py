@@ -30,38 +30,23 @@ _DIFFICULT_BELOW = 0.6  # visible fraction below which a figure is difficult
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Figure:
-    """One figure of a scene.
+    """One figure of a scene."""
 
-    Attributes:
-        label: Index into `CLASS_NAMES`.
-        outlines: float32 arrays (n, 2) of corners (x, y) in pixels, possibly outside the image:
-            the figure and, for a ring, its hole.
-        color: float32 (3,), RGB, 0 to 255.
-        seed: Seed of the light and grain on the figure.
-    """
-
-    label: int
+    label: int  # index into CLASS_NAMES
+    # float32 (n, 2), corners (x, y) in pixels, possibly outside the image; a ring has two outlines
     outlines: tuple[np.ndarray, ...]
-    color: np.ndarray
-    seed: int
+    color: np.ndarray  # float32 (3,), RGB, 0 to 255
+    seed: int  # of the light and grain on the figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """Plan of an image.
+    """Plan of an image."""
 
-    Attributes:
-        size: Side of the image in pixels.
-        seed: Seed of the background.
-        figures: From back to front.
-        difficult: bool (n,): whether other figures hide more than 40 % of the part of the figure
-            inside the image.
-    """
-
-    size: int
-    seed: int
-    figures: tuple[Figure, ...]
-    difficult: np.ndarray
+    size: int  # side of the image in pixels
+    seed: int  # of the background
+    figures: tuple[Figure, ...]  # from back to front
+    difficult: np.ndarray  # bool (n,): others hide over 40 % of the part inside the image
 
     @property
     def labels(self) -> np.ndarray:
@@ -89,18 +74,10 @@ def plan_scene(seed, size: int = 192) -> Scene:
         seed: Integer or sequence of integers.
         size: Side of the image in pixels, at least 48.
 
-    Returns:
-        `Scene`.
-
     Raises:
         ValueError: If `size` is below 48.
 
-    Example:
-
-    ```python
-    scene = plan_scene(seed=7)
-    image, boxes, labels = draw_scene(scene), scene.boxes, scene.labels
-    ```
+    Example: `scene = plan_scene(7); image, boxes = draw_scene(scene), scene.boxes`
     """
     if size < 48:
         raise ValueError(f"`size` must be at least 48 pixels. Received: {size}")
@@ -215,16 +192,10 @@ def _contrasting_color(
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
-    """Draws a scene.
+    """Draws a scene as a uint8 array (size, size, 3), RGB.
 
     Background and figures have seeds of their own: without a figure, the rest of the image does
     not change.
-
-    Args:
-        scene: Result of `plan_scene`.
-
-    Returns:
-        uint8 array (size, size, 3), RGB, 0 to 255.
     """
     image = _background(scene.seed, scene.size)
     for figure in scene.figures:

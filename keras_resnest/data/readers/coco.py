@@ -15,7 +15,9 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     find_image,
+    known_classes,
     normalize_path,
     number,
     stated_size,
@@ -37,18 +39,16 @@ def read_coco(
     ids may have gaps. Crowds (`iscrowd`) become `difficult`: evaluation ignores them. Images
     without annotations are kept. `image_id` is the `id` of the image, as text.
 
-    Boxes are dropped if they have no area, repeat another one, lie outside the image, or have a
-    coordinate that is not a number; boxes that cross the border by half a pixel or more are
-    clipped. EXIF rotation is handled as in `read_voc`. The report lists all of this, and sizes
-    that differ from the image, annotation ids used twice (both are kept), and images listed twice
-    (their annotations are joined).
+    Degenerate and repeated boxes, and boxes outside the image, are dropped; boxes that cross the
+    border by half a pixel or more are clipped. EXIF rotation is handled as in `read_voc`. The
+    report lists all of this, and sizes that differ from the image, annotation ids used twice (both
+    are kept), and images listed twice (their annotations are joined).
 
     Args:
         annotation_file: File such as "instances_train2017.json".
         image_folder: Folder of the images. Default: searched beside the file, in "images", and in
             the folder of the split (`train2017` for `instances_train2017.json`).
-        class_names: Names of the labels 0, 1, 2, ..., in any order; there may be more than the
-            annotations use. Default: all categories, ordered by id.
+        class_names: Names of the labels 0, 1, 2, ... Default: all categories, ordered by id.
         on_error: "raise" a ValueError for a missing or unreadable image, an unknown category, a
             class that is not in `class_names`, or an annotation of an image that is not listed;
             or "skip" the image and report it.
@@ -58,15 +58,9 @@ def read_coco(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such file or folder, if the file is not such a JSON file, or
-            see `on_error`.
+        ValueError: If there is no such file or folder, if it is not a COCO file, or see `on_error`.
 
-    Example:
-
-    ```python
-    train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")
-    print(train.report)
-    ```
+    Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """
     faults = Faults(on_error)
     path = Path(annotation_file)
@@ -112,9 +106,7 @@ def _load(path: Path) -> dict[str, list[dict]]:
 
 def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | None) -> Path:
     if given is not None:
-        if not Path(given).is_dir():
-            raise ValueError(f"`image_folder` must be a folder. Received: {given} (no such folder)")
-        return Path(given)
+        return check_folder(given, "image_folder")
     here, above = path.absolute().parent, path.absolute().parent.parent
     split = path.stem.removeprefix("instances_")
     places = [here, here / "images", here / split, above / split]
@@ -209,9 +201,8 @@ def _join_repeated(
 def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:
     category = _key(row.get("category_id"))
     if category not in names:
-        known = ", ".join(f"{key} ({name})" for key, name in list(names.items())[:20])
-        detail = f"{row.get('category_id')!r} of annotation {row.get('id')}. Known: {known}"
-        raise FileError(path, "unknown category id", detail)
+        detail = f"{row.get('category_id')!r} of annotation {row.get('id')}"
+        raise FileError(path, "unknown category id", f"{detail}. {known_classes(names)}")
     box = row.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4
     x, y, width, height = map(number, box if is_box else [None] * 4)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,52 +42,31 @@ class FileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedObject:
-    """One object, as a file states it.
-
-    Attributes:
-        name: Class name.
-        box: (x1, y1, x2, y2) in continuous pixel coordinates, or as fractions of the image if
-            `ImageAnnotation.is_relative`. NaN stands for anything that is not a number.
-        difficult: Whether evaluation ignores the object.
-        text: The box as written in the file, for the report.
-        border_problem: (problem, action) to report if the box crosses the border of the image.
-            Default: "box across the border".
-    """
+    """One object, as a file states it."""
 
     name: str
+    # (x1, y1, x2, y2), continuous pixels or fractions of the image; NaN if not a number
     box: tuple[float, float, float, float]
     difficult: bool = False
-    text: str = ""
+    text: str = ""  # the box as written, for the report
+    # (problem, action) to report instead of the usual ones if the box crosses the border
     border_problem: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageAnnotation:
-    """One image and its objects, as a file states them.
+    """One image and its objects, as a file states them."""
 
-    Attributes:
-        file: Annotation file, for messages.
-        image_id: Unique name of the image.
-        image: Path of the image.
-        objects: Its objects.
-        size: (width, height) in pixels that the file states; None if it states none.
-        is_relative: Whether boxes are fractions of the image, 0 to 1.
-    """
-
-    file: str | os.PathLike
+    file: str | os.PathLike  # annotation file, for messages
     image_id: str
     image: Path
     objects: tuple[AnnotatedObject, ...]
-    size: tuple[int, int] | None = None
-    is_relative: bool = False
+    size: tuple[int, int] | None = None  # (width, height) in pixels, if the file states it
+    is_relative: bool = False  # boxes are fractions of the image
 
 
 class Faults:
-    """Collects problems and decides whether a fault stops the reader.
-
-    Args:
-        on_error: "raise", or "skip" to skip faulty images.
-    """
+    """Problems found so far; `on_error="raise"` or `"skip"` decides about faulty images."""
 
     def __init__(self, on_error: str):
         if on_error not in ("raise", "skip"):
@@ -127,10 +106,6 @@ def build_dataset(
         class_names: Names of the labels 0, 1, 2, ...
         use_difficult: Whether to keep difficult objects.
         faults: Problems so far, and whether faults raise.
-
-    Raises:
-        ValueError: If no image is usable, if pixel coordinates all lie within 0 to 1, or for a
-            fault with `on_error="raise"`.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []
@@ -157,13 +132,22 @@ def build_dataset(
 # === Parsing ===
 
 
+def check_folder(folder: str | os.PathLike, argument: str) -> Path:
+    """Returns an existing folder as a path; raises a `ValueError` that names the argument."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`{argument}` must be a folder. Received: {folder} (no such folder)")
+    return Path(folder)
+
+
+def known_classes(names: Mapping[Any, str]) -> str:
+    """The first classes by number, for messages."""
+    return "Known: " + ", ".join(f"{key} ({name})" for key, name in list(names.items())[:20])
+
+
 def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
     r"""Returns the image that `file` names, relative to `folder` or absolute, with "/" or "\".
 
     An absolute path of another machine is replaced by the image of that name in `folder`.
-
-    Raises:
-        FileError: If there is no such image.
     """
     name = name.strip()
     posix = name.replace("\\", "/")
@@ -202,11 +186,7 @@ def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Reads UTF-8, with or without a byte order mark, or UTF-16 with one.
-
-    Raises:
-        FileError: If the file is unreadable; `what` tells what it should be.
-    """
+    """Reads UTF-8, with or without a byte order mark, or UTF-16; `what` describes the file."""
     try:
         encoded = path.read_bytes()
         is_utf16 = encoded[:2] in (b"\xff\xfe", b"\xfe\xff")

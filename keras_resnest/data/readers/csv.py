@@ -13,6 +13,7 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     find_image,
     is_true,
     normalize_path,
@@ -46,12 +47,10 @@ def read_csv(
 
     Without a header, the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet).
     With a header they may be in any order and have other usual names (`filename`, `xmin`, ...,
-    `class`); `width` and `height` of the image and `difficult` are read too, other columns are
-    ignored. Columns are separated by commas, semicolons or tabs. A row with an empty box and label
-    stands for an image without objects. Coordinates are 0-based, continuous pixels of the upright
-    image. `image_id` is the name of the image in the file.
-
-    Boxes are dropped, clipped and reported as in `read_coco`.
+    `class`); `width` and `height` of the image and `difficult` are read too. Commas, semicolons or
+    tabs separate columns. A row with an empty box and label stands for an image without objects.
+    Coordinates are 0-based, continuous pixels of the upright image. `image_id` is the name of the
+    image in the file. Boxes are dropped, clipped and reported as in `read_coco`.
 
     Args:
         file: The CSV file.
@@ -69,27 +68,19 @@ def read_csv(
         ValueError: If there is no such file or folder, if columns are unknown, if there are no
             rows, or see `on_error`.
 
-    Example:
-
-    ```python
-    train = read_csv("data/train.csv", image_folder="data/images")
-    print(train.report)
-    ```
+    Example: `train = read_csv("data/train.csv", image_folder="data/images")`
     """
     faults = Faults(on_error)
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
-    if image_folder is not None and not Path(image_folder).is_dir():
-        raise ValueError(
-            f"`image_folder` must be a folder. Received: {image_folder} (no such folder)"
-        )
+    folder = None if image_folder is None else check_folder(image_folder, "image_folder")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(path):
         images.setdefault(normalize_path(row["image"]), []).append((line, row))
     if not images:
         raise ValueError(f"{path}: no rows")
-    folder = _usual_folder(path, images) if image_folder is None else Path(image_folder)
+    folder = folder or _usual_folder(path, images)
     if class_names is None:
         rows = (row for rows in images.values() for _, row in rows)
         class_names = sorted({row["label"] for row in rows if row.get("label")})

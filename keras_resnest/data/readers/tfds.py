@@ -105,28 +105,26 @@ def tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
 
 def _label_names(builder) -> list[str]:
-    """Class names of a detection dataset; a `ValueError` says what others lack."""
+    """Class names of a detection dataset; a `ValueError` tells what others lack."""
     import tensorflow_datasets as tfds
 
-    features = dict(builder.info.features.items())
-    objects = getattr(features.get("objects"), "feature", None)
-    objects = dict(objects.items()) if isinstance(objects, tfds.features.FeaturesDict) else {}
-    is_detection = (
-        isinstance(features.get("image"), tfds.features.Image)
-        and features["image"].dtype == np.uint8
-        and "bbox" in objects
-        and getattr(objects["bbox"], "bbox_format", None) is not None
-        and objects["bbox"].bbox_format.value == "REL_YXYX"
-        and isinstance(objects.get("label"), tfds.features.ClassLabel)
-    )
-    if not is_detection:
+    features = builder.info.features
+    try:
+        image, objects = features["image"], features["objects"].feature
+        label, box_format = objects["label"], objects["bbox"].bbox_format.value
+    except (KeyError, TypeError, AttributeError):
+        image = label = box_format = None
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.dtype != np.uint8
+        or not isinstance(label, tfds.features.ClassLabel)
+        or box_format != "REL_YXYX"
+    ):
         raise ValueError(
             f"{builder.info.full_name} is not a detection dataset. Expected: `image` (Image) and "
             "`objects`, a sequence of `bbox` (BBoxFeature, relative yxyx) and `label` "
-            "(ClassLabel). "
-            f"Received: {', '.join(features)}; objects: {', '.join(objects) or 'none'}"
+            f"(ClassLabel). Received: {features}"
         )
-    label = objects["label"]
     return list(label.names or map(str, range(label.num_classes)))
 
 

@@ -15,6 +15,7 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     is_true,
     number,
     stated_size,
@@ -32,24 +33,24 @@ def read_voc(
 ) -> DetectionDataset:
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
-    The folder has either the VOC layout (`JPEGImages`, `Annotations`,
-    `ImageSets/Main/<split>.txt`), or images and XML files side by side. An image belongs to the
-    XML file of the same stem. VOC coordinates are 1-based and inclusive: [xmin, ymin, xmax, ymax]
-    becomes [xmin - 1, ymin - 1, xmax, ymax].
+    The folder has the VOC layout (`JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`), or
+    images and XML files side by side. An image belongs to the XML file of the same stem. VOC
+    coordinates are 1-based and inclusive: [xmin, ymin, xmax, ymax] becomes
+    [xmin - 1, ymin - 1, xmax, ymax].
 
-    Boxes are dropped if xmax <= xmin or ymax <= ymin, if a coordinate is not a number, or if they
-    lie outside the image; boxes that cross the border are clipped. If `<size>` shows that boxes
-    were drawn before the EXIF rotation of the image, they are rotated with it. The report lists
-    all of this, and each `<size>` that differs from the image; one `UserWarning` announces it.
+    Degenerate boxes, and boxes outside the image, are dropped; boxes that cross the border are
+    clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image, they
+    are rotated with it. The report lists all of this, and each `<size>` that differs from the
+    image; one `UserWarning` announces it.
 
     Args:
         folder: Folder of the dataset.
-        split: Name of a file in `ImageSets/Main`, without ".txt". In files with a flag on each
-            line ("cat_train"), images marked -1 are skipped. Default: all images.
+        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are not
+            in the split. Default: all images.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in all XML files of the
             folder, sorted, so that all splits agree.
-        on_error: "raise" a ValueError for a missing or unreadable image or XML file, or for a
-            class that is not in `class_names`; or "skip" the image and report it.
+        on_error: "raise" a ValueError for a missing or unreadable image or XML file, or a class
+            that is not in `class_names`; or "skip" the image and report it.
         use_difficult: Whether to keep objects marked as difficult.
         one_based_coordinates: False for files with 0-based coordinates, which are not shifted.
 
@@ -64,7 +65,6 @@ def read_voc(
     ```python
     train = read_voc("VOCdevkit/VOC2007", split="trainval")
     test = read_voc("VOCdevkit/VOC2007", split="test", class_names=train.class_names)
-    print(test.report)
     ```
     """
     faults = Faults(on_error)
@@ -98,9 +98,7 @@ class _VocFolder:
     """The files of a VOC dataset."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"`folder` must be a folder. Received: {folder} (no such folder)")
+        self.folder = check_folder(folder, "folder")
         has_voc_layout = (self.folder / "Annotations").is_dir()
         xml_folder = self.folder / "Annotations" if has_voc_layout else self.folder
         self.image_folder = self.folder / "JPEGImages" if has_voc_layout else self.folder

@@ -16,7 +16,9 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     find_image,
+    known_classes,
     number,
     read_text,
 )
@@ -36,9 +38,9 @@ def read_yolo(
     """Reads a folder of images with YOLO's text files.
 
     The text file of an image has one object per line: "class x y width height", with classes from
-    0, and the center and sides of the box as fractions of the image. A line
-    "class x1 y1 x2 y2 x3 y3 ..." is a polygon, read as its bounding box. An image whose text file
-    is empty or missing has no objects. The format has no difficult objects.
+    0, and the center and sides of the box as fractions of the image; or a polygon,
+    "class x1 y1 x2 y2 x3 y3 ...", read as its bounding box. An image whose text file is empty or
+    missing has no objects.
 
     `data.yaml`, if present, names the images ("train:", "val:", "test:": folders, or a text file
     that lists images); otherwise they are in "images/<split>" or "<split>/images". Text files are
@@ -55,22 +57,16 @@ def read_yolo(
             lines of `classes.txt`.
         on_error: "raise" a ValueError for an unreadable image or text file, a text file without
             image, or a class without a name; or "skip" the image and report it.
-        use_difficult: No effect; all readers take the same arguments.
+        use_difficult: No effect: the format has no difficult objects.
 
     Returns:
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such folder or split, if there are no images, no text files or
-            no class names, or see `on_error`.
+        ValueError: If there is no such folder or split, if there are no images, text files or
+            class names, or see `on_error`.
 
-    Example:
-
-    ```python
-    train = read_yolo("data", "train")
-    test = read_yolo("data", "val", class_names=train.class_names)
-    print(test.report)
-    ```
+    Example: `test = read_yolo("data", "val", class_names=train.class_names)`
     """
     faults = Faults(on_error)
     source = _YoloFolder(folder)
@@ -113,9 +109,7 @@ class _YoloFolder:
     def __init__(self, folder: str | os.PathLike):
         path = Path(folder)
         is_yaml = path.is_file() and path.suffix.lower() in YAML_SUFFIXES
-        self.folder = path.absolute().parent if is_yaml else path
-        if not self.folder.is_dir():
-            raise ValueError(f"`folder` must be a folder. Received: {folder} (no such folder)")
+        self.folder = path.absolute().parent if is_yaml else check_folder(folder, "folder")
         self.yaml_file = path if is_yaml else find_yaml(path)
         self.settings = read_yaml(self.yaml_file) if self.yaml_file else {}
         self.names = self._names()
@@ -284,8 +278,7 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         raise FileError(file, "unreadable line", f"line {line} begins with {cells[0]!r}")
     name = names.get(int(number(cells[0])))
     if name is None:
-        known = ", ".join(f"{key} ({known})" for key, known in list(names.items())[:20])
-        detail = f"class {cells[0]} in line {line}. Known: {known}"
+        detail = f"class {cells[0]} in line {line}. {known_classes(names)}"
         raise FileError(file, "class without a name", detail)
     values = np.asarray([number(cell) for cell in cells[1:]])
     if np.isfinite(values).all() and np.abs(values).max() > 2:
