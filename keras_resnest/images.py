@@ -28,20 +28,13 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclasses.dataclass(frozen=True)
 class ImageInfo:
-    """Header of an image file.
-
-    Attributes:
-        height: Rows of the upright image.
-        width: Columns of the upright image.
-        orientation: EXIF orientation, 1 to 8; 1 is upright. See `orientation_flags`.
-        plain: Whether `tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE")` returns
-            the same pixels as Pillow, apart from the orientation: true for 8-bit RGB or gray JPEG,
-            and for PNG without alpha.
-    """
+    """Header of an image file; height and width are those of the upright image."""
 
     height: int
     width: int
-    orientation: int = 1
+    orientation: int = 1  # EXIF orientation, 1 to 8; 1 is upright
+    # Whether tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE") returns the pixels
+    # of Pillow, apart from the orientation: 8-bit RGB or gray JPEG, PNG without alpha
     plain: bool = False
 
 

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
+SPLITS = ("train", "validation", "test")
 
 _HUE_SPREAD = 0.07  # standard deviation of the hue of a class; classes are 1 / 6 apart
 _SUPERSAMPLING = 4  # draws figures this many times larger, for smooth edges
@@ -319,23 +320,14 @@ def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-    """Numbers that define a Shapes dataset.
+    """Size of the images and number of images of a Shapes dataset."""
 
-    Attributes:
-        name: Default: derived from the other attributes, so that datasets never mix.
-        size: Side of the images in pixels.
-        num_train: Number of training images; 0 omits the split.
-        num_validation: Number of validation images.
-        num_test: Number of test images.
-        seed: Seed of all random numbers.
-    """
-
-    name: str = ""
-    size: int = 192
-    num_train: int = 1600
+    name: str = ""  # default: derived from the numbers, so that datasets never mix
+    size: int = 192  # side of the images in pixels
+    num_train: int = 1600  # images of the split "train"; 0 omits a split
     num_validation: int = 200
     num_test: int = 200
-    seed: int = 0
+    seed: int = 0  # of all random numbers
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -378,56 +370,47 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
-                "image_id": tfds.features.Text(),
-                "objects": tfds.features.Sequence(
-                    {
-                        "bbox": tfds.features.BBoxFeature(),
-                        "label": tfds.features.ClassLabel(names=CLASS_NAMES),
-                        "is_difficult": np.bool_,
-                    }
-                ),
-            }
-        )
+        objects = {
+            "bbox": tfds.features.BBoxFeature(),
+            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+            "is_difficult": np.bool_,
+        }
+        features = {
+            "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
+            "image_id": tfds.features.Text(),
+            "objects": tfds.features.Sequence(objects),
+        }
         return tfds.core.DatasetInfo(
-            builder=self, description="Drawn figures on textured backgrounds.", features=features
+            builder=self,
+            description="Drawn figures on textured backgrounds.",
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager):
-        config = self.builder_config
-        counts = {
-            "train": config.num_train,
-            "validation": config.num_validation,
-            "test": config.num_test,
-        }
+        counts = {name: getattr(self.builder_config, f"num_{name}") for name in SPLITS}
         # TFDS does not allow empty splits.
         return {name: self._generate_examples(name, n) for name, n in counts.items() if n}
 
     def _generate_examples(self, split: str, count: int):
         config = self.builder_config
-        split_number = ("train", "validation", "test").index(split)
+        split_number = SPLITS.index(split)
         for index in range(count):
             scene = plan_scene((config.seed, split_number, index), config.size)
             boxes = scene.boxes[:, [1, 0, 3, 2]] / config.size  # relative yxyx
             rows = zip(boxes.tolist(), scene.labels, scene.difficult, strict=True)
-            objects = [
-                {
-                    "bbox": tfds.features.BBox(*box),
-                    "label": int(label),
-                    "is_difficult": bool(difficult),
-                }
-                for box, label, difficult in rows
-            ]
-            yield (
-                index,
-                {
-                    "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
-                    "image_id": f"{split}_{index:05d}",
-                    "objects": objects,
-                },
-            )
+            example = {
+                "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
+                "image_id": f"{split}_{index:05d}",
+                "objects": [
+                    {
+                        "bbox": tfds.features.BBox(*box),
+                        "label": int(label),
+                        "is_difficult": bool(difficult),
+                    }
+                    for box, label, difficult in rows
+                ],
+            }
+            yield index, example
 
 
 def _encode_jpeg(image: np.ndarray) -> bytes:

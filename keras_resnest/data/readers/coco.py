@@ -18,6 +18,7 @@ from keras_resnest.data.readers.common import (
     check_folder,
     find_image,
     known_classes,
+    locate_image,
     normalize_path,
     number,
     stated_size,
@@ -111,13 +112,9 @@ def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | Non
     split = path.stem.removeprefix("instances_")
     places = [here, here / "images", here / split, above / split]
     places += [above / "images" / split, above / "images"]
-    for place in places:
-        for image in images[:20]:  # some may be missing
-            try:
-                find_image(place, str(image.get("file_name", "")), path)
-                return place
-            except FileError:
-                continue
+    for place in places:  # the first images tell; some may be missing
+        if any(locate_image(place, str(image.get("file_name", ""))) for image in images[:20]):
+            return place
     tried = ", ".join(map(str, places))
     raise ValueError(f"{path}: give `image_folder`; its images are in none of {tried}")
 

@@ -145,19 +145,24 @@ def known_classes(names: Mapping[Any, str]) -> str:
 
 
 def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
-    r"""Returns the image that `file` names, relative to `folder` or absolute, with "/" or "\".
+    """Returns the image that `file` names, see `locate_image`, or raises `FileError`."""
+    path = locate_image(folder, name)
+    if path is None:
+        raise FileError(file, "missing image", f"no {name.strip()!r} in {folder}")
+    return path
 
-    An absolute path of another machine is replaced by the image of that name in `folder`.
+
+def locate_image(folder: Path, name: str) -> Path | None:
+    r"""Returns the image of a name, relative to `folder` or absolute, with "/" or "\"; or None.
+
+    An absolute path of another machine stands for the image of that name in `folder`.
     """
     name = name.strip()
     posix = name.replace("\\", "/")
     candidates = [folder / name, folder / posix]
     if re.match(r"/|[A-Za-z]:/", posix):
         candidates.append(folder / posix.rsplit("/", 1)[-1])
-    for path in candidates:
-        if name and path.is_file():
-            return path
-    raise FileError(file, "missing image", f"no {name!r} in {folder}")
+    return next((path for path in candidates if name and path.is_file()), None)
 
 
 def normalize_path(name: str) -> str:

@@ -110,7 +110,7 @@ def has_known_columns(path: Path) -> bool:
 
 
 def _usual_folder(path: Path, names: Iterable[str]) -> Path:
-    """The folder of the file, or "images" in it, if the first names are not files."""
+    """The folder of the file, or "images" in it if the first images are not beside the file."""
     images = path.parent / "images"
     is_beside = any((path.parent / name).is_file() for name in list(names)[:20])
     return images if not is_beside and images.is_dir() else path.parent

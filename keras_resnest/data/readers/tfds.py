@@ -36,20 +36,18 @@ def read_tfds(
     The dataset needs a feature `image` and a sequence `objects` of `bbox` (relative yxyx) and
     `label`; `is_difficult` (VOC) or `is_crowd` (COCO) become `difficult`. Images stay in the TFDS
     files and are decoded as TFDS does: without EXIF rotation and alpha. `records` hold no pixels;
-    they and the `report` are read on first use, in one pass over the files. Boxes without area are
-    dropped.
+    they and the `report` are read on first use. Boxes without area are dropped.
 
     Args:
         name_or_builder: Name of a dataset ("shapes" is the one of this package), or a
             `tfds.core.DatasetBuilder`.
         split: Such as "train", "test[:10%]" or "train+validation".
-        class_names: Names of the labels 0, 1, 2, ...: all names of the dataset in any order, and
-            possibly more. Default: as in the dataset.
+        class_names: Names of the labels 0, 1, 2, ...: at least all names of the dataset, in any
+            order. Default: as in the dataset.
         data_dir: Folder of prepared datasets. Default: `TFDS_DATA_DIR`, or
             "~/tensorflow_datasets".
         use_difficult: Whether to keep objects marked as difficult.
-        download: Whether to download or generate a dataset that is not in `data_dir`. Nothing is
-            fetched from Google Cloud Storage.
+        download: Whether to download or generate a dataset that is not in `data_dir`.
 
     Returns:
         `DetectionDataset`.
@@ -183,8 +181,8 @@ class _TfdsDataset(DetectionDataset):
 
     def __init__(self, builder, split, label_names, class_names, use_difficult):
         self.class_names = list(class_names)
-        self._builder, self._split, self._use_difficult = builder, split, use_difficult
-        self._label_names = label_names
+        self._builder, self._split = builder, split
+        self._label_names, self._use_difficult = label_names, use_difficult
         self._label_map = np.asarray([self.class_names.index(n) for n in label_names], "int32")
         self._size = split_size(builder, split)
 
@@ -213,13 +211,9 @@ class _TfdsDataset(DetectionDataset):
     def _part(self, num_shards: int, shard_index: int) -> DetectionDataset:
         import tensorflow_datasets as tfds
 
-        return _TfdsDataset(
-            self._builder,
-            tfds.even_splits(self._split, num_shards)[shard_index],
-            self._label_names,
-            self.class_names,
-            self._use_difficult,
-        )
+        split = tfds.even_splits(self._split, num_shards)[shard_index]
+        names = self._label_names, self.class_names
+        return _TfdsDataset(self._builder, split, *names, self._use_difficult)
 
     def element_loader(self):
         return None  # TFDS files are read sequentially
@@ -237,9 +231,7 @@ class _TfdsDataset(DetectionDataset):
             split=self._split,
             shuffle_files=shuffle,
             decoders={"image": tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(
-                shuffle_seed=seed, add_tfds_id=id_key == "tfds_id", try_autocache=False
-            ),
+            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True, try_autocache=False),
         )
         return examples.map(lambda example: _select(example, id_key, difficult))
 
@@ -277,12 +269,11 @@ class _TfdsDataset(DetectionDataset):
         image_id, labels = example["image_id"].decode(), self._label_map[example["label"]]
         keep = np.asarray([verdict in ("", "clipped") for verdict in verdicts], bool)
         for box, label, verdict in zip(example["bbox"], labels, verdicts, strict=True):
-            if verdict:
-                detail = f"{self.class_names[label]} {box.tolist()} (relative yxyx)"
-                is_clipped = verdict == "clipped"
-                what = "box across the border" if is_clipped else verdict
-                action = "clipped" if is_clipped else "dropped"
-                problems.append(Problem(image_id, what, action, detail))
+            detail = f"{self.class_names[label]} {box.tolist()} (relative yxyx)"
+            if verdict == "clipped":
+                problems.append(Problem(image_id, "box across the border", "clipped", detail))
+            elif verdict:
+                problems.append(Problem(image_id, verdict, "dropped", detail))
         record = ImageRecord(
             image=None,
             image_id=image_id,
@@ -335,13 +326,8 @@ def read_shapes(
     """
     from keras_resnest.data.shapes import Shapes, ShapesConfig
 
-    config = ShapesConfig(
-        size=size,
-        num_train=num_train,
-        num_validation=num_validation,
-        num_test=num_test,
-        seed=seed,
-    )
+    counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
+    config = ShapesConfig(size=size, seed=seed, **counts)
     # A predefined configuration of the same numbers is the same dataset.
     known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)
     return read_tfds(Shapes(config=next(known, config), data_dir=data_dir), split)
