@@ -62,7 +62,7 @@ def load_image(source: Any) -> np.ndarray:
         uint8 array (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ValueError: If a file is missing, empty, truncated, too large or not an image; or if an
+        ValueError: if a file is missing, empty, truncated, too large or not an image; or if an
             array has a wrong shape, NaN, or values outside 0 to 255.
 
     Example:
@@ -115,7 +115,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
         folder: The folder; images are recognized by their suffix (`IMAGE_SUFFIXES`, any case).
 
     Raises:
-        ValueError: If there is no such folder, or no image in it.
+        ValueError: if there is no such folder, or no image in it.
 
     Example: `for path in find_images("photos"): image = load_image(path)`
     """
@@ -150,7 +150,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
         float32 array (height, width, 3) or (B, height, width, 3), 0 to 255.
 
     Raises:
-        ValueError: If `image` has another rank, or a size is not a positive integer.
+        ValueError: if `image` has another rank, or a size is not a positive integer.
     """
     if min(height, width) < 1 or int(height) != height or int(width) != width:
         raise ValueError(
@@ -185,7 +185,7 @@ def center_crop_image(
         uint8 array (crop_size, crop_size, 3).
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Readers of COCO, YOLO and CSV: one dataset written in all of them, and the quirks of each."""
+"""`read_coco`, `read_yolo`, `read_csv`, `read_detection`: the same dataset in all formats."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def save_images(folder, names=TRUTH, size=SIZE):
     return folder
 
 
-# === Writers, one for each format: no code of the readers is used ===
+# === Writers, independent of the readers ===
 
 
 def coco(truth=TRUTH, ids=None, **changes):
@@ -113,7 +113,7 @@ WRITERS = {
 
 
 def found(dataset):
-    """(names and boxes) of every image."""
+    """[(class name, x1, y1, x2, y2), ...] of every image."""
     return [
         [(dataset.class_names[k], *box) for k, box in zip(r.labels, r.boxes.tolist(), strict=True)]
         for r in dataset.records
@@ -124,11 +124,11 @@ def problems(read):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset = read()
-    assert bool(caught) == bool(dataset.report.problems)  # one warning tells of them
+    assert bool(caught) == bool(dataset.report.problems)  # and only then a warning
     return dataset, [problem.what for problem in dataset.report.problems]
 
 
-# === What all have in common ===
+# === All formats ===
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -151,7 +151,7 @@ def test_the_same_data_in_every_format(tmp_path, name):
     [
         ((50, 30, 70, 45), (50, 30, 60, 40), "box across the border"),
         ((-5, 10, 20, 20), (0, 10, 20, 20), "box across the border"),
-        ((50, 30, 60.3, 40.2), (50, 30, 60, 40), None),  # rounding of whoever wrote it
+        ((50, 30, 60.3, 40.2), (50, 30, 60, 40), None),  # rounding
         ((70, 10, 80, 20), None, "box outside the image"),
         ((10, 10, 10, 20), None, "degenerate box"),
         ((30, 10, 20, 20), None, "degenerate box"),
@@ -174,7 +174,7 @@ def test_odd_boxes(tmp_path, monkeypatch, name, box, expected, fault):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_same_box_of_two_classes_is_no_repetition(tmp_path, monkeypatch, name):
+def test_same_box_of_two_classes_is_kept(tmp_path, monkeypatch, name):
     monkeypatch.setitem(TRUTH, "b.png", [("dog", 20, 10, 40, 20), ("cat", 20, 10, 40, 20)])
     dataset, faults = problems(lambda: WRITERS[name](tmp_path))
     assert faults == [] and len(found(dataset)[1]) == 2
@@ -232,11 +232,11 @@ def test_missing_image_raises_or_is_skipped(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "drawn_on"),
-    # Only COCO states the size of the image, which tells how it was drawn on.
+    # Only COCO states the size of the image, which reveals its frame.
     [("coco", "upright"), ("coco", "stored"), ("yolo", "upright"), ("csv", "upright")],
 )
 def test_rotated_images(tmp_path, name, drawn_on):
-    """A white rectangle on black; YOLO's boxes and CSV's are always those of the upright one."""
+    """A white rectangle on black; boxes of YOLO and CSV always belong to the upright image."""
     WRITERS[name](tmp_path)
     upright = np.zeros((SIZE[1], SIZE[0], 3), "uint8")
     upright[5:25, 10:30] = 255
@@ -317,7 +317,7 @@ def test_coco_looks_for_its_images(tmp_path):
         read_coco(path, tmp_path / "absent")
 
 
-def test_coco_order_is_that_of_the_file_and_names_that_of_the_ids(tmp_path):
+def test_coco_images_in_file_order_and_names_in_id_order(tmp_path):
     def mix_up(content):
         for rows in content.values():
             rows.reverse()
@@ -327,7 +327,7 @@ def test_coco_order_is_that_of_the_file_and_names_that_of_the_ids(tmp_path):
     assert dataset.class_names == ["cat", "dog"]  # 17 before 90
 
 
-COCO_FAULTS = {  # change: (what, images that are left)
+COCO_FAULTS = {  # problem: (change, remaining images)
     "unknown category id": (lambda c: c["annotations"][2].update(category_id=1), 2),
     "annotation of an image that is not listed": (
         lambda c: c["annotations"][2].update(image_id=7),
@@ -369,7 +369,7 @@ def test_coco_repetitions_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("box", [None, [1, 2, 3], "1 2 3 4", [1, 2, "x", 4], {"x": 1}])
-def test_coco_boxes_that_are_none(tmp_path, box):
+def test_coco_malformed_boxes(tmp_path, box):
     dataset, faults = problems(
         read_changed(tmp_path, lambda c: c["annotations"][0].update(bbox=box))
     )
@@ -480,7 +480,7 @@ def test_yolo_polygons_and_line_ends(tmp_path):
     assert boxes == [("cat", 0, 0, 60, 40), ("dog", 15, 10, 45, 30)]
 
 
-def test_yolo_without_names_of_its_own(tmp_path):
+def test_yolo_without_class_names(tmp_path):
     write_yolo(tmp_path)
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(ValueError, match=r"has no class names.*give `class_names`"):
@@ -488,7 +488,7 @@ def test_yolo_without_names_of_its_own(tmp_path):
     assert found(read_yolo(tmp_path, class_names=["x", "y"]))[0][0][0] == "y"
     (tmp_path / "labels/train/classes.txt").write_text("")
     (tmp_path / "classes.txt").write_text("cat\r\ndog\r\n", newline="")
-    dataset = read_yolo(tmp_path, class_names=["dog", "cat"])  # mapped by name now
+    dataset = read_yolo(tmp_path, class_names=["dog", "cat"])  # now matched by name
     assert dataset.records[0].labels.tolist() == [0, 1]
 
 
@@ -599,7 +599,7 @@ def test_csv_faulty_rows(tmp_path, row, what):
 
 
 @pytest.mark.parametrize("cells", ["1,,3,4", "1,two,3,4"])
-def test_csv_half_a_box(tmp_path, cells):
+def test_csv_incomplete_boxes(tmp_path, cells):
     save_images(tmp_path)
     (tmp_path / "x.csv").write_text(f"a.png,10,5,30,25,dog\na.png,{cells},dog\n")
     dataset, faults = problems(lambda: read_csv(tmp_path / "x.csv"))
@@ -624,7 +624,7 @@ def test_csv_faulty_files(tmp_path):
         read_csv(tmp_path / "x.csv", tmp_path / "absent")
 
 
-# === The format is recognized ===
+# === Format detection ===
 
 
 def write_voc(folder):
@@ -702,7 +702,7 @@ def test_options_reach_the_reader(tmp_path):
         read_detection(tmp_path / "VOC", image_folder=moved)
 
 
-def test_what_is_not_recognized(tmp_path):
+def test_formats_that_are_not_recognized(tmp_path):
     (tmp_path / "void").mkdir()
     (tmp_path / "notes.md").write_text("x")
     for source in ("void", "notes.md", "absent"):
@@ -718,27 +718,7 @@ def test_what_is_not_recognized(tmp_path):
         read_detection(tmp_path / "coco")
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("VOC", ["some"]),
-        ("CSV file", []),
-        ("COCO file", []),
-        ("CSV folder", ["train"]),
-    ],
-)
-def test_names_of_splits(tmp_path, name, wanted):
-    source = TREES[name][0](tmp_path)
-    if name == "VOC":
-        (source / "ImageSets/Main").mkdir(parents=True)
-        (source / "ImageSets/Main/some.txt").write_text("x")
-    assert find_splits(source) == wanted
-    if not wanted:
-        with pytest.raises(ValueError, match="has no splits"):
-            read_detection(source, "train")
-
-
-# === Training and test set ===
+# === Splits ===
 
 
 def image_ids(dataset):
@@ -830,6 +810,26 @@ def test_dataset_without_splits_is_split_at_random(tmp_path, name):
 def test_wrong_fraction_to_hold_out(tmp_path, holdout):
     with pytest.raises(ValueError, match=f"`holdout` must be.*holdout={holdout}"):
         read_train_test(write_voc(tmp_path), holdout=holdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("VOC", ["some"]),
+        ("CSV file", []),
+        ("COCO file", []),
+        ("CSV folder", ["train"]),
+    ],
+)
+def test_find_splits(tmp_path, name, wanted):
+    source = TREES[name][0](tmp_path)
+    if name == "VOC":
+        (source / "ImageSets/Main").mkdir(parents=True)
+        (source / "ImageSets/Main/some.txt").write_text("x")
+    assert find_splits(source) == wanted
+    if not wanted:
+        with pytest.raises(ValueError, match="has no splits"):
+            read_detection(source, "train")
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])

@@ -76,7 +76,7 @@ def plan_scene(seed, size: int = 192) -> Scene:
         size: Side of the image in pixels, at least 48.
 
     Raises:
-        ValueError: If `size` is below 48.
+        ValueError: if `size` is below 48.
 
     Example: `scene = plan_scene(7); image, boxes = draw_scene(scene), scene.boxes`
     """

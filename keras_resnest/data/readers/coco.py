@@ -59,7 +59,7 @@ def read_coco(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such file or folder, if it is not a COCO file, or see `on_error`.
+        ValueError: if there is no such file or folder, if it is not a COCO file, or see `on_error`.
 
     Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """

@@ -65,7 +65,7 @@ def read_csv(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such file or folder, if columns are unknown, if there are no
+        ValueError: if there is no such file or folder, if columns are unknown, if there are no
             rows, or see `on_error`.
 
     Example: `train = read_csv("data/train.csv", image_folder="data/images")`

@@ -49,7 +49,7 @@ def read_detection(
         `DetectionDataset`.
 
     Raises:
-        ValueError: If the format is not recognized, if several are, or see the reader.
+        ValueError: if the format is not recognized, if several are, or see the reader.
 
     Example:
 
@@ -108,7 +108,7 @@ def read_train_test(
         (training set, test set).
 
     Raises:
-        ValueError: If `holdout` is out of range, if there is no such split, or see
+        ValueError: if `holdout` is out of range, if there is no such split, or see
             `read_detection`.
 
     Example: `train, test = read_train_test("my_folder")`
@@ -136,7 +136,7 @@ def find_splits(source: str | os.PathLike) -> list[str]:
         Names, sorted; empty for a single COCO or CSV file, and for a folder without splits.
 
     Raises:
-        ValueError: If the format is not recognized, or if a TFDS dataset is not on disk.
+        ValueError: if the format is not recognized, or if a TFDS dataset is not on disk.
 
     Example: `find_splits("tfds:voc/2007")` returns `["test", "train", "validation"]`.
     """

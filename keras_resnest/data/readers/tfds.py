@@ -53,9 +53,9 @@ def read_tfds(
         `DetectionDataset`.
 
     Raises:
-        ValueError: If there is no such dataset or split, if it is not a detection dataset, if a
+        ValueError: if there is no such dataset or split, if it is not a detection dataset, if a
             class is not in `class_names`, or if it is not in `data_dir` and `download` is False.
-        ConnectionError: If the server of the download is unknown or unreachable.
+        ConnectionError: if the server of the download is unknown or unreachable.
 
     Example: `train = read_tfds("voc/2007", split="train+validation")`
     """

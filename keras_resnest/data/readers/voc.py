@@ -58,7 +58,7 @@ def read_voc(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such folder or split, if there are no images, or see `on_error`.
+        ValueError: if there is no such folder or split, if there are no images, or see `on_error`.
 
     Example:
 

@@ -63,7 +63,7 @@ def read_yolo(
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: If there is no such folder or split, if there are no images, text files or
+        ValueError: if there is no such folder or split, if there are no images, text files or
             class names, or see `on_error`.
 
     Example: `test = read_yolo("data", "val", class_names=train.class_names)`
