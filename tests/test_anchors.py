@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from golden_data import load_arrays
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 
@@ -37,9 +38,9 @@ def test_several_sizes_on_a_level():
 
 
 @pytest.mark.parametrize("side, count", [(320, 6375), (512, 16320)])
-def test_golden_anchors(shared, side, count):
+def test_golden_anchors(side, count):
     """The PyTorch ports clip center and size to the image; quirk documented in `clip`."""
-    want = np.load(shared / "golden/refinedet/priors.npz")[f"priors_{side}"]
+    want = load_arrays("anchors")[f"priors_{side}"]
     got = AnchorGenerator(clip=True, bounding_box_format="rel_center_xywh")((side, side, 3))
     assert got.shape == (count, 4)
     np.testing.assert_allclose(got, want, atol=1e-6)
