@@ -10,6 +10,7 @@ import argparse
 import gzip
 import json
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 NUM_SAMPLES = 512
 # The outputs of a RefineDet for 20 classes, and their channels.
 OUTPUTS = {"arm_loc": 4, "arm_conf": 2, "odm_loc": 4, "odm_conf": 21}
+BLOOD_CELLS = ("Platelets", "RBC", "WBC")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 AP_CASES = (
     "voc_padilla_sample2",
     "voc_cartucho_example",
@@ -196,6 +199,23 @@ def make_average_precision(folder):
         shutil.copyfile(path, target / "licenses" / path.name)
 
 
+def make_blood_cells(folder):
+    """Boxes of BCCD's training and test split: zero-based pixels of images of 640 x 480."""
+    kept = {}
+    for split in ("train", "test"):
+        boxes, labels = [], []
+        for image_id in (folder / "ImageSets" / "Main" / f"{split}.txt").read_text().split():
+            root = ElementTree.parse(folder / "Annotations" / f"{image_id}.xml").getroot()
+            for item in root.iter("object"):
+                corners = [int(item.findtext(f"bndbox/{tag}")) for tag in CORNERS]
+                if corners[0] < corners[2] and corners[1] < corners[3]:
+                    boxes.append(np.array(corners) - [1, 1, 0, 0])
+                    labels.append(BLOOD_CELLS.index(item.findtext("name")))
+        kept[f"{split}_boxes"] = np.array(boxes, "int16")
+        kept[f"{split}_labels"] = np.array(labels, "uint8")
+    np.savez_compressed(HERE / "blood_cells.npz", **kept)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="the complete reference folder")
@@ -210,6 +230,7 @@ def main():
     make_detections(golden / "refinedet")
     make_split_attention(golden)
     make_average_precision(folder / "golden_ap")
+    make_blood_cells(folder / "data" / "bccd")
 
 
 if __name__ == "__main__":
