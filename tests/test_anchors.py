@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import reference
+from golden_data import load_arrays
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -39,9 +40,9 @@ def test_several_sizes_on_a_level():
 
 
 @pytest.mark.parametrize("side, count", [(320, 6375), (512, 16320)])
-def test_golden_anchors(shared, side, count):
+def test_golden_anchors(side, count):
     """The PyTorch ports clip center and size to the image; quirk documented in `clip`."""
-    want = np.load(shared / "golden/refinedet/priors.npz")[f"priors_{side}"]
+    want = load_arrays("anchors")[f"priors_{side}"]
     for clip in (True, False):
         anchors = AnchorGenerator(clip=clip)((side, side, 3))
         assert anchors.shape == (count, 4)

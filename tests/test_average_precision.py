@@ -1,18 +1,13 @@
 """Average precision against published numbers, pycocotools and a naive implementation."""
 
-import json
-
 import numpy as np
 import pytest
 import reference
+from golden_data import average_precision_case
 
 from keras_resnest.evaluation import coco_average_precision, voc_average_precision
 
 VOC_CASES = ["voc_padilla_sample2", "voc_cartucho_example", "voc_difficult_bccd"]
-
-
-def load(shared, name):
-    return json.loads((shared / "golden_ap" / f"{name}.json").read_text())
 
 
 def voc_images(case):
@@ -39,8 +34,8 @@ def voc_images(case):
 @pytest.mark.parametrize("name", VOC_CASES)
 @pytest.mark.parametrize("interpolation", ["every_point", "eleven_point"])
 @pytest.mark.parametrize("convention", ["plus_one", "continuous"])
-def test_golden_voc(shared, name, interpolation, convention):
-    case = load(shared, name)
+def test_golden_voc(name, interpolation, convention):
+    case = average_precision_case(name)
     ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(
         ground_truth,
@@ -69,9 +64,9 @@ def test_golden_voc(shared, name, interpolation, convention):
             assert per_class[class_name]["average_precision"] is None
 
 
-def test_published_figures(shared):
+def test_published_figures():
     """What the sources print, to the digits they print."""
-    ground_truth, detections, names = voc_images(load(shared, "voc_padilla_sample2"))
+    ground_truth, detections, names = voc_images(average_precision_case("voc_padilla_sample2"))
     options = {"class_names": names, "iou_threshold": 0.3, "plus_one": True}
     assert round(voc_average_precision(ground_truth, detections, **options).mAP, 4) == 0.2457
     eleven = voc_average_precision(
@@ -79,7 +74,7 @@ def test_published_figures(shared):
     )
     assert round(eleven.mAP, 4) == 0.2684
 
-    case = load(shared, "voc_cartucho_example")
+    case = average_precision_case("voc_cartucho_example")
     ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(ground_truth, detections, names, plus_one=True)
     assert round(100 * result.mAP, 2) == case["published"]["mAP_percent"]
@@ -250,8 +245,8 @@ def coco_images(case):
     return ground_truth, group(case["detections"], {"confidence": "score"}), names
 
 
-def test_golden_coco(shared, capfd):
-    case = load(shared, "coco_bccd_jitter")
+def test_golden_coco(capfd):
+    case = average_precision_case("coco_bccd_jitter")
     ground_truth, detections, names = coco_images(case)
     result = coco_average_precision(ground_truth, detections, names)
     assert capfd.readouterr().out == ""

@@ -1,11 +1,10 @@
 """Decoding and NMS against brute force and the reference's detections."""
 
-import json
-
 import keras
 import numpy as np
 import pytest
 import reference
+from golden_data import detection_case
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -83,27 +82,9 @@ def test_clips_to_the_image():
     assert boxes.min() >= 0 and (boxes <= [128, 64, 128, 64]).all()
 
 
-def golden_rows(case, arrays, image):
-    rows = arrays[f"{case}_detections_top500"]
-    return rows[rows[:, 0] == image]
-
-
 @pytest.mark.parametrize("name", ["few_clean", "many_noisy", "dense", "size512"])
-def test_golden_detections(shared, portable, name):
-    folder = shared / "golden/refinedet"
-    arrays = np.load(folder / "detect.npz")
-    case = next(
-        c for c in json.loads((folder / "detect.json").read_text())["cases"] if c["case"] == name
-    )
-    outputs = {
-        ours: arrays[f"{name}_{theirs}"].astype("f4")
-        for ours, theirs in (
-            ("arm_boxes", "arm_loc"),
-            ("arm_objectness", "arm_conf"),
-            ("odm_boxes", "odm_loc"),
-            ("odm_logits", "odm_conf"),
-        )
-    }
+def test_golden_detections(portable, name):
+    case, outputs, rows = detection_case(name)
     side = case["size"]
     anchors = AnchorGenerator(clip=True)((side, side)) / side
     decoder = DetectionDecoder(pre_nms_top_k=1000, max_detections=500, clip_to_image=False)
@@ -112,7 +93,7 @@ def test_golden_detections(shared, portable, name):
         for k, v in decoder(outputs, anchors, (1, 1), portable=portable).items()
     }
     for image in range(case["batch"]):
-        want, n = golden_rows(name, arrays, image), got["num_detections"][image]
+        want, n = rows[rows[:, 0] == image], got["num_detections"][image]
         assert n == len(want)
         for row in want:
             distance = np.abs(got["boxes"][image, :n] - row[3:]).max(1)

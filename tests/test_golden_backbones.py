@@ -5,12 +5,11 @@ comparisons as a table.
 """
 
 import inspect
-import json
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from golden_data import load_cases
 from golden_networks import Comparison, our_name
 
 from keras_resnest.backbones import VARIANTS, ResNet, create_backbone
@@ -31,40 +30,36 @@ UNPROVEN = {
 }
 
 
-def references() -> list[str]:
-    path = Path(__file__).parents[2] / "shared" / "golden" / "networks.json"
-    if not path.is_file():
-        return []
-    return [name for name in json.loads(path.read_text()) if our_name(name) in VARIANTS]
+NETWORKS = load_cases("networks")
+# Many networks of the authors are timm's, by another name.
+REFERENCES = [name for name, entry in NETWORKS.items() if "same_as" not in entry]
 
 
 def is_deep(reference: str) -> bool:
-    # The authors' networks and timm's are the same rows of our table.
-    twice = reference.startswith("official.") and our_name(reference) == "resnest50"
-    return twice or any(part in reference for part in DEEP)
+    return any(part in reference for part in DEEP)
 
 
-def check(reference, shared):
-    comparison = Comparison(reference, shared / "golden")
+def check(reference):
+    comparison = Comparison(reference)
     assert comparison.parameters == comparison.expected_parameters
     for what, error, tolerance in comparison.errors:
         assert error < tolerance, (what, error, tolerance)
 
 
-@pytest.mark.parametrize("reference", [name for name in references() if not is_deep(name)])
-def test_network_equals_reference(reference, shared):
-    check(reference, shared)
+@pytest.mark.parametrize("reference", [name for name in REFERENCES if not is_deep(name)])
+def test_network_equals_reference(reference):
+    check(reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", [name for name in references() if is_deep(name)])
-def test_deep_network_equals_reference(reference, shared):
-    check(reference, shared)
+@pytest.mark.parametrize("reference", [name for name in REFERENCES if is_deep(name)])
+def test_deep_network_equals_reference(reference):
+    check(reference)
 
 
-def test_every_variant_has_a_reference_or_a_reason(shared):
-    assert {our_name(name) for name in references()} | set(UNPROVEN) == set(VARIANTS)
-    assert len(references()) == 67
+def test_every_variant_has_a_reference_or_a_reason():
+    assert {our_name(name) for name in NETWORKS} | set(UNPROVEN) == set(VARIANTS)
+    assert len(NETWORKS) == 67
 
 
 # What the reference counts, without needing its files: timm's published numbers.

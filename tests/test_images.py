@@ -1,4 +1,4 @@
-"""Reading images: odd files, files written by Pillow and TensorFlow, and arrays."""
+"""Reading images: odd files, files made with Pillow and TensorFlow, and arrays."""
 
 import io
 import struct
@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from sample_images import photograph
 
 from keras_resnest.data.dataset import decode_plain_image
 from keras_resnest.images import (
@@ -38,14 +39,14 @@ def with_orientation(pixels, orientation, kind="PNG"):
 # === Odd files ===
 
 
-def test_grayscale_file_has_three_equal_channels(shared):
-    image = load_image(shared / "data/photos/odd/greyscale.jpg")
+def test_grayscale_file_has_three_equal_channels(odd_images):
+    image = load_image(odd_images / "grayscale.jpg")
     assert image.shape == (213, 320, 3) and image.dtype == np.uint8
     assert (image == image[..., :1]).all() and image.std() > 20
 
 
-def test_rgba_file_is_composited_over_white(shared):
-    path = shared / "data/photos/odd/rgba.png"
+def test_rgba_file_lies_over_white(odd_images):
+    path = odd_images / "rgba.png"
     rgba = np.asarray(Image.open(path)).astype("float64")
     alpha = rgba[..., 3:] / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -55,29 +56,27 @@ def test_rgba_file_is_composited_over_white(shared):
     assert (image[alpha[..., 0] == 0] == 255).all() and (alpha == 0).any()
 
 
-def test_cmyk_file_has_the_colors_of_the_photograph(shared):
-    image = load_image(shared / "data/photos/odd/cmyk.jpg")
-    with Image.open(shared / "data/photos/dog_bicycle.jpg") as original:
-        expected = np.asarray(original.resize((320, 240), Image.Resampling.LANCZOS), "float64")
+def test_cmyk_file_has_the_colors_of_the_photograph(odd_images):
+    image = load_image(odd_images / "cmyk.jpg")
+    expected = np.asarray(photograph(240, 320), "float64")
     assert image.shape == (240, 320, 3)
     assert np.abs(image - expected).mean() < 8
 
 
-def test_exif_rotated_file_is_upright(shared):
-    image = load_image(shared / "data/photos/odd/exif_orientation6.jpg")
-    with Image.open(shared / "data/photos/person_dog_horse.jpg") as original:
-        expected = np.asarray(original.resize((320, 212), Image.Resampling.LANCZOS), "float64")
+def test_exif_rotated_file_is_upright(odd_images):
+    image = load_image(odd_images / "exif_orientation6.jpg")
+    expected = np.asarray(photograph(212, 320), "float64")
     assert image.shape == (212, 320, 3)
     assert np.abs(image - expected).mean() < 8
 
 
-def test_one_pixel_file(shared):
-    assert load_image(shared / "data/photos/odd/one_pixel.png").shape == (1, 1, 3)
+def test_one_pixel_file(odd_images):
+    assert load_image(odd_images / "one_pixel.png").shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "text_not_image.jpg", "absent.jpg"])
-def test_bad_files_are_named(shared, name):
-    path = shared / "data/photos/odd" / name
+def test_bad_files_are_named(odd_images, name):
+    path = odd_images / name
     for read in (load_image, read_image_info):
         with pytest.raises(ValueError, match=name):
             read(path)
@@ -208,19 +207,18 @@ def plain_files():
         yield encode(Image.fromarray(pixels), "JPEG", **options)
 
 
-def test_plain_files_agree_with_tensorflow(shared):
+def test_plain_files_agree_with_tensorflow(odd_images):
     files = list(plain_files())
-    files += [p.read_bytes() for p in sorted((shared / "data/photos").glob("*.jpg"))]
-    files.append((shared / "data/photos/odd/greyscale.jpg").read_bytes())
+    files += [encode(photograph(seed=seed), "JPEG", quality=88) for seed in range(4)]
+    files.append((odd_images / "grayscale.jpg").read_bytes())
     for encoded in files:
         assert read_image_info(encoded).plain
         np.testing.assert_array_equal(decode_plain_image(encoded), load_image(encoded))
 
 
-def test_files_for_pillow_are_not_plain(shared):
-    odd = shared / "data/photos/odd"
-    assert not read_image_info(odd / "cmyk.jpg").plain
-    assert not read_image_info(odd / "rgba.png").plain
+def test_files_for_pillow_are_not_plain(odd_images):
+    assert not read_image_info(odd_images / "cmyk.jpg").plain
+    assert not read_image_info(odd_images / "rgba.png").plain
     assert not read_image_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
 
 

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from golden.recipe import make_array, make_split_attention_tensor, sample
+from golden_data import load_arrays, load_cases
 from keras import ops
 from scipy import ndimage
 from tensorflow.core.protobuf import saved_model_pb2
@@ -226,18 +228,7 @@ SPLAT_RUNS = [(case, "eval") for case in SPLAT_CASES] + [
 ]
 
 
-@pytest.fixture(scope="module")
-def splat(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    try:
-        from recipe import make_array
-    finally:
-        sys.path.pop(0)
-    cases = json.loads((shared / "golden" / "splat.json").read_text())["cases"]
-    return {c["case"]: c for c in cases}, np.load(shared / "golden" / "splat.npz"), make_array
-
-
-def splat_unit(case, arrays, data_format="channels_last"):
+def splat_unit(case, data_format="channels_last"):
     shape = (None, None, 32) if data_format == "channels_last" else (32, None, None)
     inputs = keras.Input(shape)
     unit = SplitAttention(
@@ -252,60 +243,67 @@ def splat_unit(case, arrays, data_format="channels_last"):
         name="unit",
     )
     model = keras.Model(inputs, unit(inputs))
-    prefix = f"{case['case']}/w/"
-    weights = {f"unit.{name}": arrays[prefix + name] for name in case["weights"]}
+    weights = {
+        f"unit.{name}": make_split_attention_tensor(name, shape, case["seed"])
+        for name, shape in case["weights"].items()
+    }
     load_torch_state_dict(model, weights)
     return unit
 
 
-def test_all_splat_cases_are_tested(splat):
-    assert sorted(splat[0]) == sorted(SPLAT_CASES)
+def test_all_splat_cases_are_tested():
+    assert sorted(load_cases("split_attention")) == sorted(SPLAT_CASES)
+
+
+def splat_error(actual, key):
+    """Relative error at the stored places of a golden array, which is channels first."""
+    expected = load_arrays("split_attention")[key]
+    return relative_error(sample(actual, len(expected)), expected)
 
 
 @pytest.mark.parametrize("name, mode", SPLAT_RUNS)
-def test_split_attention_equals_reference(splat, name, mode):
-    cases, arrays, make_array = splat
-    case = cases[name]
-    key = f"{name}/{mode}"
-    unit = splat_unit(case, arrays)
+def test_split_attention_equals_reference(name, mode):
+    case = load_cases("split_attention")[name]
+    unit = splat_unit(case)
     training = mode == "train"
     before = {v.path: v.numpy() for v in unit.variables}
-    x = tf.constant(arrays[f"{name}/input"].transpose(0, 2, 3, 1))
+    x = tf.constant(make_array((4, 32, 6, 8), case["seed"], "input").transpose(0, 2, 3, 1))
     with tf.GradientTape() as tape:
         tape.watch(x)
         output = unit(x, training=training)
-        cotangent = make_array(arrays[f"{key}/output"].shape, case["seed"], "cotangent")
+        cotangent = make_array((4, 32, 6, 8), case["seed"], "cotangent")
         total = tf.reduce_sum(output * cotangent.transpose(0, 2, 3, 1))
     gradient = np.transpose(tape.gradient(total, x), (0, 3, 1, 2))
-    assert relative_error(np.transpose(output, (0, 3, 1, 2)), arrays[f"{key}/output"]) < 1e-5
-    assert relative_error(gradient, arrays[f"{key}/input_grad"]) < 1e-4
+    key = f"{name}/{mode}"
+    assert output.shape == (4, 6, 8, 32)
+    assert splat_error(np.transpose(output, (0, 3, 1, 2)), f"{key}/output") < 1e-5
+    assert splat_error(gradient, f"{key}/input_grad") < 1e-4
     if training:
-        check_running_statistics(unit, before, arrays, key, x)
+        check_running_statistics(unit, before, key, x)
     attention = unit._attention(unit._maps(x, training), training)
     assert np.shape(attention) == (4, 1, 1, 32 * case["radix"])
-    assert relative_error(attention[:, 0, 0], arrays[f"{key}/attention"]) < 1e-5
+    assert splat_error(attention, f"{key}/attention") < 1e-5
 
 
-def check_running_statistics(unit, before, arrays, key, x):
+def check_running_statistics(unit, before, key, x):
     # PyTorch keeps the unbiased variance, Keras the variance of the batch.
+    arrays = load_arrays("split_attention")
     counts = {"bn0": x.shape[0] * x.shape[1] * x.shape[2], "bn1": x.shape[0]}
     for name, count in counts.items():
         norm = getattr(unit, name)
-        assert (
-            relative_error(norm.moving_mean.numpy(), arrays[f"{key}/after/{name}.running_mean"])
-            < 1e-5
-        )
+        mean = arrays[f"{key}/after/{name}.running_mean"]
+        assert relative_error(norm.moving_mean.numpy(), mean) < 1e-5
         old = 0.9 * before[norm.moving_variance.path]
         unbiased = old + (norm.moving_variance.numpy() - old) * count / (count - 1)
         assert relative_error(unbiased, arrays[f"{key}/after/{name}.running_var"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["r1_c2_bn_nobias", "r2_c1_bn_nobias", "r4_c2_bn_bias"])
-def test_split_attention_channels_first(splat, name):
-    cases, arrays, _ = splat
-    unit = splat_unit(cases[name], arrays, "channels_first")
-    output = unit(arrays[f"{name}/input"], training=False)
-    assert relative_error(output, arrays[f"{name}/eval/output"]) < 1e-5
+def test_split_attention_channels_first(name):
+    case = load_cases("split_attention")[name]
+    unit = splat_unit(case, "channels_first")
+    output = unit(make_array((4, 32, 6, 8), case["seed"], "input"), training=False)
+    assert splat_error(output, f"{name}/eval/output") < 1e-5
 
 
 def test_radix_softmax_sums_to_one_within_a_channel():

@@ -1,11 +1,10 @@
 """The loss against a plain numpy loss and the reference's values and gradients."""
 
-import json
-import sys
-
 import keras
 import numpy as np
 import pytest
+from golden.recipe import make_array
+from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -99,12 +98,11 @@ def test_unmatched_targets_of_any_size_do_not_matter():
     assert [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)] == want
 
 
-def golden_stages(case, arrays):
-    """Predictions, and the losses of both stages as RefineDet computes them."""
-    from recipe import make_array
-
-    name, batch = case["case"], case["batch"]
-    targets = [arrays[f"{name}_targets{i}"] for i in range(batch)]
+def golden_stages(name):
+    """Ground truth and predictions of a golden case."""
+    case, arrays = load_cases("losses")[name], load_arrays("losses")
+    batch = case["batch"]
+    targets = [arrays[f"{name}/targets{i}"] for i in range(batch)]
     longest = max(map(len, targets))
     boxes, labels = np.zeros((batch, longest, 4), "f4"), np.full((batch, longest), -1, "i4")
     for i, rows in enumerate(targets):
@@ -134,16 +132,13 @@ def losses_of(boxes, labels, predictions):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes gradients with a tape")
-def test_golden_losses_and_gradients(shared):
+def test_golden_losses_and_gradients():
     """ARM as the reference; ODM as paper and Caffe code (the reference drops positives)."""
     import tensorflow as tf
 
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "loss.json").read_text())["cases"]
-    arrays = np.load(folder / "loss.npz")
-    for case in cases:
-        boxes, labels, predictions = golden_stages(case, arrays)
+    arrays = load_arrays("losses")
+    for case_name, case in load_cases("losses").items():
+        boxes, labels, predictions = golden_stages(case_name)
         variables = {n: tf.Variable(v) for n, v in predictions.items()}
         with tf.GradientTape() as tape:
             losses = losses_of(boxes, labels, variables)
@@ -155,22 +150,17 @@ def test_golden_losses_and_gradients(shared):
             "odm_classification_loss": case["odm_paper"]["loss_conf"],
         }
         for name, value in want.items():
-            assert float(losses[name]) == pytest.approx(value, rel=1e-5), (case["case"], name)
+            assert float(losses[name]) == pytest.approx(value, rel=1e-5), (case_name, name)
         for name, gradient in tape.gradient(total, variables).items():
-            prefix = f"{case['case']}_{'grad' if name.startswith('arm') else 'papergrad'}_{name}"
-            index, value = arrays[f"{prefix}_index"], arrays[f"{prefix}_value"]
-            got = gradient.numpy()[tuple(index.T)]
-            assert np.abs(got - value).max() <= 1e-4 * np.abs(value).max(), prefix
+            index, value = arrays[f"{case_name}/{name}_index"], arrays[f"{case_name}/{name}"]
+            got = gradient.numpy().reshape(-1)[index]
+            assert np.abs(got - value).max() <= 1e-4 * np.abs(value).max(), (case_name, name)
 
 
-def test_golden_case_where_the_reference_is_nan(shared):
+def test_golden_case_where_the_reference_is_nan():
     """All positives filtered: the reference divides 0 by 0; ours stays finite."""
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "loss.json").read_text())["cases"]
-    case = next(c for c in cases if c["case"] == "all_filtered")
-    assert case["loss"]["odm_conf"] is None
-    losses = losses_of(*golden_stages(case, np.load(folder / "loss.npz")))
+    assert load_cases("losses")["all_filtered"]["loss"]["odm_conf"] is None
+    losses = losses_of(*golden_stages("all_filtered"))
     assert all(np.isfinite(float(v)) for v in losses.values())
 
 

@@ -1,13 +1,13 @@
 """Matching and training targets against brute force and the reference."""
 
 import functools
-import json
-import sys
 
 import keras
 import numpy as np
 import pytest
 import reference
+from golden.recipe import make_array
+from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -148,15 +148,7 @@ def test_object_far_away_stays_unmatched():
     assert np.array(classes).max() == 0
 
 
-def golden_cases(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    return json.loads((folder / "match.json").read_text())["cases"], np.load(folder / "match.npz")
-
-
 def targets_of_case(case, arrays):
-    from recipe import make_array
-
     name = case["case"]
     boxes = ops.convert_to_tensor(arrays[f"{name}_truths"][None].astype("f4"))
     labels = arrays[f"{name}_labels"][None].astype("i4")
@@ -170,11 +162,10 @@ def targets_of_case(case, arrays):
     return np.array(offsets)[0], np.array(classes)[0], iou, np.array(boxes)[0], np.array(anchors)
 
 
-def test_golden_matching(shared):
-    cases, arrays = golden_cases(shared)
+def test_golden_matching():
+    cases, arrays = load_cases("matching"), load_arrays("matching")
     compared = 0
-    for case in cases:
-        name = case["case"]
+    for name, case in cases.items():
         # Ties and the reference's last-one-wins bug have tests of their own.
         if name == "tiny_ties_prior" or name.startswith("shared_best_prior"):
             continue
@@ -191,11 +182,10 @@ def test_golden_matching(shared):
     assert compared == len(cases) - 3
 
 
-def test_golden_ties(shared):
+def test_golden_ties():
     """A box inside several anchors of equal area: any of the equally good ones is right."""
-    cases, arrays = golden_cases(shared)
-    case = next(c for c in cases if c["case"] == "tiny_ties_prior")
-    _, classes, iou, _, _ = targets_of_case(case, arrays)
+    case = load_cases("matching")["tiny_ties_prior"]
+    _, classes, iou, _, _ = targets_of_case(case, load_arrays("matching"))
     positives = np.flatnonzero(classes)
     assert len(positives) == case["num_positives"]
     best = iou.max(axis=1)
@@ -206,15 +196,15 @@ def test_golden_ties(shared):
     )
 
 
-def test_golden_shared_best_anchor(shared):
+def test_golden_shared_best_anchor():
     """The reference lets the last object take a shared best anchor and drops the other.
 
     Here, as in the authors' code, the one with the higher IoU takes it and the other
     its next best, so every object has at least one anchor.
     """
-    cases, arrays = golden_cases(shared)
-    for case in (c for c in cases if c["case"].startswith("shared_best_prior")):
-        offsets, classes, iou, boxes, anchors = targets_of_case(case, arrays)
+    for name in ("shared_best_prior_prior", "shared_best_prior_arm"):
+        case = load_cases("matching")[name]
+        offsets, classes, iou, boxes, anchors = targets_of_case(case, load_arrays("matching"))
         anchors = np.broadcast_to(anchors.reshape(-1, 4), (6375, 4))
         want = reference.match(iou)
         np.testing.assert_array_equal(classes > 0, want >= 0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from detectors import CLASS_NAMES, rectangles, small_detector
+from golden_data import detection_case
 from keras import ops
 
 from keras_resnest.boxes import offsets as kb
@@ -255,14 +256,8 @@ def test_thresholds_are_exclusive():
 
 
 @pytest.mark.parametrize("name", ["few_clean", "many_noisy", "dense", "size512"])
-def test_golden_detections(shared, name):
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "detect.json").read_text())["cases"]
-    case = next(c for c in cases if c["case"] == name)
-    theirs = ("arm_loc", "arm_conf", "odm_loc", "odm_conf")
-    with np.load(folder / "detect.npz") as arrays:
-        outputs = {n: arrays[f"{name}_{t}"] for n, t in zip(NAMES, theirs, strict=True)}
-        rows = arrays[f"{name}_detections_top500"]
+def test_golden_detections(name):
+    case, outputs, rows = detection_case(name)
     side = case["size"]
     anchors = AnchorGenerator(clip=True)((side, side)) / side
     options = {"pre_nms_top_k": 1000, "max_detections": 500, "clip_to_image": False}

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden_data
 import keras
 import numpy as np
 import pytest
-from golden_networks import load_recipe
 from hub_server import running
 from safetensors.numpy import save, save_file
 
@@ -59,20 +59,16 @@ for name, tag in [request.split(":") for request in sys.argv[4:]]:
 
 
 @pytest.fixture(scope="module")
-def weights(shared):
-    golden = shared / "golden"
-    manifest = golden / "manifests" / "timm.resnet18.json"
-    recipe = load_recipe(golden)
-    return recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+def weights():
+    entry = golden_data.load_cases("networks")["timm.resnet18"]
+    return golden_data.state_dict("timm.resnet18", entry)
 
 
 @pytest.fixture(scope="module")
-def golden_case(shared):
-    golden = shared / "golden"
-    facts = json.loads((golden / "networks.json").read_text())["timm.resnet18"]["cases"]["main"]
-    image = load_recipe(golden).make_input(facts["input_shape"], 1, facts["input_name"])
-    with np.load(golden / "networks" / "timm.resnet18.npz") as arrays:
-        return image.transpose(0, 2, 3, 1), arrays["main_logits"]
+def golden_case():
+    facts = golden_data.load_cases("networks")["timm.resnet18"]["cases"]["main"]
+    logits = golden_data.load_arrays("networks")["timm.resnet18/main_logits"]
+    return golden_data.input_images(facts, 1), logits
 
 
 def fetch(folder, address, sha256, image, *requests):

@@ -296,22 +296,21 @@ def test_detect_takes_the_darkest_images(trained):
         trained.detect(rectangles(1)[0][0] / 255.0)
 
 
-def test_detect_odd_images(trained, shared):
+def test_detect_odd_images(trained, odd_images):
     """Readable ones give a result, the others None and a warning that names them."""
-    folder = shared / "data/photos/odd"
-    names = sorted(p.name for p in folder.iterdir())
+    names = sorted(p.name for p in odd_images.iterdir())
     with pytest.warns(UserWarning) as warned:
-        results = trained.detect([folder / n for n in names], confidence_threshold=0.0)
+        results = trained.detect([odd_images / n for n in names], confidence_threshold=0.0)
     failed = {n for n, r in zip(names, results, strict=True) if r is None}
     assert failed == {"truncated.jpg", "text_not_image.jpg"}
     for name in failed:
         assert any(name in str(w.message) for w in warned)
         with pytest.raises(ValueError, match=name):
-            trained.detect(folder / name)
+            trained.detect(odd_images / name)
 
 
-def test_detect_respects_exif_orientation(trained, shared):
-    path = shared / "data/photos/odd/exif_orientation6.jpg"
+def test_detect_respects_exif_orientation(trained, odd_images):
+    path = odd_images / "exif_orientation6.jpg"
     upright = load_image(path)
     assert upright.shape == (212, 320, 3)
     got = trained.detect(path, confidence_threshold=0.0)
