@@ -41,8 +41,7 @@ class ImageInfo:
 def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
     """Returns which steps turn a stored image upright: transpose, flip columns, flip rows.
 
-    Args:
-        orientation: EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
+    `orientation` is the EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
     """
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
@@ -82,15 +81,10 @@ def load_image(source: Any) -> np.ndarray:
 
 
 def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
-    """Reads the header of an image without decoding it.
+    """Reads the header of an image file, given as a path or its bytes, without decoding it.
 
-    Truncated files are detected: files without an end marker are decoded as a check.
-
-    Args:
-        source: Path, or bytes of an encoded image.
-
-    Raises:
-        ValueError: As `load_image`.
+    Files without an end marker are decoded to detect truncation. Raises `ValueError` as
+    `load_image` does.
     """
     with _open(source) as image:
         modes, end = (), b""

@@ -105,7 +105,7 @@ def build_dataset(
         parse: Returns the annotation of an item, or raises `FileError`.
         class_names: Names of the labels 0, 1, 2, ...
         use_difficult: Whether to keep difficult objects.
-        faults: Problems so far, and whether faults raise.
+        faults: Problems of the files read so far.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []
