@@ -16,7 +16,7 @@ from keras_resnest.detection.detect import (
 
 
 def random_rows(n=60, seed=0):
-    """Boxes in three heaps, so that many overlap."""
+    """Boxes in three clusters, so that many overlap."""
     rng = np.random.default_rng(seed)
     corner = rng.choice([0.0, 40.0, 55.0], (n, 1)) + rng.uniform(0, 8, (n, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(15, 25, (n, 2))], axis=1)
@@ -102,16 +102,22 @@ def test_nothing_to_merge():
 
 @pytest.fixture(scope="module")
 def detector():
-    """Random weights, which find something of every class everywhere.
+    """A detector with random weights, which finds objects of every class everywhere.
 
-    Clipping changes the IoU of boxes that have been through suppression; here nothing is clipped,
-    so that suppression twice is suppression once.
+    Clipping changes the IoU of boxes after suppression. Without it, suppressing twice equals
+    suppressing once.
     """
     model = small_detector(decoder=DetectionDecoder(clip_to_image=False))
-    for weight in model.trainable_weights:  # away from its even start
+    for weight in model.trainable_weights:  # make predictions vary
         if "odm" in weight.path and weight.path.endswith("kernel"):
             weight.assign(weight * 2.0)
     return model
+
+
+@pytest.fixture(scope="module")
+def both_views(detector):
+    """The detector's own size, each image and its mirror image."""
+    return MultiScaleDetector(detector, [(64, 128)])
 
 
 def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
@@ -128,11 +134,12 @@ def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
     assert through["class_names"] == own["class_names"] and len(own["class_names"])
 
 
-def test_a_mirrored_image_gives_mirrored_detections(detector):
-    """With both looks at it, an image and its mirror image are the same to the detector."""
+def test_a_mirrored_image_gives_mirrored_detections(both_views):
+    """The detector sees the same two views of an image and of its mirror image."""
     image = rectangles(1, seed=6)[0][0]
-    both = MultiScaleDetector(detector, [(64, 128)])
-    got, mirror = ({k: v[:20] for k, v in both.detect(i).items()} for i in (image, image[:, ::-1]))
+    got, mirror = (
+        {k: v[:20] for k, v in both_views.detect(i).items()} for i in (image, image[:, ::-1])
+    )
     assert len(got["boxes"]) > 3
     np.testing.assert_allclose(mirror["confidence"], got["confidence"], atol=1e-4)
     boxes = mirror["boxes"].copy()
@@ -141,7 +148,7 @@ def test_a_mirrored_image_gives_mirrored_detections(detector):
 
 
 def test_two_sizes_are_two_detectors_merged(detector):
-    """Detectors built for each size, with the same weights, merged by the loops above."""
+    """Detectors built for each size, with the same weights, merged by brute force."""
     large = small_detector((128, 192, 3), decoder=detector.decoder)
     large.set_weights(detector.get_weights())
     image = rectangles(1, (80, 160, 3), seed=4)[0][0]
@@ -177,11 +184,11 @@ def test_sizes_of_boxes_and_turned_images(detector):
     assert np.isfinite(several.detect(image.transpose(1, 0, 2), 0.0)["boxes"]).all()
 
 
-def test_relative_format(detector):
+def test_relative_format(detector, both_views):
     relative = small_detector(bounding_box_format="rel_yxyx", decoder=detector.decoder)
     relative.set_weights(detector.get_weights())
     image = rectangles(1, seed=8)[0][0]
-    want = MultiScaleDetector(detector, [(64, 128)]).detect(image, 0.4)["boxes"]
+    want = both_views.detect(image, 0.4)["boxes"]
     got = MultiScaleDetector(relative, [(64, 128)]).detect(image, 0.4)["boxes"]
     np.testing.assert_allclose(got[:, [1, 0, 3, 2]] * [128, 64, 128, 64], want, atol=1e-2)
 

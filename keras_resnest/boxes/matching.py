@@ -70,10 +70,12 @@ class BoxMatcher:
             ids = ops.cast(ids, "int32")  # (B, K)
             iou = pairwise_iou(ops.take_along_axis(boxes, ids[:, :, None], axis=1), anchors)
             iou = ops.where(priority[:, :, None] > 0, iou, 0.0)  # (B, K, A)
-            held_iou, holder = (x[:, None] for x in held)
+            # Each object proposes to the best anchor that would take it.
+            held_iou, holder = (x[:, None] for x in held)  # (B, 1, A)
             wanted = ops.where(_is_better(iou, ids[:, :, None], held_iou, holder), iou, 0.0)
             highest, choice = _first_max(wanted, anchor_ids, axis=2)  # (B, K)
             proposals = ops.where(anchor_ids == choice[:, :, None], wanted, 0.0)
+            # Each anchor keeps its best proposal. Losers and displaced objects stay free.
             new_held = _keep_better(*held, proposals, ids)
             won = (highest > 0.0) & (ops.take_along_axis(new_held[1], choice, axis=1) == ids)
             settled = ops.where(won | (highest == 0.0), ids, -1)
