@@ -17,7 +17,7 @@ MARKS = ("<!-- zoo:start -->\n", "<!-- zoo:end -->")
 INTRODUCTION = """# Networks
 
 Written by `docs/generate_zoo.py`, which builds every network and counts. Parameters are the
-trainable ones; GFLOPs are thousand millions of multiply-adds for one image of the size beside
+trainable ones; GFLOPs are billions of multiply-adds for one image of the size beside
 them; top-1 is what the publishers of the first weights measured on ImageNet. `weights="imagenet"`
 stands for the first tag.
 
@@ -34,12 +34,12 @@ def figures_of(name: str) -> tuple[int, float]:
 
 def write_figures() -> None:
     rows = []
-    for name in kr.backbones.list_backbones():
+    for name in kr.backbones.VARIANTS:
         parameters, gflops = figures_of(name)
         print(f"{name}: {parameters:,} parameters, {gflops:.3f} GFLOPs", flush=True)
         rows.append(f'    "{name}": ({parameters}, {gflops:.4f}),\n')
     docstring = f'"""{figures.__doc__}"""\n\n'
-    table = "# (trainable parameters, thousand millions of multiply-adds at the crop size)\n"
+    table = "# (trainable parameters, billions of multiply-adds at the crop size)\n"
     table += f"FIGURES: dict[str, tuple[int, float]] = {{\n{''.join(rows)}}}\n"
     Path(figures.__file__).write_text(docstring + table)
 

@@ -367,7 +367,7 @@ def test_the_table_names_networks_and_complete_facts():
         for tag, row in tags.items():
             where = (name, tag)
             assert row.on_hub or row.source.startswith("https://"), where
-            assert row.license and 128 <= row.crop_size <= 448 and 0.8 < row.crop_share <= 1, where
+            assert row.license and 128 <= row.crop_size <= 448 and 0.8 < row.crop_ratio <= 1, where
             assert row.top1 is None or 60 < row.top1 < 90, where
             assert row.interpolation in ("bilinear", "bicubic"), where
             if row.sha256 is not None:  # the authors put it into the name
