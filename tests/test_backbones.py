@@ -42,7 +42,7 @@ def relative_error(actual, expected):
     return np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(expected).max()
 
 
-# --- Names ---------------------------------------------------------------------------------
+# === Names ===
 
 
 def test_create_backbone_names():
@@ -68,7 +68,7 @@ def test_builders_are_rows_with_one_signature():
         assert builder.__name__ in builder.__doc__ and repr(name) in builder.__doc__
 
 
-# --- Feature maps --------------------------------------------------------------------------
+# === Feature maps ===
 
 
 @pytest.mark.parametrize("name", ["resnest14_tiny", "vgg16_reduced"])
@@ -92,7 +92,7 @@ def test_a_level_is_the_last_map_of_its_stride():
     assert model.pyramid_outputs["P3"] is model.output
 
 
-# --- Options -------------------------------------------------------------------------------
+# === Options ===
 
 
 def test_include_rescaling_normalizes_pixels_by_imagenet_statistics():
@@ -102,8 +102,8 @@ def test_include_rescaling_normalizes_pixels_by_imagenet_statistics():
     x = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype="uint8")
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     normalized = ((x / 255 - mean) / deviation).astype("float32")
-    expected = plain.predict(normalized, verbose=0)
-    assert relative_error(model.predict(x, verbose=0), expected) < 1e-5
+    expected = plain(normalized)
+    assert relative_error(model(x), expected) < 1e-5
     assert relative_error(model(x.astype("float32")), expected) < 1e-5
 
 
@@ -167,7 +167,7 @@ def test_channels_first_gives_the_same_numbers(block):
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_trains_and_predicts_in_float32(dtype):
     model = ResNet(**SMALL, include_top=True, classes=3, dtype=dtype)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     computed = {layer.name: layer.compute_dtype for layer in model.layers}
     assert computed.pop("predictions") == "float32"
     computed.pop("images")
@@ -207,7 +207,7 @@ def test_resnet_refuses(options, match):
     assert "Received" in str(error.value)
 
 
-# --- Files ---------------------------------------------------------------------------------
+# === Files ===
 
 
 def test_keras_files_load_in_a_fresh_process_without_custom_objects(tmp_path):
@@ -239,7 +239,7 @@ def test_saved_model_serves_without_xla(tmp_path):
     assert b"_XlaMustCompile" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
 
 
-# --- PyTorch weights -----------------------------------------------------------------------
+# === PyTorch weights ===
 
 
 def torch_state_dict(model, rng):
@@ -306,7 +306,7 @@ def test_torch_weights_with_other_names_and_modules_to_ignore(small_model):
     assert np.array_equal(small_model.get_layer("fc").bias.numpy(), state_dict["head.linear.bias"])
 
 
-# --- Other backends ------------------------------------------------------------------------
+# === Other backends ===
 
 
 @pytest.mark.slow  # test_backends.py always compares small networks

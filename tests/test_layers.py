@@ -28,7 +28,7 @@ def relative_error(actual, expected):
     return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
 
 
-# --- Convolution ---------------------------------------------------------------------------
+# === Convolution ===
 
 
 def brute_force_convolution(x, kernel, groups, strides, dilation, padding):
@@ -169,7 +169,7 @@ def test_narrow_pointwise_convolutions_keep_to_their_memory():
     assert run_program("convolutions.py", "narrow", MALLOC_CHECK_="3") == "done"
 
 
-# --- Split-Attention -----------------------------------------------------------------------
+# === Split-Attention ===
 
 SPLAT_CASES = [
     f"r{radix}_c{cardinality}_{norm}_{bias}"
@@ -305,7 +305,7 @@ def test_split_attention_refuses(options, match):
         SplitAttention(**options)(np.zeros((1, 4, 4, 12), "float32"))
 
 
-# --- DropBlock -----------------------------------------------------------------------------
+# === DropBlock ===
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
@@ -359,7 +359,7 @@ def test_dropblock_refuses(options):
         DropBlock2D(**options)
 
 
-# --- L2Normalization -----------------------------------------------------------------------
+# === L2Normalization ===
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
@@ -393,7 +393,7 @@ def test_l2_normalization_of_zero_pixels_is_zero_with_zero_gradient(dtype):
     assert not np.array(x_gradient)[0, 1].any()
 
 
-# --- TransferConnectionBlock ---------------------------------------------------------------
+# === TransferConnectionBlock ===
 
 
 def test_transfer_connection_equals_its_description():

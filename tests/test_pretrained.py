@@ -173,7 +173,7 @@ def test_without_network_and_cache_there_is_a_sentence(golden_case, tmp_path):
     assert not cached_files(tmp_path)
 
 
-# --- Files -----------------------------------------------------------------------------------
+# === Files ===
 
 
 def logits_of(weights, image, **options):
@@ -305,7 +305,7 @@ def test_keras_files_of_networks_with_and_without_dropout(tmp_path):
                 assert np.array_equal(ours, theirs)
 
 
-# --- Wrong arguments, before anything is fetched ---------------------------------------------
+# === Wrong arguments, before anything is fetched ===
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_other_classes_keep_the_backbone():
         VGG16Reduced().replace_top(3)
 
 
-# --- The table -------------------------------------------------------------------------------
+# === The table ===
 
 
 def test_the_table_names_networks_and_complete_facts():

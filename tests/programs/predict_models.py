@@ -14,5 +14,6 @@ import keras_resnest  # noqa: F401  (registers the layers)
 folder = Path(sys.argv[1])
 for name in sys.argv[2:]:
     model = keras.saving.load_model(folder / f"{name}.keras", safe_mode=True)
-    np.save(folder / f"{name}_outputs.npy", model.predict(np.load(folder / f"{name}.npy")))
+    outputs = model.predict(np.load(folder / f"{name}.npy"), verbose=0)
+    np.save(folder / f"{name}_outputs.npy", outputs)
     print(type(model).__name__, *getattr(model, "pyramid_outputs", ()))
