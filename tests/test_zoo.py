@@ -1,4 +1,4 @@
-"""The table of networks: what it says is what is built, and what others count."""
+"""The table of networks against the built networks and published figures."""
 
 import importlib.util
 import os
