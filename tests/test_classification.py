@@ -54,7 +54,7 @@ def test_center_crop():
             center_crop_image(image, **options)
 
 
-# --- Programs --------------------------------------------------------------------------------
+# === Programs ===
 
 
 @pytest.fixture(scope="module")
