@@ -44,7 +44,7 @@ def make_element(height=110, width=150, boxes=THREE_BOXES, background=0, labels=
 def run(operation, element, count=60):
     """The results of `operation` in a tf.data graph for `count` seeds, as numpy."""
     seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([i, 7]))
-    # Plain tracing is quicker; test_pipeline.py goes through AutoGraph, as users do.
+    # Plain tracing is quicker; test_batches.py goes through AutoGraph, as users do.
     trace = tf.autograph.experimental.do_not_convert(lambda seed: operation(element, seed))
     return list(seeds.map(trace).as_numpy_iterator())
 
@@ -301,7 +301,7 @@ class TestPhotometric:
         assert -18.01 <= min(angles) < -14 and 14 < max(angles) <= 18.01
 
     def test_channel_orders(self):
-        element = self.picture()
+        element = self.image()
         operation = PhotometricDistortion(probability=0.0, channel_probability=0.5)
         image = element["images"].numpy()
         orders = list(itertools.permutations(range(3)))
@@ -313,7 +313,7 @@ class TestPhotometric:
         np.testing.assert_allclose(shares, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], atol=0.06)
 
     def test_contrast_comes_early_or_late(self):
-        element = self.picture()
+        element = self.image()
         settings = {**NEUTRAL, "contrast": (1.5, 1.5), "saturation": (0.5, 0.5)}
         operation = PhotometricDistortion(**settings, probability=1.0)
 

@@ -19,7 +19,7 @@ from keras_resnest.data import (
     read_tfds_classification,
     set_epoch,
 )
-from keras_resnest.data.augmentation.detection import rand_augment as ops
+from keras_resnest.data.augmentation import rand_augment as ops
 
 SIDE = (32, 32)
 
@@ -209,7 +209,7 @@ def test_evaluation_is_the_center_crop_in_order(folder):
     val = read_image_folder(folder, "val")
     for share, interpolation in ((0.875, "bilinear"), (1.0, "bicubic")):
         batches = classification_batches(
-            val, SIDE, 2, training=False, crop_share=share, interpolation=interpolation
+            val, SIDE, 2, training=False, crop_ratio=share, interpolation=interpolation
         )
         images, labels = collected(batches)
         assert images.dtype == labels.dtype == np.float32

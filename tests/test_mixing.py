@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmentation
-from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, compact_rows
 from keras_resnest.data.batches import training_batches
 
 PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colors of labels 0, 1 and 2
@@ -134,8 +134,8 @@ class TestMosaic:
         }
         kept = lost = 0
         for result in run(Mosaic(1.0, min_box_size=0.0), {"images": image, "bounding_boxes": rows}):
-            for picture, boxes, _ in images_of(result):
-                marks = np.argwhere(picture[..., 0] > 150)
+            for seen, boxes, _ in images_of(result):
+                marks = np.argwhere(seen[..., 0] > 150)
                 for mark_y, mark_x in marks:
                     inside = (boxes[:, 0] - 1 <= mark_x) & (mark_x <= boxes[:, 2] + 1)
                     inside &= (boxes[:, 1] - 1 <= mark_y) & (mark_y <= boxes[:, 3] + 1)
@@ -232,10 +232,10 @@ class TestMixUp:
         assert (result["bounding_boxes"]["labels"] >= 0).sum() == 1
 
 
-def test_fit_rows():
+def test_compact_rows():
     labels = tf.constant([[-1, 3, -1, 1, -1], [-1, -1, 2, -1, -1]])
     boxes = tf.reshape(tf.range(40.0), [2, 5, 4])
-    rows = fit_rows({"boxes": boxes, "labels": labels})
+    rows = compact_rows({"boxes": boxes, "labels": labels})
     assert rows["labels"].numpy().tolist() == [[3, 1], [2, -1]]
     assert rows["boxes"].numpy().tolist() == [
         [[4, 5, 6, 7], [12, 13, 14, 15]],
@@ -340,7 +340,9 @@ def test_mosaic_then_mixup_in_batches_is_repeatable():
 
 def test_sizes_are_drawn_for_whole_batches():
     sizes = [(64, 64), (96, 64), (128, 192)]
-    batches = training_batches(dataset(24), (64, 64), 4, image_sizes=sizes, seed=1)
+    batches = training_batches(
+        dataset(24), (64, 64), 4, augmentation=None, image_sizes=sizes, seed=1
+    )
     assert batches.element_spec["images"].shape.as_list() == [4, None, None, 3]
     epochs = [[tuple(b["images"].shape[1:3]) for b in batches] for _ in range(12)]
     drawn = [size for epoch in epochs for size in epoch]
@@ -350,7 +352,7 @@ def test_sizes_are_drawn_for_whole_batches():
 
 def test_relative_boxes_of_drawn_sizes():
     sizes = [(64, 64), (96, 64), (128, 192)]
-    options = {"image_sizes": sizes, "seed": 1, "shuffle_buffer": 0}
+    options = {"augmentation": None, "image_sizes": sizes, "seed": 1, "shuffle_buffer": 0}
     pixels = training_batches(dataset(), (64, 64), 4, **options)
     relative = training_batches(dataset(), (64, 64), 4, bounding_box_format="rel_yxyx", **options)
     for a, b in zip(pixels, relative, strict=True):
@@ -361,7 +363,9 @@ def test_relative_boxes_of_drawn_sizes():
 
 
 def test_too_many_mixed_boxes_are_an_error():
-    batches = training_batches(dataset(), (64, 64), 4, mixup=MixUp(1.0), max_boxes=1)
+    batches = training_batches(
+        dataset(), (64, 64), 4, augmentation=None, mixup=MixUp(1.0), max_boxes=1
+    )
     with pytest.raises(tf.errors.InvalidArgumentError, match="mixed image has more boxes"):
         list(batches)
 
