@@ -22,22 +22,23 @@ from keras_resnest.data.readers.yolo import read_yolo
 from keras_resnest.images import center_crop_image, find_images, load_image, resize_image
 
 if TYPE_CHECKING:
-    from keras_resnest.data.augmentation import (
+    from keras_resnest.data.augmentation.classification import (
         CLASSIFICATION_AUGMENTATIONS,
-        DETECTION_AUGMENTATIONS,
         ClassificationAugmentation,
-        MixUp,
-        Mosaic,
+        mix_up,
+    )
+    from keras_resnest.data.augmentation.detection import (
+        DETECTION_AUGMENTATIONS,
         PhotometricDistortion,
-        RandAugment,
         RandomExpand,
         RandomFlip,
         RandomIoUCrop,
         RandomRotate90,
         Resize,
         TrainingAugmentation,
-        mix_up,
     )
+    from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+    from keras_resnest.data.augmentation.rand_augment import RandAugment
     from keras_resnest.data.batches import (
         classification_batches,
         evaluation_batches,
@@ -90,10 +91,21 @@ __all__ = [
 ]
 
 
+_LAZY_MODULES = (
+    "augmentation.classification",
+    "augmentation.detection",
+    "augmentation.mixing",
+    "augmentation.rand_augment",
+    "batches",
+    "epochs",
+    "shapes",
+)
+
+
 def __getattr__(name: str):
     """Imports the names under TYPE_CHECKING on first use."""
     if name in __all__:
-        for module in ("augmentation", "batches", "epochs", "shapes"):
+        for module in _LAZY_MODULES:
             value = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
             if value is not None:
                 return value

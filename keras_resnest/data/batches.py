@@ -127,7 +127,7 @@ def training_batches(
         ```
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
-    source = _source(dataset, _DETECTION, batch_size, drop_remainder)
+    source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
     augmentation = _detection_augmentation(augmentation, size, image_sizes)
     draw_size = _size_drawer(image_sizes, batch_size, deterministic)
     mixes = _check_mixes(mosaic, mixup)
@@ -137,7 +137,7 @@ def training_batches(
         element = drop_empty_boxes(_check_boxes(element))
         return element if use_difficult else _drop_difficult(element)
 
-    stored, load = _stored(dataset, source, clean, cache, num_parallel_calls)
+    stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 
     def augment(epoch_seed, position, index, item):
         element = load(item) if load else item
@@ -149,16 +149,11 @@ def training_batches(
     counter = EpochCounter(initial_epoch)
     buffer = _shuffle_buffer(shuffle_buffer, stored, None if cache is True or load else 512)
     elements = epoch_passes(stored, counter, _seed(seed), buffer).map(augment, num_parallel_calls)
+    static_size, rows = (None, None) if image_sizes else size, None if mixes else max_boxes
     batches = _padded_batches(
-        elements,
-        (None, None) if image_sizes else size,
-        batch_size,
-        drop_remainder,
-        None if mixes else max_boxes,
-        box_keys=("boxes", "labels"),
-        extra_keys=("seed",),
+        elements, static_size, batch_size, drop_remainder, rows, ("boxes", "labels"), ("seed",)
     )
-    batches = batches.map(lambda batch: _mixed(batch, mixes, max_boxes), num_parallel_calls)
+    batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
     return _finish(batches, dataset, counter, deterministic)
@@ -209,7 +204,7 @@ def evaluation_batches(
         ```
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
-    source = _source(dataset, _DETECTION, batch_size, whole_batch=False)
+    source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
     _check_max_boxes(max_boxes)
     resize = Resize(size, dtype)
 
@@ -351,7 +346,7 @@ def _padded_batches(
     return elements.padded_batch(batch_size, padded_shapes, padding, drop_remainder)
 
 
-def _mixed(batch: dict, mixes: list, max_boxes: int | None) -> dict:
+def _mix(batch: dict, mixes: list, max_boxes: int | None) -> dict:
     """Applies mosaic and mixup, and removes the seeds of the images."""
     batch = dict(batch)
     seeds = batch.pop("seed")
@@ -403,9 +398,8 @@ def classification_batches(
 ) -> tf.data.Dataset:
     """Returns batches for training or evaluating a classifier.
 
-    For training, images are shuffled and augmented anew in every epoch, and epochs and shards
-    behave as with `training_batches`. For evaluation, every image comes once, in order, resized
-    and cropped as by `center_crop_image`.
+    For training, epochs and shards behave as with `training_batches`. For evaluation, every image
+    comes once, in order, resized and cropped as by `center_crop_image`.
 
     Args:
         dataset: a `ClassificationDataset`, or a `tf.data.Dataset` of unbatched elements
@@ -418,16 +412,15 @@ def classification_batches(
             shape (2,)) that returns an image of `image_shape`.
         mixup: for training, `alpha` of `mix_up`; 0 for none.
         num_classes: number of classes. Default: that of `dataset`.
-        seed: start of all random numbers. Default: drawn from Python's `random`, which
-            `keras.utils.set_random_seed` sets.
-        initial_epoch: epoch of the first pass, from 0.
+        seed: as in `training_batches`.
+        initial_epoch: as in `training_batches`.
         crop_ratio: for evaluation, ratio of the crop to the resized shorter side.
         interpolation: for evaluation, `"bilinear"` or `"bicubic"`.
         cache: True keeps images in memory, a path keeps them in files with this prefix; for
             evaluation, after the crop. Default: in memory if that takes at most 1 GB.
         drop_remainder: drop the last, smaller batch. Default: for training.
         num_parallel_calls: number of images read and augmented in parallel.
-        deterministic: False lets images overtake each other.
+        deterministic: as in `training_batches`.
 
     Returns:
         Dataset of `(images, labels)`: (B, side, side, 3) float32 of 0 to 255, and
@@ -445,21 +438,19 @@ def classification_batches(
     if not num_classes:
         raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
     drop_remainder = training if drop_remainder is None else drop_remainder
-    source = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
+    source, load = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
     counter = EpochCounter(initial_epoch)
 
     def crop(image):
-        image = tf.numpy_function(
-            lambda pixels: center_crop_image(pixels, side, crop_ratio, interpolation),
-            [image],
-            tf.uint8,
-        )
-        return tf.ensure_shape(image, (side, side, 3))
+        def on_pixels(pixels):
+            return center_crop_image(pixels, side, crop_ratio, interpolation)
+
+        return tf.ensure_shape(tf.numpy_function(on_pixels, [image], tf.uint8), (side, side, 3))
 
     if training:
         augmentation = _classification_augmentation(augmentation, side, crop)
         cache = _num_bytes(dataset) <= _CACHE_LIMIT if cache is None else cache
-        stored, load = _stored(dataset, source, _with_channels, cache, num_parallel_calls)
+        stored, load = _stored(source, load, _with_channels, cache, num_parallel_calls)
 
         def augment(epoch_seed, position, index, item):
             element, own_seed = load(item) if load else item, fold_in(epoch_seed, index)
@@ -476,17 +467,9 @@ def classification_batches(
         )
         elements = _cached(elements, cache)
 
-    def to_pair(element):
-        image = tf.ensure_shape(tf.cast(element["images"], tf.float32), (side, side, 3))
-        label = tf.one_hot(tf.cast(element["labels"], tf.int32), num_classes)
-        return image, label, element.get("seed", tf.zeros([2], tf.int64))
-
-    def mix(images, labels, seeds):
-        if training and mixup:
-            return mix_up(images, labels, mixup, seeds[0] + 1)
-        return images, labels
-
-    batches = elements.map(to_pair, num_parallel_calls).batch(batch_size, drop_remainder).map(mix)
+    batches = _labeled_batches(
+        elements, side, num_classes, batch_size, drop_remainder, mixup if training else 0.0
+    )
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
     return _finish(batches, dataset, counter, deterministic)
 
@@ -503,6 +486,22 @@ def _classification_augmentation(augmentation, side: int, crop: Callable) -> Cal
     return _augmentation(augmentation, CLASSIFICATION_AUGMENTATIONS, named, size, arguments)
 
 
+def _labeled_batches(
+    elements, side: int, num_classes: int, batch_size: int, drop_remainder: bool, mixup: float
+) -> tf.data.Dataset:
+    """Encodes the labels, batches, and applies mixup."""
+
+    def to_pair(element):
+        image = tf.ensure_shape(tf.cast(element["images"], tf.float32), (side, side, 3))
+        label = tf.one_hot(tf.cast(element["labels"], tf.int32), num_classes)
+        return image, label, element.get("seed", tf.zeros([2], tf.int64))
+
+    def mix(images, labels, seeds):
+        return mix_up(images, labels, mixup, seeds[0] + 1) if mixup else (images, labels)
+
+    return elements.map(to_pair, tf.data.AUTOTUNE).batch(batch_size, drop_remainder).map(mix)
+
+
 def _with_channels(element: dict) -> dict:
     return dict(element, images=tf.ensure_shape(element["images"], (None, None, 3)))
 
@@ -515,12 +514,20 @@ def _num_bytes(dataset) -> float:
     return sum(record.info.height * record.info.width * 3 for record in records)
 
 
-# === Both ===
+# === Shared ===
 
 
-def _source(dataset, layout: dict, batch_size: int, whole_batch: bool) -> tf.data.Dataset:
-    """Returns the `tf.data.Dataset` of `dataset`; it has the given layout and fills a batch."""
-    if hasattr(dataset, "as_dataset"):
+def _source(
+    dataset, layout: dict, batch_size: int, whole_batch: bool
+) -> tuple[tf.data.Dataset, Callable | None]:
+    """Returns the elements of a dataset that has the given layout and fills a batch.
+
+    Also returns the function from the index of an image to its element, if there is one.
+    """
+    load = getattr(dataset, "element_loader", lambda: None)()
+    if load is not None:
+        dataset = tf.data.Dataset.range(len(dataset)).map(load, tf.data.AUTOTUNE)
+    elif hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
     if not isinstance(dataset, tf.data.Dataset):
         raise ValueError(
@@ -546,7 +553,7 @@ def _source(dataset, layout: dict, batch_size: int, whole_batch: bool) -> tf.dat
             f"no batch (batch_size={batch_size}, drop_remainder={whole_batch}). "
             f"Received: a dataset of {count} image(s)"
         )
-    return dataset
+    return dataset, load
 
 
 def _has_layout(spec, layout: dict | str) -> bool:
@@ -590,17 +597,16 @@ def _augmentation(
 
 
 def _stored(
-    dataset, source: tf.data.Dataset, clean: Callable, cache: bool | str, num_parallel_calls: int
+    source: tf.data.Dataset, load: Callable | None, clean: Callable, cache: bool | str, calls: int
 ) -> tuple[tf.data.Dataset, Callable | None]:
     """Returns the dataset to shuffle, and the function that loads one of its items.
 
-    Indices are shuffled and images loaded later if nothing is cached and `dataset` can load single
-    images. Otherwise whole elements are shuffled, and the function is None.
+    Indices are shuffled, and images loaded later, if nothing is cached and single images can be
+    loaded. Otherwise whole elements are shuffled, and the function is None.
     """
-    load = None if cache else getattr(dataset, "element_loader", lambda: None)()
-    if load is None:
-        return _cached(source.map(clean, num_parallel_calls), cache), None
-    return tf.data.Dataset.range(len(dataset)), lambda index: clean(load(index))
+    if cache or load is None:
+        return _cached(source.map(clean, calls), cache), None
+    return tf.data.Dataset.range(source.cardinality()), lambda index: clean(load(index))
 
 
 def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:

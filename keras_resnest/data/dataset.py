@@ -197,8 +197,8 @@ class ImageDataset:
             shard_index: Index of the shard, 0 to `num_shards - 1`.
 
         Returns:
-            A dataset with its own `report` (without the problems of the whole dataset). All
-            shards yield the same number of training batches: as many as the smallest can fill.
+            A dataset with its own `report`, without the problems of the whole. All shards yield
+            the same number of training batches.
 
         Raises:
             ValueError: if an argument is out of range.

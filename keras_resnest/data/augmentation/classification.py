@@ -98,15 +98,10 @@ class ClassificationAugmentation:
         return tf.ensure_shape(tf.clip_by_value(image, 0.0, 255.0), (*self.image_shape[:2], 3))
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
-        """Draws the crop.
+        """Draws the crop of an image of int32 `size` (height, width).
 
-        Args:
-            size: (height, width) of the image, int32.
-            seed: integer tensor (2,).
-
-        Returns:
-            (top, left, height, width) in pixels, int32. If none of ten draws fits into the image,
-            the largest central crop that `aspect_ratio` allows.
+        Returns int32 (top, left, height, width) in pixels. If none of ten draws fits into the
+        image, it is the largest central crop that `aspect_ratio` allows.
         """
         height, width = tf.unstack(tf.cast(size, tf.float32))
         draws = tf.random.stateless_uniform([10, 4], seed)

@@ -45,12 +45,6 @@ from keras_resnest.data.augmentation.geometry import (
 def drop_empty_boxes(element: dict) -> dict:
     """Clips boxes to the image and drops padding rows (label -1) and boxes without area.
 
-    Args:
-        element: dataset element as described at the top of this module.
-
-    Returns:
-        The element with its boxes filtered; the image is unchanged.
-
     Example: `dataset = dataset.map(drop_empty_boxes)`
     """
     rows = element["bounding_boxes"]
@@ -173,14 +167,9 @@ class RandomExpand:
         return updated(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
-        """Draws the canvas around an image.
+        """Draws the canvas around an image of int32 `size` (height, width).
 
-        Args:
-            size: (height, width) of the image, int32.
-            seed: integer tensor (2,).
-
-        Returns:
-            The canvas in pixels of the image: int32 (x1, y1, x2, y2), with x1, y1 <= 0.
+        Returns int32 (x1, y1, x2, y2) in pixels of the image, with x1, y1 <= 0.
         """
         draws = tf.random.stateless_uniform([4], seed)
         ratio = tf.where(draws[0] < self.probability, between(1.0, self.max_ratio, draws[1]), 1.0)
@@ -245,17 +234,16 @@ class RandomIoUCrop:
         return updated(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
-        """Draws a crop of a canvas.
+        """Draws a crop of a canvas, which may extend beyond the image but shows a pixel of it.
 
         Args:
-            canvas: int32 (x1, y1, x2, y2) in pixels of the image; may extend beyond it.
-            size: (height, width) of the image; the crop shows at least one pixel of it.
+            canvas: int32 (x1, y1, x2, y2) in pixels of the image.
+            size: (height, width) of the image.
             boxes: (n, 4) "xyxy" in pixels of the image, each with an area.
             seed: integer tensor (2,).
 
         Returns:
-            The crop, int32 (x1, y1, x2, y2) within the canvas; the canvas itself if the option
-            None is drawn or no attempt succeeds.
+            int32 (x1, y1, x2, y2); the canvas if None is drawn or no attempt succeeds.
         """
         required = [m for m in self.min_ious if m is not None]
         seeds = split_seed(seed, 2)
@@ -380,10 +368,7 @@ class Resize:
         _check_dtype(self.dtype)
 
     def __call__(self, element: dict, seed=None, image_size=None) -> dict:
-        """Returns the resized element.
-
-        `seed` is ignored. `image_size`, an int32 tensor (height, width), replaces `image_shape`.
-        """
+        """Returns the resized element; an int32 `image_size` replaces `image_shape`."""
         height, width = _height_and_width(self.image_shape, image_size)
         size = tf.cast(size_of(element["images"]), tf.float32)
         scale = tf.cast([height, width], tf.float32) / size
@@ -445,10 +430,7 @@ class TrainingAugmentation:
         check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
     def __call__(self, element: dict, seed, image_size=None) -> dict:
-        """Returns the augmented element for an integer `seed` of shape (2,).
-
-        `image_size`, an int32 tensor (height, width), replaces `image_shape`.
-        """
+        """Returns the augmented element; an int32 `image_size` replaces `image_shape`."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
         seeds = split_seed(seed, 5)

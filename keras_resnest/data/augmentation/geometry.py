@@ -26,15 +26,11 @@ def view(
     antialias: bool = False,
     distort: Callable = tf.identity,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Crops a window out of an image and resizes it.
+    """Crops a window out of an image and resizes it to `size` (height, width).
 
-    Args:
-        element: dataset element.
-        window: the region to show. It may extend beyond the image but must overlap it.
-        size: (height, width) of the result, int32. Default: that of the window.
-        fill_color: color outside the image.
-        antialias: see `TrainingAugmentation`.
-        distort: function applied to the visible part (float32 image at its final size).
+    The window may extend beyond the image, which shows `fill_color`, but must overlap it.
+    `distort` is applied to the visible part (float32, at its final size); for `antialias` see
+    `TrainingAugmentation`.
 
     Returns:
         The float32 image (height, width, 3), and all boxes, clipped to the window, in its pixels.

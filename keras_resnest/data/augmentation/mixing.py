@@ -188,12 +188,7 @@ class MixUp:
 def compact_rows(rows: dict) -> dict:
     """Moves padding rows to the end and removes those that no image of the batch needs.
 
-    Args:
-        rows: `{"boxes": (B, M, 4), "labels": (B, M), ...}`; label -1 marks padding.
-
-    Returns:
-        The same keys with (B, m, ...), m >= 1. Boxes keep their order; padding rows hold the
-        values of `PADDING`.
+    Takes `{"boxes": (B, M, 4), "labels": (B, M), ...}` and returns (B, m, ...), m >= 1.
     """
     is_box = rows["labels"] >= 0
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(is_box, tf.int32), axis=1)), 1)
