@@ -254,7 +254,7 @@ class ImageDataset:
 
     @property
     def smallest_shard(self) -> int:
-        """Size of the smallest of the shards this is one of; the own size of a whole dataset."""
+        """Images in the smallest shard of the whole dataset; `len(self)` if this is no shard."""
         return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
