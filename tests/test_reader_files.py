@@ -832,25 +832,25 @@ def test_find_splits(tmp_path, name, wanted):
             read_detection(source, "train")
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])
-def test_a_part_is_held_out(share, count):
+@pytest.mark.parametrize(("fraction", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])
+def test_a_part_is_held_out(fraction, count):
     records = [
         ImageRecord(np.zeros((4, 4, 3), "uint8"), str(i), boxes=[[0, 0, 2, 2]], labels=[i % 2])
         for i in range(25)
     ]
     dataset = DetectionDataset(records, ["a", "b"])
-    rest, held = dataset.hold_out(share, seed=3)
+    rest, held = dataset.hold_out(fraction, seed=3)
     names = [[record.image_id for record in part.records] for part in (rest, held)]
     assert len(held) == count and rest.class_names == held.class_names == ["a", "b"]
     assert sorted(names[0] + names[1], key=int) == [str(i) for i in range(25)]
-    again = dataset.hold_out(share, seed=3)[1]
+    again = dataset.hold_out(fraction, seed=3)[1]
     assert [record.image_id for record in again.records] == names[1]
-    others = [dataset.hold_out(share, seed=i)[1].records[0].image_id for i in range(4, 12)]
+    others = [dataset.hold_out(fraction, seed=i)[1].records[0].image_id for i in range(4, 12)]
     assert len({names[1][0], *others}) > 1
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.2, 0.01])
-def test_a_part_that_cannot_be_held_out(share):
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 0.01])
+def test_a_part_that_cannot_be_held_out(fraction):
     record = ImageRecord(np.zeros((4, 4, 3), "uint8"), "x", boxes=[], labels=[])
-    with pytest.raises(ValueError, match=r"`share` must be|too few images"):
-        DetectionDataset([record] * 3, ["a"]).hold_out(share)
+    with pytest.raises(ValueError, match=r"`fraction` must be|too few images"):
+        DetectionDataset([record] * 3, ["a"]).hold_out(fraction)

@@ -384,7 +384,7 @@ def test_data_of_other_classes_are_refused(method):
         def as_dataset(self):
             return data
 
-    batches = kr.data.training_batches(Named(), (64, 128), 2, seed=0)
+    batches = kr.data.training_batches(Named(), (64, 128), 2, augmentation=None, seed=0)
     model = small_detector()
     model.compile()
     with pytest.raises(ValueError, match=r"same classes in the same order.*'red', 'blue', 'green'"):
