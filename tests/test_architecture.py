@@ -123,7 +123,7 @@ def test_public_objects_have_docstrings_with_an_example(name):
 OBJECTS = {
     "AnchorGenerator": {"sizes": ((16, 24), 64, 128, 256), "clip": True},
     "BoxMatcher": {"iou_threshold": 0.6},
-    "MultiBoxLoss": {"negative_ratio": 2.0},
+    "RefineDetHeads": {"filters": 8, "use_residual_blocks": True},
     "DetectionDecoder": {"max_detections": 7, "clip_to_image": False},
 }
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 from golden_data import average_precision_case
 
 from keras_resnest.evaluation import coco_average_precision, voc_average_precision
@@ -84,54 +85,6 @@ def test_published_figures():
 # --- A second implementation ---------------------------------------------------------------
 
 
-def naive_average_precision(ground_truth, detections, label, threshold, interpolation):
-    """AP, true and false positives of one class, box by box."""
-    rows = [
-        (-confidence, image, number)
-        for image, found in enumerate(detections)
-        for number, confidence in enumerate(found["confidence"])
-        if found["labels"][number] == label
-    ]
-    rows.sort()  # equal confidence: order of the images and within them
-    num_objects = sum(
-        int(own == label and not difficult)
-        for truth in ground_truth
-        for own, difficult in zip(truth["labels"], truth["difficult"], strict=True)
-    )
-    taken, outcomes = set(), []
-    for _, image, number in rows:
-        box = detections[image]["boxes"][number]
-        best, best_iou = None, 0.0
-        for j, other in enumerate(ground_truth[image]["boxes"]):
-            if ground_truth[image]["labels"][j] != label:
-                continue
-            width = min(box[2], other[2]) - max(box[0], other[0])
-            height = min(box[3], other[3]) - max(box[1], other[1])
-            if width <= 0 or height <= 0:
-                continue
-            union = (box[2] - box[0]) * (box[3] - box[1]) - width * height
-            iou = width * height / (union + (other[2] - other[0]) * (other[3] - other[1]))
-            if iou > best_iou:
-                best, best_iou = j, iou
-        if best is None or best_iou < threshold:
-            outcomes.append(0)
-        elif not ground_truth[image]["difficult"][best]:
-            outcomes.append(int((image, best) not in taken))
-            taken.add((image, best))
-    points, tp = [], 0
-    for rank, hit in enumerate(outcomes, 1):
-        tp += hit
-        points.append((tp, tp / rank))
-    if num_objects == 0:
-        return None, 0, len(outcomes)
-    if interpolation == "eleven_point":
-        wanted = [[p for t, p in points if 10 * t >= k * num_objects] for k in range(11)]
-        area = sum(max(precisions, default=0.0) for precisions in wanted) / 11
-    else:
-        area = sum(max(p for t, p in points if t >= k) / num_objects for k in range(1, tp + 1))
-    return area, tp, len(outcomes) - tp
-
-
 def random_images(rng, num_images, num_classes, most=6, difficult=0.2, digits=1):
     """Random objects and jittered, doubled, confused and free detections; many ties."""
     ground_truth, detections = [], []
@@ -172,7 +125,7 @@ def test_agrees_with_naive_implementation(monkeypatch, interpolation, seed):
     for threshold in thresholds:
         defined = []
         for label, ours in enumerate(result.per_class(threshold).values()):
-            average_precision, tp, fp = naive_average_precision(
+            average_precision, tp, fp = reference.average_precision(
                 ground_truth, detections, label, threshold, interpolation
             )
             assert (ours["true_positives"], ours["false_positives"]) == (tp, fp)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import reference
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 import keras_resnest as kr
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.multi_scale import (
+from keras_resnest.detection.detect import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
@@ -22,30 +23,12 @@ def random_rows(n=60, seed=0):
     return {"boxes": boxes, "confidence": rng.uniform(0.01, 1, n), "labels": rng.integers(0, 3, n)}
 
 
-def overlap(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
-def suppress_by_loops(boxes, confidence, labels, iou_threshold):
-    kept = []
-    for i in sorted(range(len(boxes)), key=lambda i: -confidence[i]):
-        rivals = [k for k in kept if labels[k] == labels[i]]
-        if all(overlap(boxes[k], boxes[i]) <= iou_threshold for k in rivals):
-            kept.append(i)
-    return kept
-
-
 def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou):
     voted = []
     for box, label in zip(kept_boxes, kept_labels, strict=True):
         total, weight = np.zeros(4), 0.0
         for other, c, other_label in zip(boxes, confidence, labels, strict=True):
-            if other_label == label and overlap(box, other) >= voting_iou:
+            if other_label == label and reference.iou(box, other)[0, 0] >= voting_iou:
                 total, weight = total + c * other, weight + c
         voted.append(total / weight)
     return np.array(voted)
@@ -56,7 +39,7 @@ def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou
 def test_suppression_and_voting_equal_loops(seed, threshold):
     rows = random_rows(seed=seed)
     kept = suppress_boxes(**rows, iou_threshold=threshold)
-    assert kept.tolist() == suppress_by_loops(**rows, iou_threshold=threshold)
+    assert kept.tolist() == reference.suppress(**rows, iou_threshold=threshold)
     assert 3 <= len(kept) < 60
     arguments = rows["boxes"][kept], rows["labels"][kept]
     got = vote_boxes(*arguments, **rows, voting_iou=threshold)
@@ -110,7 +93,7 @@ def test_nothing_to_merge():
     assert empty.shape == (0, 4)
     flat = [[5, 5, 5, 9.0]]  # without area
     np.testing.assert_array_equal(vote_boxes(flat, [0], flat, [0.5], [0]), flat)
-    with pytest.raises(ValueError, match="as many rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         suppress_boxes([[0, 0, 1, 1]], [0.5, 0.6], [0])
 
 
@@ -164,7 +147,7 @@ def test_two_sizes_are_two_detectors_merged(detector):
     image = rectangles(1, (80, 160, 3), seed=4)[0][0]
     found = [model.detect(image, confidence_threshold=0.0) for model in (detector, large)]
     rows = {k: np.concatenate([f[k] for f in found]) for k in ("boxes", "confidence", "labels")}
-    kept = suppress_by_loops(**rows, iou_threshold=0.45)[:200]
+    kept = reference.suppress(**rows, iou_threshold=0.45)[:200]
     want = vote_by_loops(rows["boxes"][kept], rows["labels"][kept], **rows, voting_iou=0.5)
     two = MultiScaleDetector(detector, [(64, 128), (128, 192)], flip=False)
     got = two.detect(image, confidence_threshold=0.0)

@@ -108,7 +108,7 @@ def test_decompression_bomb_is_refused_at_once():
         load_image(bomb)
 
 
-def test_formats_that_start_other_programs_are_not_tried():
+def test_formats_that_start_other_programs_are_refused():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(eps)).format == "EPS"
     with pytest.raises(ValueError, match="not an image"):
@@ -187,7 +187,7 @@ def test_32_bit_images_are_refused():
             load_image(source)
 
 
-def test_pillow_images_and_results_that_can_be_written_to():
+def test_pillow_images_become_writable_arrays():
     pixels = noise(6, 7, 3)
     image = load_image(Image.fromarray(pixels))
     image[0, 0] = 0
@@ -222,7 +222,7 @@ def test_files_for_pillow_are_not_plain(odd_images):
     assert not read_image_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
 
 
-def test_bytes_after_the_end_marker_do_no_harm():
+def test_bytes_after_the_end_marker_are_ignored():
     encoded = encode(Image.fromarray(noise(30, 20, 3)), "JPEG")
     assert read_image_info(encoded + b"\0" * 300) == read_image_info(encoded)
 
@@ -308,12 +308,12 @@ def test_resize_is_the_op_of_the_exported_model(size, dtype):
 def test_resize_has_half_pixel_centers():
     ramp = np.tile(np.arange(4.0)[None, :, None] * 60, (1, 1, 3))
     resized = resize_image(ramp, 1, 8)[0, :, 0]
-    # output center (i + 0.5) / 2 - 0.5 in input pixels, kept inside
+    # center of output pixel i: (i + 0.5) / 2 - 0.5 input pixels, clamped
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3) * 60
     np.testing.assert_allclose(resized, expected, atol=1e-4)
 
 
-def test_resize_wants_sizes_and_images():
+def test_resize_rejects_wrong_arguments():
     for height, width in ((0, 5), (5, -1), (2.5, 2)):
         with pytest.raises(ValueError, match="positive integers"):
             resize_image(noise(4, 4, 3), height, width)

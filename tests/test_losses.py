@@ -1,4 +1,4 @@
-"""The loss of a stage against a plain numpy loss and the reference's values and gradients."""
+"""The loss against a plain numpy loss and the reference's values and gradients."""
 
 import keras
 import numpy as np
@@ -10,7 +10,13 @@ from keras import ops
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.boxes.offsets import decode_boxes
-from keras_resnest.detection.loss import MultiBoxLoss, encode_targets, hard_negatives, smooth_l1
+from keras_resnest.detection.loss import (
+    RefineDetLoss,
+    encode_targets,
+    hard_negatives,
+    multibox_loss,
+    smooth_l1,
+)
 
 BATCH, ANCHORS, CLASSES = 3, 50, 4
 
@@ -51,14 +57,14 @@ def stage_by_hand(s, ratio, negative_mask=None):
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0, 100.0])
 def test_equals_plain_numpy(seed, ratio):
     stage = random_stage(seed)
-    got = MultiBoxLoss(ratio)(**stage)
+    got = multibox_loss(**stage, negative_ratio=ratio)
     np.testing.assert_allclose([float(v) for v in got], stage_by_hand(stage, ratio), rtol=1e-5)
 
 
 def test_negative_mask_keeps_positives():
     stage = random_stage(7)
     mask = np.random.default_rng(8).random((BATCH, ANCHORS)) < 0.3
-    got = MultiBoxLoss()(**stage, negative_mask=ops.convert_to_tensor(mask))
+    got = multibox_loss(**stage, negative_ratio=3.0, negative_mask=ops.convert_to_tensor(mask))
     want = stage_by_hand(stage, 3.0, mask)
     np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-5)
 
@@ -82,14 +88,14 @@ def test_hard_negatives_of_equal_loss():
 def test_no_positives_is_zero_and_finite():
     stage = random_stage(1)
     stage["target_classes"][:] = 0
-    assert [float(v) for v in MultiBoxLoss()(**stage)] == [0.0, 0.0, 0.0]
+    assert [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)] == [0.0, 0.0, 0.0]
 
 
 def test_unmatched_targets_of_any_size_do_not_matter():
     stage = random_stage(2)
-    want = [float(v) for v in MultiBoxLoss()(**stage)]
+    want = [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)]
     stage["target_offsets"][stage["target_classes"] == 0] = np.inf
-    assert [float(v) for v in MultiBoxLoss()(**stage)] == want
+    assert [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)] == want
 
 
 def golden_stages(name):
@@ -112,27 +118,16 @@ def golden_stages(name):
 
 
 def losses_of(boxes, labels, predictions):
-    """The detector's own loss, run without its network."""
-    from keras_resnest.detection.refinedet import RefineDet
-
-    class Stub:
-        """What `stage_losses` needs of a model: the parts that hold no weights."""
-
-        from keras_resnest.detection.decoding import DetectionDecoder
-
-        image_shape = (320, 320, 3)
-        anchors_for = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")
-        two_step_regression = negative_anchor_filtering = True
-        matcher, decoder, multibox_loss = BoxMatcher(), DetectionDecoder(), MultiBoxLoss()
-
+    """The detector's loss; the goldens have boxes as fractions, and so the anchors here."""
     outputs = {
         "arm_boxes": predictions["arm_loc"],
         "arm_objectness": predictions["arm_conf"],
         "odm_boxes": predictions["odm_loc"],
         "odm_logits": predictions["odm_conf"],
     }
-    return RefineDet.stage_losses(
-        Stub, ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels), outputs
+    anchors = AnchorGenerator(clip=True)((320, 320)) / 320.0
+    return RefineDetLoss()(
+        outputs, ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels), anchors
     )
 
 
@@ -181,8 +176,8 @@ def test_targets_carry_no_gradient():
     with tf.GradientTape() as tape:
         refined = ops.stop_gradient(decode_boxes(arm, anchors))
         offsets, classes = encode_targets(boxes, ops.zeros((1, 1), "int32"), refined, BoxMatcher())
-        box_sum, _, count = MultiBoxLoss()(
-            offsets, classes, ops.zeros_like(offsets), ops.zeros((1, len(anchors), 2))
+        box_sum, _, count = multibox_loss(
+            offsets, classes, ops.zeros_like(offsets), ops.zeros((1, len(anchors), 2)), 3.0
         )
     assert float(count) > 0 and float(box_sum) > 0
     assert tape.gradient(box_sum, arm) is None

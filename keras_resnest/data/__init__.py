@@ -8,7 +8,11 @@ import importlib
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
-from keras_resnest.data.readers.detect_format import find_splits, read_detection
+from keras_resnest.data.readers.detect_format import (
+    find_splits,
+    read_detection,
+    read_train_test,
+)
 from keras_resnest.data.readers.tfds import read_tfds
 from keras_resnest.data.readers.voc import read_voc
 from keras_resnest.data.readers.yolo import read_yolo
@@ -54,6 +58,7 @@ __all__ = [
     "read_csv",
     "read_detection",
     "read_tfds",
+    "read_train_test",
     "read_voc",
     "read_yolo",
     "resize_image",
