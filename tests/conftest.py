@@ -6,16 +6,16 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
-from sample_images import write_odd_images
+from sample_images import photograph, write_odd_images
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of reference numbers and images beside the project; skips where it is absent."""
+    """Folder of real datasets beside the project; the test is skipped where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip(f"the reference folder {SHARED.name}/ is not beside the project")
+        pytest.skip(f"the folder {SHARED.name}/ is not beside the project")
     return SHARED
 
 
@@ -25,3 +25,13 @@ def odd_images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
     write_odd_images(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> list[Path]:
+    """Three JPEG files of different sizes."""
+    folder, paths = tmp_path_factory.mktemp("photographs"), []
+    for seed, (height, width) in enumerate([(512, 512), (300, 451), (480, 640)]):
+        paths.append(folder / f"{height}x{width}.jpg")
+        photograph(height, width, seed).save(paths[-1], quality=88)
+    return paths

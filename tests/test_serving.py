@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
-from sample_images import photograph
 
 from keras_resnest import atomic
 from keras_resnest.boxes.formats import convert_boxes
@@ -47,13 +46,13 @@ def nodes_of(folder):
         yield from function.node_def
         yield function  # its attributes are of interest as well
 
-def answers(loaded, images, images, every_way):
+def answers(loaded, images, encoded, every_way):
     floats, integers = tf.constant(images, tf.float32), tf.constant(images, tf.uint8)
     default, serve_bytes = (loaded.signatures[n] for n in ("serving_default", "serve_bytes"))
     if not every_way:
         return {
             "float 3": default(images=floats),
-            "bytes": serve_bytes(image_bytes=tf.constant(images)),
+            "bytes": serve_bytes(image_bytes=tf.constant(encoded)),
         }
     return {
         "float 1": default(images=floats[:1]),
@@ -62,14 +61,14 @@ def answers(loaded, images, images, every_way):
         "uint8": loaded.signatures["serve_uint8"](images=integers),
         "serve float": loaded.serve(floats),
         "serve uint8": loaded.serve(integers),
-        "bytes": serve_bytes(image_bytes=tf.constant(images)),
+        "bytes": serve_bytes(image_bytes=tf.constant(encoded)),
         "raw": loaded.signatures["raw_outputs"](images=floats),
         "raw 0": loaded.signatures["raw_outputs"](images=floats[:0]),
         "bytes 0": serve_bytes(image_bytes=tf.constant([], tf.string)),
     }
 
 root, found, facts = pathlib.Path(sys.argv[1]), {}, {}
-images = [p.read_bytes() for p in sorted((root / "images").iterdir())]
+encoded = [p.read_bytes() for p in sorted((root / "images").iterdir())]
 for folder in (root / "models").iterdir():
     nodes = list(nodes_of(folder))
     ops = {n.op for n in nodes if hasattr(n, "op")}
@@ -89,7 +88,7 @@ for folder in (root / "models").iterdir():
     }
     images = np.load(root / f"{folder.name}.npy")
     for call, answer in answers(
-        loaded, images, images, folder.name == "small"
+        loaded, images, encoded, folder.name == "small"
     ).items():
         for output, value in answer.items():
             found[f"{folder.name}/{call}/{output}"] = value.numpy()
@@ -259,14 +258,11 @@ def test_boxes_of_files_fill_the_images(found):
     assert 0.6 < relative.max() <= 1.0 + 1e-6
 
 
-def test_photographs(models, exported, odd_images, tmp_path):
+def test_photographs(models, exported, photographs, odd_images):
     """Photographs and odd files, in the same pixels; only EXIF orientation is left out."""
     import tensorflow as tf
 
-    paths = [tmp_path / f"{height}.jpg" for height in (512, 300, 400)]
-    for path in paths:
-        photograph(int(path.stem), 500).save(path, quality=88)
-    paths += [odd_images / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
+    paths = photographs + [odd_images / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
     serve = tf.saved_model.load(str(exported / "models" / SMALL)).signatures["serve_bytes"]
     got = serve(image_bytes=tf.constant([p.read_bytes() for p in paths]))
     want = models[SMALL].detect(paths, confidence_threshold=0.0)

@@ -1,0 +1,35 @@
+"""Predict with a saved detector on JAX, and with a second argument train it.
+
+python jax_detector.py FOLDER [train]    # reads detector.keras, writes predicted.npz
+"""
+
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_resnest as kr
+
+folder = sys.argv[1]
+assert keras.backend.backend() == "jax"
+model = keras.saving.load_model(folder + "/detector.keras")
+images = np.load(folder + "/images.npy")
+predicted = model.predict(images, verbose=0)
+np.savez(folder + "/predicted.npz", **predicted)
+# The same images in a batch of tf.data, with predictions as ground truth.
+assert predicted["num_detections"].min() > 0
+truth = {"boxes": predicted["boxes"][:, :1], "labels": predicted["labels"][:, :1]}
+batches = tf.data.Dataset.from_tensors({"images": images, "bounding_boxes": truth})
+pair = kr.evaluation.collect_detections(model, batches)
+for n, (given, found) in enumerate(zip(*pair, strict=True)):
+    np.testing.assert_array_equal(given["boxes"], truth["boxes"][n])
+    count = predicted["num_detections"][n]
+    np.testing.assert_allclose(found["boxes"], predicted["boxes"][n, :count])
+assert len(pair[0]) == len(images)
+if len(sys.argv) > 2:
+    # Step by step: XLA would compile for longer than the rest takes.
+    model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0), jit_compile=False)
+    truth = dict(np.load(folder + "/truth.npz"))
+    logs = model.fit(images, truth, batch_size=2, epochs=2, verbose=0).history
+    assert np.isfinite(logs["loss"]).all() and logs["loss"][1] < logs["loss"][0], logs
