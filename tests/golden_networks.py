@@ -1,4 +1,4 @@
-"""Compares our networks with the numbers of `shared/golden`; also a program:
+"""Compares the networks with the reference numbers in `shared/golden`; also a program:
 
 python tests/golden_networks.py            # all networks, as a table
 python tests/golden_networks.py "regnet*"
@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict
 
-# Layers whose maps the references call stages, where those are not the pyramid's levels.
+# Layers that the references call stages, where they differ from the pyramid levels.
 STAGE_LAYERS = {
     "vgg16": ("pool2", "pool3", "pool4", "pool5"),
 }
@@ -47,10 +47,10 @@ def values_at(feature_map, index):
 
 
 class Comparison:
-    """Errors of one network, each relative to the largest reference value.
+    """Errors of one network, relative to the largest reference value.
 
-    `errors` holds (what, error, tolerance); the tolerance is twenty times the rounding error of
-    the reference itself, at least 1e-5, as the reference numbers' README advises.
+    `errors` holds (what, error, tolerance). The tolerance is twenty times the rounding error of
+    the reference, at least 1e-5, as the README of the reference numbers recommends.
     """
 
     def __init__(self, reference: str, golden: Path):
@@ -61,7 +61,7 @@ class Comparison:
         name = our_name(reference)
         model = create_backbone(name, include_rescaling=False, classifier_activation=None)
         load_torch_state_dict(model, recipe.make_state_dict(manifest, entry["seed"]))
-        # PyTorch does not count the running statistics, which are not trained.
+        # PyTorch does not count running statistics.
         self.parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
         if name in STAGE_LAYERS:
             stages = [model.get_layer(layer).output for layer in STAGE_LAYERS[name]]
@@ -95,7 +95,7 @@ class Comparison:
 
     @property
     def worst(self):
-        """The entry of `errors` that is nearest to its tolerance, or furthest above it."""
+        """The entry of `errors` with the largest error relative to its tolerance."""
         return max(self.errors, key=lambda entry: entry[1] / entry[2])
 
 
