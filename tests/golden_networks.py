@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict
 
-# Layers whose maps the references call stages, where those are not the pyramid's levels.
+# Layers that the references call stages, where they differ from the pyramid levels.
 STAGE_LAYERS = {
     "vgg16": ("pool2", "pool3", "pool4", "pool5"),
 }
@@ -33,7 +33,7 @@ def our_name(reference: str) -> str:
 
 
 class Comparison:
-    """Errors of one network, each relative to the largest reference value.
+    """Errors of one network, relative to the largest reference value.
 
     `errors` holds (what, error, tolerance). The tolerance is twenty times the rounding error of the
     float32 reference, at least 1e-5.
@@ -83,7 +83,7 @@ class Comparison:
 
     @property
     def worst(self):
-        """The entry of `errors` that is nearest to its tolerance, or furthest above it."""
+        """The entry of `errors` with the largest error relative to its tolerance."""
         return max(self.errors, key=lambda entry: entry[1] / entry[2])
 
 

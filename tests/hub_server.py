@@ -1,4 +1,4 @@
-"""A small server on loopback that speaks as the Hugging Face hub and as a plain file server."""
+"""A loopback server that imitates the Hugging Face hub and a plain file server."""
 
 import contextlib
 import hashlib
@@ -9,13 +9,13 @@ COMMIT = "0123456789" * 4
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves one file in several ways, chosen by the address.
+    """Serves one file in several ways, selected by the URL.
 
-    `/timm/<name>/resolve/main/model.safetensors`, as the hub, where `ways[name]` is `"right"`,
-    `"redirect"` (to a content server, as the hub does with large files), `"cut"` (the connection
-    breaks once in the middle), `"wrong hash"` or `"truncated"` (half of the promised file); other
-    names are not found. `/files/right/<name>` and `/files/cut/<name>` are a plain file server.
-    `requests` lists (method, path).
+    `/timm/<name>/resolve/main/model.safetensors` imitates the hub. `ways[name]` is `"right"`,
+    `"redirect"` (to a content server, as for large files), `"cut"` (the connection breaks once),
+    `"wrong hash"` or `"truncated"` (half of the announced file); other names are not found.
+    `/files/right/<name>` and `/files/cut/<name>` imitate a file server. `requests` lists
+    (method, path).
     """
 
     daemon_threads = True
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         if way is None:
             self.send(404, {**headers, "X-Error-Code": "EntryNotFound"}, b"", with_body)
         elif way == "redirect":
-            # Another host, for the client: it takes the facts from this answer then.
+            # To another host, so that the client reads the headers of this response.
             port = self.server.server_port
             location = f"http://localhost:{port}/files/right/model.safetensors"
             self.send(302, {**headers, "Location": location}, b"", with_body)
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:
-            # Only an answer from the beginning breaks: who resumes gets the rest.
+            # Only a full response breaks: a resumed download gets the rest.
             cut = cut and len(body) == len(self.server.content)
             self.wfile.write(body[: len(body) // 2] if cut else body)
             self.close_connection = cut
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running(content: bytes, ways: dict):
-    """The server, in a thread of its own."""
+    """Runs the server in a thread."""
     server = HubServer(content, ways)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

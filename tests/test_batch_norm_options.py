@@ -1,4 +1,4 @@
-"""Frozen and synchronized batch normalization, and statistics that no batch can spoil."""
+"""Frozen and synchronized batch normalization, and statistics that stay finite."""
 
 import keras
 import numpy as np
@@ -74,7 +74,7 @@ KINDS = {
 
 @pytest.mark.parametrize("shape, options", KINDS.values(), ids=KINDS)
 def test_a_training_step_equals_the_formula(shape, options):
-    """Also says that `synchronized` on one device is the plain layer."""
+    """Also shows that `synchronized` equals the plain layer on one device."""
     layer = BatchNormalization(momentum=0.75, epsilon=1e-3, **options)
     x = np.random.default_rng(0).normal(3.0, 2.0, shape)
     axis = options.get("axis", -1)
@@ -90,7 +90,7 @@ def test_a_training_step_equals_the_formula(shape, options):
 @pytest.mark.parametrize("shape, options", KINDS.values(), ids=KINDS)
 def test_a_channel_that_is_not_finite_leaves_its_statistics_alone(shape, options, value):
     if value == 3e38 and options.get("dtype") == "float64":
-        pytest.skip("a number like any other in float64")
+        pytest.skip("no overflow in float64")
     layer = BatchNormalization(momentum=0.75, **options)
     axis = options.get("axis", -1)
     x = np.random.default_rng(0).normal(3.0, 2.0, shape)
@@ -111,7 +111,7 @@ def test_a_channel_that_is_not_finite_leaves_its_statistics_alone(shape, options
 @pytest.mark.parametrize("dtype, exact", [("float16", 2e-3), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("synchronized", [False, True])
 def test_half_precision_keeps_float32_statistics(dtype, exact, synchronized):
-    """Sums over 40 000 numbers near 200 are beyond float16, and beyond the digits of bfloat16."""
+    """The sum of 40 000 numbers near 200 overflows float16 and rounds in bfloat16."""
     layer = BatchNormalization(
         momentum=0.0, epsilon=1e-3, dtype=f"mixed_{dtype}", synchronized=synchronized
     )

@@ -39,7 +39,7 @@ def test_squeeze_excitation_equals_its_definition(data_format):
 
 
 def convolve(x, kernel, dilation, strides, groups):
-    """3x3 convolution with zeros around, of an (h, w, c) map, by SciPy."""
+    """Zero-padded 3x3 convolution of an (h, w, c) map, by SciPy."""
     width, filters = kernel.shape[2], kernel.shape[3]
     spread = np.zeros((2 * dilation + 1, 2 * dilation + 1, width, filters))
     spread[::dilation, ::dilation] = kernel
@@ -120,6 +120,6 @@ def test_refuses_inputs_that_do_not_split():
 
 
 def test_hidden_channels_are_rounded():
-    # The multiple nearest by, halves up, at least one.
+    # To the nearest multiple, halves up, at least one.
     for channels, divisor, want in ((4, 8, 8), (16, 8, 16), (11.9, 8, 8), (12, 8, 16), (8, 32, 32)):
         assert round_channels(channels, divisor) == want

@@ -1,7 +1,7 @@
-"""ResNeSt-50 as the backbone of other packages' detectors and segmentation networks.
+"""ResNeSt-50 as the backbone of detectors and segmentation networks of other packages.
 
-The segmentation networks train in a compiled graph, the detectors eagerly: tracing their graph
-takes most of a minute.
+The segmentation networks train in a graph, the detectors eagerly, because tracing them takes
+most of a minute.
 """
 
 import keras
@@ -78,7 +78,7 @@ def gentle_sgd():
 
 
 def check_trains_a_step(model, y):
-    """One step of `fit`: the loss is finite, and the first layer of the backbone learned."""
+    """Trains a step: the loss is finite and the first layer of the backbone changes."""
     kernel = next(v for v in model.trainable_variables if "conv1_0" in v.path)
     before = np.array(keras.ops.convert_to_numpy(kernel))
     loss = model.fit(images(), y, batch_size=2, epochs=1, verbose=0).history["loss"][0]
