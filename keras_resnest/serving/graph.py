@@ -390,7 +390,9 @@ class _Graph:
             if value is not None:
                 casts[source, after] = self.add_constant(name, value.astype(after.as_numpy_dtype))
             else:
-                casts[source, after] = self.add_node("Cast", name, [source], SrcT=before, DstT=after)
+                casts[source, after] = self.add_node(
+                    "Cast", name, [source], SrcT=before, DstT=after
+                )
         return casts[source, after]
 
 
