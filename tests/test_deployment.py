@@ -12,7 +12,7 @@ import pytest
 from detectors import small_backbone, small_detector
 
 from keras_resnest.backbones import VGG, ResNet, ShuffleNet, create_backbone
-from keras_resnest.serving.graph import float32_compute, deployment_function
+from keras_resnest.serving.graph import deployment_function, float32_compute
 from keras_resnest.serving.tasks import create_task
 
 if keras.backend.backend() != "tensorflow":

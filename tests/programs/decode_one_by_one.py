@@ -15,7 +15,8 @@ import tensorflow as tf
 
 
 def memory(name):
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    status = pathlib.Path("/proc/self/status").read_text()
+    lines = dict(line.split(":", 1) for line in status.splitlines())
     return int(lines[name].split()[0]) * 1024
 
 

@@ -5,11 +5,11 @@ import sys
 for name in ("keras", "tensorflow", "torch", "jax", "keras_resnest"):
     sys.modules[name] = None  # an import raises ImportError
 
-import numpy as np
+import numpy as np  # noqa: E402
 
 sys.path.insert(0, ".")
 before = set(sys.modules)
-import decoder_numpy
+import decoder_numpy  # noqa: E402
 
 decoder = decoder_numpy.NumpyDetectionDecoder.from_files("decoder.json")
 with np.load("raw.npz") as raw:

@@ -14,7 +14,7 @@ BLOCKED = ("keras", "tensorflow", "tf_keras", "keras_resnest")
 for name in BLOCKED:
     sys.modules[name] = None  # so that importing it fails
 
-import numpy as np
+import numpy as np  # noqa: E402
 
 
 def onnx(path):
@@ -23,7 +23,9 @@ def onnx(path):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (argument,) = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
-    return argument.name, lambda x: dict(zip(names, session.run(None, {argument.name: x})))
+    return argument.name, lambda x: dict(
+        zip(names, session.run(None, {argument.name: x}), strict=True)
+    )
 
 
 def openvino(path):

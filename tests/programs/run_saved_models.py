@@ -14,9 +14,9 @@ BLOCKED = ("keras", "tf_keras", "keras_resnest")
 for name in BLOCKED:
     sys.modules[name] = None  # so that importing it fails
 
-import numpy as np
-import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from tensorflow.core.protobuf import saved_model_pb2  # noqa: E402
 
 
 def describe(folder, loaded):
