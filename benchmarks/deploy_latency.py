@@ -6,8 +6,8 @@ turn, the ratio of the fastest turns ("min"), and the ratio of CPU times. On a b
 "min", or "CPU" with `--threads 1`: PyTorch's threads spin while they wait for one without a core,
 and take ten times as long.
 
-PyTorch, OpenVINO, onnxruntime and LiteRT are skipped where they are not installed: `pip install
-torch resnest "keras_resnest[export]"`.
+PyTorch, OpenVINO, onnxruntime and LiteRT are skipped where they are not installed:
+`pip install torch resnest "keras_resnest[export]"`.
 
     python benchmarks/deploy_latency.py
     python benchmarks/deploy_latency.py --parts classifier --runs 30

@@ -55,7 +55,7 @@ def png_file(size, depth, color, compressed, interlaced=False):
 
 
 def png(array, depth=8, interlaced=False):
-    """PNGs that Pillow does not write: 16 bits, more channels than one, interlaced."""
+    """PNGs that Pillow cannot write: 16 bits with several channels, interlaced."""
     height, width = array.shape[:2]
     samples = array.reshape(height, width, -1).astype(">u2" if depth == 16 else "u1")
     passes = [(0, 0, 1, 1)]
@@ -77,7 +77,7 @@ def bmp(bits, pixels, size, palette=b"", compression=0):
 
 
 def one_color_png(height, width):
-    """A huge image as a small file."""
+    """A huge image in a small file."""
     compressor = zlib.compressobj(1)
     row = b"\0" + bytes([200, 30, 30]) * width
     rows = b"".join(compressor.compress(row) for _ in range(height))
@@ -111,7 +111,7 @@ def bombs():
 
 
 def large_gifs():
-    """A complete frame above the limit: on a screen of 1 x 1, and behind a small first frame."""
+    """GIFs with a frame above the limit: on a screen of 1 x 1, and after a small first frame."""
     from PIL import Image
 
     height, width = 12_000, 15_500
@@ -126,7 +126,7 @@ def large_gifs():
 
 
 def cuts():
-    """JPEG and PNG files that end too early, in the header and behind it; some other ones."""
+    """Files truncated in the header and after it."""
     files = {"jpeg": encode(scene(), "JPEG"), "png": encode(scene(), "PNG")}
     files["progressive"] = encode(scene(), "JPEG", progressive=True)
     cut = {}
@@ -156,7 +156,7 @@ def no_images():
 
 
 def odd_images():
-    """Good files of unusual kinds: what the model sees must be what Pillow sees."""
+    """Good files of unusual kinds, which the model must decode as Pillow does."""
     image = scene()
     sixteen = image.astype("uint16") * 257  # exactly the 8-bit image
     return {
@@ -245,7 +245,7 @@ def served_alone(name):
 
 
 def assert_same(got, want):
-    """The same images in batches of other sizes."""
+    """Compares results of the same images in batches of different sizes."""
     assert set(got) == set(want)
     for output, value in want.items():
         tolerance = {"boxes": 1e-2, "confidence": 1e-5, "predictions": 1e-5, "features": 1e-4}
@@ -267,7 +267,7 @@ def rows(answer, which):
     return {output: value[which] for output, value in answer.items()}
 
 
-# === What cannot be read ===
+# === Unreadable images ===
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -304,11 +304,11 @@ def test_nothing_but_bad_images(name):
     assert_empty(answer)
 
 
-# === A process of its own ===
+# === Memory and crashes, in a fresh process ===
 
 
 def animations():
-    """By file name; the same ones again and again, because a damaged memory may last a while."""
+    """Animations by file name, repeated because damaged memory may go unnoticed for a while."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -396,13 +396,13 @@ def assert_detections(got, want, name):
 
 
 def classified(model, files):
-    """What Pillow, `center_crop_image` and the model make of images."""
+    """Classifies images after Pillow and `center_crop_image`."""
     crops = [center_crop_image(load_image(encoded), CROP) for encoded in files]
     return model.predict(np.stack(crops).astype("float32"), verbose=0)
 
 
 def test_odd_images_are_classified_alike():
-    """TensorFlow's resizing and Pillow's differ by a gray level here and there."""
+    """Resizing by TensorFlow and by Pillow differs by a gray level here and there."""
     files = odd_images()
     got = serve(CLASSIFIER, files.values())
     assert got["readable"].all()
@@ -413,7 +413,7 @@ def test_odd_images_are_classified_alike():
 
 
 def test_sixteen_bits_between_gray_levels():
-    """TensorFlow cuts the lower 8 bits off, Pillow rounds: at most one gray level apart."""
+    """TensorFlow truncates to 8 bits, Pillow rounds: they differ by at most one gray level."""
     noise = np.random.default_rng(0).integers(0, 257, (96, 200, 3))
     files = [png(scene().astype("uint16") * 256 + noise.clip(0, 255), depth=16)]
     files.append(png(files_gray := (scene()[..., 0].astype("uint16") * 256 + 200), depth=16))

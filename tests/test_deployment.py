@@ -130,7 +130,7 @@ NETWORKS = {
     ),
     "VGG": lambda: VGG([8, 8, 8, 8, 8], [1, 1, 1, 1, 1], reduced_top=True, image_shape=(64, 64, 3)),
     "detector": lambda: small_detector((64, 64, 3)),
-    "detector, the other way": lambda: small_detector(
+    "detector with other heads": lambda: small_detector(
         (64, 64, 3),
         use_batch_norm=False,
         use_residual_blocks=True,
@@ -191,7 +191,7 @@ def test_networks(name):
     function = deployed(model)
     want = predicted(model, images)
     assert_close(function(tf.constant(images)), want, TOLERANCES["float32"])
-    # Images do not mix, and any number of them is taken.
+    # Images are independent, and the batch size is open.
     first = {output: value[:1] for output, value in want.items()}
     assert_close(function(tf.constant(images[:1])), first, TOLERANCES["float32"])
     assert {op.type for op in operations(function) if not op.inputs} <= {"Placeholder", "Const"}
@@ -236,7 +236,7 @@ def mixed_classifier(policy):
     [(mixed_detector, "mixed_bfloat16"), (mixed_classifier, "mixed_float16")],
     ids=["detector", "classifier"],
 )
-def test_a_model_of_mixed_precision_is_deployed_in_float32(build, policy):
+def test_mixed_precision_models_are_deployed_in_float32(build, policy):
     mixed = trained(lambda: build(policy))
     plain = build("float32")
     plain.set_weights(mixed.get_weights())
@@ -257,7 +257,7 @@ def test_a_model_of_mixed_precision_is_deployed_in_float32(build, policy):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_statistics_of_images_are_exact(adapted):
-    """Keras rounds them in mixed precision, when the layer is built."""
+    """Keras rounds them in mixed precision when it builds the layer."""
     images = RNG.uniform(0, 255, (4, 5, 6, 3)).astype("float32")
     mean, variance = images.mean((0, 1, 2)), images.var((0, 1, 2))
     given = {} if adapted else {"mean": mean, "variance": variance}
@@ -274,10 +274,10 @@ def test_statistics_of_images_are_exact(adapted):
     want = {"y": (images - mean) / np.sqrt(variance)}
     assert_close(function(tf.constant(images)), want, 1e-5)
     np.testing.assert_array_equal(np.asarray(layer.mean), before)
-    assert np.abs(before.ravel() - mean).max() > 1e-3  # those of the model are rounded
+    assert np.abs(before.ravel() - mean).max() > 1e-3  # the model itself has rounded ones
 
 
-def test_policies_come_back_after_an_error():
+def test_policies_are_restored_after_an_error():
     model = small_backbone(dtype="mixed_bfloat16")
     means = model.get_layer("rescaling").mean
     before = [layer.dtype_policy.name for layer in model._flatten_layers()]
@@ -288,7 +288,7 @@ def test_policies_come_back_after_an_error():
     assert model.get_layer("rescaling").mean is means
 
 
-# === Folding, by hand-made graphs ===
+# === Folding of small graphs ===
 
 CHANNELS = 6
 IMAGE = RNG.normal(size=(2, 5, CHANNELS, 4)).astype("float32")  # its width is CHANNELS
@@ -296,7 +296,7 @@ ROWS = RNG.normal(size=(3, 4)).astype("float32")
 
 
 def numbers(*shape):
-    """Constants that are far from 0, so that none vanishes."""
+    """Random constants far from 0."""
     return (RNG.uniform(0.5, 2.0, shape) * RNG.choice([-1, 1], shape)).astype("float32")
 
 
@@ -398,7 +398,7 @@ def test_one_kernel_of_two_convolutions():
     check_graph(network, IMAGE, left)
 
 
-def test_what_is_used_twice_stays():
+def test_results_used_twice_are_not_folded():
     def result(x):
         y = conv(x)
         return tf.nn.relu(y) + y * V
@@ -446,33 +446,33 @@ OTHER_AXES = {
 
 
 @pytest.mark.parametrize("name", OTHER_AXES)
-def test_constants_along_other_axes_stay(name):
+def test_constants_along_other_axes_are_not_folded(name):
     constant = OTHER_AXES[name]
     check_graph(lambda x: conv(x) * constant, IMAGE, ["Conv2D", "Mul"])
     check_graph(lambda x: constant + conv(x), IMAGE, ["Conv2D", "AddV2"])
 
 
-def test_what_gives_the_result_another_shape_stays():
+def test_factors_that_change_the_shape_are_not_folded():
     check_graph(lambda x: dense(x) * V[None, None], ROWS, ["MatMul", "Mul"])
     check_graph(lambda x: dense(x) * V[:1, None, None], ROWS, ["MatMul", "Mul"])
     check_graph(lambda x: conv(x, KERNEL[..., :1]) * V, IMAGE, ["Conv2D", "Mul"])
     check_graph(lambda x: conv(x) * V[:1].reshape(1, 1, 1, 1, 1), IMAGE, ["Conv2D", "Mul"])
 
 
-def test_a_constant_minus_a_result_is_not_the_opposite():
+def test_a_constant_minus_a_result_is_not_folded():
     check_graph(lambda x: V - conv(x), IMAGE, ["Conv2D", "Sub"])
     check_graph(lambda x: 1.0 - dense(x), ROWS, ["MatMul", "Sub"])
     check_graph(lambda x: (V - conv(x)) * W, IMAGE, ["Conv2D", "Sub", "Mul"])
 
 
-def test_what_is_no_constant_stays():
+def test_variable_factors_are_not_folded():
     check_graph(lambda x: conv(x) * tf.reduce_mean(x), IMAGE, ["Conv2D", "Mul"])
     check_graph(lambda x: conv(x, KERNEL * tf.reduce_mean(x)) * V, IMAGE, ["Conv2D", "Mul", "Mul"])
     check_graph(lambda x: tf.matmul(x, x, transpose_a=True) * V[:4], ROWS, ["MatMul", "Mul"])
     check_graph(lambda x: tf.matmul(x, ROWS, transpose_a=True) * V[:4], ROWS, ["MatMul", "Mul"])
 
 
-def test_only_what_follows_at_once_is_folded():
+def test_only_direct_successors_are_folded():
     check_graph(lambda x: tf.nn.relu(conv(x)) * V, IMAGE, ["Conv2D", "Mul"])
     check_graph(lambda x: conv(x * V[:4]) + B, IMAGE, ["Mul", "Conv2D", "BiasAdd"])
 

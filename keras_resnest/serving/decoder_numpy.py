@@ -91,31 +91,18 @@ class NumpyDetectionDecoder:
         negative_anchor_filtering=True,
         class_names=None,
     ):
-        for name, value in (
-            ("objectness_threshold", objectness_threshold),
-            ("confidence_threshold", confidence_threshold),
-            ("iou_threshold", iou_threshold),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
-        for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         if np.shape(variances) != (2,):
-            raise ValueError(
-                "`variances` must be two numbers, for centers and for log sizes. "
-                f"Received: variances={variances}"
-            )
+            raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
         if class_names is not None and not isinstance(class_names, (list, tuple)):
             raise ValueError(f"`class_names` must be a list or None. Received: {class_names!r}")
         self.anchors = _check_anchors(anchors)
         self.image_shape = _check_image_shape(image_shape)
         self.bounding_box_format = _check_box_format(bounding_box_format)
-        self.objectness_threshold = float(objectness_threshold)
-        self.confidence_threshold = float(confidence_threshold)
-        self.iou_threshold = float(iou_threshold)
-        self.pre_nms_top_k = int(pre_nms_top_k)
-        self.max_detections = int(max_detections)
+        self.objectness_threshold = _check_fraction("objectness_threshold", objectness_threshold)
+        self.confidence_threshold = _check_fraction("confidence_threshold", confidence_threshold)
+        self.iou_threshold = _check_fraction("iou_threshold", iou_threshold)
+        self.pre_nms_top_k = _check_count("pre_nms_top_k", pre_nms_top_k)
+        self.max_detections = _check_count("max_detections", max_detections)
         self.clip_to_image = bool(clip_to_image)
         self.variances = tuple(float(v) for v in variances)
         self.two_step_regression = bool(two_step_regression)
@@ -179,20 +166,19 @@ class NumpyDetectionDecoder:
         """
         raw = self._check_outputs(raw_outputs)
         batch = len(raw["odm_boxes"])
+        rows = (batch, self.max_detections)
         result = {
-            "boxes": np.full((batch, self.max_detections, 4), PADDING, np.float32),
-            "confidence": np.full((batch, self.max_detections), PADDING, np.float32),
-            "labels": np.full((batch, self.max_detections), PADDING, np.int32),
+            "boxes": np.full((*rows, 4), PADDING, np.float32),
+            "confidence": np.full(rows, PADDING, np.float32),
+            "labels": np.full(rows, PADDING, np.int32),
             "num_detections": np.zeros(batch, np.int32),
         }
         with np.errstate(all="ignore"):  # a diverging network overflows
             for i in range(batch):
-                boxes, confidence, labels = self._decode_image({k: v[i] for k, v in raw.items()})
-                count = len(labels)
-                result["boxes"][i, :count] = boxes
-                result["confidence"][i, :count] = confidence
-                result["labels"][i, :count] = labels
-                result["num_detections"][i] = count
+                detections = self._decode_image({k: v[i] for k, v in raw.items()})
+                count = result["num_detections"][i] = len(detections["labels"])
+                for name, value in detections.items():
+                    result[name][i, :count] = value
         return result
 
     def scale_to_image(self, detections, image_height, image_width):
@@ -225,7 +211,7 @@ class NumpyDetectionDecoder:
         return {**detections, "boxes": np.where(is_detection, scaled, boxes)}
 
     def _decode_image(self, raw):
-        """Returns boxes (n, 4), confidence (n,) and labels (n,), most confident first."""
+        """Decodes one image; boxes (n, 4), confidence (n,) and labels (n,) have no padding."""
         boxes, confidence = self._candidates(raw)  # (candidates, 4), (classes, candidates)
         kept = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
@@ -241,7 +227,11 @@ class NumpyDetectionDecoder:
         rows = np.concatenate(kept)
         confidence = confidence[labels, rows]
         order = np.argsort(-confidence, kind="stable")[: self.max_detections]
-        return self._format(boxes[rows[order]]), confidence[order], labels[order]
+        return {
+            "boxes": self._format(boxes[rows[order]]),
+            "confidence": confidence[order],
+            "labels": labels[order],
+        }
 
     def _candidates(self, raw):
         """Returns boxes (n, 4) of the anchors that remain, and confidence (classes, n)."""
@@ -275,7 +265,7 @@ class NumpyDetectionDecoder:
         sides = np.array([width, height, width, height], np.float32)
         if self.clip_to_image:
             boxes = np.clip(boxes, np.float32(0.0), sides)
-        if self.bounding_box_format.endswith("wh") or self.bounding_box_format.endswith("hw"):
+        if self.bounding_box_format.endswith(("wh", "hw")):
             sizes = boxes[:, 2:] - boxes[:, :2]
             centered = "center" in self.bounding_box_format
             start = boxes[:, :2] + sizes / 2.0 if centered else boxes[:, :2]
@@ -292,17 +282,13 @@ class NumpyDetectionDecoder:
             channels["arm_boxes"] = 4
         if self.negative_anchor_filtering:
             channels["arm_objectness"] = 2
-        if not isinstance(raw_outputs, collections.abc.Mapping):
-            raise ValueError(
-                f"`raw_outputs` must be a dictionary with the keys {', '.join(sorted(channels))}. "
-                f"Received: {type(raw_outputs).__name__}"
-            )
         # Looked up one by one: OpenVINO's dictionary accepts names that it does not list.
-        missing = sorted(name for name in channels if name not in raw_outputs)
+        is_mapping = isinstance(raw_outputs, collections.abc.Mapping)
+        missing = [name for name in channels if not is_mapping or name not in raw_outputs]
         if missing:
             raise ValueError(
-                f"`raw_outputs` must have the keys {', '.join(sorted(channels))}. "
-                f"Missing: {missing}. Received: {sorted(map(str, raw_outputs))}"
+                f"`raw_outputs` must be a dictionary with the keys {', '.join(channels)}. Missing: "
+                f"{missing}. Received: {list(raw_outputs) if is_mapping else type(raw_outputs)}"
             )
         raw = {name: np.asarray(raw_outputs[name]) for name in channels}
         start = (*raw["odm_boxes"].shape[:1], len(self.anchors))
@@ -371,6 +357,18 @@ def _pairwise_iou(boxes1, boxes2):
 
 
 # === Arguments and files ===
+
+
+def _check_fraction(name, value):
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+    return float(value)
+
+
+def _check_count(name, value):
+    if int(value) != value or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+    return int(value)
 
 
 def _check_anchors(anchors):

@@ -9,8 +9,8 @@ MAX_PIXELS = 178_956_970
 def decode_images(image_bytes, preprocess, image_shape):
     """Decodes a batch of encoded images of any size into one tensor.
 
-    An image that cannot be decoded (not an image, truncated, empty, above `MAX_PIXELS`) becomes
-    black and is reported, so that it does not fail the other requests of its batch.
+    Undecodable images (not an image, truncated, empty, above `MAX_PIXELS`) become black and are
+    reported, so that the other requests of their batch do not fail.
 
     Args:
         image_bytes: string tensor (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files.

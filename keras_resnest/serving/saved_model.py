@@ -30,15 +30,12 @@ def export_saved_model(
 
     Signatures, each for any batch size:
 
-    - `serving_default`: `images` (batch, height, width, 3) of the model's size, float32, RGB,
-      0 to 255.
+    - `serving_default`: `images` (batch, height, width, 3), float32, RGB, 0 to 255.
     - `serve_uint8`: the same as uint8.
     - `serve_bytes`: `image_bytes` (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files of any
       size. A detector stretches images to its size and returns boxes in the pixels of each
-      original; a classifier resizes the shorter side and crops the center, as
-      `center_crop_image` does. Pixels and results equal those of `detect`, with two exceptions:
-      TensorFlow ignores EXIF orientation and the transparency of GIFs. Rotate photographs first
-      and send transparent images as PNG.
+      original; a classifier resizes the shorter side and crops the center. Results equal those of
+      `detect`, but TensorFlow ignores EXIF orientation and the transparency of GIFs.
     - `raw_outputs`: `images` as in `serving_default`; returns the outputs of the network itself.
 
     A detector returns what `model.predict` returns: `"boxes"` (batch, max_detections, 4) float32,
@@ -47,13 +44,12 @@ def export_saved_model(
     backbone without classifier `"features"`. `serve_bytes` adds `"readable"` (batch,), bool.
 
     Unreadable images (not an image, truncated, empty, above 178 megapixels) and float images with
-    NaN or infinite values get an empty result: no detections, or zeros. They do not affect the
-    other images of their batch.
+    NaN or infinite values get no detections, or zeros, and do not affect others of their batch.
 
     The loaded object's `serve` takes float32 and uint8 images. `assets.extra` holds `model.json`
-    (image shape, box format, class names, decoder), `class_names.txt` if the model has class
-    names, warm-up requests and `batching_parameters.txt`. The folder appears complete, in one
-    step, so that a server that polls its parent never loads half a model.
+    (image shape, box format, class names, decoder), `class_names.txt`, warm-up requests and
+    `batching_parameters.txt`. The folder appears complete, in one step, so that a server that polls
+    its parent never loads half a model.
 
     Args:
         model: a `RefineDet`, or a network of `keras_resnest.backbones`.
