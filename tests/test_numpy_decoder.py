@@ -470,7 +470,7 @@ def test_from_files(tmp_path):
         ({"anchors": "../anchors.npy"}, "beside"),
         ({"anchors": ".."}, "beside"),
         ({"anchors": [[0, 0, 1, 1]]}, "beside"),
-        ({"decoder": {"soft": 1}}, "decoder.*soft"),
+        ({"decoder": {**ON, "soft": 1}}, "decoder.*soft"),
         ({"decoder": [1]}, "decoder"),
         ({"decoder": {**ON, "iou_threshold": 2}}, "iou_threshold"),
         ({"decoder": {**ON, "iou_threshold": "high"}}, r"decoder\.json"),

@@ -23,13 +23,8 @@ Y_FIRST = ("yxyx", "center_yxhw", "rel_yxyx")
 PADDING = -1  # fills the rows beyond `num_detections`
 NMS_BLOCK = 128  # boxes compared at once, which bounds the memory for any `pre_nms_top_k`
 
-# The keys of "decoder" in a JSON file. Earlier exports have the switches beside "decoder".
+# Part of "decoder" in a JSON file; earlier exports have them beside it.
 SWITCHES = ("two_step_regression", "negative_anchor_filtering")
-SETTINGS = (
-    *("objectness_threshold", "confidence_threshold", "iou_threshold"),
-    *("pre_nms_top_k", "max_detections", "clip_to_image", "variances"),
-    *SWITCHES,
-)
 
 
 class NumpyDetectionDecoder:
@@ -125,11 +120,8 @@ class NumpyDetectionDecoder:
         path = pathlib.Path(path)
         metadata = _read_json(path)
         settings = metadata.get("decoder", {})
-        if not isinstance(settings, dict) or not set(settings) <= set(SETTINGS):
-            raise ValueError(
-                f'"decoder" in {path} must be an object with the keys {", ".join(SETTINGS)}. '
-                f"Received: {settings}"
-            )
+        if not isinstance(settings, dict):
+            raise ValueError(f'"decoder" in {path} must be an object. Received: {settings}')
         settings = {**{name: metadata[name] for name in SWITCHES if name in metadata}, **settings}
         required = ("image_shape", "bounding_box_format", "anchors", "decoder", *SWITCHES)
         missing = [key for key in required if key not in {**metadata, **settings}]
@@ -141,9 +133,11 @@ class NumpyDetectionDecoder:
                     f'"{name}" in {path} must be true or false. Received: {settings[name]!r}'
                 )
         anchors = _read_anchors(path, metadata["anchors"])
-        arguments = (anchors, metadata["image_shape"], metadata["bounding_box_format"])
+        shape, box_format = metadata["image_shape"], metadata["bounding_box_format"]
         try:
-            return cls(*arguments, class_names=metadata.get("class_names"), **settings)
+            return cls(
+                anchors, shape, box_format, class_names=metadata.get("class_names"), **settings
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} has an invalid value: {error}") from error
 
