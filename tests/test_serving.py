@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_backbone
 from exported_models import DECODER, KINDS, encode, load, model_of, saved_model, with_alpha
+from sample_images import photograph
 
 from keras_resnest.atomic import atomic_folder
 from keras_resnest.boxes.formats import convert_boxes
@@ -162,12 +163,14 @@ def test_boxes_of_files_fill_the_images(answers):
     assert 0.6 < relative.max() <= 1.0 + 1e-6
 
 
-def test_photographs(shared):
-    """Camera JPEGs and odd ones, in the same pixels; only EXIF orientation is left out."""
+def test_photographs(odd_images, tmp_path):
+    """Photographs and odd files, in the same pixels; only EXIF orientation is left out."""
     import tensorflow as tf
 
-    paths = sorted((shared / "data/photos").glob("*.jpg"))[:3]
-    paths += [shared / "data/photos/odd" / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
+    paths = [tmp_path / f"{height}.jpg" for height in (512, 300, 400)]
+    for path in paths:
+        photograph(int(path.stem), 500).save(path, quality=88)
+    paths += [odd_images / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
     serve = load("detector").signatures["serve_bytes"]
     got = serve(image_bytes=tf.constant([p.read_bytes() for p in paths]))
     want = model_of("detector").detect(paths, confidence_threshold=0.0)

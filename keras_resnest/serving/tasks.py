@@ -84,15 +84,12 @@ class DetectionTask:
 
     def metadata(self) -> dict:
         model = self.model
-        decoder = model.decoder.get_config()
-        for name in ("two_step_regression", "negative_anchor_filtering"):
-            decoder.setdefault(name, getattr(model, name, True))
         return {
             "task": self.name,
             "image_shape": list(model.image_shape),
             "bounding_box_format": model.bounding_box_format,
             "class_names": model.class_names,
-            "decoder": decoder,
+            "decoder": model.decoder.get_config(),
         }
 
 
