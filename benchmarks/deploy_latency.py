@@ -1,12 +1,12 @@
 """Times exported models against PyTorch and the other runtimes, in one run.
 
-Each runtime has a process of its own; they take turns, call by call, and every timed call follows
-an untimed one of the same kind. There are three ratios: the median of those within a turn, that
-of the fastest turns ("min"), and the median of CPU times. On a busy machine trust "min", or "CPU"
-with `--threads 1`: PyTorch's threads spin while they wait for one that has no core, and need ten
-times the time.
+Each runtime has its own process. They take turns, call by call, and an untimed call of the same
+kind precedes every timed one. The program prints three ratios: the median of the ratios within a
+turn, the ratio of the fastest turns ("min"), and the ratio of CPU times. On a busy machine trust
+"min", or "CPU" with `--threads 1`: PyTorch's threads spin while they wait for one without a core,
+and take ten times as long.
 
-PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they are not installed:
+PyTorch, OpenVINO, onnxruntime and LiteRT are skipped where they are not installed:
 `pip install torch resnest "keras_resnest[export]"`.
 
     python benchmarks/deploy_latency.py
@@ -15,21 +15,22 @@ PyTorch, OpenVINO, onnxruntime and LiteRT are left out, with a word, where they 
     python benchmarks/deploy_latency.py --fast --model resnest14_tiny
 
 - `classifier`: ResNeSt-50, 224, the same random weights everywhere; "diff" is the largest
-  difference from PyTorch's logits in their standard deviations. Images are normalized and
+  difference from PyTorch's logits, relative to their standard deviation. Images are normalized and
   transposed before PyTorch's network and inside ours.
 - `detector`: RefineDet320 on ResNeSt-50, one image, 20 classes. With random weights all anchors
-  are candidates of all classes, which no trained network does: decoding and NMS have about the
-  most work they can have. The rows "as trained" decode made-up outputs, of an image of ten
-  objects where 3 % of the anchors are no background. Once with the paper's limits, 400 of a
-  class before NMS and 200 after it; once with those of the Caffe code and its ports, 1000 and
-  500. `--weights` takes a trained detector, with its own limits.
-- `postprocess`: decoding and NMS alone, of such outputs, and of the worst ("crowded": all anchors
-  are candidates of all classes and none overlaps another). PyTorch's ports have a Python loop
-  over the classes; it is written anew in `deploy_workers.py`.
-- `export`: RefineDet512 on ResNeSt-101: time and size of an export, a fresh process that loads it.
+  are candidates of all classes, unlike with any trained network: close to the most work for
+  decoding and NMS. The rows "as trained" decode synthetic outputs of an image with ten objects,
+  where 3 % of the anchors are not background: once with the paper's limits, 400 per class before
+  NMS and 200 detections, and once with those of the Caffe code and its ports, 1000 and 500.
+  `--weights` takes a trained detector, with its own limits.
+- `postprocess`: decoding and NMS alone, of such outputs and of the worst case ("crowded": all
+  anchors are candidates of all classes and none overlap). PyTorch's ports loop over the classes in
+  Python; `deploy_workers.py` does the same in code of its own.
+- `export`: RefineDet512 on ResNeSt-101: time and size of an export, and a fresh process that loads
+  it.
 
-`--model` takes another backbone for all parts, one that PyTorch's package need not have, and
-`--fast` small images and few turns: to try the program itself. Linux only.
+`--model` selects another backbone for all parts; `--fast` uses small images and few turns, to try
+the program. Linux only.
 """
 
 import argparse
@@ -47,7 +48,7 @@ import time
 from deploy_workers import NUM_CLASSES, PEERS
 
 WORKERS = pathlib.Path(__file__).with_name("deploy_workers.py")
-# Packages that a runtime needs, to be timed and its models to be made.
+# Packages that each runtime and its export need.
 PACKAGES = {
     "torch": ("torch", "resnest"),
     "openvino": ("openvino",),
@@ -56,7 +57,7 @@ PACKAGES = {
 }
 FORMATS = {"openvino": "openvino", "onnxruntime": "onnx", "litert": "litert"}
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
-# Spinning threads of one process would take the cores of the next one.
+# Spinning threads would take the cores of the next process.
 PAUSE = 0.02
 AS_TRAINED = "decoding + NMS, as trained"
 IMPLEMENTATIONS = ("TensorFlow", "portable", "numpy", "PyTorch port")
@@ -64,13 +65,20 @@ IMPLEMENTATIONS = ("TensorFlow", "portable", "numpy", "PyTorch port")
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="More at the head of the program."
+        description=__doc__.splitlines()[0],
+        epilog="The docstring of the program describes the parts.",
     )
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
-    parser.add_argument("--runs", type=int, help="turns of each (15, with --fast 3)")
-    parser.add_argument("--threads", type=int, default=2, help="of each runtime (%(default)s)")
+    parser.add_argument("--runs", type=int, help="turns per runtime (15, with --fast 3)")
     parser.add_argument(
-        "--runtimes", nargs="*", choices=PACKAGES, default=list(PACKAGES), help="beside TensorFlow"
+        "--threads", type=int, default=2, help="threads of each runtime (%(default)s)"
+    )
+    parser.add_argument(
+        "--runtimes",
+        nargs="*",
+        choices=PACKAGES,
+        default=list(PACKAGES),
+        help="in addition to TensorFlow",
     )
     parser.add_argument("--weights", help="a saved detector instead of random weights")
     parser.add_argument("--fast", action="store_true", help="small images, few turns")
@@ -83,7 +91,7 @@ def parse_arguments():
 
 
 def cpu_facts():
-    """Name and instruction sets of the processor."""
+    """Returns the name and the instruction sets of the processor."""
     with open("/proc/cpuinfo") as file:
         lines = dict(line.split(":", 1) for line in file.read().splitlines() if ":" in line)
     facts = {key.strip(): value.split() for key, value in lines.items()}
@@ -92,7 +100,7 @@ def cpu_facts():
 
 
 def available(arguments, runtimes, model):
-    """The runtimes that are installed and know the network; says which are left out and why."""
+    """Returns the installed runtimes that have the network; prints why others are skipped."""
     result = ["tensorflow"]
     for runtime in runtimes:
         if runtime not in arguments.runtimes:
@@ -111,7 +119,7 @@ def available(arguments, runtimes, model):
 
 
 def process(arguments, log, task, part, runtime, folder, **options):
-    """Starts `deploy_workers.py`; what it says beside its answers goes to the file `log`."""
+    """Starts `deploy_workers.py`, whose standard error goes to the file `log`."""
     words = [f"--folder={folder}", f"--threads={arguments.threads}"]
     if arguments.weights:
         words.append(f"--weights={arguments.weights}")
@@ -131,7 +139,7 @@ def process(arguments, log, task, part, runtime, folder, **options):
 
 
 def make(arguments, part, runtime, folder, **options):
-    """Lets a maker do its work. Returns the facts that it tells."""
+    """Runs a maker, which exports models; returns what it reports."""
     log = folder / f"{part}_{runtime}.log"
     maker = process(arguments, log, "make", part, runtime, folder, **options)
     output, _ = maker.communicate()
@@ -141,7 +149,7 @@ def make(arguments, part, runtime, folder, **options):
 
 
 class Worker:
-    """A process that times what it is asked to."""
+    """A process that runs and times calls on request."""
 
     def __init__(self, arguments, part, runtime, folder, **options):
         self.log = folder / f"{part}_{runtime}.log"
@@ -169,7 +177,7 @@ class Worker:
 
 @contextlib.contextmanager
 def working(arguments, part, runtimes, folder, **options):
-    """Workers of a part; they start at the same time."""
+    """Yields the workers of a part, started in parallel."""
     workers = [Worker(arguments, part, r, folder, **options) for r in runtimes]
     try:
         for worker in workers:
@@ -184,7 +192,7 @@ def working(arguments, part, runtimes, folder, **options):
 
 
 class Times:
-    """Seconds and CPU seconds of every turn, by label."""
+    """Wall and CPU seconds of every turn, by label."""
 
     def __init__(self, workers, batch, runs):
         pairs = [(worker, label) for worker in workers for label in worker.labels]
@@ -200,7 +208,7 @@ class Times:
         self.fastest = {label: min(turns)[0] for label, turns in self.turns.items()}
 
     def add(self, label, *parts, sign=1):
-        """A row that is the sum of others, or the first less the second."""
+        """Adds a row that is the sum of others, or the first minus the rest."""
         rows = [self.turns[part] for part in parts]
         self.turns[label] = [
             tuple(a + sign * sum(rest) for a, *rest in zip(*turn, strict=True))
@@ -213,7 +221,7 @@ class Times:
         return 1000 * statistics.median(turn[what] for turn in self.turns[label])
 
     def ratios(self, label, peer):
-        """Median of the ratios within a turn, ratio of the fastest turns, median of CPU times."""
+        """Returns the median ratio within a turn, that of the fastest turns, that of CPU times."""
         pairs = list(zip(self.turns[label], self.turns[peer], strict=True))
         medians = [statistics.median(a[i] / max(b[i], 1e-9) for a, b in pairs) for i in (0, 1)]
         return medians[0], self.fastest[label] / self.fastest[peer], medians[1]
@@ -236,7 +244,7 @@ class Times:
 
 
 def classifier(arguments, folder):
-    """One network in all runtimes."""
+    """Times one network in all runtimes."""
     model, side = arguments.model or "resnest50", 64 if arguments.fast else 224
     batches = [1, 2] if arguments.fast else [1, 8]
     runtimes = available(arguments, ("torch", "openvino", "onnxruntime"), model)
@@ -266,8 +274,8 @@ def report_classifier(times, batch):
 
 
 def detector(arguments, folder):
-    """From a file to detections, and what of it is the network."""
-    # A trained detector's own outputs are decoded by PyTorch's code; its network is not there.
+    """Times the way from a file to detections, and the network alone."""
+    # With --weights, PyTorch decodes the outputs of our network.
     model = arguments.model or "resnest50"
     known = None if arguments.weights else model
     runtimes = available(arguments, ("torch", "openvino", "onnxruntime", "litert"), known)
@@ -322,7 +330,7 @@ def report_detector(times):
 
 
 def postprocess(arguments, folder):
-    """Decoding and NMS alone."""
+    """Times decoding and NMS alone."""
     sizes = [64] if arguments.fast else [320, 512]
     options = {"sizes": sizes, "classes": [NUM_CLASSES + 1, 81]}
     runtimes = available(arguments, ("torch",), None)
@@ -350,7 +358,7 @@ def growth(times, label, few, many):
 
 
 def export(arguments, folder):
-    """A large detector: to disk, and back in a fresh process."""
+    """Exports a large detector and loads it in a fresh process."""
     model, side = arguments.model or "resnest101", 128 if arguments.fast else 512
     facts = make(arguments, "export", "tensorflow", folder, model=model, sizes=side)
     name = arguments.weights and os.path.basename(arguments.weights)

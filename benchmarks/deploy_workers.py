@@ -1,8 +1,8 @@
-"""What `deploy_latency.py` times: one process for each runtime, started by that program.
+"""The processes that `deploy_latency.py` starts, one for each runtime.
 
-A worker is told the part of the benchmark, its runtime, and a folder of exported models. It
-prints the labels of what it can run, and then answers every line that comes in, which names a
-label and a batch size, with a line of times. Makers write the exported models before.
+Makers write exported models to a folder. A worker is given the part of the benchmark, its runtime
+and that folder. It prints the labels of the calls that it can run; for each line with a label and
+a batch size on standard input it then prints a line with times.
 """
 
 import argparse
@@ -20,17 +20,17 @@ import numpy as np
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], "float32") * 255
 IMAGENET_STANDARD_DEVIATION = np.array([0.229, 0.224, 0.225], "float32") * 255
 NUM_CLASSES = 20
-# Networks that the PyTorch package `resnest` has under the same name.
+# Networks that the PyTorch package `resnest` also has.
 PEERS = ("resnest50", "resnest101", "resnest200", "resnest269")
 RAW_OUTPUTS = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
-# Arguments of `export`, by the names of folders.
+# Folder: arguments of `export`.
 SAVED_MODELS = {
     "float32": {},
     "bfloat16": {"precision": "bfloat16"},
     "variables": {"freeze": False},
 }
-OBJECTS = 10  # of a made-up image
-DETECTION_SHARE = 0.03  # of its anchors are no background
+OBJECTS = 10  # in a synthetic image
+FOREGROUND_RATIO = 0.03  # of its anchors
 
 # As in `keras_resnest.detection.DetectionDecoder`; half of --top-k are kept after NMS.
 OBJECTNESS_THRESHOLD, CONFIDENCE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.01, 0.45
@@ -41,19 +41,21 @@ def parse_arguments():
     parser.add_argument("task", help="make or time")
     parser.add_argument("part", help="classifier, detector, postprocess, export or load")
     parser.add_argument("runtime", help="torch, tensorflow, openvino, onnxruntime or litert")
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="of exported models")
-    parser.add_argument("--formats", nargs="*", default=[], help="to be made")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="exported models")
+    parser.add_argument("--formats", nargs="*", default=[], help="formats to export")
     parser.add_argument("--model", default="resnest50", help="name of the backbone")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="of images")
-    parser.add_argument("--classes", type=int, nargs="+", default=[21], help="with background")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="image sizes")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=[21], help="classes, with background"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="images")
-    parser.add_argument("--top-k", type=int, default=400, help="of a class, before NMS")
+    parser.add_argument("--top-k", type=int, default=400, help="boxes per class before NMS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", help="saved detector")
     return parser.parse_args()
 
 
-# --- Images and made-up outputs ------------------------------------------------------------
+# --- Images and synthetic outputs ----------------------------------------------------------
 
 
 def random_images(batch, side):
@@ -62,13 +64,13 @@ def random_images(batch, side):
 
 
 def for_torch(images):
-    """The same images, normalized and channels first: PyTorch's network does neither."""
+    """Normalizes and transposes images for PyTorch's network."""
     images = (images - IMAGENET_MEAN) / IMAGENET_STANDARD_DEVIATION
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), "float32")
 
 
 def jpeg(height=480, width=640):
-    """A smooth random image with some noise, which compresses about as a photo does."""
+    """Returns a smooth random image with some noise, which compresses like a photograph."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -81,7 +83,7 @@ def jpeg(height=480, width=640):
 
 
 def image_of(encoded, height, width):
-    """What a client does where the graph cannot decode files: a batch of one image."""
+    """Decodes a file as a client does if the graph cannot; returns a batch of one image."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -89,11 +91,11 @@ def image_of(encoded, height, width):
     return np.asarray(image, "float32")[None]
 
 
-def made_up_outputs(anchors, side, classes, crowded):
-    """Raw outputs of one image, as a trained network gives them, or the worst that can come.
+def synthetic_outputs(anchors, side, classes, crowded):
+    """Returns raw outputs of one image like those of a trained network, or the worst case.
 
-    An image of ten objects: the 3 % of the anchors that overlap them most are no background.
-    The worst (`crowded`): every anchor is a candidate of every class and none overlaps another.
+    The image has ten objects; the 3 % of the anchors that overlap them most are not background.
+    In the worst case (`crowded`) every anchor is a candidate of every class and none overlap.
     """
     rng = np.random.default_rng(0)
     count = len(anchors)
@@ -104,7 +106,7 @@ def made_up_outputs(anchors, side, classes, crowded):
         raw["odm_logits"] = rng.normal(0, 0.05, (count, classes))
     else:
         best_iou, best = overlap_with_objects(anchors, side, rng)
-        found = best_iou >= np.quantile(best_iou, 1 - DETECTION_SHARE)
+        found = best_iou >= np.quantile(best_iou, 1 - FOREGROUND_RATIO)
         raw["arm_objectness"] = np.where(found[:, None], [0.0, 2.0], [0.0, -6.0])
         raw["odm_logits"] = rng.normal(-2, 1, (count, classes))
         raw["odm_logits"][np.arange(count), 1 + best % (classes - 1)] += 6
@@ -112,7 +114,7 @@ def made_up_outputs(anchors, side, classes, crowded):
 
 
 def overlap_with_objects(anchors, side, rng):
-    """IoU of each anchor with the object it overlaps most, and the number of that object."""
+    """Returns the highest IoU of each anchor, and the index of that object."""
     corners = rng.uniform(0, 0.6, (OBJECTS, 2)) * side
     objects = np.concatenate([corners, corners + rng.uniform(0.1, 0.4, (OBJECTS, 2)) * side], 1)
     top_left = np.maximum(anchors[:, None, :2], objects[:, :2])
@@ -127,7 +129,7 @@ def overlap_with_objects(anchors, side, rng):
 
 
 def make_classifier_torch(arguments):
-    """Random weights, PyTorch's answer to the images, and OpenVINO's version of its network."""
+    """Writes random weights, PyTorch's outputs and its network in OpenVINO's format."""
     import torch
 
     network = torch_classifier(arguments)
@@ -152,7 +154,7 @@ def torch_classifier(arguments):
 
 
 def randomize_torch(network):
-    """Statistics as of a trained network: fresh ones are zeros and ones, and fold to nothing."""
+    """Sets statistics as in a trained network; initial zeros and ones would fold to nothing."""
     import torch
 
     torch.manual_seed(0)
@@ -170,7 +172,7 @@ def weights_file(arguments):
 
 
 def make_classifier_tensorflow(arguments):
-    """Our exports, and a SavedModel as Keras writes it by itself."""
+    """Writes our exports, and a SavedModel as Keras writes it."""
     import keras
 
     from keras_resnest.backbones import create_backbone
@@ -190,13 +192,13 @@ def make_classifier_tensorflow(arguments):
 
 
 def files(arguments):
-    """Paths of the exports that are one file, by format."""
+    """Returns the paths of single-file exports by format."""
     names = {"openvino": "ours.xml", "onnx": "ours.onnx", "litert": "ours.tflite"}
     return {f: arguments.folder / n for f, n in names.items() if f in arguments.formats}
 
 
 def set_weights(model, path):
-    """Those of PyTorch's network, or random ones."""
+    """Loads the weights of PyTorch's network, or sets random ones."""
     import keras
 
     if path.exists():
@@ -214,7 +216,7 @@ def set_weights(model, path):
 
 
 def make_detector_torch(arguments):
-    """Random weights."""
+    """Writes random weights."""
     import torch
     import torch_refinedet
 
@@ -225,7 +227,7 @@ def make_detector_torch(arguments):
 
 
 def make_detector_tensorflow(arguments):
-    """Our exports, and what the network says to the image."""
+    """Writes our exports, and the outputs of the network for the image."""
     model = make_detector(arguments)
     height, width = model.image_shape[:2]
     images = image_of(jpeg(), height, width)
@@ -265,19 +267,19 @@ def our_decoder(top_k):
 
 
 def candidates(model, raw):
-    """Pairs of an anchor and a class that are above the thresholds."""
+    """Counts the pairs of anchor and class above the thresholds."""
     _, confidence = model.decoder.candidates(raw, model.anchors)
     return int(np.sum(np.asarray(confidence) > model.decoder.confidence_threshold))
 
 
 def make_export_tensorflow(arguments):
-    """Seconds, bytes and memory of an export."""
+    """Returns seconds, bytes and memory of an export."""
     from training_step import memory
 
     model, facts = make_detector(arguments), {}
     for name, options in SAVED_MODELS.items():
         folder = arguments.folder / name / "1"
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory("VmHWM")
         start, cpu_start = time.perf_counter(), time.process_time()
         model.export(folder, **options)
@@ -291,7 +293,7 @@ def make_export_tensorflow(arguments):
 
 
 def make_load_tensorflow(arguments):
-    """A fresh process that loads an exported detector and answers two requests."""
+    """Loads an exported detector in a fresh process and answers two requests."""
     from training_step import memory
 
     clock = [time.perf_counter()]
@@ -324,12 +326,12 @@ def limited_tensorflow(arguments):
 
 
 def tensorflow_signature(tf, path, name):
-    """A function of one tensor that returns a dictionary of arrays."""
+    """Returns a function of one tensor that returns a dictionary of arrays."""
     loaded = tf.saved_model.load(str(path))
     signature = loaded.signatures[name]
     (argument,) = signature.structured_input_signature[1]
 
-    def call(value, keep=loaded):  # the signature alone would not keep its weights
+    def call(value, keep=loaded):  # the signature alone does not keep its weights alive
         return {k: v.numpy() for k, v in signature(**{argument: value}).items()}
 
     return call
@@ -461,9 +463,9 @@ def time_detector_tensorflow(arguments):
 
 
 def tensorflow_decoder(tf, anchors, side, classes, crowded, portable, top_k):
-    """A function without arguments: detections from made-up outputs."""
+    """Returns a function without arguments that decodes synthetic outputs."""
     decoder = our_decoder(top_k)
-    raw = made_up_outputs(anchors, side, classes, crowded)
+    raw = synthetic_outputs(anchors, side, classes, crowded)
     specification = {k: tf.TensorSpec((None, *v.shape[1:]), v.dtype) for k, v in raw.items()}
     function = tf.function(
         lambda raw: decoder(raw, anchors, (side, side), portable=portable),
@@ -483,9 +485,11 @@ def time_detector_torch(arguments):
     contenders = {"PyTorch, decoding + NMS": lambda batch: decoder(raw)}
     if arguments.weights:
         return contenders
-    made_up = made_up_outputs(arrays["anchors"].numpy(), arguments.sizes[0], NUM_CLASSES + 1, False)
-    made_up = {name: torch.from_numpy(value) for name, value in made_up.items()}
-    contenders["PyTorch, decoding + NMS, as trained"] = lambda batch: decoder(made_up)
+    synthetic = synthetic_outputs(
+        arrays["anchors"].numpy(), arguments.sizes[0], NUM_CLASSES + 1, False
+    )
+    synthetic = {name: torch.from_numpy(value) for name, value in synthetic.items()}
+    contenders["PyTorch, decoding + NMS, as trained"] = lambda batch: decoder(synthetic)
     forward = torch_detector(torch, arguments, arrays["images"].numpy())
     for name, value in forward().items():
         np.testing.assert_allclose(value, raw[name], rtol=0.05, atol=0.05, err_msg=name)
@@ -510,16 +514,16 @@ def torch_detector(torch, arguments, images):
 def torch_decoder(torch, arrays, top_k, raw):
     def call():
         with torch.inference_mode():
-            return detect_as_the_ports_do(raw, arrays["anchors"], top_k)
+            return decode_like_the_ports(raw, arrays["anchors"], top_k)
 
     return call
 
 
-def detect_as_the_ports_do(raw, anchors, top_k=400):
-    """Decoding and NMS of the PyTorch ports of RefineDet, their class `Detect` written anew.
+def decode_like_the_ports(raw, anchors, top_k=400):
+    """Decodes like the class `Detect` of the PyTorch ports of RefineDet.
 
-    As there, a Python loop over images and classes, and suppression box by box; only the
-    picking of the best of all classes is done here with one `topk`, which is faster.
+    Like the ports it loops over images and classes in Python and suppresses box by box; only the
+    best of all classes are chosen with one `topk`, which is faster.
     """
     import torch
     import torch_refinedet
@@ -586,7 +590,7 @@ def time_detector_litert(arguments):
 
 
 def file_and_pixels(name, arguments, run):
-    """The graph decodes boxes; images are decoded by Pillow."""
+    """Times graphs that decode boxes, after Pillow has decoded the image."""
     with np.load(arguments.folder / "raw.npz") as arrays:
         height, width = arrays["images"].shape[1:3]
     encoded = jpeg()
@@ -619,7 +623,7 @@ def time_postprocess_torch(arguments):
 
     def prepare(implementation, side, classes, crowded, batch):
         anchors = torch_refinedet.make_anchors(side)
-        raw = made_up_outputs(anchors.numpy(), side, classes, crowded)
+        raw = synthetic_outputs(anchors.numpy(), side, classes, crowded)
         raw = {name: torch.from_numpy(value) for name, value in raw.items()}
         return torch_decoder(torch, {"anchors": anchors}, arguments.top_k, raw)
 
@@ -648,11 +652,11 @@ def numpy_decoder(anchors, side, classes, crowded):
     from keras_resnest.serving import NumpyDetectionDecoder
 
     decoder = NumpyDetectionDecoder(anchors, (side, side, 3))
-    raw = made_up_outputs(anchors, side, classes, crowded)
+    raw = synthetic_outputs(anchors, side, classes, crowded)
     return lambda: decoder(raw)
 
 
-# --- The life of a process -------------------------------------------------------------------
+# --- Processes -------------------------------------------------------------------------------
 
 
 def expected_outputs(arguments, batch):
@@ -663,7 +667,7 @@ def expected_outputs(arguments, batch):
 
 
 class Timed:
-    """What a worker can run, made ready when it is first asked for."""
+    """The calls that a worker can run, prepared at first use."""
 
     def __init__(self, arguments, contenders):
         self.arguments = arguments
@@ -671,7 +675,7 @@ class Timed:
         self.ready = {}
 
     def prepare(self, label, batch):
-        """How far the result is from PyTorch's, in standard deviations of that."""
+        """Returns the largest difference from PyTorch, relative to its standard deviation."""
         self.ready = {key: call for key, call in self.ready.items() if key[1] == batch}
         call = self.ready[label, batch] = self.contenders[label](batch)
         result, expected = call(), expected_outputs(self.arguments, batch)
@@ -680,7 +684,7 @@ class Timed:
         return {"difference": float(np.max(np.abs(result - expected)) / np.std(expected))}
 
     def run(self, label, batch):
-        """Times of a call that follows another one, so that nothing of it is cold."""
+        """Times a call after a warm-up call of the same kind."""
         call = self.ready[label, batch]
         call()
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -692,7 +696,7 @@ class Timed:
 def main():
     arguments = parse_arguments()
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the lines
+    os.dup2(2, 1)  # messages of libraries must not mix with the answers
     act = globals()[f"{arguments.task}_{arguments.part}_{arguments.runtime}"]
     made = act(arguments)
     timed = Timed(arguments, made) if arguments.task == "time" else None

@@ -1,11 +1,10 @@
-"""What an export costs in accuracy: mAP of one trained detector in every format and precision.
+"""Measures the accuracy of exports: mAP of a trained detector in every format and precision.
 
     python examples/train_detector.py bccd --epochs 30 --fit-anchors --output runs/bccd
     python benchmarks/export_accuracy.py runs/bccd/detector.keras --data bccd
 
-Every export is run by its own runtime over the test split, one image at a time. For int8 it is
-calibrated on images of the training split. The packages of the formats come with
-`pip install "keras_resnest[export]"`.
+Each export runs in its own runtime over the test split, one image at a time. int8 is calibrated on
+images of the training split. `pip install "keras_resnest[export]"` installs the runtimes.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Format, precision, suffix, whether boxes are decoded inside.
+# Format, precision, suffix, whether the graph decodes boxes.
 EXPORTS = (
     ("tf_saved_model", "float32", "", True),
     ("tf_saved_model", "bfloat16", "", True),
@@ -42,12 +41,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="a .keras file of a RefineDet")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="annotated images")
-    parser.add_argument("--split", default="test", help="split that is measured (%(default)s)")
-    parser.add_argument("--train-split", default="train", help="for int8 (%(default)s)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="to try the program out")
-    parser.add_argument("--calibration", type=int, default=50, help="images (%(default)s)")
+    parser.add_argument("--split", default="test", help="split to evaluate (%(default)s)")
+    parser.add_argument(
+        "--train-split", default="train", help="split for int8 calibration (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-images", type=int, metavar="N", help="evaluate only the first N images"
+    )
+    parser.add_argument(
+        "--calibration", type=int, default=50, help="images for int8 calibration (%(default)s)"
+    )
     parser.add_argument("--formats", nargs="+", choices=sorted({e[0] for e in EXPORTS}))
-    parser.add_argument("--output", type=Path, help="also write the rows into this JSON file")
+    parser.add_argument("--output", type=Path, help="also write the rows to this JSON file")
     return parser.parse_args()
 
 
@@ -55,7 +60,7 @@ def main() -> None:
     arguments = parse_arguments()
     import keras
 
-    import keras_resnest  # its classes are registered  # noqa: F401
+    import keras_resnest  # registers its classes  # noqa: F401
 
     model = keras.saving.load_model(arguments.model)
     batches = read_split(model, arguments.data, arguments.split, arguments.max_images)
@@ -82,7 +87,7 @@ def main() -> None:
 
 
 def read_split(model, data, split, max_images) -> list:
-    """Batches of one image of the model's size, and its objects."""
+    """Returns batches of one resized image and its ground truth."""
     import keras_resnest as kr
 
     dataset = kr.data.read_detection(data, split, model.class_names)
@@ -94,7 +99,7 @@ def read_split(model, data, split, max_images) -> list:
 
 
 class TimedDetector:
-    """A function of images in the form that `collect_detections` takes; keeps its times."""
+    """A detector as `collect_detections` expects it, which records the time of each call."""
 
     def __init__(self, run, bounding_box_format: str):
         self.run, self.bounding_box_format, self.seconds = run, bounding_box_format, []
@@ -107,10 +112,10 @@ class TimedDetector:
 
 
 def measure(name, precision, run, model, batches, path) -> dict:
-    """Accuracy, median time of one image and size of an export; prints its row."""
+    """Measures accuracy, median time of one image and file size of an export; prints its row."""
     import keras_resnest as kr
 
-    run(batches[0][0])  # the first time is slow
+    run(batches[0][0])  # warm-up
     detector = TimedDetector(run, model.bounding_box_format)
     pair = kr.evaluation.collect_detections(detector, batches)
     voc = kr.evaluation.voc_average_precision(*pair, model.class_names)
@@ -147,7 +152,7 @@ def tensorflow_runtime(path):
     signature = loaded.signatures["serving_default"]
 
     def run(images):
-        _ = loaded  # lives as long as the function
+        _ = loaded  # keeps it alive
         return {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
 
     return run

@@ -1,23 +1,23 @@
-"""Sends requests to an exported detector, one image each: throughput, latency, memory.
+"""Loads an exported detector with requests: throughput, latency, memory.
 
-Some clients at a time, each of which sends its next request when it has the answer to the last.
-Without `--url` the SavedModel runs in this process, in two ways: "alone" runs every request as a
-batch of one, "batched" runs requests that come within a few milliseconds together, as TensorFlow
-Serving does with --enable_batching. "CPU" is the processor time of an image, which depends less
-on what else the machine does. The second table is the resident memory after each tenth of the
-requests, and what came after the first tenth: a leak grows with every request.
+Several clients send one image per request, each as soon as it has the previous answer. Without
+`--url` the SavedModel runs in this process, in two modes: "alone" runs every request as a batch of
+one; "batched" runs requests that arrive within a few milliseconds together, as TensorFlow Serving
+does with --enable_batching. "CPU" is the processor time per image, which depends less on other
+load of the machine. The second table shows the resident memory after each tenth of the requests
+and its growth after the first tenth: a leak grows with every request.
 
     python benchmarks/serving_load.py
     python benchmarks/serving_load.py --requests 10000 --size 128 --clients 16
     python benchmarks/serving_load.py --model serving/detector/1 --images photos --mode batched
     python benchmarks/serving_load.py --url http://127.0.0.1:8501 --name detector --pid 4242
 
-Without `--model` a RefineDet with random weights is exported first. Its detections mean nothing,
-and their number is that of `--confidence`. Without `--images` there are sixteen generated JPEGs
-of 640 x 480. `--url` asks a server over REST, on this machine only: it is a load. `--pid` is the
-server's process, whose memory is read then. Memory is read on Linux only.
+Without `--model`, a RefineDet with random weights is exported first; its detections are
+meaningless, and `--confidence` determines their number. Without `--images`, sixteen JPEGs of 640 x
+480 are generated. `--url` sends the requests to a server over REST, on this machine only, and
+`--pid`, its process, lets the program read its memory. Memory is read on Linux only.
 
-Exit status: 0 if every request was answered, 1 if some failed, 2 if the command is wrong.
+Exit status: 0 if every request was answered, 1 if some failed, 2 if the command is invalid.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-TIMEOUT = 60  # seconds to wait for an answer over REST
+TIMEOUT = 60  # seconds, for an answer over REST
 TENTHS = 10
 
 
@@ -55,13 +55,19 @@ def parse_arguments():
     add("--size", type=int, default=320, help="without --model: side, pixels (%(default)s)")
     add("--confidence", type=float, default=0.05, help="without --model: threshold (%(default)s)")
     add("--images", type=Path, metavar="FOLDER", help="files to send; default: generated ones")
-    add("--requests", type=int, default=2000, help="of each way, one image each (%(default)s)")
-    add("--clients", type=int, default=8, help="requests at a time (%(default)s)")
+    add("--requests", type=int, default=2000, help="number of requests in each mode (%(default)s)")
+    add("--clients", type=int, default=8, help="concurrent clients (%(default)s)")
     add("--mode", choices=("alone", "batched", "both"), default="both")
-    add("--max-batch-size", type=int, default=8, help="of batched, images (%(default)s)")
-    add("--batch-timeout", type=float, default=2.0, metavar="MS", help="of batched (%(default)s)")
-    add("--batch-threads", type=int, default=2, help="batches at a time (%(default)s)")
-    add("--threads", type=int, default=0, help="of TensorFlow, intra and inter; 0: all")
+    add("--max-batch-size", type=int, default=8, help="batched: images of a batch (%(default)s)")
+    add(
+        "--batch-timeout",
+        type=float,
+        default=2.0,
+        metavar="MS",
+        help="batched: timeout (%(default)s)",
+    )
+    add("--batch-threads", type=int, default=2, help="batched: concurrent batches (%(default)s)")
+    add("--threads", type=int, default=0, help="TensorFlow threads, intra and inter; 0: all")
     add("--url", type=local_server, help="REST address of a server, http://127.0.0.1:8501")
     add("--name", default="detector", help="with --url: name of the model (%(default)s)")
     add("--pid", type=int, help="with --url: process of the server, to read its memory")
@@ -77,7 +83,7 @@ def parse_arguments():
 
 
 def local_server(url: str) -> tuple[str, int]:
-    """Host and port of a URL on this machine; everything else is refused."""
+    """Returns host and port of a URL; rejects other machines than this one."""
     parts = urllib.parse.urlsplit(url)
     try:
         host, port = parts.hostname or "", parts.port or 80
@@ -92,7 +98,7 @@ def local_server(url: str) -> tuple[str, int]:
     return host, port
 
 
-# === What is sent ===
+# === Requests ===
 
 
 def read_images(folder: Path | None) -> list[bytes]:
@@ -104,7 +110,7 @@ def read_images(folder: Path | None) -> list[bytes]:
 
 
 def generate_images(count: int, width: int = 640, height: int = 480) -> list[bytes]:
-    """JPEGs as large as photographs of that size: smooth colors and a little noise."""
+    """Generates JPEGs as large as photographs: smooth colors and a little noise."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -120,7 +126,7 @@ def generate_images(count: int, width: int = 640, height: int = 480) -> list[byt
 
 
 def export_tiny(folder: str, size: int, confidence: float) -> None:
-    """Writes a small detector. In a process of its own, whose memory does not count."""
+    """Exports a small detector, in a process of its own, whose memory does not count."""
     import keras_resnest as kr
     from keras_resnest.detection.decoding import DetectionDecoder
 
@@ -129,11 +135,11 @@ def export_tiny(folder: str, size: int, confidence: float) -> None:
     model.export(folder)
 
 
-# === Who answers ===
+# === Servers ===
 
 
 def load_serve_bytes(folder, threads: int):
-    """The signature as a function of a list of files, which returns a dictionary of arrays."""
+    """Returns the signature as a function: a list of files to a dictionary of arrays."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -147,19 +153,19 @@ def load_serve_bytes(folder, threads: int):
         answer = signature(image_bytes=tf.constant(files, tf.string))
         return {name: value.numpy() for name, value in answer.items()}
 
-    serve.loaded = loaded  # its variables live as long as it does
+    serve.loaded = loaded  # keeps its variables alive
     return serve
 
 
 @contextlib.contextmanager
 def alone(serve):
-    """Gives a function of one file: its answer, from a batch of one."""
+    """Yields a function that answers one file, as a batch of one."""
     yield lambda image: {name: value[0] for name, value in serve([image]).items()}
 
 
 @contextlib.contextmanager
 def batched(serve, max_batch_size: int, timeout: float, threads: int):
-    """Gives a function of one file, which waits for others to be run with.
+    """Yields a function that answers one file, batched with those of other threads.
 
     Args:
         serve: function of a list of files.
@@ -170,7 +176,7 @@ def batched(serve, max_batch_size: int, timeout: float, threads: int):
     waiting, collecting = queue.Queue(), threading.Lock()
 
     def collect():
-        """The next batch, None at the end. Files that come while all threads work join it."""
+        """Returns the next batch, None at the end. It also takes files that came in meanwhile."""
         batch = [waiting.get()]
         while batch[-1] and len(batch) < max_batch_size:
             left = batch[0][2] + timeout - time.perf_counter()
@@ -217,7 +223,7 @@ def batched(serve, max_batch_size: int, timeout: float, threads: int):
 
 @contextlib.contextmanager
 def over_rest(address: tuple[str, int], model_name: str):
-    """Gives a function of one file that asks a server; each client keeps its connection."""
+    """Yields a function that sends one file to a server; each client keeps its connection."""
     own = threading.local()
     path = f"/v1/models/{urllib.parse.quote(model_name)}:predict"
 
@@ -231,7 +237,7 @@ def over_rest(address: tuple[str, int], model_name: str):
             response = own.connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException):
-            own.connection.close()  # the next request opens it again
+            own.connection.close()  # the next request reopens it
             raise
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {answer[:200].decode(errors='replace')}")
@@ -244,7 +250,7 @@ def over_rest(address: tuple[str, int], model_name: str):
 
 
 def resident_mib(pid="self") -> float:
-    """Resident memory of a process in MiB, nan where it cannot be read."""
+    """Returns the resident memory of a process in MiB, nan if it cannot be read."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -253,7 +259,7 @@ def resident_mib(pid="self") -> float:
 
 
 class Load:
-    """Sends requests from several threads and notes what they take.
+    """Sends requests from several threads and records latencies and memory.
 
     Args:
         ask: function of one file that returns the answer to it.
@@ -339,11 +345,11 @@ def print_tables(loads: dict[str, Load], requests: int, own_process: bool) -> No
         print(f"{name}: growth after the first tenth {growth:+.1f} MiB")
 
 
-# === The ways ===
+# === Modes ===
 
 
 def run_here(arguments, images) -> dict[str, Load]:
-    """Both ways in this process, one after the other."""
+    """Runs both modes in this process, one after the other."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or export_elsewhere(f"{temporary}/1", arguments)
         serve = load_serve_bytes(folder, arguments.threads)
@@ -352,7 +358,7 @@ def run_here(arguments, images) -> dict[str, Load]:
         "alone": alone(serve),
         "batched": batched(serve, largest, timeout, arguments.batch_threads),
     }
-    for size in range(1, largest + 1):  # the first batch of a size takes longer
+    for size in range(1, largest + 1):  # the first batch of each size is slow
         serve(images[:1] * size)
     loads = {}
     for name, way in ways.items():
@@ -378,7 +384,7 @@ def run_against_server(arguments, images) -> dict[str, Load]:
 
     with over_rest(arguments.url, arguments.name) as ask:
         with contextlib.suppress(Exception):  # failures are counted below
-            ask(images[0])  # the first request of a server may take longer
+            ask(images[0])  # warm-up
         return {"REST": Load(ask, images, memory).run(arguments.requests, arguments.clients)}
 
 

@@ -8,7 +8,7 @@ import tempfile
 
 
 @contextlib.contextmanager
-def written_at_once(path: str | os.PathLike):
+def atomic_folder(path: str | os.PathLike):
     """Gives a folder to write into; at the end it is moved to `path` in one step.
 
     The folder lies beside `path`, under a name that no model server takes for a version. If
@@ -22,7 +22,7 @@ def written_at_once(path: str | os.PathLike):
 
     Example:
 
-    >>> with written_at_once("serving/1") as folder:
+    >>> with atomic_folder("serving/1") as folder:
     ...     (folder / "model.json").write_text("{}")
     """
     path = pathlib.Path(os.path.abspath(path))

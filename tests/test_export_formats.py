@@ -11,20 +11,19 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from detectors import CLASS_NAMES, rectangles, small_detector
+from detectors import CLASS_NAMES, rectangles
+from exported_models import DECODER, model_of
 
 from keras_resnest.backbones import ResNet, create_backbone
-from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.images import load_image, resize_image
-from keras_resnest.serving import decoder_numpy as numpy_decoder
-from keras_resnest.serving import export_model
+from keras_resnest.serving import NumpyDetectionDecoder, decoder_numpy, export_model
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("models are exported by TensorFlow", allow_module_level=True)
 
-SHAPE = (64, 128, 3)
-# So few that random weights leave no near ties, and all lists end with padding.
-DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
+PROGRAM = Path(__file__).parent / "programs" / "run_model_files.py"
+SHAPE = (64, 128, 3)  # of the detector
+MAX = DECODER.max_detections
 DETECTIONS = ("boxes", "confidence", "labels", "num_detections")
 RAW = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
@@ -34,74 +33,14 @@ PACKAGES = {
     "litert": ("ai_edge_litert",),
 }
 BATCHES = {"onnx": (1, 3), "openvino": (1, 3), "litert": (1,)}
-# Largest difference as a share of the largest output; seen: 5e-3.
+# Largest difference, relative to the largest output; seen: 5e-3.
 FLOAT16_TOLERANCE = 1e-2
 INT8_CORRELATION = 0.95  # of outputs; seen: 0.99 (ONNX) and 0.975 (LiteRT)
-
-# Run by a fresh interpreter in which neither Keras nor TensorFlow nor this package can be
-# imported: it runs all models of one folder by the runtime that is named.
-FRESH = """
-import importlib.util, json, pathlib, sys
-BLOCKED = ("keras", "tensorflow", "tf_keras", "keras_resnest")
-for name in BLOCKED:
-    sys.modules[name] = None  # so that importing it fails
-import numpy as np
-
-def onnx(path):
-    import onnxruntime
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (argument,) = session.get_inputs()
-    names = [output.name for output in session.get_outputs()]
-    return argument.name, lambda x: dict(zip(names, session.run(None, {argument.name: x})))
-
-def openvino(path):
-    import openvino
-    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    (argument,) = model.inputs
-    names = [output.any_name for output in model.outputs]
-    def run(x):
-        results = model({argument.any_name: x})
-        return {name: results[name] for name in names}
-    return argument.any_name, run
-
-def litert(path):
-    from ai_edge_litert.interpreter import Interpreter
-    interpreter = Interpreter(str(path))
-    ((argument,),) = [s["inputs"] for s in interpreter.get_signature_list().values()]
-    runner = interpreter.get_signature_runner()
-    return argument, lambda x: runner(**{argument: x})
-
-source, folder, runtime = sys.argv[1:]
-specification = importlib.util.spec_from_file_location("numpy_decoder", source)
-decoders = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(decoders)
-
-folder = pathlib.Path(folder)
-suffix, batches = json.loads((folder / "runtime.json").read_text())
-found = {}
-for path in sorted(folder.glob("*" + suffix)):
-    argument, run = globals()[runtime](path)
-    assert argument == "images", argument
-    for images in sorted(folder.glob(path.stem.split("_")[0] + "_images*.npy")):
-        images_name, images = images.stem.split("_")[-1], np.load(images)
-        for batch in batches:
-            parts = [run(images[i : i + batch]) for i in range(0, len(images), batch)]
-            answer = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-            for name, value in answer.items():
-                found[f"{path.stem}/{images_name}/{batch}/{name}"] = value
-            if path.stem == "detector_raw":
-                decoder = decoders.NumpyDetectionDecoder.from_files(f"{path}.json")
-                for name, value in decoder(answer).items():
-                    found[f"decoded/{images_name}/{batch}/{name}"] = value
-for name in BLOCKED:
-    assert sys.modules[name] is None
-np.savez(folder / "found.npz", **found)
-"""
 
 
 @pytest.fixture(scope="module")
 def detector():
-    return small_detector(SHAPE, decoder=DECODER)
+    return model_of("detector")
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +99,14 @@ class Exported:
         for name, value in images.items():
             np.save(folder / f"{name}.npy", value)
         (folder / "runtime.json").write_text(json.dumps([self.suffix, BATCHES[format]]))
-        command = [sys.executable, "-c", FRESH, numpy_decoder.__file__, str(folder), format]
+        command = [sys.executable, PROGRAM, decoder_numpy.__file__, folder, format]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
         self.found = {}
         with np.load(folder / "found.npz") as arrays:
             for key, value in arrays.items():
-                model, pictures, batch, output = key.split("/")
-                self.found.setdefault((model, pictures, int(batch)), {})[output] = value
+                model, images_name, batch, output = key.split("/")
+                self.found.setdefault((model, images_name, int(batch)), {})[output] = value
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{self.suffix}"
@@ -223,7 +162,7 @@ def assert_same_detections(got, want):
 
 def test_detections(exported, detector):
     want = detector.predict(random_images(), verbose=0)
-    assert ((want["num_detections"] > 0) & (want["num_detections"] < 40)).all()
+    assert ((want["num_detections"] > 0) & (want["num_detections"] < MAX)).all()
     for got in exported.batches("detector"):
         assert_same_detections(got, want)
 
@@ -302,17 +241,17 @@ def test_int8(exported, detector):
             assert got[name].dtype == np.float32
             correlation = np.corrcoef(got[name].ravel(), np.ravel(want[name]))[0, 1]
             assert INT8_CORRELATION < correlation < 0.999999
-    # The last convolutions stay as they are, and OpenVINO's text of the graph is long.
-    share = 0.3 if exported.format == "litert" else 0.4
-    assert exported.size("detector_int8") < share * exported.size("detector_raw")
+    # The last convolutions are not quantized, and OpenVINO's text of the graph is long.
+    ratio = 0.3 if exported.format == "litert" else 0.4
+    assert exported.size("detector_int8") < ratio * exported.size("detector_raw")
 
 
 def test_int8_with_detections(exported):
-    """The detections are those that the outputs of the quantized network have."""
+    """The detections equal those decoded from the outputs of the quantized network."""
     if exported.format != "onnx":
         pytest.skip("the others need decode=False for int8")
     facts = f"{exported.path('detector_int8')}.json"
-    decode = numpy_decoder.NumpyDetectionDecoder.from_files(facts)
+    decode = NumpyDetectionDecoder.from_files(facts)
     raw, found = exported.batches("detector_int8"), exported.batches("detector_decoded8")
     for got, outputs in zip(found, raw, strict=True):
         assert_same_detections(got, decode(outputs))
@@ -325,7 +264,7 @@ def test_facts(exported, detector):
     facts = json.loads((exported.folder / f"detector_raw{exported.suffix}.json").read_text())
     assert facts["task"] == "detection" and facts["image_shape"] == list(SHAPE)
     assert facts["class_names"] == CLASS_NAMES and facts["bounding_box_format"] == "xyxy"
-    assert facts["decoder"]["max_detections"] == 40
+    assert facts["decoder"]["max_detections"] == MAX
     assert facts["decode"] is False and facts["precision"] == "float32"
     anchors = np.load(exported.folder / facts["anchors"])
     np.testing.assert_array_equal(anchors, np.asarray(detector.anchors))
@@ -353,7 +292,7 @@ def test_quiet(exported):
     assert exported.noise == []
 
 
-# === What is refused ===
+# === Errors ===
 
 ERRORS = {
     "suffix": ({"format": "onnx"}, "model.tflite", r"`filepath`.*ends with '.onnx'.*model.tflite"),
@@ -378,12 +317,12 @@ ERRORS = {
     "int8 without images": (
         {"format": "onnx", "precision": "int8"},
         "model.onnx",
-        r"`representative_images` go with .*=None",
+        r"`representative_images` is required for .*=None",
     ),
     "images without int8": (
         {"format": "onnx", "representative_images": np.zeros((2, *SHAPE))},
         "model.onnx",
-        r"`representative_images` go with .*precision='float32'",
+        r"`representative_images` is required for .*precision='float32'",
     ),
     "images of another size": (
         {
@@ -404,7 +343,7 @@ ERRORS = {
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(0, ",
     ),
-    "variables": ({"format": "onnx", "freeze": False}, "model.onnx", r"`freeze=False` is for"),
+    "variables": ({"format": "onnx", "freeze": False}, "model.onnx", r"`freeze=False` is only"),
     "raw saved model": ({"decode": False}, "model", r"`raw_outputs`.*decode=False"),
     "decoded int8 in OpenVINO": (
         {
@@ -441,7 +380,7 @@ CLASSIFIER_ERRORS = {
     "another size": ({"image_shape": (32, 32, 3)}, r"`image_shape`.*\(64, 64, 3\).*\(32, 32, 3\)"),
     "no channels": ({"image_shape": (64, 64)}, r"`image_shape`.*Received: image_shape=\(64, 64\)"),
     "a number": ({"image_shape": 64}, r"`image_shape`.*Received: image_shape=64"),
-    "crop": ({"crop_share": 0.0}, r"`crop_share`"),
+    "crop": ({"crop_ratio": 0.0}, r"`crop_ratio`"),
 }
 
 
@@ -454,11 +393,11 @@ def test_errors_of_a_detector(detector, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CLASSIFIER_ERRORS)
-@pytest.mark.parametrize("format", SUFFIXES)
-def test_errors_of_a_classifier(classifier, tmp_path, format, name):
+def test_errors_of_a_classifier(classifier, tmp_path, name):
     options, message = CLASSIFIER_ERRORS[name]
-    with pytest.raises(ValueError, match=message):
-        classifier.export(tmp_path / f"model{SUFFIXES[format]}", format=format, **options)
+    for format, suffix in (("tf_saved_model", ""), *SUFFIXES.items()):
+        with pytest.raises(ValueError, match=message):
+            classifier.export(tmp_path / f"model{suffix}", format=format, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -488,7 +427,7 @@ def inconvertible():
 
 
 @pytest.mark.parametrize("format", SUFFIXES)
-def test_a_failed_conversion_leaves_everything_as_it_was(format, tmp_path, capfd):
+def test_a_failed_conversion_changes_nothing(format, tmp_path, capfd):
     for package in PACKAGES[format]:
         pytest.importorskip(package)
     path = tmp_path / f"model{SUFFIXES[format]}"

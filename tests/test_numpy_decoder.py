@@ -1,8 +1,8 @@
 """The decoder of plain numpy against the Keras decoder, brute force and golden detections."""
 
-import importlib.util
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,26 +15,17 @@ from detectors import CLASS_NAMES, rectangles, small_detector
 from golden_data import detection_case
 from keras import ops
 
-from keras_resnest.boxes import offsets as kb
+from keras_resnest.boxes import offsets
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.formats import BOX_FORMATS, scale_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.serving import NumpyDetectionDecoder, decoder_numpy
 
-FILE = Path(__file__).resolve().parents[1] / "keras_resnest/serving/numpy_decoder.py"
 SHAPE = (64, 128, 3)
 ANCHORS = AnchorGenerator()(SHAPE)
 NAMES = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
-
-
-def load_file():
-    """The module as somebody has it who copied the file."""
-    specification = importlib.util.spec_from_file_location("copied_numpy_decoder", FILE)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-nd = load_file()
-NumpyDetectionDecoder = nd.NumpyDetectionDecoder
+SWITCHES = ("two_step_regression", "negative_anchor_filtering")
+ON = dict.fromkeys(SWITCHES, True)
 
 
 def random_outputs(seed, batch=2, classes=3, anchors=ANCHORS, sharp=2.0, dtype="float32"):
@@ -76,9 +67,9 @@ def assert_same(got, want, atol=1e-3):
 
 
 def test_constants_and_defaults_are_those_of_the_package():
-    assert nd.BOX_FORMATS == kb.BOX_FORMATS
-    assert nd.VARIANCES == kb.VARIANCES
-    assert nd.MAX_LOG_SIZE_RATIO == kb.MAX_LOG_SIZE_RATIO
+    assert decoder_numpy.BOX_FORMATS == BOX_FORMATS
+    assert decoder_numpy.VARIANCES == offsets.VARIANCES
+    assert decoder_numpy.MAX_LOG_SIZE_RATIO == offsets.MAX_LOG_SIZE_RATIO
     ours = inspect.signature(NumpyDetectionDecoder).parameters
     for name, parameter in inspect.signature(DetectionDecoder).parameters.items():
         assert ours[name].default == parameter.default, name
@@ -114,7 +105,7 @@ def test_equals_keras_at_full_size(classes, sharp):
     assert_same(got, by_keras(outputs, anchors, shape))
 
 
-@pytest.mark.parametrize("target", [*kb.BOX_FORMATS, "XYWH"])
+@pytest.mark.parametrize("target", [*BOX_FORMATS, "XYWH"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_formats(target, clip):
     outputs = random_outputs(3)
@@ -167,9 +158,12 @@ def test_equals_predict(detector):
     "two_step, filtering", [(False, True), (True, False), (False, False), (True, True)]
 )
 def test_switches(detector, monkeypatch, two_step, filtering):
-    monkeypatch.setattr(detector, "two_step_regression", two_step)
-    monkeypatch.setattr(detector, "negative_anchor_filtering", filtering)
-    options = {"objectness_threshold": 0.4, "confidence_threshold": 0.1}
+    options = {
+        "objectness_threshold": 0.4,
+        "confidence_threshold": 0.1,
+        "two_step_regression": two_step,
+        "negative_anchor_filtering": filtering,
+    }
     monkeypatch.setattr(detector, "decoder", DetectionDecoder(**options))
     outputs = random_outputs(6)
     want = {k: ops.convert_to_numpy(v) for k, v in detector.decode(outputs).items()}
@@ -177,14 +171,7 @@ def test_switches(detector, monkeypatch, two_step, filtering):
         del outputs["arm_boxes"]
     if not filtering:
         outputs["arm_objectness"] = None  # there, and not looked at
-    got = by_numpy(
-        outputs,
-        detector.anchors,
-        target="rel_yxyx",
-        two_step_regression=two_step,
-        negative_anchor_filtering=filtering,
-        **options,
-    )
+    got = by_numpy(outputs, detector.anchors, target="rel_yxyx", **options)
     assert_same(got, want, atol=1e-5)
 
 
@@ -226,9 +213,9 @@ def test_suppression_does_not_depend_on_blocks(monkeypatch):
     kept = reference.suppress(boxes, -np.arange(300), np.zeros(300), iou_threshold=0.3)
     assert len(kept) > 20
     for block in (1, 7, 128, 1000):
-        monkeypatch.setattr(nd, "NMS_BLOCK", block)
-        assert nd._suppress(boxes, 0.3, 1000).tolist() == kept
-        assert nd._suppress(boxes, 0.3, 9).tolist() == kept[:9]
+        monkeypatch.setattr(decoder_numpy, "NMS_BLOCK", block)
+        assert decoder_numpy._suppress(boxes, 0.3, 1000).tolist() == kept
+        assert decoder_numpy._suppress(boxes, 0.3, 9).tolist() == kept[:9]
 
 
 def test_equal_confidences_go_by_label_then_anchor():
@@ -355,7 +342,7 @@ def test_infinite_sizes_and_logits_are_as_in_keras():
 # === Pixels of the image ===
 
 
-@pytest.mark.parametrize("target", kb.BOX_FORMATS)
+@pytest.mark.parametrize("target", BOX_FORMATS)
 def test_scale_to_image(target):
     outputs = random_outputs(11)
     decoder = NumpyDetectionDecoder(ANCHORS, SHAPE, target, confidence_threshold=0.9)
@@ -366,7 +353,7 @@ def test_scale_to_image(target):
     for i, width in enumerate((640, 64)):
         n = detections["num_detections"][i]
         assert 0 < n < 200
-        want = kb.scale_boxes(before[i, :n], target, width / 128, 48 / 64)
+        want = scale_boxes(before[i, :n], target, width / 128, 48 / 64)
         np.testing.assert_allclose(got["boxes"][i, :n], ops.convert_to_numpy(want), rtol=1e-5)
         assert (got["boxes"][i, n:] == -1).all()
         one = decoder.scale_to_image({k: v[i] for k, v in detections.items()}, 48, width)
@@ -385,22 +372,20 @@ def test_scale_to_image_wants_sides():
 
 
 def written(folder, **changes):
-    """A decoder's files, as an export writes them; `None` leaves a key out."""
+    """Writes a decoder's files as an export does; None leaves a key out."""
     options = {"pre_nms_top_k": 50, "max_detections": 40, "variances": (0.1, 0.2)}
-    facts = {
+    metadata = {
         "image_shape": list(SHAPE),
         "bounding_box_format": "center_yxhw",
         "anchors": "anchors.npy",
         "decoder": DetectionDecoder(**options).get_config(),
-        "two_step_regression": True,
-        "negative_anchor_filtering": True,
         "class_names": CLASS_NAMES,
         "made_by": "a later version",
         **changes,
     }
     np.save(folder / "anchors.npy", ANCHORS)
     path = folder / "decoder.json"
-    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+    path.write_text(json.dumps({k: v for k, v in metadata.items() if v is not None}))
     return path
 
 
@@ -411,31 +396,37 @@ def test_from_files(tmp_path):
     want = by_keras(outputs, target="center_yxhw", pre_nms_top_k=50, max_detections=40)
     assert_same(decoder(outputs), want)
 
-    path = written(tmp_path, two_step_regression=False, decoder={}, class_names=None)
-    decoder = NumpyDetectionDecoder.from_files(path)
-    assert decoder.class_names is None and not decoder.two_step_regression
+    switches = {"two_step_regression": False, "negative_anchor_filtering": True}
+    want = by_keras(outputs, target="center_yxhw", **switches)
     del outputs["arm_boxes"]
-    assert_same(decoder(outputs), by_keras(outputs, target="center_yxhw"))
+    # Earlier exports have the switches beside the decoder.
+    for changes in ({"decoder": switches}, {"decoder": {}, **switches}):
+        path = written(tmp_path, class_names=None, **changes)
+        decoder = NumpyDetectionDecoder.from_files(path)
+        assert decoder.class_names is None and not decoder.two_step_regression
+        assert_same(decoder(outputs), want)
 
 
 @pytest.mark.parametrize(
     "changes, word",
     [
         *(({key: None}, f"Missing: .*{key}") for key in ("image_shape", "anchors", "decoder")),
-        ({"negative_anchor_filtering": None}, "Missing: .*negative_anchor_filtering"),
-        ({"two_step_regression": "no"}, "two_step_regression.*true or false"),
+        ({"decoder": {SWITCHES[0]: True}}, "Missing: .*negative_anchor_filtering"),
+        ({"decoder": {}, SWITCHES[1]: True}, "Missing: .*two_step_regression"),
+        ({"decoder": {SWITCHES[0]: "no"}, SWITCHES[1]: True}, "two_step_regression.*true or false"),
+        ({"decoder": {}, SWITCHES[0]: "no", SWITCHES[1]: True}, "two_step_regression.*true or fal"),
         ({"bounding_box_format": "rel_center_yxhw"}, "bounding_box_format.*rel_center_yxhw"),
         ({"image_shape": [64]}, "image_shape"),
         ({"image_shape": "64x128"}, "image_shape"),
         ({"anchors": "../anchors.npy"}, "beside"),
         ({"anchors": ".."}, "beside"),
         ({"anchors": [[0, 0, 1, 1]]}, "beside"),
-        ({"decoder": {"soft": 1}}, "decoder.*soft"),
+        ({"decoder": {**ON, "soft": 1}}, "decoder.*soft"),
         ({"decoder": [1]}, "decoder"),
-        ({"decoder": {"iou_threshold": 2}}, "iou_threshold"),
-        ({"decoder": {"iou_threshold": "high"}}, r"decoder\.json"),
-        ({"decoder": {"clip_to_image": 1}}, "clip_to_image"),
-        ({"decoder": {"variances": [0.1, 0.1, 0.2, 0.2]}}, "variances"),
+        ({"decoder": {**ON, "iou_threshold": 2}}, "iou_threshold"),
+        ({"decoder": {**ON, "iou_threshold": "high"}}, r"decoder\.json"),
+        ({"decoder": {**ON, "clip_to_image": 1}}, "clip_to_image"),
+        ({"decoder": {**ON, "variances": [0.1, 0.1, 0.2, 0.2]}}, "variances"),
         ({"class_names": "red"}, "class_names"),
     ],
 )
@@ -517,32 +508,15 @@ def test_list_of_outputs():
 
 # === Without Keras ===
 
-PROGRAM = """
-import sys
-
-for name in ("keras", "tensorflow", "torch", "jax", "keras_resnest"):
-    sys.modules[name] = None  # an import raises ImportError
-import numpy as np
-from importlib.util import module_from_spec, spec_from_file_location
-
-before = set(sys.modules)
-specification = spec_from_file_location("numpy_decoder", "numpy_decoder.py")
-module = module_from_spec(specification)
-specification.loader.exec_module(module)
-decoder = module.NumpyDetectionDecoder.from_files("decoder.json")
-with np.load("raw.npz") as raw:
-    np.savez("detections.npz", **decoder(raw))
-packages = {name.split(".")[0] for name in set(sys.modules) - before}
-print(*sorted(packages - set(sys.stdlib_module_names) - {"numpy"}))
-"""
+PROGRAM = Path(__file__).parent / "programs" / "decode_with_numpy_alone.py"
 
 
 def test_runs_alone(tmp_path):
     written(tmp_path)
-    (tmp_path / "numpy_decoder.py").write_bytes(FILE.read_bytes())
+    shutil.copy(decoder_numpy.__file__, tmp_path)
     outputs = random_outputs(14)
     np.savez(tmp_path / "raw.npz", **outputs)
-    command = [sys.executable, "-I", "-W", "error", "-c", PROGRAM]
+    command = [sys.executable, "-I", "-W", "error", str(PROGRAM)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

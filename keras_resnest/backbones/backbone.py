@@ -111,7 +111,7 @@ class Backbone(DistributedTraining, keras.Model):
             filepath: folder or file to write, for instance `"serving/1"`.
             format: `"tf_saved_model"`, `"onnx"`, `"openvino"` or `"litert"`.
             verbose: whether to print what was written.
-            **kwargs: `precision`, `image_shape`, `class_names` and others, see
+            **kwargs: `precision`, `image_shape`, `class_names`, `crop_ratio` and others; see
                 `keras_resnest.serving.export_model`.
 
         Example:

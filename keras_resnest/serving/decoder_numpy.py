@@ -1,7 +1,7 @@
-"""NumpyDetectionDecoder: from the raw outputs of RefineDet to detections, by numpy alone.
+"""NumpyDetectionDecoder: from the raw outputs of RefineDet to detections, with numpy alone.
 
-This file imports nothing but the standard library and numpy. Copied beside an exported
-network it makes detections of what onnxruntime, OpenVINO or LiteRT return.
+This file imports only the standard library and numpy. Copy it beside an exported network to decode
+what onnxruntime, OpenVINO or LiteRT return.
 """
 
 import collections.abc
@@ -11,69 +11,53 @@ import pathlib
 
 import numpy as np
 
-# As in `keras_resnest.boxes.offsets`, which this file must not import.
+# As in `keras_resnest.boxes`, which this file must not import.
 VARIANCES = (0.1, 0.2)
 MAX_LOG_SIZE_RATIO = float(np.log(1000.0 / 16.0))
+BOX_FORMATS = (
+    *("xyxy", "yxyx", "xywh", "center_xywh", "center_yxhw"),
+    *("rel_xyxy", "rel_yxyx", "rel_xywh", "rel_center_xywh"),
+)
+Y_FIRST = ("yxyx", "center_yxhw", "rel_yxyx")
 
 PADDING = -1  # fills the rows beyond `num_detections`
-NMS_BLOCK = 128  # boxes compared at once: bounds the memory, whatever `pre_nms_top_k` is
+NMS_BLOCK = 128  # boxes compared at once, which bounds the memory for any `pre_nms_top_k`
 
-# (left, top, right, bottom) to every format; "rel_" is divided by the sides afterwards.
-_FROM_CORNERS = {
-    "xyxy": lambda x1, y1, x2, y2: (x1, y1, x2, y2),
-    "yxyx": lambda x1, y1, x2, y2: (y1, x1, y2, x2),
-    "xywh": lambda x1, y1, x2, y2: (x1, y1, x2 - x1, y2 - y1),
-    "center_xywh": lambda x1, y1, x2, y2: (
-        x1 + (x2 - x1) / 2.0,
-        y1 + (y2 - y1) / 2.0,
-        x2 - x1,
-        y2 - y1,
-    ),
-    "center_yxhw": lambda x1, y1, x2, y2: (
-        y1 + (y2 - y1) / 2.0,
-        x1 + (x2 - x1) / 2.0,
-        y2 - y1,
-        x2 - x1,
-    ),
-}
-_Y_FIRST = ("yxyx", "center_yxhw")
-BOX_FORMATS = (*_FROM_CORNERS, "rel_xyxy", "rel_yxyx", "rel_xywh", "rel_center_xywh")
+# Part of "decoder" in a JSON file; earlier exports have them beside it.
+SWITCHES = ("two_step_regression", "negative_anchor_filtering")
 
 
 class NumpyDetectionDecoder:
-    """What `RefineDet.decode` does, without Keras.
+    """Does what `RefineDet.decode` does, without Keras.
 
-    The anchors are refined by the first stage (ARM) and again by the second (ODM). Anchors
-    whose ARM objectness is at most `objectness_threshold` are discarded. Then, for each class,
-    the `pre_nms_top_k` most confident boxes above `confidence_threshold` go through
-    non-maximum suppression, and the `max_detections` best of all classes are kept.
+    The first stage (ARM) refines the anchors, the second (ODM) refines them again. Anchors whose
+    ARM objectness is at most `objectness_threshold` are discarded. For each class, the
+    `pre_nms_top_k` most confident boxes above `confidence_threshold` go through non-maximum
+    suppression; the `max_detections` best of all classes remain.
 
     Args:
         anchors: `"xyxy"` in pixels, (anchors, 4): `model.anchors`.
-        image_shape: (height, width, ...) in pixels, of the images that the network takes.
-        bounding_box_format: format of the resulting boxes, one of `BOX_FORMATS`.
+        image_shape: (height, width, ...) of the network's images, in pixels.
+        bounding_box_format: format of the detections, one of `BOX_FORMATS`.
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
         confidence_threshold: lowest class probability, exclusive, 0 to 1.
-        iou_threshold: of two boxes of one class whose IoU is above, the less confident one is
-            dropped.
-        pre_nms_top_k: candidates of each class of each image that enter suppression.
+        iou_threshold: of two boxes of one class with a higher IoU, the less confident is dropped.
+        pre_nms_top_k: boxes of each class that enter suppression.
         max_detections: detections of one image, all classes together.
-        clip_to_image: whether the resulting boxes are clipped to the image.
-        variances: scale of center offsets and of log sizes, as in training.
-        two_step_regression: whether the ODM starts from the anchors as the ARM refines them;
-            otherwise it starts from the anchors, and `"arm_boxes"` is not needed.
-        negative_anchor_filtering: whether anchors of low objectness are discarded; otherwise
-            none is, and `"arm_objectness"` is not needed.
-        class_names: names of the classes by label, or None. The logits must be of as many.
+        clip_to_image: whether to clip boxes to the image.
+        variances: scales of center offsets and of log sizes, as in training.
+        two_step_regression: whether the ODM starts from the anchors that the ARM refined. If
+            False, it starts from the original anchors, and `"arm_boxes"` is not needed.
+        negative_anchor_filtering: whether to discard anchors of low objectness. If False,
+            `"arm_objectness"` is not needed.
+        class_names: names of the labels, or None; the logits must match their number.
 
-    Differences from `keras_resnest.detection.DetectionDecoder`: an anchor whose box is not
-    finite, because the network overflowed or diverged, is discarded (there its box is a
-    detection with NaN in it, or, if merely infinite, a line at the border); a NaN confidence is
-    never a detection (as there), nor does it take a place among the `pre_nms_top_k`. Of equal
-    confidences the lower label comes first, then the lower anchor; there TensorFlow decides.
+    Unlike `keras_resnest.detection.DetectionDecoder`, it discards boxes that are not finite because
+    the network overflowed or diverged. Equal confidences are ordered by label, then by anchor; with
+    TensorFlow their order is undefined.
 
     Raises:
-        ValueError: if an argument is out of its range or has a wrong shape.
+        ValueError: if an argument is out of range or has a wrong shape.
 
     Example:
 
@@ -102,149 +86,106 @@ class NumpyDetectionDecoder:
         negative_anchor_filtering=True,
         class_names=None,
     ):
-        self.anchors = _checked_anchors(anchors)
-        self.image_shape = _checked_image_shape(image_shape)
-        self.bounding_box_format = _checked_box_format(bounding_box_format)
-        for name, value in (
-            ("objectness_threshold", objectness_threshold),
-            ("confidence_threshold", confidence_threshold),
-            ("iou_threshold", iou_threshold),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
-        for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         if np.shape(variances) != (2,):
-            raise ValueError(
-                "`variances` must be two numbers, of centers and of log sizes. "
-                f"Received: variances={variances}"
-            )
-        self.objectness_threshold = float(objectness_threshold)
-        self.confidence_threshold = float(confidence_threshold)
-        self.iou_threshold = float(iou_threshold)
-        self.pre_nms_top_k = int(pre_nms_top_k)
-        self.max_detections = int(max_detections)
+            raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
+        if class_names is not None and not isinstance(class_names, (list, tuple)):
+            raise ValueError(f"`class_names` must be a list or None. Received: {class_names!r}")
+        self.anchors = _check_anchors(anchors)
+        self.image_shape = _check_image_shape(image_shape)
+        self.bounding_box_format = _check_box_format(bounding_box_format)
+        self.objectness_threshold = _check_fraction("objectness_threshold", objectness_threshold)
+        self.confidence_threshold = _check_fraction("confidence_threshold", confidence_threshold)
+        self.iou_threshold = _check_fraction("iou_threshold", iou_threshold)
+        self.pre_nms_top_k = _check_count("pre_nms_top_k", pre_nms_top_k)
+        self.max_detections = _check_count("max_detections", max_detections)
         self.clip_to_image = bool(clip_to_image)
         self.variances = tuple(float(v) for v in variances)
         self.two_step_regression = bool(two_step_regression)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
-        if class_names is not None and not isinstance(class_names, (list, tuple)):
-            raise ValueError(
-                f"`class_names` must be a list of names or None. Received: {class_names!r}"
-            )
         self.class_names = None if class_names is None else [str(name) for name in class_names]
 
     @classmethod
     def from_files(cls, path):
-        """Reads a decoder that was written beside an exported network.
+        """Reads the decoder of an exported network.
 
         Args:
-            path: JSON file `{"image_shape": [height, width, 3], "bounding_box_format": "xyxy",
-                "anchors": "anchors.npy", "decoder": {...}, "two_step_regression": true,
-                "negative_anchor_filtering": true, "class_names": [...] or null}`, where
-                `"anchors"` is a file beside it, `"decoder"` holds the fields of
-                `DetectionDecoder.get_config()` (absent ones have their defaults) and
-                `"class_names"` may be absent. Other keys are ignored.
-
-        Returns:
-            A `NumpyDetectionDecoder`.
+            path: JSON file with `"image_shape"`, `"bounding_box_format"`, `"anchors"` (name of an
+                .npy file in the same folder), `"decoder"` (arguments of this class; absent ones
+                have their defaults) and optionally `"class_names"`. Other keys are ignored.
 
         Raises:
             FileNotFoundError: if one of the two files is missing.
-            ValueError: if the JSON file lacks a key or has a wrong value.
-
-        Example:
-
-        >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
+            ValueError: if the JSON file lacks a key or has an invalid value.
         """
         path = pathlib.Path(path)
-        facts = _read_json(path)
-        needed = (
-            "image_shape",
-            "bounding_box_format",
-            "anchors",
-            "decoder",
-            "two_step_regression",
-            "negative_anchor_filtering",
-        )
-        missing = [key for key in needed if key not in facts]
+        metadata = _read_json(path)
+        settings = metadata.get("decoder", {})
+        if not isinstance(settings, dict):
+            raise ValueError(f'"decoder" in {path} must be an object. Received: {settings}')
+        settings = {**{name: metadata[name] for name in SWITCHES if name in metadata}, **settings}
+        required = ("image_shape", "bounding_box_format", "anchors", "decoder", *SWITCHES)
+        missing = [key for key in required if key not in {**metadata, **settings}]
         if missing:
-            raise ValueError(f"{path} must have the keys {', '.join(needed)}. Missing: {missing}")
-        settings = _checked_settings(path, facts["decoder"])
-        switches = {name: facts[name] for name in needed[-2:]}
-        for name, value in {"clip_to_image": True, **settings, **switches}.items():
-            if name in ("clip_to_image", *switches) and not isinstance(value, bool):
-                raise ValueError(f'"{name}" in {path} must be true or false. Received: {value!r}')
-        anchors = _read_anchors(path, facts["anchors"])
+            raise ValueError(f"{path} must have the keys {', '.join(required)}. Missing: {missing}")
+        for name in ("clip_to_image", *SWITCHES):
+            if not isinstance(settings.get(name, True), bool):
+                raise ValueError(
+                    f'"{name}" in {path} must be true or false. Received: {settings[name]!r}'
+                )
+        anchors = _read_anchors(path, metadata["anchors"])
+        shape, box_format = metadata["image_shape"], metadata["bounding_box_format"]
         try:
             return cls(
-                anchors,
-                facts["image_shape"],
-                facts["bounding_box_format"],
-                class_names=facts.get("class_names"),
-                **switches,
-                **settings,
+                anchors, shape, box_format, class_names=metadata.get("class_names"), **settings
             )
-        except (TypeError, ValueError, OverflowError) as error:  # a word for a number is the first
-            raise ValueError(f"{path} holds a wrong value: {error}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path} has an invalid value: {error}") from error
 
     def __call__(self, raw_outputs):
-        """Detections of a batch.
+        """Decodes a batch.
 
         Args:
-            raw_outputs: what the network returns, a dictionary of arrays of any float type:
+            raw_outputs: outputs of the network, a dictionary of arrays of any float type:
                 `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
                 `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1).
-                Other keys are ignored.
 
         Returns:
-            As `RefineDet.predict`, a dictionary of arrays: `"boxes"` (batch, max_detections, 4)
-            float32 in `bounding_box_format`, `"confidence"` float32 and `"labels"` int32
-            (batch, max_detections), by falling confidence, and `"num_detections"` int32
-            (batch,). Rows beyond are -1.
+            The same as `RefineDet.predict`, a dictionary of arrays: `"boxes"` (batch,
+            max_detections, 4) float32 in `bounding_box_format`, `"confidence"` float32 and
+            `"labels"` int32 (batch, max_detections), in descending order of confidence, and
+            `"num_detections"` (batch,) int32. Rows beyond `"num_detections"` are -1.
 
         Raises:
             ValueError: if an output is missing or has a wrong shape or type.
         """
-        raw = self._checked_outputs(raw_outputs)
+        raw = self._check_outputs(raw_outputs)
         batch = len(raw["odm_boxes"])
+        rows = (batch, self.max_detections)
         result = {
-            "boxes": np.full((batch, self.max_detections, 4), PADDING, np.float32),
-            "confidence": np.full((batch, self.max_detections), PADDING, np.float32),
-            "labels": np.full((batch, self.max_detections), PADDING, np.int32),
+            "boxes": np.full((*rows, 4), PADDING, np.float32),
+            "confidence": np.full(rows, PADDING, np.float32),
+            "labels": np.full(rows, PADDING, np.int32),
             "num_detections": np.zeros(batch, np.int32),
         }
-        # Overflow is expected of a diverging network, and handled.
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # a diverging network overflows
             for i in range(batch):
-                image = {name: value[i] for name, value in raw.items()}
-                boxes, confidence, labels = self._detect(image)
-                count = len(labels)
-                result["boxes"][i, :count] = boxes
-                result["confidence"][i, :count] = confidence
-                result["labels"][i, :count] = labels
-                result["num_detections"][i] = count
+                detections = self._decode_image({k: v[i] for k, v in raw.items()})
+                count = result["num_detections"][i] = len(detections["labels"])
+                for name, value in detections.items():
+                    result[name][i, :count] = value
         return result
 
     def scale_to_image(self, detections, image_height, image_width):
-        """Moves boxes from the pixels of the network's image to those of the image itself.
+        """Converts boxes from pixels of the network's image to pixels of the original image.
 
         Args:
-            detections: what this decoder returned, of images that were stretched to
-                `image_shape`.
-            image_height: height of the image before that, in pixels; a number, or an array
-                (batch,).
+            detections: result of this decoder, for images that were stretched to `image_shape`.
+            image_height: height of the original image in pixels; a number, or an array (batch,).
             image_width: width, likewise.
 
         Returns:
-            A new dictionary, with other `"boxes"`. Padding rows and the boxes of `"rel_*"`
-            formats stay as they are.
-
-        Example:
-
-        >>> decoder.scale_to_image(detections, 480, 640)["boxes"][0, 0]
-        array([ 12.5,  40. , 210. , 300. ], dtype=float32)
+            A new dictionary with other `"boxes"`. Padding rows and boxes of `"rel_*"` formats do
+            not change.
         """
         if self.bounding_box_format.startswith("rel_"):
             return dict(detections)
@@ -257,38 +198,37 @@ class NumpyDetectionDecoder:
                 f"image_height={image_height}, image_width={image_width}"
             )
         y, x = np.broadcast_arrays(y, x)
-        sides = (y, x, y, x) if self.bounding_box_format in _Y_FIRST else (x, y, x, y)
+        sides = (y, x, y, x) if self.bounding_box_format in Y_FIRST else (x, y, x, y)
         boxes = np.asarray(detections["boxes"], np.float32)
-        real = np.asarray(detections["labels"])[..., None] >= 0
+        is_detection = np.asarray(detections["labels"])[..., None] >= 0
         scaled = boxes * np.stack(sides, axis=-1)[..., None, :]
-        return {**detections, "boxes": np.where(real, scaled, boxes)}
+        return {**detections, "boxes": np.where(is_detection, scaled, boxes)}
 
-    # === One image ===
-
-    def _detect(self, raw):
-        """Boxes (n, 4), confidence (n,) and labels (n,) of one image, by falling confidence."""
-        boxes, confidence = self._candidates(raw)
-        kept, scores, labels = [], [], []
-        best = np.zeros(0, np.float32)  # the `max_detections` best so far
-        for label, of_class in enumerate(confidence):
-            # What does not beat the last of `max_detections` others cannot be among the best.
+    def _decode_image(self, raw):
+        """Decodes one image; boxes (n, 4), confidence (n,) and labels (n,) have no padding."""
+        boxes, confidence = self._candidates(raw)  # (candidates, 4), (classes, candidates)
+        kept = []
+        best = np.zeros(0, np.float32)  # the `max_detections` highest so far
+        for scores in confidence:
+            # Below the last of `max_detections` others no box can remain.
             floor = best[0] if len(best) == self.max_detections else self.confidence_threshold
-            rows = self._most_confident(of_class, floor)
-            if not len(rows):
-                continue
-            rows = rows[_suppress(boxes[rows], self.iou_threshold, self.max_detections)]
+            rows = self._most_confident(scores, floor)
+            if len(rows):
+                rows = rows[_suppress(boxes[rows], self.iou_threshold, self.max_detections)]
+                best = np.sort(np.concatenate([best, scores[rows]]))[-self.max_detections :]
             kept.append(rows)
-            scores.append(of_class[rows])
-            labels.append(np.full(len(rows), label, np.int32))
-            best = np.sort(np.concatenate([best, scores[-1]]))[-self.max_detections :]
-        if not kept:
-            return boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int32)
-        kept, scores, labels = (np.concatenate(x) for x in (kept, scores, labels))
-        order = np.argsort(-scores, kind="stable")[: self.max_detections]
-        return self._finished(boxes[kept[order]]), scores[order], labels[order]
+        labels = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows) for rows in kept])
+        rows = np.concatenate(kept)
+        confidence = confidence[labels, rows]
+        order = np.argsort(-confidence, kind="stable")[: self.max_detections]
+        return {
+            "boxes": self._format(boxes[rows[order]]),
+            "confidence": confidence[order],
+            "labels": labels[order],
+        }
 
     def _candidates(self, raw):
-        """Boxes (n, 4) of the anchors that are not discarded, and confidence (classes, n)."""
+        """Returns boxes (n, 4) of the anchors that remain, and confidence (classes, n)."""
         anchors = self.anchors
         if self.negative_anchor_filtering:
             objectness = _softmax(raw["arm_objectness"])[:, 1]
@@ -305,49 +245,44 @@ class NumpyDetectionDecoder:
         return boxes, np.ascontiguousarray(confidence.T)
 
     def _most_confident(self, confidence, floor):
-        """At most `pre_nms_top_k` rows whose confidence is above `floor`, falling."""
-        rows = np.flatnonzero(confidence > floor)  # NaN is not
+        """Returns at most `pre_nms_top_k` rows above `floor`, most confident first."""
+        rows = np.flatnonzero(confidence > floor)  # excludes NaN
         k = self.pre_nms_top_k
-        if len(rows) > k:  # partition first: sorting all would take most of the time
+        if len(rows) > k:  # sorting all of them would take most of the time
             lowest = np.partition(confidence[rows], len(rows) - k)[len(rows) - k]
             rows = rows[confidence[rows] >= lowest]
         return rows[np.argsort(-confidence[rows], kind="stable")[:k]]
 
-    def _finished(self, boxes):
-        """`"xyxy"` boxes clipped and in `bounding_box_format`."""
+    def _format(self, boxes):
+        """Clips `"xyxy"` boxes (n, 4) and converts them to `bounding_box_format`."""
         height, width = self.image_shape[:2]
         sides = np.array([width, height, width, height], np.float32)
         if self.clip_to_image:
             boxes = np.clip(boxes, np.float32(0.0), sides)
-        name = self.bounding_box_format
-        relative = name.startswith("rel_")
-        kind = name[len("rel_") :] if relative else name
-        boxes = np.stack(_FROM_CORNERS[kind](*boxes.T), axis=-1)
-        if relative:
-            boxes = boxes / (sides[[1, 0, 3, 2]] if kind in _Y_FIRST else sides)
-        return boxes
+        if self.bounding_box_format.endswith(("wh", "hw")):
+            sizes = boxes[:, 2:] - boxes[:, :2]
+            centered = "center" in self.bounding_box_format
+            start = boxes[:, :2] + sizes / 2.0 if centered else boxes[:, :2]
+            boxes = np.concatenate([start, sizes], axis=1)
+        if self.bounding_box_format.startswith("rel_"):
+            boxes = boxes / sides
+        return boxes[:, [1, 0, 3, 2]] if self.bounding_box_format in Y_FIRST else boxes
 
-    # === Checks ===
-
-    def _checked_outputs(self, raw_outputs):
-        """The outputs that are used, as float32 arrays."""
+    def _check_outputs(self, raw_outputs):
+        """Returns the outputs that are needed, as float32 arrays."""
         classes = None if self.class_names is None else len(self.class_names) + 1
         channels = {"odm_boxes": 4, "odm_logits": classes}
         if self.two_step_regression:
             channels["arm_boxes"] = 4
         if self.negative_anchor_filtering:
             channels["arm_objectness"] = 2
-        if not isinstance(raw_outputs, collections.abc.Mapping):
-            raise ValueError(
-                f"`raw_outputs` must be a dictionary with the keys {', '.join(sorted(channels))}. "
-                f"Received: {type(raw_outputs).__name__}"
-            )
-        # Asked for one by one: OpenVINO's dictionary knows names that it does not list.
-        missing = sorted(name for name in channels if name not in raw_outputs)
+        # Looked up one by one: OpenVINO's dictionary accepts names that it does not list.
+        is_mapping = isinstance(raw_outputs, collections.abc.Mapping)
+        missing = [name for name in channels if not is_mapping or name not in raw_outputs]
         if missing:
             raise ValueError(
-                f"`raw_outputs` must have the keys {', '.join(sorted(channels))}. "
-                f"Missing: {missing}. Received: {sorted(map(str, raw_outputs))}"
+                f"`raw_outputs` must be a dictionary with the keys {', '.join(channels)}. Missing: "
+                f"{missing}. Received: {list(raw_outputs) if is_mapping else type(raw_outputs)}"
             )
         raw = {name: np.asarray(raw_outputs[name]) for name in channels}
         start = (*raw["odm_boxes"].shape[:1], len(self.anchors))
@@ -356,22 +291,23 @@ class NumpyDetectionDecoder:
             if value.shape[:-1] != start or width < 2 or width != (channels[name] or width):
                 raise ValueError(
                     f"`{name}` must have shape (batch, {len(self.anchors)}, "
-                    f"{channels[name] or 'classes + 1'}), batch as in `odm_boxes`. "
+                    f"{channels[name] or 'classes + 1'}), with the batch size of `odm_boxes`. "
                     f"Received: {name}.shape={value.shape}"
                 )
-            # "V" is bfloat16, which numpy does not know. Integers are a quantized network's.
-            if value.dtype.kind not in "fV":
+            if value.dtype.kind not in "fV":  # "V" is bfloat16, which numpy does not know
                 raise ValueError(
-                    f"`{name}` must be of a float type; dequantize integers first. "
+                    f"`{name}` must have a float type; dequantize integers first. "
                     f"Received: {name}.dtype={value.dtype}"
                 )
-        # Values beyond float32 become infinite, and are handled like others that are.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite
             return {name: value.astype(np.float32, copy=False) for name, value in raw.items()}
 
 
+# === Boxes ===
+
+
 def _softmax(x):
-    """Over the last axis; NaN for a row with NaN or +inf in it."""
+    """Softmax over the last axis; NaN for rows that contain NaN or +inf."""
     x = np.exp(x - x.max(axis=-1, keepdims=True))
     return x / x.sum(axis=-1, keepdims=True)
 
@@ -386,15 +322,15 @@ def _decode_boxes(offsets, anchors, variances):
 
 
 def _suppress(boxes, iou_threshold, limit):
-    """Indices of the first `limit` boxes (n, 4) whose IoU with all kept before is not above."""
+    """Returns the first `limit` of the boxes (n, 4) that overlap no earlier one that remains."""
     kept = np.zeros(0, int)
     for start in range(0, len(boxes), NMS_BLOCK):
         block = boxes[start : start + NMS_BLOCK]
         alive = ~(_pairwise_iou(boxes[kept], block) > iou_threshold).any(axis=0)
-        apart = ~(_pairwise_iou(block, block) > iou_threshold)
+        separate = ~(_pairwise_iou(block, block) > iou_threshold)
         for i in range(len(block)):
             if alive[i]:
-                alive[i + 1 :] &= apart[i, i + 1 :]
+                alive[i + 1 :] &= separate[i, i + 1 :]
         kept = np.concatenate([kept, start + np.flatnonzero(alive)])
         if len(kept) >= limit:
             break
@@ -402,7 +338,7 @@ def _suppress(boxes, iou_threshold, limit):
 
 
 def _pairwise_iou(boxes1, boxes2):
-    """(m, n) IoU of `"xyxy"` boxes (m, 4) and (n, 4); 0 for a box without area."""
+    """IoU (m, n) of `"xyxy"` boxes (m, 4) and (n, 4); 0 for a box without area."""
     left1, top1, right1, bottom1 = boxes1.T[:, :, None]
     left2, top2, right2, bottom2 = boxes2.T
     width = np.minimum(right1, right2) - np.maximum(left1, left2)
@@ -414,7 +350,22 @@ def _pairwise_iou(boxes1, boxes2):
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0.0)
 
 
-def _checked_anchors(anchors):
+# === Arguments and files ===
+
+
+def _check_fraction(name, value):
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+    return float(value)
+
+
+def _check_count(name, value):
+    if int(value) != value or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+    return int(value)
+
+
+def _check_anchors(anchors):
     anchors = np.asarray(anchors)
     if anchors.ndim != 2 or anchors.shape[1] != 4 or anchors.dtype.kind not in "fiu":
         raise ValueError(
@@ -426,12 +377,10 @@ def _checked_anchors(anchors):
     return anchors.astype(np.float32)
 
 
-def _checked_image_shape(image_shape):
+def _check_image_shape(image_shape):
     shape = tuple(image_shape) if isinstance(image_shape, (list, tuple, np.ndarray)) else ()
-    sides = shape[:2]
-    if len(sides) != 2 or any(
-        isinstance(s, bool) or not isinstance(s, (int, np.integer)) or s < 1 for s in sides
-    ):
+    integers = all(isinstance(s, (int, np.integer)) and s is not True for s in shape[:2])
+    if len(shape) < 2 or not integers or min(shape[:2]) < 1:
         raise ValueError(
             "`image_shape` must be (height, width, ...) in pixels, positive integers. "
             f"Received: image_shape={image_shape}"
@@ -439,7 +388,7 @@ def _checked_image_shape(image_shape):
     return shape
 
 
-def _checked_box_format(bounding_box_format):
+def _check_box_format(bounding_box_format):
     name = str(bounding_box_format).lower()
     if name not in BOX_FORMATS:
         raise ValueError(
@@ -449,38 +398,19 @@ def _checked_box_format(bounding_box_format):
     return name
 
 
-def _checked_settings(path, settings):
-    """The fields of `DetectionDecoder.get_config()`."""
-    known = (
-        "objectness_threshold",
-        "confidence_threshold",
-        "iou_threshold",
-        "pre_nms_top_k",
-        "max_detections",
-        "clip_to_image",
-        "variances",
-    )
-    if not isinstance(settings, dict) or not set(settings) <= set(known):
-        raise ValueError(
-            f'"decoder" in {path} must be an object with the keys {", ".join(known)}. '
-            f"Received: {settings}"
-        )
-    return settings
-
-
 def _read_json(path):
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON file. Received: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} must hold a JSON object. Received: {type(facts).__name__}")
-    return facts
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} must hold a JSON object. Received: {type(metadata).__name__}")
+    return metadata
 
 
 def _read_anchors(path, name):
-    """The array of a file beside the JSON file `path`."""
-    # A name alone: a file from elsewhere must not make this one read other folders.
+    """Reads an .npy file beside the JSON file `path`."""
+    # A JSON file from elsewhere must not make this program read other folders.
     if not isinstance(name, str) or name in ("", "..") or os.path.basename(name) != name:
         raise ValueError(
             f'"anchors" in {path} must be the name of a file beside it. Received: {name!r}'
@@ -491,5 +421,5 @@ def _read_anchors(path, name):
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} must be an .npy file of numbers. Received: {error}") from error
     if not isinstance(anchors, np.ndarray):
-        raise ValueError(f"{file} must be an .npy file of one array. Received: an .npz file")
+        raise ValueError(f"{file} must be an .npy file with one array. Received: an .npz file")
     return anchors

@@ -9,38 +9,38 @@ import warnings
 import numpy as np
 
 from keras_resnest.serving.graph import deployment_function
-from keras_resnest.serving.saved_model import write_facts
-from keras_resnest.serving.tasks import task_of
+from keras_resnest.serving.tasks import create_task, write_metadata
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
-# What TensorFlow itself does not bring along.
+# What must be installed in addition to TensorFlow.
 PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino",), "litert": ()}
 ONNX_OPSET = 17
-# Why a detector is not decoded inside of a quantized graph.
-INT8_FAULTS = {
+QUANTIZED = ("Conv", "MatMul", "Gemm")
+# Why a quantized graph cannot decode.
+INT8_LIMITS = {
     "litert": "LiteRT would compute boxes in 8 bits too",
-    # 2026.4 then gives other outputs of the same network: mAP 0.65 instead of 0.91.
+    # OpenVINO 2026.4 then returns other outputs of the same network: mAP 0.65 instead of 0.91.
     "openvino": "OpenVINO computes a quantized network wrongly if decoding follows it",
 }
-QUANTIZED = ("Conv", "MatMul", "Gemm")
 
 
 def export_file(
     model, filepath, format: str, precision: str, decode: bool, representative_images, **options
 ) -> None:
-    """Writes a model in one of `SUFFIXES`; arguments as in `export_model`, checked there."""
+    """Exports a model to a format of `SUFFIXES`; `export_model` describes the arguments."""
     path = pathlib.Path(os.path.abspath(filepath))
     if path.suffix != SUFFIXES[format] or path.is_dir():
         raise ValueError(
             f'`filepath` of format="{format}" must be a file that ends with '
             f"{SUFFIXES[format]!r}. Received: {filepath}"
         )
-    task = task_of(model, **options)
-    decode = decode and task.facts()["task"] == "detection"
-    images = _check_representative(task, representative_images)
-    if precision == "int8" and decode and format in INT8_FAULTS:
+    task = create_task(model, **options)
+    is_detector = task.name == "detection"
+    decode = decode and is_detector
+    images = _check_representative_images(task, representative_images)
+    if precision == "int8" and decode and format in INT8_LIMITS:
         raise ValueError(
-            f"{INT8_FAULTS[format]}: export with decode=False and decode with "
+            f"{INT8_LIMITS[format]}: export with decode=False and decode with "
             f'NumpyDetectionDecoder. Received: format="{format}", precision="int8", decode=True'
         )
     _check_packages(format, precision)
@@ -49,15 +49,19 @@ def export_file(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         folder = pathlib.Path(folder)
         convert(task, folder / path.name, precision, decode, images)
-        _write_side_files(task, folder, path.name, precision, decode)
+        entries = {"precision": precision, "decode": decode}
+        if is_detector and not decode:
+            entries["anchors"] = f"{path.name}.anchors.npy"
+            np.save(folder / entries["anchors"], np.asarray(model.anchors, "float32"))
+        write_metadata(task, folder / f"{path.name}.json", **entries)
         for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):
-            os.replace(file, path.parent / file.name)  # the model itself comes last
+            os.replace(file, path.parent / file.name)  # the model itself last
 
 
 def _check_packages(format: str, precision: str) -> None:
     names = PACKAGES[format]
     if precision == "int8" and format != "litert":
-        names = dict.fromkeys((*names, *PACKAGES["onnx"], "onnxruntime"))
+        names = (*names, *PACKAGES["onnx"], "onnxruntime")
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
@@ -66,7 +70,7 @@ def _check_packages(format: str, precision: str) -> None:
             )
 
 
-def _check_representative(task, images):
+def _check_representative_images(task, images):
     if images is None:
         return None
     images = np.asarray(images, "float32")
@@ -78,19 +82,11 @@ def _check_representative(task, images):
     return images
 
 
-def _write_side_files(task, folder, name: str, precision: str, decode: bool) -> None:
-    facts = {"precision": precision, "decode": decode}
-    if task.facts()["task"] == "detection" and not decode:
-        facts["anchors"] = f"{name}.anchors.npy"
-        np.save(folder / facts["anchors"], np.asarray(task.model.anchors, "float32"))
-    write_facts(task, folder / f"{name}.json", **facts)
-
-
-def _function(task, decode: bool, batch_size=None, precision: str = "float32"):
-    """Concrete function of `images`, frozen, of operations that every runtime has."""
+def _concrete_function(task, decode: bool, batch_size=None, precision: str = "float32"):
+    """Returns the frozen function of `images`, made of operations that every runtime has."""
     import tensorflow as tf
 
-    # LiteRT, of one image, knows no open sizes.
+    # A fixed batch size is for LiteRT, which does not support open image sizes either.
     shape = task.signature_shape if batch_size is None else task.image_shape
     specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
     network = deployment_function(task.network, specification, precision)
@@ -102,29 +98,46 @@ def _function(task, decode: bool, batch_size=None, precision: str = "float32"):
     return tf.function(infer, autograph=False).get_concrete_function(specification)
 
 
+def _write_saved_model(function, folder: str) -> str:
+    """Writes a SavedModel for converters that read files; returns its path."""
+    import tensorflow as tf
+
+    path = os.path.join(folder, "saved_model")
+    tf.saved_model.save(tf.Module(), path, signatures={"serving_default": function})
+    return path
+
+
+# === ONNX ===
+
+
 def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
     import onnx
     import tensorflow as tf
     import tf2onnx
+    from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
-    function = _function(task, decode, precision="float16" if precision == "float16" else "float32")
-    specification = function.structured_input_signature[0][0]
-    _let_tf2onnx_know_numpy_2()
+    network_precision = "float16" if precision == "float16" else "float32"
+    function = _concrete_function(task, decode, precision=network_precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about `np.object`
+        patch_tf2onnx()  # Keras' patch for names that numpy 2 removed
     model, _ = tf2onnx.convert.from_function(
-        tf.function(lambda images: function(images)), [specification], opset=ONNX_OPSET
+        tf.function(lambda images: function(images)),
+        list(function.structured_input_signature[0]),
+        opset=ONNX_OPSET,
     )
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.checker.check_model(model)  # tf2onnx lets operations pass that it does not know
-    if precision != "int8":
+    if precision == "int8":
+        _quantize_onnx(model, path, images)
+    else:
         onnx.save(model, path)
-        return
-    _quantize_onnx(model, path, images)
 
 
 def _quantize_onnx(model, path, images) -> None:
-    """Static quantization of convolutions and products, the last ones of each path excepted.
+    """Quantizes convolutions and matrix products, except the last of each path to an output.
 
-    Eight bits are few for logits and offsets of boxes.
+    Eight bits are too few for logits and box offsets.
     """
     import onnx
     from onnxruntime import quantization
@@ -147,55 +160,49 @@ def _quantize_onnx(model, path, images) -> None:
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=_last_of(QUANTIZED, onnx.load(prepared).graph),
+            nodes_to_exclude=_last_quantizable_nodes(onnx.load(prepared).graph),
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
 
 
-def _last_of(kinds, graph) -> list[str]:
-    """Names of the nodes of some kinds behind which no more of them come."""
+def _last_quantizable_nodes(graph) -> list[str]:
+    """Returns the names of the nodes of `QUANTIZED` kinds that no other such node follows."""
     constants = {tensor.name for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    waiting, seen, found = [output.name for output in graph.output], set(), []
-    while waiting:
-        node = producers.get(waiting.pop())
+    stack, seen, found = [output.name for output in graph.output], set(), []
+    while stack:
+        node = producers.get(stack.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
-        if node.op_type in kinds and constants.intersection(node.input):
+        if node.op_type in QUANTIZED and constants.intersection(node.input):
             found.append(node.name)
         else:
-            waiting += _inputs(node)
+            stack += _node_inputs(node)
     return found
 
 
-def _inputs(node) -> list[str]:
-    """Names of all that a node reads, also inside of its loops."""
+def _node_inputs(node) -> list[str]:
+    """Returns the names of all tensors that a node reads, including the bodies of loops."""
     inner = [inside for attribute in node.attribute for inside in attribute.g.node]
-    return [*node.input, *(name for inside in inner for name in _inputs(inside))]
+    return [*node.input, *(name for inside in inner for name in _node_inputs(inside))]
 
 
-def _let_tf2onnx_know_numpy_2() -> None:
-    """Keras' own patch of tf2onnx, which uses names that numpy 2 has no more."""
-    from keras.src.export.tf2onnx_lib import patch_tf2onnx
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that there will be an `np.object`
-        patch_tf2onnx()
+# === OpenVINO and LiteRT ===
 
 
 def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
     import openvino
 
-    # Not by `openvino.convert_model`, which sends statistics of use over the network.
+    # `openvino.convert_model` would send usage statistics over the network.
     with tempfile.TemporaryDirectory() as folder:
         if precision == "int8":  # OpenVINO runs what onnxruntime has quantized
             source = os.path.join(folder, "int8.onnx")
             _to_onnx(task, source, precision, decode, images)
         else:
-            source = _write(_function(task, decode), folder)
+            source = _write_saved_model(_concrete_function(task, decode), folder)
         model = openvino.Core().read_model(source)
         openvino.save_model(model, path, compress_to_fp16=precision == "float16")
 
@@ -204,8 +211,8 @@ def _to_litert(task, path, precision: str, decode: bool, images) -> None:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
-        folder = _write(_function(task, decode, batch_size=1), folder)
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        source = _write_saved_model(_concrete_function(task, decode, batch_size=1), folder)
+        converter = tf.lite.TFLiteConverter.from_saved_model(source)
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "float16":
@@ -213,12 +220,3 @@ def _to_litert(task, path, precision: str, decode: bool, images) -> None:
         if precision == "int8":
             converter.representative_dataset = lambda: ([image[None]] for image in images)
         path.write_bytes(converter.convert())
-
-
-def _write(function, folder: str) -> str:
-    """Path of a new SavedModel of one function, for converters that read files."""
-    import tensorflow as tf
-
-    path = os.path.join(folder, "saved_model")
-    tf.saved_model.save(tf.Module(), path, signatures={"serving_default": function})
-    return path

@@ -1,4 +1,4 @@
-"""Requests that TensorFlow Serving plays to itself before it answers the first client."""
+"""Requests that TensorFlow Serving sends to itself before it answers the first client."""
 
 import io
 import os
@@ -7,21 +7,21 @@ import numpy as np
 
 
 def write_warmup_requests(path: str | os.PathLike, image_shape) -> None:
-    """Writes a file `tf_serving_warmup_requests`: each signature with one image.
+    """Writes `tf_serving_warmup_requests`: one image for each signature.
 
-    Without it the first requests wait for memory, kernels and packed weights.
+    They allocate memory, choose kernels and pack weights, so that the first client need not wait.
 
     Args:
-        path: file to write, in `assets.extra` of a SavedModel.
+        path: file to write, in the folder `assets.extra` of a SavedModel.
         image_shape: (height, width, 3) of the model's images.
     """
     import tensorflow as tf
 
-    image = np.full((1, *image_shape), 128)
+    image = np.full((1, *image_shape), 128, "uint8")
     requests = {
         "serving_default": {"images": image.astype("float32")},
-        "serve_uint8": {"images": image.astype("uint8")},
-        "serve_bytes": {"image_bytes": np.array([_jpeg(image[0])], object)},
+        "serve_uint8": {"images": image},
+        "serve_bytes": {"image_bytes": np.array([_encode_jpeg(image[0])], object)},
     }
     with tf.io.TFRecordWriter(os.fspath(path)) as writer:
         for signature, inputs in requests.items():
@@ -36,14 +36,13 @@ def _prediction_log(signature: str, inputs: dict):
     request.model_spec.signature_name = signature
     for name, value in inputs.items():
         request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
-    return prediction_log_pb2.PredictionLog(
-        predict_log=prediction_log_pb2.PredictLog(request=request)
-    )
+    log = prediction_log_pb2.PredictLog(request=request)
+    return prediction_log_pb2.PredictionLog(predict_log=log)
 
 
-def _jpeg(image) -> bytes:
+def _encode_jpeg(image) -> bytes:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(image.astype("uint8").squeeze()).save(stream, "JPEG")
+    Image.fromarray(image.squeeze()).save(stream, "JPEG")
     return stream.getvalue()

@@ -6,12 +6,12 @@ Usage:
     saved_model_loader MODEL_DIR uint8 INPUT IMAGES.raw HEIGHT WIDTH CHANNELS -- OUTPUT...
     saved_model_loader MODEL_DIR bytes INPUT IMAGE... -- OUTPUT...
 
-INPUT and OUTPUT are tensors of the graph, such as `serving_default_images:0`; the
-signatures in saved_model.pb name them. IMAGES.raw holds one or more images, nothing but
-pixels in this machine's byte order. Each IMAGE is a file that is sent as it is.
+INPUT and OUTPUT are tensors of the graph, such as `serving_default_images:0`, as named by the
+signatures in saved_model.pb. IMAGES.raw holds the pixels of one or more images in this machine's
+byte order. Each IMAGE is a file that is sent unchanged.
 
-Prints two lines for each output: its name, type and dimensions, and its values. Nine
-digits give back every float32. Any error is a message and exit status 1.
+Prints two lines for each output: its name, type and dimensions, and its values with nine digits,
+which reproduce every float32. Errors print a message and end with status 1.
 */
 
 #include <inttypes.h>
@@ -25,7 +25,7 @@ digits give back every float32. Any error is a message and exit status 1.
 #define MAX_OUTPUTS 64
 #define MAX_SIDE (1 << 20) /* so that the size of an image fits into 64 bits */
 
-/* All that has to be freed. */
+/* Everything that must be freed. */
 typedef struct {
     TF_Status *status;
     TF_Graph *graph;
@@ -35,7 +35,7 @@ typedef struct {
     TF_Tensor *outputs[MAX_OUTPUTS];
 } Run;
 
-/* Prints what went wrong; returns 0, "no", as do all functions below that fail. */
+/* Prints an error and returns 0, as do all functions below if they fail. */
 static int fail(const char *what, const char *why) {
     fprintf(stderr, "%s: %s\n", what, why);
     return 0;
@@ -73,7 +73,7 @@ static int read_file(const char *path, char **data, size_t *size) {
     return 1;
 }
 
-/* Images (batch, height, width, channels); the size of the file tells the batch. */
+/* Feeds images (batch, height, width, channels); the file size determines the batch. */
 static int feed_images(Run *run, TF_DataType type, char **arguments) {
     int64_t dims[4];
     size_t image = TF_DataTypeSize(type), size;
@@ -101,7 +101,7 @@ static int feed_images(Run *run, TF_DataType type, char **arguments) {
     return done;
 }
 
-/* Strings (batch,), each a whole file. */
+/* Feeds strings (batch,), each a whole file. */
 static int feed_files(Run *run, int count, char **paths) {
     int64_t dims[1] = {count}, i;
     TF_TString *strings;
@@ -111,7 +111,7 @@ static int feed_files(Run *run, int count, char **paths) {
     run->input = TF_AllocateTensor(TF_STRING, dims, 1, (size_t)count * sizeof(TF_TString));
     if (!run->input) return fail("strings", "do not fit into memory");
     strings = TF_TensorData(run->input);
-    /* First all of them: TF_DeleteTensor frees all, also if a file cannot be read. */
+    /* Initialize all first: TF_DeleteTensor frees all, even if a file cannot be read. */
     for (i = 0; i < count; i++) TF_StringInit(&strings[i]);
     for (i = 0; i < count; i++) {
         if (!read_file(paths[i], &data, &size)) {
@@ -147,10 +147,7 @@ static int find_tensor(const Run *run, const char *name, TF_Output *tensor) {
 static const char *name_of_type(TF_DataType type) {
     switch (type) {
         case TF_FLOAT: return "float32";
-        case TF_DOUBLE: return "float64";
         case TF_INT32: return "int32";
-        case TF_INT64: return "int64";
-        case TF_UINT8: return "uint8";
         case TF_BOOL: return "bool";
         default: return NULL;
     }
@@ -171,10 +168,8 @@ static int print_tensor(const char *name, const TF_Tensor *tensor) {
         if (i) printf(" ");
         switch (type) {
             case TF_FLOAT: printf("%.9g", ((const float *)data)[i]); break;
-            case TF_DOUBLE: printf("%.17g", ((const double *)data)[i]); break;
             case TF_INT32: printf("%" PRId32, ((const int32_t *)data)[i]); break;
-            case TF_INT64: printf("%" PRId64, ((const int64_t *)data)[i]); break;
-            default: printf("%d", ((const uint8_t *)data)[i]); break; /* bool, uint8 */
+            default: printf("%d", ((const uint8_t *)data)[i]); break; /* bool */
         }
     }
     printf("\n");

@@ -1,0 +1,77 @@
+"""Small models and their SavedModels, exported once per process for all serving tests."""
+
+import atexit
+import functools
+import io
+import shutil
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+from detectors import small_detector
+
+from keras_resnest.backbones import create_backbone
+from keras_resnest.detection.decoding import DetectionDecoder
+
+# So few detections that random weights leave no near ties, and all lists end with padding.
+DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
+
+# kind: (name of the model, options of its export)
+KINDS = {
+    "detector": ("detector", {}),
+    "variables": ("detector", {"freeze": False}),
+    "bfloat16": ("detector", {"precision": "bfloat16"}),
+    "relative": ("relative", {}),
+    "classifier": ("classifier", {"image_shape": (64, 64, 3)}),
+}
+BUILDERS = {
+    "detector": lambda: small_detector(decoder=DECODER),
+    "relative": lambda: small_detector(
+        (128, 64, 3), decoder=DECODER, bounding_box_format="rel_yxyx", class_names=None
+    ),
+    "classifier": lambda: create_backbone("resnest14_tiny", include_top=True, classes=3),
+}
+
+
+@functools.cache
+def _build(name):
+    keras.utils.set_random_seed(1)
+    return BUILDERS[name]()
+
+
+def model_of(kind):
+    return _build(KINDS[kind][0])
+
+
+@functools.cache
+def saved_model(kind) -> Path:
+    """Returns the folder of an exported model, which must not be changed."""
+    folder = Path(tempfile.mkdtemp(prefix="saved_model_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model_of(kind).export(folder / "1", **KINDS[kind][1])
+    return folder / "1"
+
+
+@functools.cache
+def load(kind):
+    import tensorflow as tf
+
+    return tf.saved_model.load(str(saved_model(kind)))
+
+
+def encode(image, image_format, mode=None, **options) -> bytes:
+    """Encodes an array or a Pillow image."""
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.astype("uint8"))
+    stream = io.BytesIO()
+    (image.convert(mode) if mode else image).save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def with_alpha(image, alpha=None):
+    """Adds a channel: constant, or clear at the left and opaque at the right."""
+    ramp = np.linspace(0, 255, image.shape[1]).round() if alpha is None else alpha
+    return np.dstack([image, np.broadcast_to(ramp, image.shape[:2]).astype("uint8")])
