@@ -1,0 +1,65 @@
+"""Train a detector on annotated images in Python; `keras-resnest train` does it without a program.
+
+    python examples/train_detector.py my_folder --epochs 60
+
+my_folder is in VOC, YOLO, COCO or CSV format. To resume a training that ended early, rerun the
+same command.
+"""
+
+import argparse
+from pathlib import Path
+
+import keras
+
+import keras_resnest as kr
+
+IMAGE_SHAPE = (320, 320, 3)  # any multiples of 64
+BATCH_SIZE = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=Path("runs/detector"))
+    arguments = parser.parse_args()
+    output = arguments.output
+    keras.utils.set_random_seed(1)
+
+    # Read the images; hold out a fifth of them.
+    train, test = kr.data.read_detection(arguments.data).hold_out(0.2, seed=1)
+    print(train.report)
+    kr.visualization.plot_dataset(train, path=output / "dataset.png")
+    augmentation = kr.data.TrainingAugmentation(IMAGE_SHAPE)
+    train_batches = kr.data.training_batches(train, IMAGE_SHAPE, BATCH_SIZE, augmentation, seed=1)
+    test_batches = kr.data.evaluation_batches(test, IMAGE_SHAPE, BATCH_SIZE)
+
+    # Build a model whose anchors fit the objects.
+    model = kr.builders.refinedet_tiny(
+        num_classes=len(train.class_names),
+        class_names=train.class_names,
+        image_shape=IMAGE_SHAPE,
+        anchor_generator=kr.detection.fit_anchors(train, IMAGE_SHAPE),
+    )
+    recipe = kr.recipes.RECIPES["detector_from_scratch"]
+    recipe = recipe.scaled(BATCH_SIZE, dataset_size=len(train), epochs=arguments.epochs)
+    model.compile(recipe.optimizer())
+
+    # Train; measure mAP every ten epochs; keep the best model.
+    evaluation = kr.callbacks.DetectionEvaluation(test_batches, frequency=10)
+    best = keras.callbacks.ModelCheckpoint(
+        output / "best.keras", monitor="val_mAP50", mode="max", save_best_only=True
+    )
+    resume = kr.callbacks.ResumeTraining(output / "checkpoint", callbacks=[evaluation, best])
+    history = model.fit(train_batches, epochs=recipe.epochs, callbacks=[evaluation, best, resume])
+    kr.visualization.plot_history([history, evaluation], path=output / "history.png")
+
+    # Evaluate.
+    result = kr.evaluation.evaluate_detections(model, test_batches)
+    print(result)
+    kr.visualization.plot_precision_recall(result, path=output / "precision_recall.png")
+    model.save(output / "detector.keras")
+
+
+if __name__ == "__main__":
+    main()
