@@ -1,6 +1,6 @@
 """What an export costs in accuracy: mAP of one trained detector in every format and precision.
 
-    python examples/train_detector.py bccd --epochs 30 --fit-anchors --output runs/bccd
+    keras-resnest train bccd --epochs 30 --fit-anchors --output runs/bccd
     python benchmarks/export_accuracy.py runs/bccd/detector.keras --data bccd
 
 Every export is run by its own runtime over the test split, one image at a time. For int8 it is
