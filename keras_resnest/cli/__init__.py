@@ -4,14 +4,7 @@ import argparse
 import os
 import sys
 
-from keras_resnest.cli import (
-    classify,
-    evaluate,
-    export,
-    list_networks,
-    predict,
-    train,
-)
+from keras_resnest.cli import classify, evaluate, export, list_networks, predict, train
 from keras_resnest.cli.common import Failure
 from keras_resnest.version import __version__
 

@@ -87,9 +87,7 @@ class Crop(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a classifier that is given by name."""
-    parser.add_argument(
-        "--weights", help="tag or file of the weights of a network that is named; default: imagenet"
-    )
+    parser.add_argument("--weights", help="tag or file for a named network; default: imagenet")
     parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
 
 

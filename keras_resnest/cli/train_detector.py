@@ -12,52 +12,29 @@ BATCH_SIZE = 8
 OUTPUT = "runs/train"
 RECIPES = ("detector_from_scratch", "refinedet_voc", "refinedet_coco")
 AUGMENTATIONS = ("mild", "ssd", "flip")
+BATCH_NORMS = ("train", "frozen", "synchronized")
 
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        default="refinedet_tiny",
-        help="see `keras-resnest list --kind detectors`; default: %(default)s",
-    )
+    add("--model", default="refinedet_tiny", help="`list --kind detectors`; default: %(default)s")
     add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 64")
-    add(
-        "--anchor-sizes",
-        type=float,
-        nargs=4,
-        default=(32, 64, 128, 256),
-        metavar="PIXELS",
-        help="side of the anchors at strides 8, 16, 32, 64; default: 32 64 128 256",
-    )
+    sides, text = (32, 64, 128, 256), "at strides 8, 16, 32, 64; default: 32 64 128 256"
+    add("--anchor-sizes", type=float, nargs=4, default=sides, metavar="PIXELS", help=text)
     add("--fit-anchors", action="store_true", help="fit the anchor sizes to the training data")
     add("--backbone-weights", help='"imagenet", another tag or a file; default: random weights')
-    add(
-        "--batch-norm",
-        choices=("train", "frozen", "synchronized"),
-        default="train",
-        help="frozen: for pretrained weights and small batches; default: %(default)s",
-    )
+    text = "frozen: for pretrained weights and small batches; default: %(default)s"
+    add("--batch-norm", choices=BATCH_NORMS, default=BATCH_NORMS[0], help=text)
     add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
     add("--vertical-flip", action="store_true", help="for images without up and down")
     add("--mosaic", type=fraction, default=0.0, metavar="PROBABILITY", help="four images in one")
     add("--mixup", type=fraction, default=0.0, metavar="PROBABILITY", help="two images in one")
-    add(
-        "--multi-scale",
-        type=positive(),
-        nargs="+",
-        metavar="SIDE",
-        help="sides in pixels, one of which is drawn for each batch",
-    )
+    text = "sides in pixels, one of which is drawn for each batch"
+    add("--multi-scale", type=positive(), nargs="+", metavar="SIDE", help=text)
     add("--no-cache", action="store_true", help="decode images in every epoch: large datasets")
-    add(
-        "--evaluate-every",
-        type=positive(),
-        default=10,
-        metavar="EPOCHS",
-        help="and after the first and the last epoch; default: %(default)s",
-    )
+    text = "and after the first and the last epoch; default: %(default)s"
+    add("--evaluate-every", type=positive(), default=10, metavar="EPOCHS", help=text)
     add("--checkpoint-steps", type=positive(), metavar="STEPS", help="also within epochs")
 
 
