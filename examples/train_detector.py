@@ -26,12 +26,11 @@ def main() -> None:
     output = arguments.output
     keras.utils.set_random_seed(1)
 
-    # Read the images; hold out a fifth of them.
-    train, test = kr.data.read_detection(arguments.data).hold_out(0.2, seed=1)
+    # Read the images. Without a test split, a fifth of them is held out.
+    train, test = kr.data.read_train_test(arguments.data)
     print(train.report)
     kr.visualization.plot_dataset(train, path=output / "dataset.png")
-    augmentation = kr.data.TrainingAugmentation(IMAGE_SHAPE)
-    train_batches = kr.data.training_batches(train, IMAGE_SHAPE, BATCH_SIZE, augmentation, seed=1)
+    train_batches = kr.data.training_batches(train, IMAGE_SHAPE, BATCH_SIZE, "mild", seed=1)
     test_batches = kr.data.evaluation_batches(test, IMAGE_SHAPE, BATCH_SIZE)
 
     # Build a model whose anchors fit the objects.

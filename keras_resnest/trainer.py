@@ -5,10 +5,40 @@ Nothing here matters on one device, except that a gradient that is not finite be
 
 import contextlib
 import functools
+import inspect
 
 import keras
 
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
+
+
+def same_arguments_as(method):
+    """Decorates an override of a Keras method, which then takes the same arguments.
+
+    The override receives those that were passed, all by keyword. `help` shows the signature of
+    Keras, and its docstring unless the override has one.
+
+    Args:
+        method: the method of `keras.Model`.
+
+    Example:
+
+    >>> @same_arguments_as(keras.Model.fit)
+    ... def fit(self, x=None, callbacks=None, **kwargs):
+    ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
+    """
+    signature = inspect.signature(method)
+
+    def decorate(override):
+        @functools.wraps(override if override.__doc__ else method)
+        def wrapper(*args, **kwargs):
+            arguments = signature.bind(*args, **kwargs).arguments
+            return override(**{**arguments, **arguments.pop("kwargs", {})})
+
+        wrapper.__signature__ = signature
+        return wrapper
+
+    return decorate
 
 
 class DistributedTraining:

@@ -149,15 +149,14 @@ def test_saved_model(folder, want, tmp_path, capsys, signature):
     assert "skipped" not in capsys.readouterr().out
 
 
-def test_odd_images(folder, shared, tmp_path, capsys):
-    odd = shared / "data/photos/odd"
-    assert predict(folder / "detector.keras", odd, "--output", tmp_path) == 0
+def test_odd_images(folder, odd_images, tmp_path, capsys):
+    assert predict(folder / "detector.keras", odd_images, "--output", tmp_path) == 0
     records = json.loads((tmp_path / "detections.json").read_text())
     sizes = {Path(r["file"]).name: (r["width"], r["height"]) for r in records}
     assert sizes == {
         "cmyk.jpg": (320, 240),
         "exif_orientation6.jpg": (320, 212),
-        "greyscale.jpg": (320, 213),
+        "grayscale.jpg": (320, 213),
         "one_pixel.png": (1, 1),
         "rgba.png": (240, 160),
     }

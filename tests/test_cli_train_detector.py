@@ -9,7 +9,7 @@ from detectors import CLASS_NAMES, rectangles
 from PIL import Image
 
 from keras_resnest.cli import main, parse_arguments
-from keras_resnest.cli.train_detector import read_train_test
+from keras_resnest.data import read_train_test
 
 OBJECT = (
     "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"

@@ -121,7 +121,7 @@ def find_crop(model, arguments) -> Crop:
             f"{arguments.model} is not an image classifier: its output is {model.output_shape}"
         )
     row = published_weights(arguments.model, arguments.weights)
-    crop = Crop(row.crop_size, row.crop_share, row.interpolation) if row else Crop(224)
+    crop = Crop(row.crop_size, row.crop_ratio, row.interpolation) if row else Crop(224)
     return crop._replace(size=arguments.crop_size or model.input_shape[1] or crop.size)
 
 

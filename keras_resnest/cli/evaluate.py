@@ -143,7 +143,7 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
         arguments.batch_size,
         training=False,
         num_classes=classes,
-        crop_share=crop.ratio,
+        crop_ratio=crop.ratio,
         interpolation=crop.interpolation,
         cache=False,
     )
@@ -194,4 +194,4 @@ def published_figure(name: str, weights: str | None) -> str:
     row = published_weights(name, weights) if is_published else None
     if row is None or row.top1 is None:
         return "unknown"
-    return f"{row.top1:.2f}% at {row.crop_size} pixels, crop {row.crop_share:.3g}"
+    return f"{row.top1:.2f}% at {row.crop_size} pixels, crop {row.crop_ratio:.3g}"

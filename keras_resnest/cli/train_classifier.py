@@ -163,7 +163,7 @@ def make_batches(recipe, strategy, train_set, test_set, batch_size: int, seed: i
         )
 
     test_batches = kr.data.classification_batches(
-        test_set, shape, batch_size, training=False, crop_share=recipe.crop_share
+        test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_share
     )
     return kr.training.distribute_batches(strategy, make_shard, batch_size), test_batches
 

@@ -49,7 +49,7 @@ class Training:
         batch_size = arguments.batch_size or BATCH_SIZE
         strategy = kr.training.create_strategy()
         kr.training.check_global_batch({batch_size}, strategy.num_replicas_in_sync)
-        self.train_set, self.test_set = read_train_test(
+        self.train_set, self.test_set = kr.data.read_train_test(
             arguments.data,
             train_split=arguments.train_split,
             test_split=arguments.test_split,
@@ -119,24 +119,6 @@ def plot_examples(model, dataset, numbers, path: Path) -> None:
     )
 
 
-# TODO: kr.data.read_train_test takes the place of this function.
-def read_train_test(
-    source, *, train_split=None, test_split=None, holdout=0.2, seed=0, on_error="raise"
-):
-    """The training and the test set, with the same classes."""
-    if not source.startswith("tfds:"):
-        splits = kr.data.find_splits(source)
-        if len(splits) < 2 and not (train_split or test_split):
-            dataset = kr.data.read_detection(source, on_error=on_error)
-            return dataset.hold_out(holdout, seed)
-        test_split = test_split or find_test_split(splits)
-    train = kr.data.read_detection(source, train_split or "train", on_error=on_error)
-    test = kr.data.read_detection(
-        source, test_split or "test", class_names=train.class_names, on_error=on_error
-    )
-    return train, test
-
-
 def find_test_split(splits: list[str]) -> str | None:
     """The first usual name among splits; a year may follow it, as in "val2017"."""
     names = {re.sub(r"[-_ ]?\d+$", "", split) for split in splits}
@@ -145,18 +127,9 @@ def find_test_split(splits: list[str]) -> str | None:
 
 def batch_maker(arguments, train_set, image_shape):
     """A function that makes the training batches of one worker."""
-    # TODO: the table kr.data.DETECTION_AUGMENTATIONS takes the place of this one.
-    augmentations = {
-        "ssd": {},  # as published: strong, for long trainings
-        "mild": {
-            "expand": kr.data.RandomExpand(max_ratio=1.5, probability=0.3),
-            "crop": kr.data.RandomIoUCrop(min_ious=(None, 0.5, 0.7, 0.9), scale=(0.5, 1.0)),
-        },
-        "flip": {"photometric": None, "expand": None, "crop": None},
-    }
     flip = kr.data.RandomFlip(vertical=0.5 if arguments.vertical_flip else 0.0)
     augmentation = kr.data.TrainingAugmentation(
-        image_shape, flip=flip, **augmentations[arguments.augmentation]
+        image_shape, flip=flip, **kr.data.DETECTION_AUGMENTATIONS[arguments.augmentation]
     )
     options = {
         "mosaic": kr.data.Mosaic(probability=arguments.mosaic) if arguments.mosaic else None,
