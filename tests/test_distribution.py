@@ -13,9 +13,7 @@ import pytest
 import tensorflow as tf
 
 from keras_resnest import trainer as distribution
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from train_multi_worker import free_addresses
+from keras_resnest.cli.workers import free_addresses
 
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 
@@ -204,22 +202,6 @@ def test_batches_that_two_replicas_cannot_share(data, batch_size, split, message
         return
     with pytest.raises(ValueError, match=message):
         distribution.check_global_batch(sizes, 2)
-
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-def multi_worker(*arguments):
-    command = [sys.executable, str(EXAMPLES / "train_multi_worker.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def test_what_workers_cannot_train_is_not_a_lost_worker(tmp_path):
-    done = multi_worker("--workers", 2, "--restarts", 3, "--", tmp_path / "nowhere", "--epochs", 0)
-    assert done.returncode == 2 and "--epochs: must be above 0" in done.stderr
-    assert "restarts" not in done.stderr
-    done = multi_worker("--workers", 0, "--", tmp_path)
-    assert done.returncode == 2 and "--workers must be 1 or more" in done.stderr
 
 
 def test_a_worker_says_for_whom_it_waits():

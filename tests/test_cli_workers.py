@@ -1,4 +1,4 @@
-"""examples/train_multi_worker.py --classifier: two processes over loopback, as on two machines."""
+"""`keras-resnest train` in two processes over loopback, as on two machines."""
 
 import csv
 import json
@@ -11,49 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from train_multi_worker import free_addresses
+from keras_resnest.cli import main
+from keras_resnest.cli.workers import free_addresses
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-COLOURS = {"blue": (50, 80, 230), "red": (220, 60, 40)}
+ONE_PROCESS = Path(__file__).with_name("two_replicas_training.py")
+COLORS = {"blue": (50, 80, 230), "red": (220, 60, 40)}
 IMAGES, BATCH, EPOCHS = 16, 8, 2
-
-# The same program in one process, on two virtual devices: each gets the images of one worker, so
-# that batch statistics are the same too. It also keeps the weights before the training.
-ONE_PROCESS = """
-import sys
-import numpy as np, tensorflow as tf
-import train_classifier as program
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
-train = program.train
-
-class Epochs:
-    def __init__(self, parts):
-        self.counters = [part.epoch_counter for part in parts]
-
-    def set_epoch(self, epoch):
-        for counter in self.counters:
-            counter.set_epoch(epoch)
-
-def global_batches(strategy, make_batches, batch_size):
-    parts = [make_batches(2, worker, batch_size // 2) for worker in range(2)]
-    join = lambda one, other: tuple(tf.concat(pair, axis=0) for pair in zip(one, other))
-    batches = tf.data.Dataset.zip(*parts).map(join)
-    batches.epoch_counter = Epochs(parts)
-    return batches
-
-def train_from(arguments, recipe, model, *batches):
-    np.savez(arguments.output / "start.npz", *model.get_weights())
-    train(arguments, recipe, model, *batches)
-
-program.kr.training.create_strategy = lambda: two
-program.kr.training.distribute_batches = global_batches
-program.train = train_from
-program.main(sys.argv[1:])
-"""
 
 
 @pytest.fixture
@@ -61,7 +24,7 @@ def folder(tmp_path):
     """Squares of two colors on gray grounds."""
     rng = np.random.default_rng(0)
     for split, count in (("train", IMAGES // 2), ("val", 4)):
-        for name, color in COLOURS.items():
+        for name, color in COLORS.items():
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = np.full((40, 48, 3), rng.integers(90, 160), "uint8")
@@ -73,9 +36,6 @@ def folder(tmp_path):
 
 def start(command, config=None):
     environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(EXAMPLES), environment.get("PYTHONPATH")])
-    )
     if config is not None:
         environment["TF_CONFIG"] = json.dumps(config)
     return subprocess.Popen(
@@ -88,7 +48,7 @@ def start(command, config=None):
 
 
 def end(processes):
-    """What each printed; all must end well."""
+    """What each process printed; all must succeed."""
     try:
         texts = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -121,7 +81,7 @@ def test_two_workers_train_one_classifier_on_the_data_of_both(folder, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
     options = [folder, "--model", "resnest14_tiny", "--crop-size", 32, "--epochs", EPOCHS]
     options += ["--batch-size", BATCH, "--learning-rate", 5e-3]
-    program = [EXAMPLES / "train_multi_worker.py", "--classifier", "--"]
+    program = ["-m", "keras_resnest", "train", "--classifier"]
     addresses = free_addresses(2)
     workers = [
         start(
@@ -131,13 +91,13 @@ def test_two_workers_train_one_classifier_on_the_data_of_both(folder, tmp_path):
         for index in range(2)
     ]
     chief, other = end(workers)
-    end([start(["-c", ONE_PROCESS, *options, "--output", one])])
+    end([start([ONE_PROCESS, *options, "--output", one])])
 
     # The chief writes and speaks, the other worker does not.
     result, wanted = (json.loads((path / "result.json").read_text()) for path in (many, one))
     assert f"top-1 {result['top1']:.2%}" in chief and "top-1" not in other
     assert f"{IMAGES} images, 2 classes" in chief
-    assert result["class_names"] == sorted(COLOURS)
+    assert result["class_names"] == sorted(COLORS)
     assert result["steps"] == EPOCHS * IMAGES // BATCH
     written = ["classifier.keras", "class_names.txt", "serving/1", "history.png", "accuracy.png"]
     assert [name for name in written if not (many / name).exists()] == []
@@ -157,3 +117,17 @@ def test_two_workers_train_one_classifier_on_the_data_of_both(folder, tmp_path):
     rest = slice(len(begun), None)
     difference = [a - b for a, b in zip(got[rest], want[rest], strict=True)]
     assert norm(difference) < 1e-3 * norm(want[rest])
+
+
+def test_what_workers_cannot_train_is_not_a_lost_worker(tmp_path, capfd):
+    arguments = [tmp_path / "nowhere", "--workers", 2, "--restarts", 3]
+    assert main(["train", *arguments, "--output", tmp_path / "out"]) == 2
+    errors = capfd.readouterr().err
+    assert "nowhere" in errors and "restarts" not in errors
+
+
+def test_workers_must_agree_with_tf_config(tmp_path, monkeypatch, capsys):
+    config = {"cluster": {"worker": free_addresses(3)}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert main(["train", tmp_path, "--workers", 2]) == 2
+    assert "--workers 2 contradicts TF_CONFIG, which lists 3" in capsys.readouterr().err

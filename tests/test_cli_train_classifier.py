@@ -1,22 +1,20 @@
-"""examples/train_classifier.py on small folders that the tests write, as a user would run it."""
+"""`keras-resnest train --classifier` on small folders of shapes."""
 
-import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import keras_resnest.training.recipes  # noqa: F401 (registers the optimizer)
+from keras_resnest.cli import main, parse_arguments
+from keras_resnest.cli.train_classifier import limit_batch_size, read_train_test
 from keras_resnest.data import center_crop_image, find_images, load_image
 
-PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "train_classifier.py"
 CLASSES = {"circle": (220, 60, 40), "cross": (40, 200, 70), "square": (50, 80, 230)}
 
 
@@ -52,14 +50,14 @@ def folder(tmp_path_factory):
 OPTIONS = ["--model", "resnest14_tiny", "--crop-size", "32", "--batch-size", "16"]
 
 
-def run(*arguments):
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def train(*arguments):
+    return main(["train", "--classifier", *arguments])
 
 
 def kill_after_an_epoch(arguments, log):
-    """Starts the program and kills it when it has written one epoch of its log."""
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    """Starts a training and kills it when it has written one epoch of its log."""
+    command = [sys.executable, "-m", "keras_resnest", "train", "--classifier"]
+    command += map(str, arguments)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process, deadline = subprocess.Popen(command, **quiet), time.monotonic() + 300
     while not log.exists() or len(log.read_text().splitlines()) < 2:
@@ -70,18 +68,18 @@ def kill_after_an_epoch(arguments, log):
 
 
 @pytest.mark.slow
-def test_learns_shapes_killed_and_started_again(folder, tmp_path):
+def test_learns_shapes_killed_and_restarted(folder, tmp_path, capsys):
     options = ["--epochs", 8, "--learning-rate", 3e-3, "--skip-faulty", "--output", tmp_path]
     command, log = [folder, *OPTIONS, *options], tmp_path / "log.csv"
     kill_after_an_epoch(command, log)
-    result = run(*command)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Going on with the run" in result.stdout
-    assert "96 images, 3 classes" in result.stdout and "broken.jpg" in result.stdout
+    assert train(*command) == 0
+    printed = capsys.readouterr().out
+    assert "Resuming the training" in printed
+    assert "96 images, 3 classes" in printed and "broken.jpg" in printed
     epochs = [int(line.split(",")[0]) for line in log.read_text().splitlines()[1:]]
     assert sorted(set(epochs)) == list(range(8)) and len(epochs) <= 9
     summary = json.loads((tmp_path / "result.json").read_text())
-    assert summary["top1"] >= 0.9, result.stdout[-2000:]
+    assert summary["top1"] >= 0.9, printed[-2000:]
     assert summary["class_names"] == sorted(CLASSES) and summary["steps"] == 8 * 6
     for name in ("history", "accuracy"):
         with Image.open(tmp_path / f"{name}.png") as image:
@@ -106,60 +104,37 @@ def test_learns_shapes_killed_and_started_again(folder, tmp_path):
         (["no_such_folder"], "no_such_folder"),
         (["FOLDER"], "broken.jpg"),
         (["FOLDER", "--skip-faulty", "--test-split", "exam"], "exam"),
+        (["FOLDER", "--skip-faulty", "--train-split", "exam"], "no folder 'exam'"),
         (["FOLDER", "--skip-faulty", "--model", "resnest51"], "resnest51"),
         (["FOLDER", "--skip-faulty", "--weights", "nothing.safetensors"], "nothing.safetensors"),
     ],
 )
-def test_what_cannot_be_trained_is_one_plain_sentence(folder, tmp_path, capsys, arguments, words):
+def test_unusable_data_and_arguments_are_one_sentence(folder, tmp_path, capsys, arguments, words):
     arguments = [folder if a == "FOLDER" else a for a in arguments]
-    program = load_program()
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        options = [*OPTIONS, "--output", tmp_path / "out"]
-        if "--model" in arguments:
-            options = options[2:]
-        patch.setattr(sys, "argv", ["train_classifier.py", *map(str, [*arguments, *options])])
-        program.main()
+    options = OPTIONS[2:] if "--model" in arguments else OPTIONS
+    assert train(*arguments, *options, "--output", tmp_path / "out") == 2
     said = [line for line in capsys.readouterr().err.splitlines() if words in line]
-    assert stop.value.code == 2 and said[-1].startswith("This cannot be trained: ")
+    assert said[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-def load_program():
-    spec = importlib.util.spec_from_file_location("train_classifier", PROGRAM)
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program
-
-
-def test_wrong_folder_ends_with_status_2(tmp_path):
-    result = run(tmp_path / "nowhere", "--output", tmp_path / "out")
-    assert result.returncode == 2
-    assert "nowhere" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_a_part_is_held_out_of_every_class(folder, capsys):
-    program = load_program()
-    arguments = program.parse_arguments([str(folder / "val")])
-    _, test = program.read_data(arguments)
-    assert "6 of 24 images are held out" in capsys.readouterr().out
-    assert test.report.class_counts == dict.fromkeys(CLASSES, 2)  # a fifth of 8
+def test_a_fifth_of_every_class_is_held_out(folder):
+    arguments = parse_arguments(["train", "--classifier", str(folder / "val")])
+    train_set, test_set = read_train_test(arguments)
+    assert (len(train_set), len(test_set)) == (18, 6)
+    assert test_set.report.class_counts == dict.fromkeys(CLASSES, 2)  # a fifth of 8
 
 
 def test_the_batch_is_not_larger_than_the_data(capsys):
-    size = load_program().batch_size_for
-    assert size(16, 34, 2) == 16 and not capsys.readouterr().out
-    assert size(64, 35, 2) == 34 and "There are 35 images" in capsys.readouterr().out
-    assert size(8, 1, 2) == 8  # what the dataset says then is clearer
+    assert limit_batch_size(16, 34, 2) == 16 and not capsys.readouterr().out
+    assert limit_batch_size(64, 35, 2) == 34
+    assert "There are 35 images" in capsys.readouterr().out
+    assert limit_batch_size(8, 1, 2) == 8  # the error of the dataset is clearer
 
 
-def test_a_training_that_diverges_ends_with_a_sentence(folder, tmp_path):
+def test_a_training_that_diverges_ends_with_a_sentence(folder, tmp_path, capsys):
     options = ["--epochs", 2, "--learning-rate", 1e9, "--skip-faulty", "--output", tmp_path]
-    result = run(folder, *OPTIONS, *options)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
-    assert "The learning rate is " in result.stderr and "became" in result.stderr
+    assert train(folder, *OPTIONS, *options) == 1
+    errors = capsys.readouterr().err
+    assert "The learning rate is " in errors and "became" in errors
     assert (tmp_path / "last_finite.weights.h5").exists()
-
-
-def test_help():
-    result = run("--help")
-    assert result.returncode == 0 and "--recipe" in result.stdout and "Exit status" in result.stdout

@@ -1,0 +1,216 @@
+"""The classifier's side of `keras-resnest train`: options, data, model and report."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+import keras_resnest as kr
+from keras_resnest.cli.common import positive
+
+EPOCHS = BATCH_SIZE = "that of the recipe"
+OUTPUT = "runs/classifier"
+RECIPES = ("finetune_classifier", "resnest_imagenet")
+AUGMENTATIONS = ("none", "mild", "inception", "rand_augment")
+TEST_SPLITS = ("val", "validation", "valid", "test")
+
+
+def add_arguments(parser) -> None:
+    add = parser.add_argument
+    add("--data-dir", help="folder of TensorFlow Datasets; default: its own")
+    add("--model", default="resnest50", help="see `keras-resnest list`; default: %(default)s")
+    add("--weights", help='"imagenet", another tag or a file; default: random weights')
+    add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
+    add("--crop-size", type=positive(), help="side of the images in pixels; default: the recipe's")
+    add("--augmentation", choices=AUGMENTATIONS, help="default: the recipe's")
+    add("--mixup", type=float, metavar="ALPHA", help="default: the recipe's")
+
+
+class Training:
+    """Everything that `fit` needs. Raises ValueError or OSError for unusable arguments."""
+
+    measures = plots = ()
+
+    def __init__(self, arguments):
+        self.arguments, self.output = arguments, arguments.output
+        recipe = make_recipe(arguments)
+        strategy = kr.training.create_strategy()
+        replicas = strategy.num_replicas_in_sync
+        batch_size = arguments.batch_size or recipe.batch_size
+        kr.training.check_global_batch({batch_size}, replicas)
+        self.train_set, self.test_set = read_train_test(arguments)
+        self.class_names = self.train_set.class_names
+        batch_size = limit_batch_size(batch_size, len(self.train_set), replicas)
+        self.train_batches, self.test_batches = make_batches(
+            recipe, strategy, self.train_set, self.test_set, batch_size, arguments.seed
+        )
+        steps = len(self.train_set) // batch_size
+        recipe = recipe.scaled(batch_size, steps_per_epoch=steps, epochs=arguments.epochs)
+        if arguments.learning_rate is not None:
+            recipe = dataclasses.replace(recipe, learning_rate=arguments.learning_rate)
+        self.recipe = recipe
+        with strategy.scope():
+            self.model = build_model(arguments, recipe, len(self.class_names))
+        self.output.mkdir(parents=True, exist_ok=True)
+        if kr.training.is_chief(strategy):
+            rate = recipe.learning_rate
+            print(f"{recipe.name}: {recipe.duration} steps, learning rate {rate:g}")
+
+    def resume_callback(self):
+        metadata = {"class_names": list(self.class_names)}
+        return kr.callbacks.ResumeTraining(self.output / "checkpoint", metadata=metadata)
+
+    def fit(self, callbacks, verbose):
+        return self.model.fit(
+            self.train_batches,
+            epochs=self.recipe.epochs,
+            validation_data=self.test_batches,
+            callbacks=callbacks,
+            shuffle=False,  # the batches are
+            verbose=verbose,
+        )
+
+    def evaluate(self) -> dict:
+        return self.model.evaluate(self.test_batches, return_dict=True, verbose=0)
+
+    def report(self, history, result) -> dict:
+        """Plots, saved models and measures."""
+        output, model = self.output, self.model
+        log = read_log(output / "log.csv")
+        if log["epoch"]:
+            kr.visualization.plot_history(log, path=output / "history.png")
+            plot_accuracy(log, output / "accuracy.png")
+        model.save(output / "classifier.keras")
+        model.export(
+            output / "serving" / "1",
+            class_names=self.class_names,
+            crop_ratio=self.recipe.crop_ratio,
+        )
+        (output / "class_names.txt").write_text("\n".join(self.class_names) + "\n", "utf-8")
+        top = min(5, len(self.class_names))
+        print(f"top-1 {result['top1']:.2%}, top-{top} {result['top5']:.2%}")
+        return {
+            **{name: result[name] for name in ("top1", "top5", "loss")},
+            "epochs": self.recipe.epochs,
+            "steps": int(np.asarray(model.optimizer.iterations)),
+            "learning_rate": self.recipe.learning_rate,
+            "class_names": self.class_names,
+        }
+
+
+def read_train_test(arguments):
+    """The training and the test set, with the same classes."""
+    train_split, test_split = arguments.train_split or "train", arguments.test_split
+    if arguments.data.startswith("tfds:"):
+        return read_tfds(arguments, train_split)
+    folder, on_error = Path(arguments.data), "skip" if arguments.skip_faulty else "raise"
+    if folder.is_dir() and not (folder / train_split).is_dir():
+        if test_split or arguments.train_split:
+            raise ValueError(f"there is no folder {train_split!r} in {folder}")
+        return kr.data.read_image_folder(folder, on_error=on_error).hold_out(0.2, arguments.seed)
+    found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
+    train = kr.data.read_image_folder(folder, train_split, on_error=on_error)
+    test = kr.data.read_image_folder(
+        folder, test_split or (found or TEST_SPLITS)[0], train.class_names, on_error=on_error
+    )
+    return train, test
+
+
+def read_tfds(arguments, train_split: str):
+    name, options = arguments.data.removeprefix("tfds:"), {"data_dir": arguments.data_dir}
+    train = kr.data.read_tfds_classification(name, train_split, **options)
+    reason = None
+    for split in [arguments.test_split] if arguments.test_split else TEST_SPLITS:
+        try:
+            return train, kr.data.read_tfds_classification(
+                name, split, train.class_names, **options
+            )
+        except ValueError as error:
+            reason = error
+    raise reason
+
+
+def make_recipe(arguments):
+    """The recipe with the values from the command line, not yet scaled."""
+    recipe = kr.recipes.RECIPES[arguments.recipe].for_network(arguments.model)
+    given = {name: getattr(arguments, name) for name in ("crop_size", "augmentation", "mixup")}
+    return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+
+
+def limit_batch_size(wanted: int, num_images: int, replicas: int) -> int:
+    """The wanted batch size, or the largest that the images can fill."""
+    largest = num_images - num_images % replicas
+    if wanted > largest > 0:
+        print(f"There are {num_images} images: the batch size is {largest} instead of {wanted}")
+        return largest
+    return wanted
+
+
+def make_batches(recipe, strategy, train_set, test_set, batch_size: int, seed: int):
+    """Training batches, each worker with its own shard, and batches for testing."""
+    shape = (recipe.crop_size, recipe.crop_size, 3)
+
+    def make_shard(num_workers, worker, worker_batch_size):
+        return kr.data.classification_batches(
+            train_set.shard(num_workers, worker),
+            shape,
+            worker_batch_size,
+            training=True,
+            augmentation=recipe.augmentation,
+            mixup=recipe.mixup,
+            seed=seed,
+        )
+
+    test_batches = kr.data.classification_batches(
+        test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
+    )
+    return kr.training.distribute_batches(strategy, make_shard, batch_size), test_batches
+
+
+def build_model(arguments, recipe, num_classes: int):
+    import keras
+    import tensorflow as tf
+
+    model = kr.create_backbone(
+        arguments.model,
+        include_top=True,
+        weights=arguments.weights,
+        input_shape=(recipe.crop_size, recipe.crop_size, 3),
+        dtype=arguments.precision,
+        **({} if arguments.weights else {"classes": num_classes}),
+        **recipe.network_arguments(arguments.model),
+    )
+    if arguments.weights:  # of 1000 classes
+        model = model.replace_top(num_classes)
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    model.compile(
+        recipe.optimizer(),
+        keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing),
+        metrics=[
+            keras.metrics.CategoricalAccuracy(name="top1"),
+            keras.metrics.TopKCategoricalAccuracy(min(5, num_classes), name="top5"),
+        ],
+        jit_compile="auto" if has_gpu else False,  # XLA compiles for minutes on a CPU
+    )
+    return model
+
+
+def read_log(path: Path) -> dict[str, list]:
+    """The columns of log.csv, which includes the epochs of earlier runs."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [float(row[name]) for row in rows] for name in (rows or [{}])[0]}
+    return {**columns, "epoch": [int(epoch) for epoch in columns.get("epoch", [])]}
+
+
+def plot_accuracy(log: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6.4, 4.2), layout="constrained")).add_subplot()
+    epochs = np.asarray(log["epoch"]) + 1
+    for name, style in (("top1", "solid"), ("val_top1", "dashed"), ("val_top5", "dotted")):
+        axes.plot(epochs, log[name], color="black", linestyle=style, marker=".", label=name)
+    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
+    axes.legend()
+    figure.savefig(path)

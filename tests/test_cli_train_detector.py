@@ -1,0 +1,207 @@
+"""`keras-resnest train` and `evaluate` of a detector, on a small VOC folder."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from detectors import CLASS_NAMES, rectangles
+from PIL import Image
+
+from keras_resnest.cli import main, parse_arguments
+from keras_resnest.data import read_train_test
+
+OBJECT = (
+    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
+    "<ymax>{}</ymax></bndbox></object>"
+)
+
+
+@pytest.fixture(scope="module")
+def voc_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("voc")
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    images, truth = rectangles(10, (64, 128, 3))
+    for i, (image, boxes, labels) in enumerate(
+        zip(images, truth["boxes"], truth["labels"], strict=True)
+    ):
+        Image.fromarray(image.astype("uint8")).save(folder / f"JPEGImages/{i}.jpg")
+        objects = [
+            OBJECT.format(CLASS_NAMES[k], int(x1) + 1, int(y1) + 1, int(x2), int(y2))
+            for k, (x1, y1, x2, y2) in zip(labels, boxes, strict=True)
+        ]
+        xml = f"<annotation><filename>{i}.jpg</filename>{''.join(objects)}</annotation>"
+        (folder / f"Annotations/{i}.xml").write_text(xml)
+    for split, numbers in (("train", range(8)), ("test", range(8, 10))):
+        (folder / f"ImageSets/Main/{split}.txt").write_text("\n".join(map(str, numbers)))
+    return folder
+
+
+OPTIONS = ["--image-size", 64, 128, "--epochs", 1, "--batch-size", 4]
+
+
+@pytest.fixture(scope="module")
+def trained(voc_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", voc_folder, *OPTIONS, "--output", folder]) == 0
+    return folder
+
+
+def assert_plots(folder, *names):
+    for name in names:
+        with Image.open(folder / f"{name}.png") as image:
+            assert np.ptp(np.asarray(image.convert("L"))) > 50, f"{name}.png is empty"
+
+
+def test_trains_and_writes_everything(trained):
+    assert_plots(trained, "dataset", "history", "precision_recall", "detections")
+    assert list((trained / "progress").iterdir())
+    assert (trained / "detector.keras").exists()
+    assert (trained / "serving/1/saved_model.pb").exists()
+    summary = json.loads((trained / "result.json").read_text())
+    assert set(summary["AP50"]) <= set(CLASS_NAMES) and 0 <= summary["mAP50"] <= 1
+    assert summary["arguments"]["epochs"] == 1 and summary["epochs_before_timing"] == 0
+
+
+@pytest.mark.slow
+def test_rerunning_the_command_resumes(voc_folder, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert main(["train", voc_folder, *OPTIONS, "--epochs", 2, "--output", tmp_path]) == 0
+    printed = capsys.readouterr().out
+    assert "after epoch 1" in printed and "8 images" in printed and "mAP@0.5" in printed
+    assert json.loads((tmp_path / "result.json").read_text())["epochs_before_timing"] == 1
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1"]
+
+
+def test_the_checkpoint_of_another_model_ends_the_training(voc_folder, trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "result.json").write_text("of the other model")
+    options = [*OPTIONS, "--anchor-sizes", 16, 32, 64, 128, "--output", tmp_path]
+    assert main(["train", voc_folder, *options]) == 1
+    errors = capsys.readouterr().err
+    assert "checkpoint of another model" in errors and "anchor_generator" in errors
+    assert (tmp_path / "result.json").read_text() == "of the other model"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["no_such_folder"], "no_such_folder"),
+        (["FOLDER", "--test-split", "valid"], "valid"),
+        (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
+        (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
+    ],
+)
+def test_faulty_data_is_one_sentence(voc_folder, tmp_path, capsys, arguments, words):
+    arguments = [voc_folder if a == "FOLDER" else a for a in arguments]
+    assert main(["train", *arguments, "--output", tmp_path / "out"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and words in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--epochs", "0"], "--epochs: must be above 0"),
+        (["--learning-rate", "0"], "--learning-rate: must be above 0"),
+        (["--epochs", "some"], "invalid int value"),
+        (["--workers", "0"], "--workers: must be above 0"),
+        (["--weights", "imagenet"], "unrecognized arguments: --weights"),
+        (["--classifier", "--fit-anchors"], "unrecognized arguments: --fit-anchors"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    ],
+)
+def test_wrong_options(capsys, arguments, words):
+    """Options of the other kind of model are wrong too."""
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "folder", *arguments])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_an_unusable_output_folder_is_one_sentence(voc_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", voc_folder, "--output", tmp_path / "file" / "out"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("error: ") and "file" in errors[-1]
+
+
+# === evaluate ===
+
+
+def test_evaluate_gives_what_the_training_gave(voc_folder, trained, tmp_path, capsys):
+    command = ["evaluate", trained / "detector.keras", voc_folder, "--output", tmp_path]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*CLASS_NAMES, "AP75", "ARlarge"))
+    assert_plots(tmp_path, "precision_recall", "detections", "worst")
+    result = json.loads((tmp_path / "result.json").read_text())
+    want = json.loads((trained / "result.json").read_text())
+    assert result["split"] == "test" and result["images"] == 2
+    assert result["mAP50"] == pytest.approx(want["mAP50"], abs=1e-6)
+    assert set(result["AP50"]) == set(CLASS_NAMES) and "AP" in result["COCO"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--split", "val"], "val"),
+        (["--weights", "imagenet"], "has its own"),
+        (["--limit", "3", "--crop-size", "64"], "--crop-size, --limit of a classifier"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(voc_folder, trained, tmp_path, capsys, options, words):
+    command = ["evaluate", trained / "detector.keras", voc_folder, "--output", tmp_path / "out"]
+    assert main([*command, *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and words in errors and not (tmp_path / "out").exists()
+
+
+def test_export_a_detector_with_options_of_a_classifier(trained, tmp_path, capsys):
+    command = ["export", trained / "detector.keras", tmp_path / "detector.onnx"]
+    assert main([*command, "--crop-size", 64]) == 2
+    assert "--crop-size of a classifier" in capsys.readouterr().err
+    assert main([*command, "--precision", "bfloat16"]) == 2
+    assert "`precision` of onnx must be one of" in capsys.readouterr().err
+
+
+# === Splits ===
+
+
+def ids(*datasets):
+    return [[record.image_id for record in dataset.records] for dataset in datasets]
+
+
+def test_a_dataset_without_splits_is_split(voc_folder):
+    """Never is the model tested on images that it was trained on."""
+    rows = [f"JPEGImages/{i}.jpg,1,2,30,40,{CLASS_NAMES[i % 3]}" for i in range(10)]
+    file = voc_folder / "objects.csv"
+    file.write_text("\n".join(["image,x1,y1,x2,y2,label", *rows]))
+    try:
+        first, again = ids(*read_train_test(str(file))), ids(*read_train_test(str(file)))
+        other = ids(*read_train_test(str(file), seed=5))
+    finally:
+        file.unlink()
+    assert [len(part) for part in first] == [8, 2] and len({*first[0], *first[1]}) == 10
+    assert first == again and first != other
+
+
+@pytest.mark.parametrize("test_split", ["test", "val", "valid"])
+def test_splits_are_found(voc_folder, test_split):
+    splits = voc_folder / "ImageSets/Main"
+    (splits / "test.txt").rename(splits / f"{test_split}.txt")
+    try:
+        found = ids(*read_train_test(str(voc_folder)))
+    finally:
+        (splits / f"{test_split}.txt").rename(splits / "test.txt")
+    assert found == [[str(i) for i in range(8)], ["8", "9"]]
+
+
+@pytest.mark.parametrize("options, words", [([], "--anchor-sizes"), (["--classifier"], "--mixup")])
+def test_help_shows_the_options_of_the_kind(capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["train", *options, "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and words in printed and "keras-resnest train my_folder" in printed
