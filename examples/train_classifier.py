@@ -157,7 +157,7 @@ def make_batches(arguments, recipe, strategy, train_set, test_set, batch_size: i
         )
 
     test_batches = kr.data.classification_batches(
-        test_set, shape, batch_size, training=False, crop_share=recipe.crop_share
+        test_set, shape, batch_size, training=False, crop_share=recipe.crop_ratio
     )
     return kr.training.distribute_batches(strategy, train_batches, batch_size), test_batches
 
@@ -252,7 +252,7 @@ def report(arguments, recipe, model, class_names, result, earlier_epochs, second
         kr.visualization.plot_history(log, path=output / "history.png")
         plot_accuracy(log, output / "accuracy.png")
     model.save(output / "classifier.keras")
-    model.export(output / "serving" / "1", class_names=class_names, crop_share=recipe.crop_share)
+    model.export(output / "serving" / "1", class_names=class_names, crop_share=recipe.crop_ratio)
     (output / "class_names.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
     summary = {
         "top1": result["top1"],

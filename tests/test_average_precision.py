@@ -163,8 +163,8 @@ def random_images(rng, num_images, num_classes, most=6, difficult=0.2, digits=1)
 @pytest.mark.parametrize("interpolation", ["every_point", "eleven_point"])
 @pytest.mark.parametrize("seed", range(6))
 def test_agrees_with_naive_implementation(monkeypatch, interpolation, seed):
-    # Few pairs at a time, so that the chunks are exercised too.
-    monkeypatch.setattr("keras_resnest.evaluation.average_precision.PAIRS_AT_ONCE", 37)
+    # Few pairs at once, to test the chunks too.
+    monkeypatch.setattr("keras_resnest.evaluation.voc.MAX_PAIRS", 37)
     ground_truth, detections = random_images(np.random.default_rng(seed), 25, 4)
     thresholds = [0.1, 0.5, 0.75, 1.0]
     result = voc_average_precision(
@@ -407,10 +407,10 @@ def test_bad_boxes(measure, truth, found, message):
     [
         ({}, "class_names.*num_classes"),
         ({"num_classes": 0}, "positive `num_classes`"),
-        ({"class_names": "cat"}, "list of names"),
-        ({"class_names": []}, "list of names"),
-        ({"class_names": ["cat", "cat"]}, "differ"),
-        ({"class_names": ["cat"], "num_classes": 2}, "num_classes=2, 1 names"),
+        ({"class_names": "cat", "num_classes": 2}, "list of 2 different names.*cat"),
+        ({"class_names": []}, "list of different names"),
+        ({"class_names": ["cat", "cat"]}, "different names.*cat"),
+        ({"class_names": ["cat"], "num_classes": 2}, "list of 2 different names.*cat"),
         ({"num_classes": 1, "iou_threshold": 50}, "iou_threshold=50"),
         ({"num_classes": 1, "iou_threshold": []}, "iou_threshold"),
         ({"num_classes": 1, "interpolation": "linear"}, "interpolation='linear'"),
@@ -421,7 +421,7 @@ def test_bad_arguments(arguments, message):
         voc_average_precision(TRUTH, FOUND, **arguments)
 
 
-def test_relative_boxes_are_noticed():
+def test_relative_boxes_are_reported():
     relative = [{**FOUND[0], "boxes": [[0.0, 0.0, 0.5, 0.5]]}]
     with pytest.warns(UserWarning, match="between 0 and 1"):
         voc_average_precision(TRUTH, relative, num_classes=1)

@@ -403,7 +403,7 @@ def test_a_failed_export_leaves_everything_as_it_was(models, tmp_path):
     target = tmp_path / "1"
     models[SMALL].export(target)
     before = (target / "saved_model.pb").read_bytes()
-    with pytest.raises(OSError, match="full"), atomic.written_at_once(target) as folder:
+    with pytest.raises(OSError, match="full"), atomic.atomic_folder(target) as folder:
         (folder / "saved_model.pb").write_text("half")
         raise OSError("the disk is full")
     assert (target / "saved_model.pb").read_bytes() == before

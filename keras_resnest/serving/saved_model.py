@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 
-from keras_resnest.atomic import written_at_once
+from keras_resnest.atomic import atomic_folder
 from keras_resnest.replicas import call_with_rows
 from keras_resnest.serving.graph import check_backend, deployment_function, with_variables
 from keras_resnest.serving.tasks import task_of
@@ -89,7 +89,7 @@ def export_saved_model(
 
     task = task_of(model, **options)
     module, signatures = _signatures(task, precision, freeze)
-    with written_at_once(filepath) as folder:
+    with atomic_folder(filepath) as folder:
         tf.saved_model.save(module, str(folder), signatures=signatures)
         extra = folder / "assets.extra"
         extra.mkdir()
