@@ -364,7 +364,7 @@ def test_bad_data_raise_before_the_first_epoch():
         evaluate_detections(plain, dataset, NAMES)
     with pytest.raises(ValueError, match="neither `class_names` nor"):
         evaluate_detections(plain, dataset)
-    with pytest.raises(ValueError, match="list of 2 different names.*'c'"):
+    with pytest.raises(ValueError, match=r"list of 2 different names.*'c'"):
         train([DetectionEvaluation(dataset, ["a", "b", "c"], verbose=0)])
 
 
