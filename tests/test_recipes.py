@@ -71,7 +71,7 @@ def test_detector_from_scratch_by_the_formula():
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, decay_steps=1140, alpha=0.01, warmup_target=4e-3, warmup_steps=60
     )
-    expected = AdamW(schedule, weight_decay=0.05, global_clipnorm=10.0)
+    expected = AdamW(schedule, weight_decay=0.05, global_clipnorm=10.0, name=optimizer.name)
     assert optimizer.get_config() == expected.get_config()
 
 
@@ -294,10 +294,15 @@ def decayed(model, optimizer):
     return changed
 
 
-@pytest.mark.parametrize("name", ["refinedet_voc", "detector_from_scratch"])
-def test_kernels_decay_and_nothing_else(name):
+@pytest.fixture(scope="module")
+def detector():
     backbone = kr.create_backbone("resnest14_tiny", include_top=False)
-    model = kr.RefineDet(3, backbone=backbone, image_shape=(64, 64, 3))
+    return kr.RefineDet(3, backbone=backbone, image_shape=(64, 64, 3))
+
+
+@pytest.mark.parametrize("name", ["refinedet_voc", "detector_from_scratch"])
+def test_kernels_decay_and_nothing_else(detector, name):
+    model = detector
     recipe = dataclasses.replace(RECIPES[name], warmup=0).scaled(8, steps_per_epoch=9)
     paths = {v.path for v in model.trainable_variables}
     kernels = {path for path in paths if path.split("/")[-1].endswith("kernel")}

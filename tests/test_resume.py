@@ -175,6 +175,23 @@ def test_a_checkpoint_of_other_classes(tmp_path):
         fit(small_model(), resume("dog", "cat"), 3)
 
 
+def begin_detector_training(folder, **options):
+    model, resume = small_detector(**options), ResumeTraining(folder)
+    model.compile(keras.optimizers.SGD(0.1))
+    model.history = keras.callbacks.History()  # as in `fit`
+    resume.set_model(model)
+    resume.on_train_begin()
+    return resume
+
+
+@pytest.fixture(scope="module")
+def detector_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detector")
+    begin_detector_training(folder).on_epoch_end(0)
+    assert begin_detector_training(folder).initial_epoch == 1
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -185,21 +202,10 @@ def test_a_checkpoint_of_other_classes(tmp_path):
         ("matcher", {"matcher": BoxMatcher(iou_threshold=0.6)}),
     ],
 )
-def test_a_checkpoint_of_another_detector(tmp_path, name, options):
+def test_a_checkpoint_of_another_detector(detector_checkpoint, name, options):
     """All of these have weights of the same shapes."""
-
-    def start(**options):
-        model, resume = small_detector(**options), ResumeTraining(tmp_path)
-        model.compile(keras.optimizers.SGD(0.1))
-        model.history = keras.callbacks.History()  # as in `fit`
-        resume.set_model(model)
-        resume.on_train_begin()
-        return resume
-
-    start().on_epoch_end(0)
-    assert start().initial_epoch == 1
     with pytest.raises(ValueError, match=f"checkpoint of another model. Its {name}: "):
-        start(**options)
+        begin_detector_training(detector_checkpoint, **options)
 
 
 def test_an_unwritable_folder_is_reported_at_the_start(tmp_path):

@@ -11,18 +11,8 @@ from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tab
 from keras_resnest.evaluation.voc import nan_mean
 
 COCO_METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APsmall",
-    "APmedium",
-    "APlarge",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARsmall",
-    "ARmedium",
-    "ARlarge",
+    *(f"AP{kind}" for kind in ("", "50", "75", "small", "medium", "large")),
+    *(f"AR{kind}" for kind in ("1", "10", "100", "small", "medium", "large")),
 )
 
 

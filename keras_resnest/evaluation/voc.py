@@ -48,14 +48,15 @@ class AveragePrecision:
     def at(self, iou_threshold: float) -> "AveragePrecision":
         """Returns the result for one of the thresholds."""
         row = self._row(iou_threshold)
-        names = (
-            "iou_thresholds",
-            "average_precision",
-            "true_positives",
-            "false_positives",
-            "curves",
+        only = slice(row, row + 1)
+        return dataclasses.replace(
+            self,
+            iou_thresholds=self.iou_thresholds[only],
+            average_precision=self.average_precision[only],
+            true_positives=self.true_positives[only],
+            false_positives=self.false_positives[only],
+            curves=self.curves[only],
         )
-        return dataclasses.replace(self, **{n: getattr(self, n)[row : row + 1] for n in names})
 
     def per_class(self, iou_threshold: float | None = None) -> dict[str, dict]:
         """Returns the numbers of each class by name; an undefined AP is None.
