@@ -14,7 +14,7 @@ from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas
 class DistributedTraining:
     """Mix-in for a `keras.Model` that trains on many devices as it does on one.
 
-    With TensorFlow it changes Keras 3.15 in these points, which belong into Keras itself:
+    With TensorFlow it changes Keras 3.15 in these points, which belong in Keras itself:
 
     - Gradients are clipped after they are summed over the replicas. Keras clips those of each
       replica, so the step depends on the number of replicas.

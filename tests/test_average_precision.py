@@ -235,7 +235,7 @@ def test_curve_and_table():
 
 
 def test_padded_batch_equals_lists():
-    """What `predict` gives can be passed as it is; only the label marks padding."""
+    """The result of `predict` can be passed directly; only the label marks padding."""
     ground_truth, detections = random_images(np.random.default_rng(3), 8, 3)
 
     def pad(images, fill):
@@ -319,7 +319,7 @@ def test_golden_coco(shared, capfd):
         del image["area"]
     again = coco_average_precision(ground_truth, detections, names).metrics
     assert again == pytest.approx(result.metrics, abs=1e-12)
-    # Without `iscrowd` the note of the case says what comes out.
+    # Without `iscrowd` the note of the case gives this number.
     for image in ground_truth:
         del image["iscrowd"]
     plain = coco_average_precision(ground_truth, detections, names).metrics
