@@ -120,14 +120,18 @@ def build(arguments, train, switches: dict, steps_per_epoch: int) -> kr.RefineDe
     generator = kr.detection.AnchorGenerator()
     if arguments.anchors == "fitted":
         generator = kr.detection.fit_anchors(train, shape)
+    row = kr.builders.BUILDERS[arguments.model][2]  # random weights need batch normalization
+    heads = {name: value for name, value in switches.items() if name.startswith("use_")}
+    stages = {name: value for name, value in switches.items() if name not in heads}
     model = getattr(kr.builders, arguments.model)(
         num_classes=len(train.class_names),
         image_shape=shape,
         class_names=train.class_names,
         anchor_generator=generator,
-        use_batch_norm=True,  # random weights need it
+        heads=kr.detection.RefineDetHeads(**{**row, "use_batch_norm": True, **heads}),
+        detection_loss=kr.detection.RefineDetLoss(**stages),
+        decoder=kr.detection.DetectionDecoder(**stages),
         dtype=arguments.dtype,
-        **switches,
     )
     recipe = dataclasses.replace(
         kr.recipes.RECIPES["detector_from_scratch"],

@@ -20,12 +20,12 @@ import tensorflow as tf
 from training_step import LEARNING_RATE, NUM_CLASSES, make_batch
 
 from keras_resnest import RefineDet
-from keras_resnest.backbones import list_backbones
+from keras_resnest.backbones import VARIANTS
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnest50", choices=list_backbones(), metavar="NAME")
+    parser.add_argument("--model", default="resnest50", choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--image-size", type=int, default=128, help="side, pixels (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="images (%(default)s)")
     parser.add_argument("--objects", type=int, default=10, help="per image (%(default)s)")

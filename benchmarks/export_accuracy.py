@@ -63,7 +63,7 @@ def main() -> None:
     calibration = np.concatenate([images for images, _ in calibration])
     print("| format | precision | mAP@0.5 | mAP@[.5:.95] | one image | file |")
     print("| --- | --- | --- | --- | --- | --- |")
-    rows = [measure("Keras", "float32", model.predict_locally, model, batches, None)]
+    rows = [measure("Keras", "float32", model.predict_on_batch, model, batches, None)]
     with tempfile.TemporaryDirectory() as folder:
         for format, precision, suffix, decode in EXPORTS:
             if arguments.formats and format not in arguments.formats:

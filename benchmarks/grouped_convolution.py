@@ -24,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_resnest.backbones import create_backbone, list_backbones
+from keras_resnest.backbones import VARIANTS, create_backbone
 from keras_resnest.layers import GroupedConv2D
 
 MANY_GROUPS = 8
@@ -46,7 +46,7 @@ def parse_arguments():
         "--seconds", type=float, default=60.0, help="for the turns of each kind (%(default)s)"
     )
     arguments = parser.parse_args()
-    unknown = set(arguments.networks) - set(list_backbones())
+    unknown = set(arguments.networks) - set(VARIANTS)
     if unknown:
         parser.error(f"no such network: {', '.join(sorted(unknown))}")
     return arguments

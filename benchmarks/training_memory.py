@@ -62,10 +62,11 @@ def loss_step(arguments):
     import tensorflow as tf
 
     from keras_resnest import RefineDet
+    from keras_resnest.detection import RefineDetHeads
 
     side = arguments.image_size
     # The smallest network: only its anchors and its loss are used.
-    model = RefineDet(NUM_CLASSES, "resnest14_tiny", (side, side, 3), filters=8)
+    model = RefineDet(NUM_CLASSES, "resnest14_tiny", (side, side, 3), heads=RefineDetHeads(8))
     rng = keras.random.SeedGenerator(0)
 
     @tf.function(reduce_retracing=True)
@@ -78,7 +79,7 @@ def loss_step(arguments):
         }
         with tf.GradientTape() as tape:
             tape.watch(outputs)
-            loss = sum(model.stage_losses(boxes, labels, outputs).values())
+            loss = sum(model.detection_loss(outputs, boxes, labels, model.anchors).values())
         return tape.gradient(loss, outputs)
 
     return len(model.anchors), step

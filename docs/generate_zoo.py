@@ -1,4 +1,4 @@
-"""Builds every network, counts, and writes the figures, `docs/zoo.md` and README's table."""
+"""Measures every network and writes `figures.py`, `docs/zoo.md` and the table of the README."""
 
 import argparse
 import importlib
@@ -16,10 +16,9 @@ IN_README = "resnest[0-9]*"
 MARKS = ("<!-- zoo:start -->\n", "<!-- zoo:end -->")
 INTRODUCTION = """# Networks
 
-Written by `docs/generate_zoo.py`, which builds every network and counts. Parameters are the
-trainable ones; GFLOPs are thousand millions of multiply-adds for one image of the size beside
-them; top-1 is what the publishers of the first weights measured on ImageNet. `weights="imagenet"`
-stands for the first tag.
+Parameters are trainable parameters. GFLOPs are billions of multiply-adds for one image of the
+given size. Top-1 is the ImageNet accuracy published with the first of the weights, which
+`weights="imagenet"` selects. `docs/generate_zoo.py` writes this table.
 
 """
 
@@ -34,18 +33,18 @@ def figures_of(name: str) -> tuple[int, float]:
 
 def write_figures() -> None:
     rows = []
-    for name in kr.backbones.list_backbones():
+    for name in kr.backbones.VARIANTS:
         parameters, gflops = figures_of(name)
         print(f"{name}: {parameters:,} parameters, {gflops:.3f} GFLOPs", flush=True)
         rows.append(f'    "{name}": ({parameters}, {gflops:.4f}),\n')
     docstring = f'"""{figures.__doc__}"""\n\n'
-    table = "# (trainable parameters, thousand millions of multiply-adds at the crop size)\n"
+    table = "# (trainable parameters, billions of multiply-adds at the crop size)\n"
     table += f"FIGURES: dict[str, tuple[int, float]] = {{\n{''.join(rows)}}}\n"
     Path(figures.__file__).write_text(docstring + table)
 
 
 def tables() -> tuple[str, str]:
-    """Texts of `docs/zoo.md` and of README's part."""
+    """Returns the text of `docs/zoo.md` and the table of the README."""
     return f"{INTRODUCTION}{zoo.list_models()}\n", f"{zoo.list_models(IN_README)}\n"
 
 

@@ -72,7 +72,7 @@ def load_classifier(name, weights, classes=None):
         tags = kr.backbones.PRETRAINED.get(name.lower(), {})
         row = tags.get(weights) or next(iter(tags.values()), None)
         if row:
-            crop = (row.crop_size, row.crop_share, row.interpolation)
+            crop = (row.crop_size, row.crop_ratio, row.interpolation)
     if len(model.output_shape) != 2 or len(model.input_shape) != 4:
         raise ValueError(f"{name} is no classifier of images: its output is {model.output_shape}")
     side = model.input_shape[1]

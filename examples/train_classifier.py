@@ -157,7 +157,7 @@ def make_batches(arguments, recipe, strategy, train_set, test_set, batch_size: i
         )
 
     test_batches = kr.data.classification_batches(
-        test_set, shape, batch_size, training=False, crop_share=recipe.crop_ratio
+        test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
     )
     return kr.training.distribute_batches(strategy, train_batches, batch_size), test_batches
 

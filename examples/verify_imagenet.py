@@ -87,7 +87,7 @@ def published_figure(name, weights) -> str:
     row = tags.get(weights) or (next(iter(tags.values()), None) if weights == "imagenet" else None)
     if row is None or row.top1 is None:
         return "unknown"
-    return f"{row.top1:.2f}% at {row.crop_size} pixels, crop {row.crop_share:.3g}"
+    return f"{row.top1:.2f}% at {row.crop_size} pixels, crop {row.crop_ratio:.3g}"
 
 
 def main(argv=None) -> int:

@@ -50,12 +50,15 @@ def check_same_classes(data, class_names: Sequence[str] | None) -> None:
         )
 
 
-def check_image_shape(image_shape: Sequence[int], multiple_of: int = 1) -> tuple[int, int]:
+def check_image_shape(
+    image_shape: Sequence[int], multiple_of: int = 1, name: str = "image_shape"
+) -> tuple[int, int]:
     """Returns (height, width) of an `image_shape` (height, width) or (height, width, 3).
 
     Args:
         image_shape: sides in pixels.
         multiple_of: what both sides must be a multiple of.
+        name: name of the argument, for the message.
 
     Raises:
         ValueError: if `image_shape` is anything else.
@@ -71,8 +74,8 @@ def check_image_shape(image_shape: Sequence[int], multiple_of: int = 1) -> tuple
             "in pixels" if multiple_of == 1 else f"with sides that are multiples of {multiple_of}"
         )
         raise ValueError(
-            f"`image_shape` must be (height, width) or (height, width, 3) {unit}. "
-            f"Received: image_shape={image_shape!r}"
+            f"`{name}` must be (height, width) or (height, width, 3) {unit}. "
+            f"Received: {name}={image_shape!r}"
         )
     return int(shape[0]), int(shape[1])
 

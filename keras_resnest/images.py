@@ -1,10 +1,11 @@
-"""Images of any kind to RGB arrays: reading, looking at headers, resizing.
+"""Images from files, bytes and arrays to RGB arrays; image headers; resizing.
 
-One rule holds everywhere: an image is a uint8 array (height, width, 3), RGB, 0 to 255, upright
-(EXIF orientation applied). TensorFlow's own decoders ignore EXIF, drop alpha and round JPEG
-differently, so `read_image_info` says which files they can be trusted with.
+Everywhere, an image is a uint8 array (height, width, 3), RGB, 0 to 255, upright (EXIF orientation
+applied). TensorFlow's decoders ignore EXIF, drop alpha and round JPEG differently:
+`read_image_info` tells which files they decode correctly.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -13,12 +14,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
-#: Suffixes (lower case) of the files that `find_images` takes for images.
+# Suffixes, in lower case, of the files that `find_images` returns.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
-# Pillow knows more formats, but some of them start other programs (EPS: Ghostscript).
+# Pillow reads more formats, but some start other programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
@@ -26,28 +28,20 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclasses.dataclass(frozen=True)
 class ImageInfo:
-    """What the header of an image file tells.
-
-    Attributes:
-        height: Rows of the upright image.
-        width: Columns of the upright image.
-        orientation: EXIF orientation, 1 to 8; 1 is upright. See `orientation_flags`.
-        plain: True where `tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE")` gives
-            the same pixels as Pillow (apart from the orientation): 8-bit RGB or gray JPEG, and PNG
-            without alpha.
-    """
+    """Header of an image file; height and width are those of the upright image."""
 
     height: int
     width: int
-    orientation: int = 1
+    orientation: int = 1  # EXIF orientation, 1 to 8; 1 is upright
+    # Whether tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE") returns the pixels
+    # of Pillow, apart from the orientation: 8-bit RGB or gray JPEG, PNG without alpha
     plain: bool = False
 
 
 def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
-    """Steps, in this order, that turn a stored image upright: transpose, flip columns, flip rows.
+    """Returns which steps turn a stored image upright: transpose, flip columns, flip rows.
 
-    Args:
-        orientation: EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
+    `orientation` is the EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
     """
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
@@ -55,22 +49,20 @@ def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
 def load_image(source: Any) -> np.ndarray:
     """Reads one image.
 
-    Files and bytes are decoded by Pillow: JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and
-    PPM; gray, palette, CMYK and 16-bit images are converted to 8-bit RGB, and EXIF orientation is
-    applied. Transparent images are laid over white, as a browser shows them. Arrays with four
-    channels are RGBA.
+    Pillow decodes files and bytes: JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and PPM. Gray,
+    palette, CMYK and 16-bit images become 8-bit RGB, EXIF orientation is applied, and transparent
+    images are composited over white.
 
     Args:
-        source: Path of a file (str or PathLike), the bytes of an encoded image, a Pillow image,
-            or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) with values 0 to 255
-            (floats are rounded).
+        source: Path, bytes of an encoded image, Pillow image, or array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4: RGBA) with values 0 to 255; floats are rounded.
 
     Returns:
         uint8 array (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, not an image or far too large; or the
-            array has a wrong shape, NaN, or values that are not 0 to 255.
+        ValueError: if a file is missing, empty, truncated, too large or not an image; or if an
+            array has a wrong shape, NaN, or values outside 0 to 255.
 
     Example:
 
@@ -80,37 +72,29 @@ def load_image(source: Any) -> np.ndarray:
     from PIL import Image
 
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-        encoded = _as_path_or_bytes(source)
-        with _open(encoded) as image:
-            return _decode(image, _describe(encoded))
+        with _open(source) as image:
+            return _decode(image)
     if isinstance(source, Image.Image):
-        return _decode(source, "the Pillow image")
+        with _naming("the Pillow image"):
+            return _decode(source)
     return _from_array(source)
 
 
 def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
-    """Looks at the header of an image without decoding it.
+    """Reads the header of an image file, given as a path or its bytes, without decoding it.
 
-    A cut file is found as well: files without their end marker, and the formats that have none,
-    are decoded completely as a check.
-
-    Args:
-        source: Path of a file, or the bytes of an encoded image.
-
-    Raises:
-        ValueError: As `load_image`.
+    Files without an end marker are decoded to detect truncation. Raises `ValueError` as
+    `load_image` does.
     """
-    source = _as_path_or_bytes(source)
     with _open(source) as image:
-        is_jpeg, is_png = image.format in ("JPEG", "MPO"), image.format == "PNG"
-        has_end = (is_jpeg and _tail(source).endswith(b"\xff\xd9")) or (
-            is_png and _tail(source).endswith(_PNG_END)
-        )
-        plain = (is_jpeg and image.mode in ("RGB", "L")) or (
-            is_png and image.mode in ("RGB", "L", "P", "1") and not _has_alpha(image)
-        )
-        if not has_end:
-            _load(image, _describe(source))
+        modes, end = (), b""
+        if image.format in ("JPEG", "MPO"):
+            modes, end = ("RGB", "L"), b"\xff\xd9"
+        elif image.format == "PNG":
+            modes, end = ("RGB", "L", "P", "1"), _PNG_END
+        if not (end and _tail(source).endswith(end)):
+            image.load()
+        plain = image.mode in modes and not _has_alpha(image)
         orientation = _orientation(image)
         width, height = image.size
     if orientation_flags(orientation)[0]:
@@ -119,13 +103,13 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Paths of the images directly in a folder, sorted by name.
+    """Returns the paths of the images directly in a folder, sorted by name.
 
     Args:
-        folder: The folder; images are told by their suffix (`IMAGE_SUFFIXES`), in any case.
+        folder: The folder; images are recognized by their suffix (`IMAGE_SUFFIXES`, any case).
 
     Raises:
-        ValueError: There is no such folder, or no image in it.
+        ValueError: if there is no such folder, or no image in it.
 
     Example: `for path in find_images("photos"): image = load_image(path)`
     """
@@ -142,145 +126,125 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Stretches an image to the given size, as the network and its exported form do.
+# === Resizing ===
 
-    Bilinear with half-pixel centers and without antialiasing: the same numbers as
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes an image without keeping its aspect ratio, as the exported model does.
+
+    Bilinear with half-pixel centers, without antialiasing: the same numbers as
     `tf.image.resize(image, (height, width), method="bilinear", antialias=False)`.
 
     Args:
-        image: Array (H, W, 3), or a batch (B, H, W, 3), 0 to 255.
-        height: Rows wanted.
-        width: Columns wanted.
+        image: Array (H, W, 3) or batch (B, H, W, 3), 0 to 255.
+        height: Rows of the result.
+        width: Columns of the result.
 
     Returns:
-        float32 array (height, width, 3), or (B, height, width, 3), 0 to 255.
+        float32 array (height, width, 3) or (B, height, width, 3), 0 to 255.
 
     Raises:
-        ValueError: `image` has another rank, or a size is not a positive integer.
+        ValueError: if `image` has another rank, or a size is not a positive integer.
     """
-    from keras import ops
-
     if min(height, width) < 1 or int(height) != height or int(width) != width:
         raise ValueError(
             "`height` and `width` must be positive integers. "
             f"Received: height={height}, width={width}"
         )
-    image = np.asarray(image, "float32")
+    image = np.asarray(image, "float32")  # Keras rounds a resized uint8 image
     if image.ndim not in (3, 4) or 0 in image.shape:
         raise ValueError(f"`image` must be (H, W, 3) or (B, H, W, 3). Received: {image.shape}")
-    # float32 goes in because Keras rounds a resized uint8 image back to uint8.
-    resized = ops.image.resize(
-        image, (int(height), int(width)), "bilinear", antialias=False, data_format="channels_last"
+    size = int(height), int(width)
+    resized = keras.ops.image.resize(
+        image, size, "bilinear", antialias=False, data_format="channels_last"
     )
-    return ops.convert_to_numpy(resized)
-
-
-# === Files and bytes ===
+    return keras.ops.convert_to_numpy(resized)
 
 
 def center_crop_image(
     image: np.ndarray,
     crop_size: int,
-    crop_share: float = 0.875,
+    crop_ratio: float = 0.875,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """The middle of an image, as classifiers are evaluated: resize the shorter side, then cut.
+    """Resizes the shorter side of an image and crops its center, as classifiers are evaluated.
 
     Args:
-        image: Image (height, width, 3), uint8, RGB.
+        image: uint8 array (height, width, 3), RGB.
         crop_size: Side of the result in pixels.
-        crop_share: The crop as a share of the resized shorter side, above 0, at most 1.
-        interpolation: `"bilinear"` or `"bicubic"`, antialiased.
+        crop_ratio: Crop as a fraction of the resized shorter side, above 0, at most 1.
+        interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
-        Image (crop_size, crop_size, 3), uint8.
+        uint8 array (crop_size, crop_size, 3).
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Example:
-        >>> center_crop_image(load_image("photo.jpg"), 224).shape
-        (224, 224, 3)
+
+    >>> center_crop_image(load_image("photo.jpg"), 224).shape
+    (224, 224, 3)
     """
     from PIL import Image
 
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    if crop_size < 1 or not 0 < crop_share <= 1 or interpolation not in filters:
+    if crop_size < 1 or not 0 < crop_ratio <= 1 or interpolation not in filters:
         raise ValueError(
-            "`crop_size` must be positive, `crop_share` above 0 and at most 1, `interpolation` "
+            "`crop_size` must be positive, `crop_ratio` above 0 and at most 1, `interpolation` "
             f"one of {tuple(filters)}. Received: crop_size={crop_size}, "
-            f"crop_share={crop_share}, interpolation={interpolation!r}"
+            f"crop_ratio={crop_ratio}, interpolation={interpolation!r}"
         )
     height, width = image.shape[:2]
-    short, long = min(height, width), max(height, width)
-    # The roundings are those of torchvision, with which the figures were measured.
-    resized_short = max(int(crop_size / crop_share), crop_size)
-    resized_long = int(resized_short * long / short)
-    portrait = height > width
-    size = (resized_short, resized_long) if portrait else (resized_long, resized_short)
+    # Rounded as torchvision does, with which the published accuracies were measured.
+    short = max(int(crop_size / crop_ratio), crop_size)
+    long = int(short * max(height, width) / min(height, width))
+    size = (short, long) if height > width else (long, short)
     resized = Image.fromarray(image).resize(size, filters[interpolation])
     left, top = (round((side - crop_size) / 2) for side in size)
     return np.asarray(resized.crop((left, top, left + crop_size, top + crop_size)))
 
 
-def _as_path_or_bytes(source):
-    if isinstance(source, bytearray | memoryview):
-        return bytes(source)
-    return source if isinstance(source, bytes) else os.fspath(source)
+# === Files and bytes ===
 
 
-def _describe(source: str | bytes) -> str:
-    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-
-
-def _open(source: str | bytes):
-    """Opens an image with Pillow, header only; every failure is a ValueError naming the file."""
+@contextlib.contextmanager
+def _open(source):
+    """Opens a path or bytes with Pillow; all errors in the block name the file."""
     from PIL import Image, UnidentifiedImageError
 
-    what = _describe(source)
-    if isinstance(source, str):
-        if not os.path.isfile(source):
-            kind = "it is a folder, not a file" if os.path.isdir(source) else "no such file"
-            raise ValueError(f"Cannot read the image {what!r}: {kind}")
-        is_empty = os.path.getsize(source) == 0
-    else:
-        is_empty = not source
-    if is_empty:
-        raise ValueError(f"Cannot read the image {what!r}: it is empty (0 bytes)")
+    is_bytes = isinstance(source, bytes | bytearray | memoryview)
+    source = bytes(source) if is_bytes else os.fspath(source)
+    with _naming(f"{len(source)} bytes" if is_bytes else source):
+        if not (is_bytes or os.path.isfile(source)):
+            is_folder = os.path.isdir(source)
+            raise ValueError("it is a folder, not a file" if is_folder else "no such file")
+        if not (source if is_bytes else os.path.getsize(source)):
+            raise ValueError("it is empty (0 bytes)")
+        try:
+            image = Image.open(io.BytesIO(source) if is_bytes else source, formats=_FORMATS)
+        except UnidentifiedImageError as error:
+            expected = ", ".join(_FORMATS)
+            raise ValueError(f"it is not an image. Expected: {expected}") from error
+        with image:
+            yield image
+
+
+@contextlib.contextmanager
+def _naming(image: str):
+    """Turns errors of damaged images into a `ValueError` that names the image."""
     try:
-        stream = io.BytesIO(source) if isinstance(source, bytes) else source
-        return Image.open(stream, formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"Cannot read the image {what!r}: it is not an image. Wanted: {', '.join(_FORMATS)}"
-        ) from error
+        yield
     except _pillow_errors() as error:
-        raise ValueError(f"Cannot read the image {what!r}: {error}") from error
+        raise ValueError(f"Cannot read the image {image!r}: {error}") from error
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
-    """What Pillow raises on damaged files, beside its own OSError."""
+    """Exceptions that Pillow raises for damaged files."""
     from PIL import Image
 
-    return (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        OverflowError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    )
-
-
-def _load(image, what: str) -> None:
-    try:
-        image.load()
-    except _pillow_errors() as error:
-        raise ValueError(f"Cannot read the image {what!r}: {error}") from error
+    python_errors = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
+    return (*python_errors, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def _tail(source: str | bytes) -> bytes:
@@ -293,11 +257,11 @@ def _tail(source: str | bytes) -> bytes:
 
 
 def _orientation(image) -> int:
-    """EXIF orientation 1 to 8; 1 where there is none or it is damaged."""
+    """EXIF orientation 1 to 8; 1 if it is missing or damaged."""
     from PIL import Image
 
     try:
-        # The method of the base class: the one for PNG would decode the whole file.
+        # Of the base class: the method for PNG would decode the whole file.
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except _pillow_errors():
         return 1
@@ -308,10 +272,10 @@ def _has_alpha(image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _decode(image, what: str) -> np.ndarray:
-    """Pixels of an opened Pillow image: 8-bit RGB, upright, contiguous and writable."""
-    _load(image, what)
-    pixels = _to_rgb(image, what)
+def _decode(image) -> np.ndarray:
+    """Pixels of a Pillow image: 8-bit RGB, upright, contiguous and writable."""
+    image.load()
+    pixels = _to_rgb(image)
     transpose, flip_columns, flip_rows = orientation_flags(_orientation(image))
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
@@ -322,17 +286,17 @@ def _decode(image, what: str) -> np.ndarray:
     return np.array(pixels, order="C")
 
 
-def _to_rgb(image, what: str) -> np.ndarray:
+def _to_rgb(image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # 65535 / 255 = 257; Pillow's own convert("RGB") would clip at 255 instead.
+        # 65535 / 255 = 257; Pillow's own convert("RGB") would clip at 255.
         gray = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
         return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"Cannot read the image {what!r}: its pixels are 32-bit numbers (Pillow mode "
-            f"{image.mode}), whose range nobody knows. Save it with 8 or 16 bits"
+            f"its pixels are 32-bit numbers (Pillow mode {image.mode}) of unknown range. Save it "
+            "with 8 or 16 bits"
         )
     if _has_alpha(image):
         white = Image.new("RGBA", image.size, "white")
@@ -364,18 +328,15 @@ def _from_array(source) -> np.ndarray:
 
 
 def _to_numpy(source) -> np.ndarray:
-    import keras
-
     if keras.ops.is_tensor(source):
         source = keras.ops.convert_to_numpy(source)
     try:
         array = np.asarray(source)
     except (TypeError, ValueError):
         array = np.empty((), object)
+    if array.dtype.name == "bfloat16":  # of kind "V"
+        return array.astype("float32")
     if array.dtype.kind not in "uif":
-        # bfloat16 is a float with dtype kind "V"
-        if array.dtype.name == "bfloat16":
-            return array.astype("float32")
         raise ValueError(
             "An image must be a path, bytes, a Pillow image or an array of numbers 0 to 255. "
             f"Received: {type(source).__name__} ({array.dtype})"
@@ -384,14 +345,14 @@ def _to_numpy(source) -> np.ndarray:
 
 
 def _check_range(array: np.ndarray) -> np.ndarray:
-    """Values 0 to 255; uint8 as it is, everything else as floats."""
+    """Returns values 0 to 255: uint8 unchanged, others as float64."""
     if array.dtype == np.uint8:
         return array
     array = array.astype("float64")
     if not np.isfinite(array).all():
         raise ValueError("Images are 0 to 255. Received: an array with NaN or infinite values")
     low, high = array.min(), array.max()
-    # Resampling filters overshoot a little: half a gray level is let through.
+    # Resampling filters overshoot: tolerate half a gray level.
     if low < -0.5 or high > 255.5:
         raise ValueError(f"Images are 0 to 255. Received: values from {low:g} to {high:g}")
     if high <= 1.0 and not np.array_equal(array, np.rint(array)):

@@ -5,10 +5,41 @@ On a single device only one thing changes: non-finite gradients become zeros.
 
 import contextlib
 import functools
+import inspect
 
 import keras
 
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
+
+
+def same_arguments_as(method):
+    """Decorates an override of a Keras method, to take the same arguments.
+
+    The override receives the arguments that were passed, all by keyword. `help` shows Keras'
+    signature, and its docstring unless the override has one.
+
+    Args:
+        method: the method of `keras.Model`.
+
+    Example:
+
+    >>> @same_arguments_as(keras.Model.fit)
+    ... def fit(self, x=None, callbacks=None, **kwargs):
+    ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
+    """
+    signature = inspect.signature(method)
+
+    def decorate(override):
+        @functools.wraps(override if override.__doc__ else method)
+        def wrapper(*args, **kwargs):
+            arguments = signature.bind(*args, **kwargs).arguments
+            extra = arguments.pop("kwargs", {})
+            return override(**arguments, **extra)
+
+        wrapper.__signature__ = signature
+        return wrapper
+
+    return decorate
 
 
 class DistributedTraining:
@@ -35,86 +66,28 @@ class DistributedTraining:
     ...     pass
     """
 
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        shuffle=True,
-        class_weight=None,
-        sample_weight=None,
-        initial_epoch=0,
-        steps_per_epoch=None,
-        validation_steps=None,
-        validation_batch_size=None,
-        validation_freq=1,
-    ):
-        """Trains the model; see `keras.Model.fit`."""
+    @same_arguments_as(keras.Model.fit)
+    def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
         strategy = getattr(self, "_distribute_strategy", None)
         if strategy is not None:
-            sizes = _batch_sizes(x, batch_size, validation_split)
+            sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
             check_global_batch(sizes, strategy.num_replicas_in_sync)
         if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
             callbacks = [_SetEpoch(x.epoch_counter), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
-            shuffle = False  # Keras cannot shuffle a tf.data.Dataset, and warns
+            kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
         with report_lost_workers(strategy):
-            return super().fit(
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=callbacks,
-                validation_split=validation_split,
-                validation_data=validation_data,
-                shuffle=shuffle,
-                class_weight=class_weight,
-                sample_weight=sample_weight,
-                initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch,
-                validation_steps=validation_steps,
-                validation_batch_size=validation_batch_size,
-                validation_freq=validation_freq,
-            )
+            return super().fit(x, batch_size=batch_size, callbacks=callbacks, **kwargs)
 
-    def evaluate(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        verbose="auto",
-        sample_weight=None,
-        steps=None,
-        callbacks=None,
-        return_dict=False,
-        **kwargs,
-    ):
-        """Returns losses and metrics; see `keras.Model.evaluate`."""
+    @same_arguments_as(keras.Model.evaluate)
+    def evaluate(self, **kwargs):
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().evaluate(
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                verbose=verbose,
-                sample_weight=sample_weight,
-                steps=steps,
-                callbacks=callbacks,
-                return_dict=return_dict,
-                **kwargs,
-            )
+            return super().evaluate(**kwargs)
 
-    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
-        """Returns predictions; see `keras.Model.predict`."""
+    @same_arguments_as(keras.Model.predict)
+    def predict(self, **kwargs):
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().predict(
-                x=x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-            )
+            return super().predict(**kwargs)
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""

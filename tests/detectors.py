@@ -5,6 +5,9 @@ import numpy as np
 
 from keras_resnest.backbones import ResNet
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.heads import RefineDetHeads
+from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.detection.refinedet import RefineDet
 
 CLASS_NAMES = ["red", "green", "blue"]
@@ -23,12 +26,14 @@ def small_backbone(name="small", **kwargs):
     )
 
 
-def small_detector(image_shape=(64, 128, 3), **kwargs):
+def small_detector(image_shape=(64, 128, 3), heads=None, switches=None, **kwargs):
+    """`heads` are arguments of `RefineDetHeads`, `switches` of loss and decoder alike."""
     keras.utils.set_random_seed(1)
     options = {
         "backbone": small_backbone(),
-        "filters": 16,
-        "use_batch_norm": True,
+        "heads": RefineDetHeads(**{"filters": 16, "use_batch_norm": True, **(heads or {})}),
+        "detection_loss": RefineDetLoss(**(switches or {})),
+        "decoder": DetectionDecoder(**(switches or {})),
         "anchor_generator": AnchorGenerator(sizes=(16, 32, 64, 128)),
         "class_names": CLASS_NAMES,
         **kwargs,

@@ -1,4 +1,4 @@
-"""Compares our networks with the numbers of `shared/golden`; also a program:
+"""Compare our networks with the golden outputs of the PyTorch implementations; also a program:
 
 python tests/golden_networks.py            # all networks, as a table
 python tests/golden_networks.py "regnet*"
@@ -6,11 +6,9 @@ python tests/golden_networks.py "regnet*"
 
 import argparse
 import fnmatch
-import importlib.util
-import json
 import re
-from pathlib import Path
 
+import golden_data
 import keras
 import numpy as np
 
@@ -34,33 +32,21 @@ def our_name(reference: str) -> str:
     return re.sub(r"^(resnest\d+)[de]$", r"\1", name)
 
 
-def load_recipe(golden: Path):
-    spec = importlib.util.spec_from_file_location("recipe", golden / "recipe.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe
-
-
-def values_at(feature_map, index):
-    """Values of a channels_last map at (image, channel, row, column)."""
-    return np.asarray(feature_map)[index[:, 0], index[:, 2], index[:, 3], index[:, 1]]
-
-
 class Comparison:
     """Errors of one network, each relative to the largest reference value.
 
-    `errors` holds (what, error, tolerance); the tolerance is twenty times the rounding error of
-    the reference itself, at least 1e-5, as the reference numbers' README advises.
+    `errors` holds (what, error, tolerance). The tolerance is twenty times the rounding error of the
+    float32 reference, at least 1e-5.
     """
 
-    def __init__(self, reference: str, golden: Path):
-        recipe = load_recipe(golden)
-        entry = json.loads((golden / "networks.json").read_text())[reference]
-        manifest = recipe.load_manifest(golden / "manifests" / f"{reference}.json")
+    def __init__(self, reference: str):
+        entry = golden_data.load_cases("networks")[reference]
+        reference = entry.get("same_as", reference)
+        entry = golden_data.load_cases("networks")[reference]
         self.expected_parameters = entry["num_params"]
         name = our_name(reference)
         model = create_backbone(name, include_rescaling=False, classifier_activation=None)
-        load_torch_state_dict(model, recipe.make_state_dict(manifest, entry["seed"]))
+        load_torch_state_dict(model, golden_data.state_dict(reference, entry))
         # PyTorch does not count the running statistics, which are not trained.
         self.parameters = int(sum(np.prod(v.shape) for v in model.trainable_variables))
         if name in STAGE_LAYERS:
@@ -69,13 +55,12 @@ class Comparison:
             stages = [model.pyramid_outputs[f"P{level}"] for level in (2, 3, 4, 5)]
         features = keras.Model(model.input, {"stages": stages, "logits": model.output})
         self.errors = []
-        with np.load(golden / "networks" / f"{reference}.npz") as arrays:
-            for case, facts in entry["cases"].items():
-                image = recipe.make_input(facts["input_shape"], entry["seed"], facts["input_name"])
-                outputs = features(image.transpose(0, 2, 3, 1), training=False)
-                self._compare(case, facts, outputs, arrays)
+        for case, facts in entry["cases"].items():
+            images = golden_data.input_images(facts, entry["seed"])
+            self._compare(f"{reference}/{case}", facts, features(images, training=False))
 
-    def _compare(self, case, facts, outputs, arrays):
+    def _compare(self, case, facts, outputs):
+        arrays = golden_data.load_arrays("networks")
         self._add(
             f"{case} logits",
             np.asarray(outputs["logits"]) - arrays[f"{case}_logits"],
@@ -85,9 +70,12 @@ class Comparison:
         for i, (ours, theirs) in enumerate(zip(outputs["stages"], facts["stages"], strict=True), 1):
             count, channels, height, width = theirs["shape"]
             assert ours.shape == (count, height, width, channels), (case, i, ours.shape)
-            values = values_at(ours, arrays[f"{case}_stage{i}_index"])
-            difference = values - arrays[f"{case}_stage{i}_value"]
+            difference = golden_data.sample_map(ours) - arrays[f"{case}_stage{i}"]
             self._add(f"{case} stage {i}", difference, theirs["absmax"], theirs["rel_err"])
+            # Statistics of the whole map, of which the samples are a part.
+            moments = np.array([np.mean(ours, dtype="float64"), np.std(ours, dtype="float64")])
+            difference = moments - [theirs["mean"], theirs["std"]]
+            self._add(f"{case} stage {i} moments", difference, theirs["absmax"], theirs["rel_err"])
 
     def _add(self, what, difference, largest, rounding_error):
         error = float(np.abs(difference).max() / largest)
@@ -102,16 +90,14 @@ class Comparison:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("patterns", nargs="*", default=["*"], help="shell patterns of our names")
-    here = Path(__file__).resolve()
-    parser.add_argument("--golden", type=Path, default=here.parents[2] / "shared" / "golden")
     arguments = parser.parse_args()
     print("| network | reference | parameters | max relative error | tolerance |")
     print("| --- | --- | --- | --- | --- |")
-    for reference in json.loads((arguments.golden / "networks.json").read_text()):
+    for reference in golden_data.load_cases("networks"):
         name = our_name(reference)
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.patterns):
             continue
-        comparison = Comparison(reference, arguments.golden)
+        comparison = Comparison(reference)
         same = "" if comparison.parameters == comparison.expected_parameters else " (differs)"
         _, error, tolerance = comparison.worst
         print(

@@ -8,9 +8,10 @@ from keras import ops
 
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.refinedet import RefineDet
 
-SWITCHES = ("negative_anchor_filtering", "two_step_regression", "use_transfer_connection")
+SWITCHES = ("negative_anchor_filtering", "two_step_regression")
 
 
 def random_outputs(model, batch=2, seed=0):
@@ -29,21 +30,30 @@ def decode_by_numpy(offsets, anchors):
 
 
 def losses(model, outputs, truth):
-    values = model.stage_losses(truth["boxes"], truth["labels"], outputs)
+    values = model.detection_loss(outputs, truth["boxes"], truth["labels"], model.anchors)
     return {name: float(value) for name, value in values.items()}
 
 
 def test_default_is_the_full_model():
-    config = small_detector().get_config()
-    assert all(config[name] is True for name in SWITCHES)
+    model = small_detector()
+    for name in SWITCHES:
+        assert getattr(model.detection_loss, name) and getattr(model.decoder, name)
+    assert model.heads.use_transfer_connection
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_serialize(name):
-    model = small_detector(**{name: False})
+    model = small_detector(switches={name: False})
     again = RefineDet.from_config(model.get_config())
-    assert again.get_config() == model.get_config() and getattr(again, name) is False
-    assert [w.path for w in again.weights] == [w.path for w in model.weights]
+    assert again.get_config() == model.get_config()
+    assert not getattr(again.detection_loss, name) and not getattr(again.decoder, name)
+
+
+def test_loss_and_decoder_must_agree():
+    with pytest.raises(ValueError, match="same `two_step_regression`"):
+        small_detector(decoder=DetectionDecoder(two_step_regression=False))
+    with pytest.raises(ValueError, match="same `variances`"):
+        small_detector(decoder=DetectionDecoder(variances=(0.1, 0.1)))
 
 
 # === Two-step regression ===
@@ -51,10 +61,16 @@ def test_switches_serialize(name):
 
 def test_one_step_decoding_starts_from_the_anchors():
     model = small_detector(
-        two_step_regression=False,
-        negative_anchor_filtering=False,
+        switches={"two_step_regression": False},
         decoder=DetectionDecoder(
-            0.0, 0.0, 1.0, pre_nms_top_k=10_000, max_detections=3 * 510, clip_to_image=False
+            0.0,
+            0.0,
+            1.0,
+            pre_nms_top_k=10_000,
+            max_detections=3 * 510,
+            clip_to_image=False,
+            two_step_regression=False,
+            negative_anchor_filtering=False,
         ),
     )
     outputs = random_outputs(model, batch=1)
@@ -71,8 +87,8 @@ def test_one_step_decoding_starts_from_the_anchors():
 def test_without_two_steps_the_odm_does_not_see_the_arm_boxes():
     """With it off, the ODM's losses do not depend on the ARM's boxes."""
     _, truth = rectangles(2)
-    one_step = small_detector(two_step_regression=False, negative_anchor_filtering=False)
-    both = small_detector(negative_anchor_filtering=False)
+    one_step = small_detector(switches=dict.fromkeys(SWITCHES, False))
+    both = small_detector(switches={"negative_anchor_filtering": False})
     outputs = random_outputs(one_step)
     moved = {**outputs, "arm_boxes": outputs["arm_boxes"] * -3.0}
     for name in ("odm_box_loss", "odm_classification_loss"):
@@ -82,7 +98,7 @@ def test_without_two_steps_the_odm_does_not_see_the_arm_boxes():
 
 def test_perfect_offsets_from_the_anchors_have_no_box_loss():
     """Each anchor of IoU 0.5 or more with the only object, sent onto that object."""
-    model = small_detector(two_step_regression=False)
+    model = small_detector(switches={"two_step_regression": False})
     box = np.array([33.0, 20.0, 61.0, 50.0])
     truth = {"boxes": box[None, None].astype("float32"), "labels": np.zeros((1, 1), "int32")}
     anchors = model.anchors.astype("float64")
@@ -108,7 +124,7 @@ def test_negatives_that_the_arm_calls_empty():
     """All anchors are surely empty: positives alone have a gradient; unfiltered 3 more for each."""
     import tensorflow as tf
 
-    on, off = small_detector(), small_detector(negative_anchor_filtering=False)
+    on, off = small_detector(), small_detector(switches={"negative_anchor_filtering": False})
     _, truth = rectangles(2)
     outputs = random_outputs(on)
     outputs["arm_boxes"][:] = 0.0  # refined anchors are the regular ones
@@ -118,7 +134,7 @@ def test_negatives_that_the_arm_calls_empty():
         logits = tf.Variable(outputs["odm_logits"])
         with tf.GradientTape() as tape:
             raw = {**outputs, "odm_logits": logits}
-            loss = model.stage_losses(truth["boxes"], truth["labels"], raw)
+            loss = model.detection_loss(raw, truth["boxes"], truth["labels"], model.anchors)
             loss = loss["odm_classification_loss"]
         return np.abs(tape.gradient(loss, logits).numpy()).sum(-1) > 0
 
@@ -144,7 +160,7 @@ def best_iou(anchors, boxes):
 
 
 def test_filtering_in_the_decoder():
-    on, off = small_detector(), small_detector(negative_anchor_filtering=False)
+    on, off = small_detector(), small_detector(switches={"negative_anchor_filtering": False})
     outputs = random_outputs(on)
     outputs["arm_objectness"][:] = [30.0, -30.0]
     assert np.array(on.decode(outputs)["num_detections"]).tolist() == [0, 0]
@@ -159,7 +175,7 @@ def test_filtering_in_the_decoder():
 
 def test_without_transfer_connection():
     """No TCB; the ODM reads the source maps, and levels do not talk to each other."""
-    model = small_detector(use_transfer_connection=False, filters=12)
+    model = small_detector(heads={"use_transfer_connection": False, "filters": 12})
     assert not [w.path for w in model.weights if "tcb" in w.path]
     assert [w.path for w in small_detector().weights if "tcb" in w.path]
     channels = [c.kernel.shape[2] for c in model.get_layer("odm").class_convolutions]
@@ -172,7 +188,7 @@ def test_upper_levels_reach_lower_ones_through_the_tcb_alone(transfer):
     """What conv6_2 learns from the ODM's finest level: exactly nothing without TCBs."""
     import tensorflow as tf
 
-    model = small_detector(use_transfer_connection=transfer, use_batch_norm=False)
+    model = small_detector(heads={"use_transfer_connection": transfer, "use_batch_norm": False})
     images, _ = rectangles(2)  # of one image, oneDNN 3.7 crashes in the gradient of narrow convs
     with tf.GradientTape() as tape:
         finest = model(images)["odm_logits"][:, : 8 * 16 * 3]
@@ -186,13 +202,13 @@ def test_upper_levels_reach_lower_ones_through_the_tcb_alone(transfer):
 
 
 def test_widths_are_arguments():
-    narrow = small_detector(filters=8, extra_filters=(6, 10))
+    narrow = small_detector(heads={"filters": 8, "extra_filters": (6, 10)})
     assert narrow.get_layer("conv6_1").filters == 6 and narrow.get_layer("conv6_2").filters == 10
     odm = narrow.get_layer("odm").class_convolutions
     assert [c.kernel.shape[2] for c in odm] == [8, 8, 8, 8]
     assert tuple(narrow.get_layer("tcb_p4").conv2.kernel.shape) == (3, 3, 8, 8)
     with pytest.raises(ValueError, match="extra_filters"):
-        small_detector(extra_filters=(8,))
+        small_detector(heads={"extra_filters": (8,)})
 
 
 def test_residual_blocks_have_the_published_shape():
@@ -201,10 +217,12 @@ def test_residual_blocks_have_the_published_shape():
         3,
         small_backbone(),
         (64, 64, 3),
-        extra_filters=(128, 512),
-        use_batch_norm=True,
-        use_l2_normalization=False,
-        use_residual_blocks=True,
+        heads=RefineDetHeads(
+            extra_filters=(128, 512),
+            use_batch_norm=True,
+            use_l2_normalization=False,
+            use_residual_blocks=True,
+        ),
     )
 
     def kernels(name):
@@ -280,9 +298,11 @@ def test_replaced_classes_keep_their_logits():
 
 @pytest.mark.slow
 def test_all_switched_off_and_other_classes_train():
-    model = small_detector((64, 64, 3), **dict.fromkeys(SWITCHES, False))
+    switches = dict.fromkeys(SWITCHES, False)
+    model = small_detector((64, 64, 3), {"use_transfer_connection": False}, switches)
     other = model.replace_classes(["green", "circle"])
-    assert not any(getattr(other, name) for name in SWITCHES)
+    assert not any(getattr(other.detection_loss, name) for name in SWITCHES)
+    assert not other.heads.use_transfer_connection
     other.compile(keras.optimizers.AdamW(3e-3, global_clipnorm=10.0))
     images, truth = rectangles(16, (64, 64, 3), objects=1)
     truth = {**truth, "labels": np.minimum(truth["labels"], 1)}
@@ -294,4 +314,4 @@ def test_replace_classes_refuses():
     with pytest.raises(ValueError, match="class_names"):
         small_detector(class_names=None).replace_classes(["a"])
     with pytest.raises(ValueError, match="keeps the network"):
-        small_detector().replace_classes(["a"], use_transfer_connection=False)
+        small_detector().replace_classes(["a"], heads=RefineDetHeads(use_transfer_connection=False))

@@ -2,30 +2,33 @@
 
 import numpy as np
 import pytest
+import reference
+from golden_data import load_arrays
+from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 
 
 def test_first_and_last_anchor_by_hand():
-    anchors = AnchorGenerator(bounding_box_format="center_xywh")((64, 128))
+    anchors = AnchorGenerator()((64, 128))
     # levels of 8x16, 4x8, 2x4 and 1x2 cells, three anchors each
-    assert anchors.shape == (3 * (128 + 32 + 8 + 2), 4)
+    assert anchors.shape == (3 * (128 + 32 + 8 + 2), 4) and anchors.dtype == "float32"
+    boxes = np.concatenate(reference.centers_and_sizes(anchors), axis=1)
     root2 = np.sqrt(2.0)
-    np.testing.assert_allclose(anchors[0], [4, 4, 32, 32])
-    np.testing.assert_allclose(anchors[1], [4, 4, 32 * root2, 32 / root2], rtol=1e-6)
-    np.testing.assert_allclose(anchors[2], [4, 4, 32 / root2, 32 * root2], rtol=1e-6)
-    np.testing.assert_allclose(anchors[3], [12, 4, 32, 32])  # next column before next row
-    np.testing.assert_allclose(anchors[-3], [96, 32, 256, 256])
+    np.testing.assert_allclose(boxes[0], [4, 4, 32, 32])
+    np.testing.assert_allclose(boxes[1], [4, 4, 32 * root2, 32 / root2], rtol=1e-6)
+    np.testing.assert_allclose(boxes[2], [4, 4, 32 / root2, 32 * root2], rtol=1e-6)
+    np.testing.assert_allclose(boxes[3], [12, 4, 32, 32])  # next column before next row
+    np.testing.assert_allclose(boxes[-3], [96, 32, 256, 256])
 
 
-def test_formats_agree():
-    corners = AnchorGenerator()((128, 64))
-    yxyx = AnchorGenerator(bounding_box_format="yxyx")((128, 64))
-    xywh = AnchorGenerator(bounding_box_format="xywh")((128, 64))
-    relative = AnchorGenerator(bounding_box_format="rel_xyxy")((128, 64))
-    np.testing.assert_allclose(yxyx[:, [1, 0, 3, 2]], corners)
-    np.testing.assert_allclose(xywh[:, :2] + xywh[:, 2:], corners[:, 2:], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(relative * [64, 128, 64, 128], corners, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("clip", [False, True])
+def test_tensor_sides_equal_integer_sides(clip):
+    generator = AnchorGenerator(clip=clip)
+    sides = ops.convert_to_tensor(np.array([100, 161], "i4"))
+    got = generator((sides[0], sides[1], 3))
+    assert ops.is_tensor(got)
+    np.testing.assert_allclose(ops.convert_to_numpy(got), generator((100, 161)), atol=1e-4)
 
 
 def test_several_sizes_on_a_level():
@@ -37,14 +40,14 @@ def test_several_sizes_on_a_level():
 
 
 @pytest.mark.parametrize("side, count", [(320, 6375), (512, 16320)])
-def test_golden_anchors(shared, side, count):
+def test_golden_anchors(side, count):
     """The PyTorch ports clip center and size to the image; quirk documented in `clip`."""
-    want = np.load(shared / "golden/refinedet/priors.npz")[f"priors_{side}"]
-    got = AnchorGenerator(clip=True, bounding_box_format="rel_center_xywh")((side, side, 3))
-    assert got.shape == (count, 4)
-    np.testing.assert_allclose(got, want, atol=1e-6)
-    unclipped = AnchorGenerator(bounding_box_format="rel_center_xywh")((side, side, 3))
-    np.testing.assert_allclose(np.clip(unclipped, 0, 1), want, atol=1e-6)
+    want = load_arrays("anchors")[f"priors_{side}"]
+    for clip in (True, False):
+        anchors = AnchorGenerator(clip=clip)((side, side, 3))
+        assert anchors.shape == (count, 4)
+        got = np.concatenate(reference.centers_and_sizes(anchors / side), axis=1)
+        np.testing.assert_allclose(got if clip else np.clip(got, 0, 1), want, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,6 @@ def test_golden_anchors(shared, side, count):
         ({"strides": (8, 16)}, "strides"),
         ({"sizes": (32, 64, 128, -1)}, "sizes"),
         ({"aspect_ratios": (1.0, 0.0)}, "aspect_ratios"),
-        ({"bounding_box_format": "cxcywh"}, "bounding_box_format"),
     ],
 )
 def test_bad_arguments(arguments, word):

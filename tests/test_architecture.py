@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import keras
 import pytest
 
 import keras_resnest as kr
-from keras_resnest.backbones import ResNet, create_backbone
 from keras_resnest.version import __version__
 
 PACKAGE = Path(kr.__file__).parent
@@ -123,7 +123,7 @@ def test_public_objects_have_docstrings_with_an_example(name):
 OBJECTS = {
     "AnchorGenerator": {"sizes": ((16, 24), 64, 128, 256), "clip": True},
     "BoxMatcher": {"iou_threshold": 0.6},
-    "MultiBoxLoss": {"negative_ratio": 2.0},
+    "RefineDetHeads": {"filters": 8, "use_residual_blocks": True},
     "DetectionDecoder": {"max_detections": 7, "clip_to_image": False},
 }
 
@@ -142,14 +142,102 @@ def test_config_equals_arguments_equals_attributes(name):
     assert type(again) is cls and again.get_config() == config
 
 
-def test_backbone_config_equals_arguments_equals_attributes():
-    backbone = create_backbone("resnest14_tiny", include_top=False, input_shape=(64, 64, 3))
-    config = backbone.get_config()
-    arguments = set(inspect.signature(ResNet.__init__).parameters) - {"self", "kwargs"}
-    assert arguments <= set(config) | {"dtype", "name"}
-    for key in arguments & set(config) - {"dtype"}:
-        assert hasattr(backbone, key)
-    assert ResNet.from_config(config).get_config() == config
+# An instance of every public class of `kr.layers`, and of every network.
+LAYERS = [
+    kr.layers.BatchNormalization(momentum=0.8, epsilon=1e-4),
+    kr.layers.ChannelShuffle(4),
+    kr.layers.DepthwiseConv2D(5, strides=2, padding="same", data_format="channels_first"),
+    kr.layers.DropBlock2D(0.1, block_size=5, seed=3),
+    kr.layers.GroupedConv2D(8, 3, groups=2, strides=2, kernel_initializer="he_normal"),
+    kr.layers.L2Normalization(8.0, axis=1, epsilon=1e-5),
+    kr.layers.RadixSoftmax(2, cardinality=4),
+    kr.layers.SelectiveKernel(8, 2, groups=2, reduction_ratio=0.5, divisor=4, split_input=True),
+    kr.layers.SplitAttention(
+        8, kernel_size=5, radix=4, cardinality=2, dropblock_rate=0.1, data_format="channels_first"
+    ),
+    kr.layers.SqueezeExcitation(4, data_format="channels_first", name="se"),
+    kr.layers.TransferConnectionBlock(16, use_batch_norm=True),
+]
+NETWORKS = {
+    "ResNet": {
+        "stackwise_num_filters": [8, 16],
+        "stackwise_num_blocks": [2, 1],
+        "stackwise_num_strides": [1, 2],
+        "radix": 2,
+        "cardinality": 2,
+        "base_width": 32,
+        "stem_width": 4,
+        "deep_stem": True,
+        "avg_down": True,
+        "avd": "after",
+        "zero_init_last_gamma": True,
+        "dropblock_rate": 0.1,
+        "dropout_rate": 0.2,
+        "include_top": True,
+        "classes": 5,
+        "classifier_activation": None,
+        "include_rescaling": False,
+        "image_shape": (None, 64, 3),
+        "dtype": "mixed_bfloat16",
+        "name": "small",
+    },
+    "ShuffleNet": {
+        "stackwise_num_filters": [16, 32],
+        "stackwise_num_blocks": [2, 2],
+        "channel_split": "alternate",
+        "block_kinds": [5, "xception", 7, 3],
+        "stackwise_activations": ["relu", "hard_swish"],
+        "stackwise_se": [False, True],
+        "stem_width": 8,
+        "stem_activation": "hard_swish",
+        "stem_pooling": False,
+        "head_filters": 24,
+        "head_units": 12,
+        "use_classifier_bias": False,
+        "trained_on_bgr": True,
+        "dropout_rate": 0.2,
+        "include_top": True,
+        "classes": 5,
+    },
+    "VGG": {
+        "stackwise_num_filters": [4, 8, 8],
+        "stackwise_num_blocks": [1, 1, 1],
+        "include_rescaling": False,
+        "image_shape": (32, 32, 3),
+    },
+}
+
+
+def check_config(instance):
+    """Arguments are attributes and config, and the object survives serialization as JSON."""
+    cls = type(instance)
+    parameters = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+    config = instance.get_config()
+    assert set(config) == parameters | {"name", "trainable", "dtype"}
+    assert all(hasattr(instance, name) for name in parameters)
+    serialized = json.loads(json.dumps(keras.saving.serialize_keras_object(instance)))
+    again = keras.saving.deserialize_keras_object(serialized)
+    assert type(again) is cls and again.get_config() == config
+    assert keras.saving.get_registered_name(cls).startswith("keras_resnest>")
+    return again
+
+
+def test_every_layer_and_network_is_in_the_config_tests():
+    assert {type(layer) for layer in LAYERS} == {getattr(kr.layers, n) for n in kr.layers.__all__}
+    networks = {v.__name__ for v in vars(kr.backbones).values() if inspect.isclass(v)}
+    assert networks == {*NETWORKS, "Backbone"}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_layer_config_equals_arguments_equals_attributes(layer):
+    check_config(layer)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_config_equals_arguments_equals_attributes(name):
+    network = getattr(kr.backbones, name)(**NETWORKS[name])
+    again = check_config(network)
+    assert [w.shape for w in again.weights] == [w.shape for w in network.weights]
 
 
 def test_no_lambda_layers_and_no_xla_convolution():

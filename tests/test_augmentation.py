@@ -1,4 +1,4 @@
-"""Training augmentation, proven against pixels, brute force and the standard library."""
+"""Training augmentation against pixels, brute force, and the standard library."""
 
 import colorsys
 import itertools
@@ -19,7 +19,7 @@ from keras_resnest.data.augmentation.detection import (
     drop_empty_boxes,
 )
 
-PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colors of rectangles 0, 1 and 2
+PRIMARIES = np.eye(3) * 255.0  # red, green, and blue: the colors of rectangles 0, 1, and 2
 NEUTRAL = {"brightness": 0.0, "contrast": (1, 1), "saturation": (1, 1), "hue": 0.0}
 THREE_BOXES = [[20, 15, 75, 50], [90, 40, 130, 95], [35, 60, 70, 100]]
 
@@ -44,7 +44,7 @@ def make_element(height=110, width=150, boxes=THREE_BOXES, background=0, labels=
 def run(operation, element, count=60):
     """The results of `operation` in a tf.data graph for `count` seeds, as numpy."""
     seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([i, 7]))
-    # Plain tracing is quicker; test_pipeline.py goes through AutoGraph, as users do.
+    # Tracing without AutoGraph is faster; test_batches.py uses AutoGraph.
     trace = tf.autograph.experimental.do_not_convert(lambda seed: operation(element, seed))
     return list(seeds.map(trace).as_numpy_iterator())
 
@@ -75,7 +75,7 @@ def numpy_iou(a, b):
 
 
 class TestPixels:
-    """The returned boxes are where the rectangles are in the returned image."""
+    """The boxes match the rectangles in the image."""
 
     @pytest.mark.parametrize(
         "operation",
@@ -171,7 +171,7 @@ class TestCrop:
         element = make_element(400, 640, boxes)
         windows = self.windows(RandomIoUCrop((min_iou,)), element)
         crops = [w for w in windows if w.tolist() != [0, 0, 640, 400]]
-        assert len(crops) > 25  # the rest found nothing in its trials
+        assert len(crops) > 25  # no trial succeeded for the others
         for x1, y1, x2, y2 in crops:
             assert 0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 400
             assert max(numpy_iou((x1, y1, x2, y2), box) for box in boxes) >= min_iou - 1e-6
@@ -182,13 +182,13 @@ class TestCrop:
             assert 0.49 <= width / height <= 2.04
 
     def test_options_are_equally_likely_when_all_are_possible(self):
-        # The box fills the image: IoU is the crop's share, and few crops reach 0.9 by chance.
+        # The box fills the image, so the IoU is the area of the crop.
         element = make_element(100, 100, [[0, 0, 100, 100]])
         crop = RandomIoUCrop((None, 0.0, 0.8), trials=200)
         windows = np.array(self.windows(crop, element, 600))
-        share = np.prod((windows[:, 2:] - windows[:, :2]) / 100, axis=1)
-        assert np.mean(share == 1.0) == pytest.approx(1 / 3, abs=0.06)
-        assert np.mean(share < 0.8) == pytest.approx(1 / 3 * 0.8, abs=0.1)
+        area = np.prod((windows[:, 2:] - windows[:, :2]) / 100, axis=1)
+        assert np.mean(area == 1.0) == pytest.approx(1 / 3, abs=0.06)
+        assert np.mean(area < 0.8) == pytest.approx(1 / 3 * 0.8, abs=0.1)
 
     def test_impossible_constraint_keeps_the_image(self):
         element = make_element(400, 400, [[0, 0, 3, 3]])
@@ -301,7 +301,7 @@ class TestPhotometric:
         assert -18.01 <= min(angles) < -14 and 14 < max(angles) <= 18.01
 
     def test_channel_orders(self):
-        element = self.picture()
+        element = self.image()
         operation = PhotometricDistortion(probability=0.0, channel_probability=0.5)
         image = element["images"].numpy()
         orders = list(itertools.permutations(range(3)))
@@ -309,11 +309,11 @@ class TestPhotometric:
         for result in run(operation, element, 600):
             same = [o for o in orders if np.array_equal(image[..., list(o)], result["images"])]
             counts[same[0]] += 1
-        shares = np.array(list(counts.values())) / 600
-        np.testing.assert_allclose(shares, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], atol=0.06)
+        fractions = np.array(list(counts.values())) / 600
+        np.testing.assert_allclose(fractions, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], atol=0.06)
 
     def test_contrast_comes_early_or_late(self):
-        element = self.picture()
+        element = self.image()
         settings = {**NEUTRAL, "contrast": (1.5, 1.5), "saturation": (0.5, 0.5)}
         operation = PhotometricDistortion(**settings, probability=1.0)
 

@@ -1,17 +1,13 @@
 """Average precision against published numbers, pycocotools and a naive implementation."""
 
-import json
-
 import numpy as np
 import pytest
+import reference
+from golden_data import average_precision_case
 
 from keras_resnest.evaluation import coco_average_precision, voc_average_precision
 
 VOC_CASES = ["voc_padilla_sample2", "voc_cartucho_example", "voc_difficult_bccd"]
-
-
-def load(shared, name):
-    return json.loads((shared / "golden_ap" / f"{name}.json").read_text())
 
 
 def voc_images(case):
@@ -38,8 +34,8 @@ def voc_images(case):
 @pytest.mark.parametrize("name", VOC_CASES)
 @pytest.mark.parametrize("interpolation", ["every_point", "eleven_point"])
 @pytest.mark.parametrize("convention", ["plus_one", "continuous"])
-def test_golden_voc(shared, name, interpolation, convention):
-    case = load(shared, name)
+def test_golden_voc(name, interpolation, convention):
+    case = average_precision_case(name)
     ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(
         ground_truth,
@@ -68,9 +64,9 @@ def test_golden_voc(shared, name, interpolation, convention):
             assert per_class[class_name]["average_precision"] is None
 
 
-def test_published_figures(shared):
+def test_published_figures():
     """What the sources print, to the digits they print."""
-    ground_truth, detections, names = voc_images(load(shared, "voc_padilla_sample2"))
+    ground_truth, detections, names = voc_images(average_precision_case("voc_padilla_sample2"))
     options = {"class_names": names, "iou_threshold": 0.3, "plus_one": True}
     assert round(voc_average_precision(ground_truth, detections, **options).mAP, 4) == 0.2457
     eleven = voc_average_precision(
@@ -78,7 +74,7 @@ def test_published_figures(shared):
     )
     assert round(eleven.mAP, 4) == 0.2684
 
-    case = load(shared, "voc_cartucho_example")
+    case = average_precision_case("voc_cartucho_example")
     ground_truth, detections, names = voc_images(case)
     result = voc_average_precision(ground_truth, detections, names, plus_one=True)
     assert round(100 * result.mAP, 2) == case["published"]["mAP_percent"]
@@ -87,54 +83,6 @@ def test_published_figures(shared):
 
 
 # --- A second implementation ---------------------------------------------------------------
-
-
-def naive_average_precision(ground_truth, detections, label, threshold, interpolation):
-    """AP, true and false positives of one class, box by box."""
-    rows = [
-        (-confidence, image, number)
-        for image, found in enumerate(detections)
-        for number, confidence in enumerate(found["confidence"])
-        if found["labels"][number] == label
-    ]
-    rows.sort()  # equal confidence: order of the images and within them
-    num_objects = sum(
-        int(own == label and not difficult)
-        for truth in ground_truth
-        for own, difficult in zip(truth["labels"], truth["difficult"], strict=True)
-    )
-    taken, outcomes = set(), []
-    for _, image, number in rows:
-        box = detections[image]["boxes"][number]
-        best, best_iou = None, 0.0
-        for j, other in enumerate(ground_truth[image]["boxes"]):
-            if ground_truth[image]["labels"][j] != label:
-                continue
-            width = min(box[2], other[2]) - max(box[0], other[0])
-            height = min(box[3], other[3]) - max(box[1], other[1])
-            if width <= 0 or height <= 0:
-                continue
-            union = (box[2] - box[0]) * (box[3] - box[1]) - width * height
-            iou = width * height / (union + (other[2] - other[0]) * (other[3] - other[1]))
-            if iou > best_iou:
-                best, best_iou = j, iou
-        if best is None or best_iou < threshold:
-            outcomes.append(0)
-        elif not ground_truth[image]["difficult"][best]:
-            outcomes.append(int((image, best) not in taken))
-            taken.add((image, best))
-    points, tp = [], 0
-    for rank, hit in enumerate(outcomes, 1):
-        tp += hit
-        points.append((tp, tp / rank))
-    if num_objects == 0:
-        return None, 0, len(outcomes)
-    if interpolation == "eleven_point":
-        wanted = [[p for t, p in points if 10 * t >= k * num_objects] for k in range(11)]
-        area = sum(max(precisions, default=0.0) for precisions in wanted) / 11
-    else:
-        area = sum(max(p for t, p in points if t >= k) / num_objects for k in range(1, tp + 1))
-    return area, tp, len(outcomes) - tp
 
 
 def random_images(rng, num_images, num_classes, most=6, difficult=0.2, digits=1):
@@ -177,7 +125,7 @@ def test_agrees_with_naive_implementation(monkeypatch, interpolation, seed):
     for threshold in thresholds:
         defined = []
         for label, ours in enumerate(result.per_class(threshold).values()):
-            average_precision, tp, fp = naive_average_precision(
+            average_precision, tp, fp = reference.average_precision(
                 ground_truth, detections, label, threshold, interpolation
             )
             assert (ours["true_positives"], ours["false_positives"]) == (tp, fp)
@@ -297,8 +245,8 @@ def coco_images(case):
     return ground_truth, group(case["detections"], {"confidence": "score"}), names
 
 
-def test_golden_coco(shared, capfd):
-    case = load(shared, "coco_bccd_jitter")
+def test_golden_coco(capfd):
+    case = average_precision_case("coco_bccd_jitter")
     ground_truth, detections, names = coco_images(case)
     result = coco_average_precision(ground_truth, detections, names)
     assert capfd.readouterr().out == ""

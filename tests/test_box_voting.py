@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import reference
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 import keras_resnest as kr
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.multi_scale import (
+from keras_resnest.detection.detect import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
@@ -15,29 +16,11 @@ from keras_resnest.detection.multi_scale import (
 
 
 def random_rows(n=60, seed=0):
-    """Boxes in three heaps, so that many overlap."""
+    """Boxes in three clusters, so that many overlap."""
     rng = np.random.default_rng(seed)
     corner = rng.choice([0.0, 40.0, 55.0], (n, 1)) + rng.uniform(0, 8, (n, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(15, 25, (n, 2))], axis=1)
     return {"boxes": boxes, "confidence": rng.uniform(0.01, 1, n), "labels": rng.integers(0, 3, n)}
-
-
-def overlap(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
-def suppress_by_loops(boxes, confidence, labels, iou_threshold):
-    kept = []
-    for i in sorted(range(len(boxes)), key=lambda i: -confidence[i]):
-        rivals = [k for k in kept if labels[k] == labels[i]]
-        if all(overlap(boxes[k], boxes[i]) <= iou_threshold for k in rivals):
-            kept.append(i)
-    return kept
 
 
 def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou):
@@ -45,7 +28,7 @@ def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou
     for box, label in zip(kept_boxes, kept_labels, strict=True):
         total, weight = np.zeros(4), 0.0
         for other, c, other_label in zip(boxes, confidence, labels, strict=True):
-            if other_label == label and overlap(box, other) >= voting_iou:
+            if other_label == label and reference.iou(box, other)[0, 0] >= voting_iou:
                 total, weight = total + c * other, weight + c
         voted.append(total / weight)
     return np.array(voted)
@@ -56,7 +39,7 @@ def vote_by_loops(kept_boxes, kept_labels, boxes, confidence, labels, voting_iou
 def test_suppression_and_voting_equal_loops(seed, threshold):
     rows = random_rows(seed=seed)
     kept = suppress_boxes(**rows, iou_threshold=threshold)
-    assert kept.tolist() == suppress_by_loops(**rows, iou_threshold=threshold)
+    assert kept.tolist() == reference.suppress(**rows, iou_threshold=threshold)
     assert 3 <= len(kept) < 60
     arguments = rows["boxes"][kept], rows["labels"][kept]
     got = vote_boxes(*arguments, **rows, voting_iou=threshold)
@@ -110,7 +93,7 @@ def test_nothing_to_merge():
     assert empty.shape == (0, 4)
     flat = [[5, 5, 5, 9.0]]  # without area
     np.testing.assert_array_equal(vote_boxes(flat, [0], flat, [0.5], [0]), flat)
-    with pytest.raises(ValueError, match="as many rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         suppress_boxes([[0, 0, 1, 1]], [0.5, 0.6], [0])
 
 
@@ -119,16 +102,22 @@ def test_nothing_to_merge():
 
 @pytest.fixture(scope="module")
 def detector():
-    """Random weights, which find something of every class everywhere.
+    """A detector with random weights, which finds objects of every class everywhere.
 
-    Clipping changes the IoU of boxes that have been through suppression; here nothing is clipped,
-    so that suppression twice is suppression once.
+    Clipping changes the IoU of boxes after suppression. Without it, suppressing twice equals
+    suppressing once.
     """
     model = small_detector(decoder=DetectionDecoder(clip_to_image=False))
-    for weight in model.trainable_weights:  # away from its even start
+    for weight in model.trainable_weights:  # make predictions vary
         if "odm" in weight.path and weight.path.endswith("kernel"):
             weight.assign(weight * 2.0)
     return model
+
+
+@pytest.fixture(scope="module")
+def both_views(detector):
+    """The detector's own size, each image and its mirror image."""
+    return MultiScaleDetector(detector, [(64, 128)])
 
 
 def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
@@ -145,11 +134,12 @@ def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
     assert through["class_names"] == own["class_names"] and len(own["class_names"])
 
 
-def test_a_mirrored_image_gives_mirrored_detections(detector):
-    """With both looks at it, an image and its mirror image are the same to the detector."""
+def test_a_mirrored_image_gives_mirrored_detections(both_views):
+    """The detector sees the same two views of an image and of its mirror image."""
     image = rectangles(1, seed=6)[0][0]
-    both = MultiScaleDetector(detector, [(64, 128)])
-    got, mirror = ({k: v[:20] for k, v in both.detect(i).items()} for i in (image, image[:, ::-1]))
+    got, mirror = (
+        {k: v[:20] for k, v in both_views.detect(i).items()} for i in (image, image[:, ::-1])
+    )
     assert len(got["boxes"]) > 3
     np.testing.assert_allclose(mirror["confidence"], got["confidence"], atol=1e-4)
     boxes = mirror["boxes"].copy()
@@ -158,13 +148,13 @@ def test_a_mirrored_image_gives_mirrored_detections(detector):
 
 
 def test_two_sizes_are_two_detectors_merged(detector):
-    """Detectors built for each size, with the same weights, merged by the loops above."""
+    """Detectors built for each size, with the same weights, merged by brute force."""
     large = small_detector((128, 192, 3), decoder=detector.decoder)
     large.set_weights(detector.get_weights())
     image = rectangles(1, (80, 160, 3), seed=4)[0][0]
     found = [model.detect(image, confidence_threshold=0.0) for model in (detector, large)]
     rows = {k: np.concatenate([f[k] for f in found]) for k in ("boxes", "confidence", "labels")}
-    kept = suppress_by_loops(**rows, iou_threshold=0.45)[:200]
+    kept = reference.suppress(**rows, iou_threshold=0.45)[:200]
     want = vote_by_loops(rows["boxes"][kept], rows["labels"][kept], **rows, voting_iou=0.5)
     two = MultiScaleDetector(detector, [(64, 128), (128, 192)], flip=False)
     got = two.detect(image, confidence_threshold=0.0)
@@ -194,11 +184,11 @@ def test_sizes_of_boxes_and_turned_images(detector):
     assert np.isfinite(several.detect(image.transpose(1, 0, 2), 0.0)["boxes"]).all()
 
 
-def test_relative_format(detector):
+def test_relative_format(detector, both_views):
     relative = small_detector(bounding_box_format="rel_yxyx", decoder=detector.decoder)
     relative.set_weights(detector.get_weights())
     image = rectangles(1, seed=8)[0][0]
-    want = MultiScaleDetector(detector, [(64, 128)]).detect(image, 0.4)["boxes"]
+    want = both_views.detect(image, 0.4)["boxes"]
     got = MultiScaleDetector(relative, [(64, 128)]).detect(image, 0.4)["boxes"]
     np.testing.assert_allclose(got[:, [1, 0, 3, 2]] * [128, 64, 128, 64], want, atol=1e-2)
 

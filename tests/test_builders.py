@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keras_resnest.detection import builders
+from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.layers import L2Normalization, TransferConnectionBlock
 
 DEEP = ("101",)  # minutes on two busy cores
@@ -55,7 +56,7 @@ def _check_parts(model, is_resnet: bool):
 
 
 def test_width_of_a_builder_is_an_argument():
-    narrow = builders.refinedet_tiny(2, image_shape=(64, 64, 3), filters=16, extra_filters=(8, 24))
-    wide = builders.refinedet_tiny(2, image_shape=(64, 64, 3))
-    assert narrow.filters == 16 and narrow.get_layer("conv6_2").filters == 24
+    narrow = builders.refinedet_tiny(2, (64, 64, 3), heads=RefineDetHeads(16, (8, 24)))
+    wide = builders.refinedet_tiny(2, (64, 64, 3))
+    assert narrow.heads.filters == 16 and narrow.get_layer("conv6_2").filters == 24
     assert narrow.count_params() < wide.count_params() / 2

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from keras_resnest.layers import SelectiveKernel, SqueezeExcitation
-from keras_resnest.layers.channel_attention import rounded_channels
+from keras_resnest.layers.channel_attention import round_channels
 
 
 def sigmoid(x):
@@ -122,4 +122,4 @@ def test_refuses_inputs_that_do_not_split():
 def test_hidden_channels_are_rounded():
     # The multiple nearest by, halves up, at least one.
     for channels, divisor, want in ((4, 8, 8), (16, 8, 16), (11.9, 8, 8), (12, 8, 16), (8, 32, 32)):
-        assert rounded_channels(channels, divisor) == want
+        assert round_channels(channels, divisor) == want

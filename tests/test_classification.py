@@ -42,19 +42,19 @@ def test_decode_predictions():
 def test_center_crop():
     image = np.zeros((100, 200, 3), "uint8")
     image[:, 50:150] = (np.arange(100)[None, :, None] * 2).astype("uint8")  # the middle square
-    crop = center_crop_image(image, 100, crop_share=1.0)
+    crop = center_crop_image(image, 100, crop_ratio=1.0)
     assert np.array_equal(crop, image[:, 50:150])
     # 87.5 %: the shorter side becomes 64, of which the middle 56 are cut.
     crop = center_crop_image(image, 56)
     want = Image.fromarray(image).resize((128, 64), Image.Resampling.BILINEAR)
     assert np.array_equal(crop, np.asarray(want)[4:60, 36:92])
     assert center_crop_image(image[:1, :1], 7).shape == (7, 7, 3)
-    for options in ({"crop_size": 0}, {"crop_size": 8, "crop_share": 1.5}):
+    for options in ({"crop_size": 0}, {"crop_size": 8, "crop_ratio": 1.5}):
         with pytest.raises(ValueError, match="Received"):
             center_crop_image(image, **options)
 
 
-# --- Programs --------------------------------------------------------------------------------
+# === Programs ===
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Data of classifiers: folders as people have them, and pixels against Pillow and arithmetic."""
+"""Classification data: folders, batches, mixup, and augmentation against Pillow."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ from keras_resnest.data import (
     read_tfds_classification,
     set_epoch,
 )
-from keras_resnest.data.augmentation.detection import rand_augment as ops
+from keras_resnest.data.augmentation import rand_augment as ops
 
 SIDE = (32, 32)
 
@@ -37,7 +37,7 @@ def save(path, image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of plain colors; number of the image in the blue channel."""
+    """Three classes of plain colors; the blue channel tells the index of the image."""
     root = tmp_path_factory.mktemp("images")
     for label, name in enumerate(["cat", "dog", "emu"]):
         for i in range(5):
@@ -97,14 +97,14 @@ def test_odd_files_are_reported_and_broken_ones_raise(folder, tmp_path):
 @pytest.mark.parametrize(
     "split, class_names, words",
     [
-        (None, None, "`split` must be given where folders are named train, val"),
+        (None, None, "`split` must be given if folders are named train, val"),
         ("trian", None, "Nearest: 'train'"),
         ("train", ["cat", "dog"], "unknown class: not in `class_names`"),
         ("train", ["cat", "cat"], "different names"),
         ("train/cat", None, "one folder of images for each class"),
     ],
 )
-def test_wrong_folders_say_what_is_wanted(folder, split, class_names, words):
+def test_wrong_folders(folder, split, class_names, words):
     with pytest.raises(ValueError, match=words):
         read_image_folder(folder, split, class_names)
 
@@ -118,7 +118,7 @@ def test_missing_folder_and_no_images(tmp_path):
         read_image_folder(tmp_path)
 
 
-def test_images_of_every_kind_come_as_load_image_reads_them(tmp_path):
+def test_images_of_every_kind_are_read_as_by_load_image(tmp_path):
     image = noise(30, 20)
     (tmp_path / "a").mkdir()
     rotated = Image.Exif()
@@ -207,23 +207,25 @@ def collected(batches):
 
 def test_evaluation_is_the_center_crop_in_order(folder):
     val = read_image_folder(folder, "val")
-    for share, interpolation in ((0.875, "bilinear"), (1.0, "bicubic")):
+    for ratio, interpolation in ((0.875, "bilinear"), (1.0, "bicubic")):
         batches = classification_batches(
-            val, SIDE, 2, training=False, crop_share=share, interpolation=interpolation
+            val, SIDE, 2, training=False, crop_ratio=ratio, interpolation=interpolation
         )
         images, labels = collected(batches)
         assert images.dtype == labels.dtype == np.float32
         np.testing.assert_array_equal(labels, np.eye(3))
         for image, record in zip(images, val.records, strict=True):
             expected = data.center_crop_image(
-                data.load_image(record.image), 32, share, interpolation
+                data.load_image(record.image), 32, ratio, interpolation
             )
             np.testing.assert_array_equal(image, expected)
-        np.testing.assert_array_equal(collected(batches)[0], images)  # from the cache too
+        np.testing.assert_array_equal(collected(batches)[0], images)  # also from the cache
 
 
-@pytest.mark.parametrize("augmentation", sorted(data.CLASSIFICATION_AUGMENTATIONS))
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    ("augmentation", "cache"),
+    [*((name, False) for name in sorted(data.CLASSIFICATION_AUGMENTATIONS)), ("inception", True)],
+)
 def test_epochs_by_seed(folder, augmentation, cache):
     train = read_image_folder(folder, "train")
 
@@ -253,14 +255,54 @@ def test_every_image_comes_once_an_epoch(folder):
     )
     images, labels = collected(batches)
     assert len(images) == 15
-    # Plain colors stay as they are: red is the class, blue the number of the image.
+    # Plain colors do not change: red tells the class, blue the index of the image.
     assert {(int(i[0, 0, 0]), int(i[0, 0, 2])) for i in images} == {
         (80 * label, 40 * number) for label in range(3) for number in range(5)
     }
     np.testing.assert_array_equal(images[:, 0, 0, 0], 80 * labels.argmax(axis=1))
 
 
-def test_other_data_sets_and_own_augmentation():
+def test_batches_carry_class_names_and_an_epoch_counter(folder):
+    train = read_image_folder(folder, "train")
+    for training in (True, False):
+        batches = classification_batches(train, SIDE, 4, training=training)
+        assert batches.class_names == ["cat", "dog", "emu"]
+        set_epoch(batches, 3)
+
+
+def test_no_full_batch_is_an_error(folder):
+    train = read_image_folder(folder, "train")
+    with pytest.raises(ValueError, match=r"at least 16 image.*Received: a dataset of 15 image"):
+        classification_batches(train, SIDE, 16, training=True)
+    with pytest.raises(ValueError, match=r"at least 4 images in each shard.*shard of 3"):
+        classification_batches(train.shard(4, 0), SIDE, 4, training=True)
+    classification_batches(train, SIDE, 16, training=False)  # keeps the smaller batch
+
+
+def test_elements_of_unknown_number(tmp_path):
+    def generate():
+        for i in range(5):
+            yield {"images": np.full((8, 9, 3), 50 * i, "uint8"), "labels": i % 2}
+
+    elements = tf.data.Dataset.from_generator(
+        generate,
+        output_signature={
+            "images": tf.TensorSpec((None, None, 3), tf.uint8),
+            "labels": tf.TensorSpec((), tf.int32),
+        },
+    )
+    options = {"training": False, "num_classes": 2}
+    for cache in (None, tmp_path / "cache"):
+        batches = classification_batches(elements, SIDE, 2, cache=cache, **options)
+        images, labels = collected(batches)
+        assert images[:, 0, 0, 0].tolist() == [0, 50, 100, 150, 200]
+        assert labels.argmax(axis=1).tolist() == [0, 1, 0, 1, 0]
+    assert list(tmp_path.glob("cache*"))
+    with pytest.raises(ValueError, match="at least 6 image"):
+        classification_batches(elements, SIDE, 6, training=True, num_classes=2)
+
+
+def test_own_datasets_and_augmentation():
     elements = tf.data.Dataset.from_tensor_slices(
         {"images": np.zeros((6, 8, 9, 3), "uint8"), "labels": np.arange(6) % 2}
     )
@@ -289,17 +331,17 @@ def test_other_data_sets_and_own_augmentation():
 # --- Mixup -----------------------------------------------------------------------------------
 
 
-def test_mixup_mixes_labels_as_pixels(folder):
+def test_mixup_blends_labels_as_pixels(folder):
     train = read_image_folder(folder, "train")
     options = {"training": True, "augmentation": "none", "seed": 5}
     plain = collected(classification_batches(train, SIDE, 5, **options))
     images, labels = collected(classification_batches(train, SIDE, 5, mixup=0.4, **options))
-    shares = []
+    all_weights = []
     for start in range(0, 15, 5):
         x, y = plain[0][start : start + 5], plain[1][start : start + 5]
         for i in range(5):
             partner = (i - 1) % 5
-            # The weight by the pixels of this image, where it differs from its partner.
+            # The weight, from the pixels in which the two images differ.
             differs = np.abs(x[i] - x[partner]) > 30
             mixed = images[start + i]
             weights = ((mixed - x[partner]) / (x[i] - x[partner] + 1e-9))[differs]
@@ -308,12 +350,12 @@ def test_mixup_mixes_labels_as_pixels(folder):
             assert np.ptp(weights) < 1e-4
             expected = weights[0] * y[i] + (1 - weights[0]) * y[partner]
             np.testing.assert_allclose(labels[start + i], expected, atol=1e-5)
-            shares.append(weights[0])
-    assert len(shares) >= 10 and np.ptp(shares) > 0.3
+            all_weights.append(weights[0])
+    assert len(all_weights) >= 10 and np.ptp(all_weights) > 0.3
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 8.0])
-def test_mixup_weights_are_of_the_beta_distribution(alpha):
+def test_mixup_weights_follow_the_beta_distribution(alpha):
     images, labels = tf.reshape(tf.one_hot([0, 1], 2), (2, 1, 1, 2)), tf.one_hot([0, 1], 2)
     images = tf.tile(images, [5000, 1, 1, 1])
     labels = tf.tile(labels, [5000, 1])
@@ -326,7 +368,7 @@ def test_mixup_weights_are_of_the_beta_distribution(alpha):
 
 
 def test_keras_mixup_agrees():
-    """Keras' layer on classes: right as well, with its own draws."""
+    """The layer of Keras is correct too, with its own draws."""
     images = np.arange(8, dtype="float32").reshape(8, 1, 1, 1) * np.ones((8, 2, 2, 3), "float32")
     batch = {"images": images, "labels": np.eye(8, dtype="float32")}
     mixed = keras.layers.MixUp(0.4, seed=1)(batch, training=True)
@@ -335,7 +377,7 @@ def test_keras_mixup_agrees():
     )
 
 
-# --- Random parts ----------------------------------------------------------------------------
+# --- Random crops ----------------------------------------------------------------------------
 
 
 def test_windows_have_the_areas_and_ratios_asked_for():
@@ -348,10 +390,10 @@ def test_windows_have_the_areas_and_ratios_asked_for():
     top, left, height, width = windows.numpy().T
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + height <= 300).all() and (left + width <= 300).all()
-    shares, ratios = height * width / 90_000, width / height
-    assert 0.195 < shares.min() < 0.22 and 0.55 < shares.max() < 0.605
+    fractions, ratios = height * width / 90_000, width / height
+    assert 0.195 < fractions.min() < 0.22 and 0.55 < fractions.max() < 0.605
     assert 0.49 < ratios.min() < 0.55 and 1.8 < ratios.max() < 2.03
-    # In a square, ratios are as often below 1 as above it, places as often left as right.
+    # In a square, ratios are symmetric about 1 and places about the center.
     assert abs((ratios < 1).mean() - 0.5) < 0.1
     assert abs((left / (300 - width + 1e-9)).mean() - 0.5) < 0.06
 
@@ -359,7 +401,7 @@ def test_windows_have_the_areas_and_ratios_asked_for():
 @pytest.mark.parametrize(
     "size, expected", [((10, 1000), (10, 13)), ((1000, 9), (12, 9)), ((1, 1), (1, 1))]
 )
-def test_images_too_narrow_give_their_middle(size, expected):
+def test_narrow_images_give_their_center(size, expected):
     augmentation = ClassificationAugmentation(SIDE)
     top, left, height, width = augmentation.window(size, (1, 2)).numpy()
     assert (height, width) == expected
@@ -368,33 +410,33 @@ def test_images_too_narrow_give_their_middle(size, expected):
     assert image.shape == (32, 32, 3) and not np.any(image)
 
 
-def test_the_part_is_the_window_mirrored_or_not():
-    # Red counts the columns, green the rows.
+def test_the_crop_is_the_window_flipped_or_not():
+    # Red tells the column, green the row.
     image = np.zeros((200, 200, 3), "uint8")
     image[..., 0], image[..., 1] = np.arange(200)[None], np.arange(200)[:, None]
     augmentation = ClassificationAugmentation(SIDE, area=(0.3, 0.9))
-    mirrored = []
+    flipped = []
     for i in range(20):
         seed = (i, 7)
         window_seed = tf.random.split(tf.constant(seed, tf.int64), 5)[0]
         top, left, height, width = augmentation.window((200, 200), window_seed).numpy()
-        part = augmentation(image, seed).numpy()
-        columns, rows = part[16, :, 0], part[:, 16, 1]
+        crop = augmentation(image, seed).numpy()
+        columns, rows = crop[16, :, 0], crop[:, 16, 1]
         if columns[0] > columns[-1]:
             columns = columns[::-1]
-            mirrored.append(i)
+            flipped.append(i)
         centers = (np.arange(32) + 0.5) / 32
-        # Inside of the edges, where nothing beyond the part is averaged.
+        # Away from the edges, where antialiasing sees fewer pixels.
         np.testing.assert_allclose(columns[2:-2], (left + centers * width - 0.5)[2:-2], atol=0.6)
         np.testing.assert_allclose(rows[2:-2], (top + centers * height - 0.5)[2:-2], atol=0.6)
-    assert 4 <= len(mirrored) <= 16
+    assert 4 <= len(flipped) <= 16
 
 
 def test_colors_change_within_their_ranges():
     gray = tf.fill([40, 40, 3], tf.constant(100, tf.uint8))
     jitter = ClassificationAugmentation(SIDE, color_jitter=0.4)
     values = [float(jitter(gray, (i, 0))[0, 0, 0]) for i in range(60)]
-    # Of plain gray, contrast and saturation change nothing: 100 times 0.6 to 1.4.
+    # Contrast and saturation do not change plain gray: 100 times 0.6 to 1.4.
     assert 59.5 < min(values) < 70 and 130 < max(values) < 140.5
     noisy = ClassificationAugmentation(SIDE, lighting=0.1)
     colors = np.array([noisy(gray, (i, 0))[0, 0].numpy() for i in range(200)]) - 100
@@ -413,7 +455,7 @@ def test_colors_change_within_their_ranges():
     "arguments",
     [{"area": (0.0, 1.0)}, {"aspect_ratio": (2.0, 1.0)}, {"flip": 1.5}, {"lighting": -1.0}],
 )
-def test_impossible_augmentations(arguments):
+def test_arguments_out_of_range(arguments):
     with pytest.raises(ValueError, match="Received"):
         ClassificationAugmentation(SIDE, **arguments)
     with pytest.raises(ValueError, match="magnitude"):
@@ -422,18 +464,18 @@ def test_impossible_augmentations(arguments):
 
 # --- RandAugment against Pillow --------------------------------------------------------------
 
-# Not from 0 to 255: automatic contrast is to have something to do.
+# Narrower than 0 to 255, so that auto contrast changes it.
 IMAGE = (noise(48, 60, seed=3) * 0.75 + 20).astype("uint8")
 PILLOW = Image.fromarray(IMAGE)
 
 
-def by_pillow(name, sign, share):
-    factor = 1 + 0.9 * share * sign
+def by_pillow(name, sign, strength):
+    factor = 1 + 0.9 * strength * sign
     affine = {
-        "shear_x": (1, sign * share * 0.3, 0, 0, 1, 0),
-        "shear_y": (1, 0, 0, sign * share * 0.3, 1, 0),
-        "translate_x": (1, 0, sign * share * 0.45 * 60, 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, sign * share * 0.45 * 48),
+        "shear_x": (1, sign * strength * 0.3, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, sign * strength * 0.3, 1, 0),
+        "translate_x": (1, 0, sign * strength * 0.45 * 60, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, sign * strength * 0.45 * 48),
     }
     if name in affine:
         return PILLOW.transform(
@@ -441,31 +483,31 @@ def by_pillow(name, sign, share):
         )
     return {
         "identity": lambda: PILLOW,
-        "rotate": lambda: PILLOW.rotate(sign * share * 30, Image.Resampling.BILINEAR),
+        "rotate": lambda: PILLOW.rotate(sign * strength * 30, Image.Resampling.BILINEAR),
         "brightness": lambda: ImageEnhance.Brightness(PILLOW).enhance(factor),
         "color": lambda: ImageEnhance.Color(PILLOW).enhance(factor),
         "contrast": lambda: ImageEnhance.Contrast(PILLOW).enhance(factor),
         "sharpness": lambda: ImageEnhance.Sharpness(PILLOW).enhance(factor),
-        "posterize": lambda: ImageOps.posterize(PILLOW, 8 - round(4 * share)),
-        "solarize": lambda: ImageOps.solarize(PILLOW, 256 * (1 - share)),
+        "posterize": lambda: ImageOps.posterize(PILLOW, 8 - round(4 * strength)),
+        "solarize": lambda: ImageOps.solarize(PILLOW, 256 * (1 - strength)),
         "auto_contrast": lambda: ImageOps.autocontrast(PILLOW),
         "equalize": lambda: ImageOps.equalize(PILLOW),
     }[name]()
 
 
 @pytest.mark.parametrize("name", sorted(ops.OPERATIONS))
-@pytest.mark.parametrize("sign, share", [(1.0, 0.4), (-1.0, 0.4), (1.0, 1.0), (-1.0, 1.0)])
-def test_operations_are_pillows(name, sign, share):
-    ours = ops.OPERATIONS[name](tf.constant(IMAGE), share, sign)
-    theirs = np.asarray(by_pillow(name, sign, share)).astype(int)
+@pytest.mark.parametrize("sign, strength", [(1.0, 0.4), (-1.0, 0.4), (1.0, 1.0), (-1.0, 1.0)])
+def test_operations_equal_those_of_pillow(name, sign, strength):
+    ours = ops.OPERATIONS[name](tf.constant(IMAGE), strength, sign)
+    theirs = np.asarray(by_pillow(name, sign, strength)).astype(int)
     assert ours.dtype == tf.uint8 and ours.shape == IMAGE.shape
     difference = np.abs(ours.numpy().astype(int) - theirs)
-    # Outside of the image Pillow has black at once, ours blends over one pixel.
+    # At the border Pillow turns black at once; ours blends over one pixel.
     moved = name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
     allowed = 0.05 if moved else 0.0
     assert (difference > 2).mean() <= allowed, difference.max()
     if name != "identity":
-        assert np.any(theirs != IMAGE), "a test that changes nothing shows nothing"
+        assert np.any(theirs != IMAGE), "the operation must change the image"
 
 
 def test_flat_images_stay_finite():
@@ -479,7 +521,7 @@ def test_flat_images_stay_finite():
             np.testing.assert_array_equal(ours, np.asarray(theirs))
 
 
-def test_rand_augment_draws_all_operations_and_repeats():
+def test_rand_augment_draws_all_operations_by_seed():
     image = tf.constant(IMAGE)
     call = tf.function(RandAugment(num_ops=1, magnitude=12))
     seeds = tf.stack([tf.range(150, dtype=tf.int64), tf.zeros(150, tf.int64)], axis=1)
@@ -498,7 +540,7 @@ def test_rand_augment_draws_all_operations_and_repeats():
 
 
 def test_why_not_keras_rand_augment():
-    """Keras' turns by up to 40 % of a whole turn at the strength of ResNeSt, and to one side."""
+    """At the magnitude of ResNeSt, that of Keras rotates by up to 144 degrees, in one direction."""
     layer = keras.layers.RandAugment(factor=12 / 30, seed=1).random_rotation
     angles = [
         float(layer.get_random_transformation(np.zeros((1, 8, 8, 3)), training=True)["angle"][0])

@@ -131,10 +131,12 @@ NETWORKS = {
     "detector": lambda: small_detector((64, 64, 3)),
     "detector, the other way": lambda: small_detector(
         (64, 64, 3),
-        use_batch_norm=False,
-        use_residual_blocks=True,
-        use_l2_normalization=False,
-        use_transfer_connection=False,
+        {
+            "use_batch_norm": False,
+            "use_residual_blocks": True,
+            "use_l2_normalization": False,
+            "use_transfer_connection": False,
+        },
     ),
 }
 

@@ -189,6 +189,8 @@ def test_positional_arguments():
     assert seen == [1, 2] and batches.epoch_counter.epochs == [1, 2]
     model.fit(TEN, TEN[:, :1], 2, 1, 0, callback)
     assert seen == [1, 2, 0]
+    history = model.fit(TEN, TEN[:, :1], verbose=0, validation_data=(TEN, TEN[:, :1])).history
+    assert set(history) == {"loss", "val_loss"}  # Keras passes an extra argument to `evaluate`
     loss = model.evaluate(TEN, TEN[:, :1], 5, 0)
     assert loss == pytest.approx(np.mean(model.predict(TEN, 3, 0) ** 2), abs=1e-6)
 

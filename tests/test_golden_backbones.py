@@ -1,23 +1,26 @@
-"""The backbones against reference numbers of the PyTorch implementations.
+"""The networks against reference numbers of the PyTorch implementations.
 
-Weights are drawn by a recipe, so no file of weights is needed. `golden_networks.py` prints all
+A recipe draws the weights, so no weight files are needed. `golden_networks.py` prints all
 comparisons as a table.
 """
-
-import inspect
-import json
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from golden_data import load_cases
 from golden_networks import Comparison, our_name
 
 from keras_resnest.backbones import VARIANTS, ResNet, create_backbone
 from keras_resnest.backbones.regnet import regnet_arguments
 
-# The networks that take seconds to build; they run with `pytest -m slow`.
-DEEP = ("101", "152", "200", "269", "vgg16", "res2net", "resnet34")
+# One network of every kind always runs, the other sizes of each with `pytest -m slow`.
+ALWAYS = {
+    *("resnest14", "resnest50", "resnest50_fast_1s4x24d", "resnest50_fast_4s2x40d"),
+    *("resnet18", "resnet50", "resnet50c", "resnet26d", "seresnet50", "resnext50_32x4d"),
+    *("skresnet18", "skresnext50_32x4d", "regnetx_002", "regnety_002"),
+    *("shufflenet_v1_g3_0_5x", "shufflenet_v1_g8_0_5x", "shufflenet_v2_0_5x"),
+    *("shufflenet_v2_0_5x_megvii", "shufflenet_v2_plus_small"),
+}
 # Rows without reference numbers, and how else they are proven.
 UNPROVEN = {
     "resnest14_tiny": "not published",
@@ -31,43 +34,40 @@ UNPROVEN = {
 }
 
 
-def references() -> list[str]:
-    path = Path(__file__).parents[2] / "shared" / "golden" / "networks.json"
-    if not path.is_file():
-        return []
-    return [name for name in json.loads(path.read_text()) if our_name(name) in VARIANTS]
+NETWORKS = load_cases("networks")
+# Many networks of the authors are timm's, by another name.
+REFERENCES = [name for name, entry in NETWORKS.items() if "same_as" not in entry]
 
 
-def is_deep(reference: str) -> bool:
-    # The authors' networks and timm's are the same rows of our table.
-    twice = reference.startswith("official.") and our_name(reference) == "resnest50"
-    return twice or any(part in reference for part in DEEP)
+def runs_always(reference: str) -> bool:
+    # timm published all of them, the authors some again.
+    return our_name(reference) in ALWAYS and not reference.startswith("official.")
 
 
-def check(reference, shared):
-    comparison = Comparison(reference, shared / "golden")
+def check(reference):
+    comparison = Comparison(reference)
     assert comparison.parameters == comparison.expected_parameters
     for what, error, tolerance in comparison.errors:
         assert error < tolerance, (what, error, tolerance)
 
 
-@pytest.mark.parametrize("reference", [name for name in references() if not is_deep(name)])
-def test_network_equals_reference(reference, shared):
-    check(reference, shared)
+@pytest.mark.parametrize("reference", [name for name in REFERENCES if runs_always(name)])
+def test_network_equals_reference(reference):
+    check(reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", [name for name in references() if is_deep(name)])
-def test_deep_network_equals_reference(reference, shared):
-    check(reference, shared)
+@pytest.mark.parametrize("reference", [name for name in REFERENCES if not runs_always(name)])
+def test_other_network_equals_reference(reference):
+    check(reference)
 
 
-def test_every_variant_has_a_reference_or_a_reason(shared):
-    assert {our_name(name) for name in references()} | set(UNPROVEN) == set(VARIANTS)
-    assert len(references()) == 67
+def test_every_variant_has_a_reference_or_a_reason():
+    assert {our_name(name) for name in NETWORKS} | set(UNPROVEN) == set(VARIANTS)
+    assert len(NETWORKS) == 67
 
 
-# What the reference counts, without needing its files: timm's published numbers.
+# timm's published numbers.
 @pytest.mark.parametrize(
     "name, parameters",
     [("regnetx_006", 6_196_040), ("regnety_006", 6_055_160)],
@@ -89,11 +89,11 @@ def test_regnet_widths_follow_the_paper():
         regnet_arguments(0, 80, 34.01, 2.25, 24)
 
 
-# --- The refinements B, C and D, against Keras' own ResNet -----------------------------------
+# === The refinements B, C and D, against Keras' own ResNet ===
 
 
 def test_without_refinements_it_is_the_network_of_keras_applications():
-    """The first publication's network has its stride in the 1x1 convolutions, as Keras' has."""
+    """As first published, Keras' network has its strides in the 1x1 convolutions."""
     theirs = keras.applications.ResNet50(
         weights=None, include_top=False, input_shape=(None, None, 3)
     )
@@ -129,12 +129,11 @@ def test_without_refinements_it_is_the_network_of_keras_applications():
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("strides", [(1, 2)])
-def test_refinements_are_separate_switches(strides):
+def test_refinements_are_separate_switches():
     small = {
         "stackwise_num_filters": [8, 16],
         "stackwise_num_blocks": [1, 1],
-        "stackwise_num_strides": strides,
+        "stackwise_num_strides": (1, 2),
         "stem_width": 8,
     }
     kinds = ("stride_in_1x1", "deep_stem", "avg_down")
@@ -153,9 +152,4 @@ def test_refinements_are_separate_switches(strides):
 
 
 def test_no_builder_has_a_body_of_its_own():
-    from keras_resnest import backbones
-
-    builders = [getattr(backbones, name) for name in backbones.__all__]
-    builders = [b for b in builders if inspect.isfunction(b) and b.__name__[:1].isupper()]
-    assert len(builders) == len(VARIANTS)
-    assert len({b.__code__ for b in builders}) == 1
+    assert len({variant.build.__code__ for variant in VARIANTS.values()}) == 1

@@ -1,11 +1,10 @@
 """Whole RefineDet networks against the PyTorch references: same weights, same raw outputs."""
 
-import json
-
+import golden_data
 import keras
 import numpy as np
 import pytest
-from golden_networks import load_recipe, values_at
+from golden import recipe
 from safetensors.numpy import save_file
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict
@@ -13,12 +12,6 @@ from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.detection.builders import refinedet320_resnest50, refinedet320_vgg16
 from keras_resnest.detection.refinedet import RefineDet
 
-OUTPUTS = {
-    "arm_loc": "arm_boxes",
-    "arm_conf": "arm_objectness",
-    "odm_loc": "odm_boxes",
-    "odm_conf": "odm_logits",
-}
 # The references' inner maps, and our layers.
 FEATURES = {
     "conv4_3_L2Norm": "l2_normalization_p3",
@@ -33,46 +26,49 @@ CASES = {
 
 
 @pytest.mark.parametrize("reference", sorted(CASES))
-def test_raw_outputs_equal_the_reference(reference, shared):
-    golden = shared / "golden"
-    recipe = load_recipe(golden)
-    entry = json.loads((golden / "networks_refinedet.json").read_text())[reference]
-    manifest = recipe.load_manifest(golden / "manifests" / f"{reference}.json")
+def test_raw_outputs_equal_the_reference(reference):
+    entry = golden_data.load_cases("detectors")[reference]
+    arrays = golden_data.load_arrays("detectors")
     backbone = create_backbone(CASES[reference], include_top=False, include_rescaling=False)
     side = entry["input_shape"][2]
     model = RefineDet(20, backbone, (side, side, 3))
-    load_torch_state_dict(model, recipe.make_state_dict(manifest, entry["seed"]))
+    load_torch_state_dict(model, golden_data.state_dict(reference, entry))
     parameters = sum(np.prod(v.shape) for v in model.trainable_variables)
     assert parameters == entry["num_params"]
 
-    image = recipe.make_input(entry["input_shape"], entry["seed"], entry["input_name"])
+    images = golden_data.input_images(entry, entry["seed"])
     features = {name: model.get_layer(layer).output for name, layer in FEATURES.items()}
     network = keras.Model(model.input, {"features": features, "outputs": model.output})
-    result = network(image.transpose(0, 2, 3, 1), training=False)
-    outputs = result["outputs"]
-    with np.load(golden / "networks" / f"{reference}.npz") as arrays:
-        for theirs, ours in OUTPUTS.items():
-            facts, index = entry["outputs"][theirs], arrays[f"{theirs}_index"]
-            values = np.asarray(outputs[ours])
-            assert list(values.shape) == facts["shape"]
-            error = np.abs(values[tuple(index.T)] - arrays[f"{theirs}_value"]).max()
-            # As the reference documents: up to twenty times its own rounding error.
-            assert error / facts["absmax"] < 20 * facts["rel_err"], (theirs, error)
-        for module, value in result["features"].items():
-            facts = entry["features"][module]
-            values = values_at(value, arrays[f"feature.{module}_index"])
-            error = np.abs(values - arrays[f"feature.{module}_value"]).max() / facts["absmax"]
-            assert error < 20 * facts["rel_err"], (module, error)
+    result = network(images, training=False)
+
+    def check(name, facts, values, mean, std):
+        # As the reference documents: up to twenty times its own rounding error.
+        tolerance = 20 * facts["rel_err"] * facts["absmax"]
+        error = np.abs(values - arrays[f"{reference}/{name}"]).max()
+        assert error < tolerance, (name, error, tolerance)
+        assert abs(mean - facts["mean"]) < tolerance, name
+        assert abs(std - facts["std"]) < tolerance, name
+
+    for theirs, ours in golden_data.OUTPUT_NAMES.items():
+        facts, values = entry["outputs"][theirs], np.asarray(result["outputs"][ours])
+        assert list(values.shape) == facts["shape"]
+        check(theirs, facts, recipe.sample(values, 2000), values.mean(), values.std())
+    for module, value in result["features"].items():
+        values = np.asarray(value)
+        sampled = golden_data.sample_map(values)
+        check(module, entry["features"][module], sampled, values.mean(), values.std())
 
 
 # --- Checkpoints by the builders -------------------------------------------------------------
 
 
-def test_builder_loads_a_checkpoint_of_the_ports(shared, tmp_path):
+def golden_weights(reference):
+    return golden_data.state_dict(reference, golden_data.load_cases("detectors")[reference])
+
+
+def test_builder_loads_a_checkpoint_of_the_ports(tmp_path):
     """The file of one port, with its unused modules; the same detections as array by array."""
-    recipe = load_recipe(shared / "golden")
-    manifest = shared / "golden" / "manifests" / "pengyang1225.refinedet_resnest50_320.json"
-    weights = recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+    weights = golden_weights("pengyang1225.refinedet_resnest50_320")
     path = tmp_path / "refinedet.safetensors"
     unused = {"Resnet86.conv1.0.weight": weights["model.conv1.0.weight"]}
     unused["model.fc.bias"] = np.zeros(1000, "float32")
@@ -83,11 +79,10 @@ def test_builder_loads_a_checkpoint_of_the_ports(shared, tmp_path):
     other = RefineDet(20, backbone, anchor_generator=AnchorGenerator(clip=True))
     load_torch_state_dict(other, weights)
     want, got = other(image, training=False), model(image, training=False)
-    for name in OUTPUTS.values():
+    for name in golden_data.OUTPUT_NAMES.values():
         assert np.array_equal(got[name], want[name])
     # The ports' prior boxes are clipped: (cx, cy, w, h) to 0 to 1.
-    with np.load(shared / "golden" / "refinedet" / "priors.npz") as arrays:
-        priors = arrays["priors_320"] * 320
+    priors = golden_data.load_arrays("anchors")["priors_320"] * 320
     corners = np.concatenate(
         [priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], axis=1
     )
@@ -96,11 +91,9 @@ def test_builder_loads_a_checkpoint_of_the_ports(shared, tmp_path):
         refinedet320_resnest50(3, weights=path)
 
 
-def test_builder_loads_the_reduced_vgg(shared, tmp_path):
+def test_builder_loads_the_reduced_vgg(tmp_path):
     """The file that SSD and RefineDet start from: the modules of VGG by number."""
-    recipe = load_recipe(shared / "golden")
-    manifest = shared / "golden" / "manifests" / "luuuyi.refinedet_vgg16_320.json"
-    weights = recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+    weights = golden_weights("luuuyi.refinedet_vgg16_320")
     numbered = {k.removeprefix("vgg."): v for k, v in weights.items() if k.startswith("vgg.")}
     save_file(numbered, tmp_path / "vgg16_reducedfc.safetensors")
     model = refinedet320_vgg16(3, backbone_weights=tmp_path / "vgg16_reducedfc.safetensors")

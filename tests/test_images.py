@@ -1,4 +1,4 @@
-"""Reading images: real odd files, files made with Pillow and TensorFlow, and arrays."""
+"""Reading images: odd files, files made with Pillow and TensorFlow, and arrays."""
 
 import io
 import struct
@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from sample_images import photograph
 
 from keras_resnest.data.dataset import decode_plain_image
 from keras_resnest.images import (
@@ -38,14 +39,14 @@ def with_orientation(pixels, orientation, kind="PNG"):
 # === Odd files ===
 
 
-def test_grayscale_file_has_three_equal_channels(shared):
-    image = load_image(shared / "data/photos/odd/grayscale.jpg")
+def test_grayscale_file_has_three_equal_channels(odd_images):
+    image = load_image(odd_images / "grayscale.jpg")
     assert image.shape == (213, 320, 3) and image.dtype == np.uint8
     assert (image == image[..., :1]).all() and image.std() > 20
 
 
-def test_rgba_file_lies_over_white(shared):
-    path = shared / "data/photos/odd/rgba.png"
+def test_rgba_file_lies_over_white(odd_images):
+    path = odd_images / "rgba.png"
     rgba = np.asarray(Image.open(path)).astype("float64")
     alpha = rgba[..., 3:] / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -55,29 +56,27 @@ def test_rgba_file_lies_over_white(shared):
     assert (image[alpha[..., 0] == 0] == 255).all() and (alpha == 0).any()
 
 
-def test_cmyk_file_has_the_colors_of_the_photograph(shared):
-    image = load_image(shared / "data/photos/odd/cmyk.jpg")
-    with Image.open(shared / "data/photos/dog_bicycle.jpg") as original:
-        expected = np.asarray(original.resize((320, 240), Image.Resampling.LANCZOS), "float64")
+def test_cmyk_file_has_the_colors_of_the_photograph(odd_images):
+    image = load_image(odd_images / "cmyk.jpg")
+    expected = np.asarray(photograph(240, 320), "float64")
     assert image.shape == (240, 320, 3)
     assert np.abs(image - expected).mean() < 8
 
 
-def test_exif_rotated_file_is_upright(shared):
-    image = load_image(shared / "data/photos/odd/exif_orientation6.jpg")
-    with Image.open(shared / "data/photos/person_dog_horse.jpg") as original:
-        expected = np.asarray(original.resize((320, 212), Image.Resampling.LANCZOS), "float64")
+def test_exif_rotated_file_is_upright(odd_images):
+    image = load_image(odd_images / "exif_orientation6.jpg")
+    expected = np.asarray(photograph(212, 320), "float64")
     assert image.shape == (212, 320, 3)
     assert np.abs(image - expected).mean() < 8
 
 
-def test_one_pixel_file(shared):
-    assert load_image(shared / "data/photos/odd/one_pixel.png").shape == (1, 1, 3)
+def test_one_pixel_file(odd_images):
+    assert load_image(odd_images / "one_pixel.png").shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "text_not_image.jpg", "absent.jpg"])
-def test_bad_files_are_named(shared, name):
-    path = shared / "data/photos/odd" / name
+def test_bad_files_are_named(odd_images, name):
+    path = odd_images / name
     for read in (load_image, read_image_info):
         with pytest.raises(ValueError, match=name):
             read(path)
@@ -109,7 +108,7 @@ def test_decompression_bomb_is_refused_at_once():
         load_image(bomb)
 
 
-def test_formats_that_start_other_programs_are_not_tried():
+def test_formats_that_start_other_programs_are_refused():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(eps)).format == "EPS"
     with pytest.raises(ValueError, match="not an image"):
@@ -188,7 +187,7 @@ def test_32_bit_images_are_refused():
             load_image(source)
 
 
-def test_pillow_images_and_results_that_can_be_written_to():
+def test_pillow_images_become_writable_arrays():
     pixels = noise(6, 7, 3)
     image = load_image(Image.fromarray(pixels))
     image[0, 0] = 0
@@ -208,23 +207,22 @@ def plain_files():
         yield encode(Image.fromarray(pixels), "JPEG", **options)
 
 
-def test_plain_files_agree_with_tensorflow(shared):
+def test_plain_files_agree_with_tensorflow(odd_images):
     files = list(plain_files())
-    files += [p.read_bytes() for p in sorted((shared / "data/photos").glob("*.jpg"))]
-    files.append((shared / "data/photos/odd/grayscale.jpg").read_bytes())
+    files += [encode(photograph(seed=seed), "JPEG", quality=88) for seed in range(4)]
+    files.append((odd_images / "grayscale.jpg").read_bytes())
     for encoded in files:
         assert read_image_info(encoded).plain
         np.testing.assert_array_equal(decode_plain_image(encoded), load_image(encoded))
 
 
-def test_files_for_pillow_are_not_plain(shared):
-    odd = shared / "data/photos/odd"
-    assert not read_image_info(odd / "cmyk.jpg").plain
-    assert not read_image_info(odd / "rgba.png").plain
+def test_files_for_pillow_are_not_plain(odd_images):
+    assert not read_image_info(odd_images / "cmyk.jpg").plain
+    assert not read_image_info(odd_images / "rgba.png").plain
     assert not read_image_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
 
 
-def test_bytes_after_the_end_marker_do_no_harm():
+def test_bytes_after_the_end_marker_are_ignored():
     encoded = encode(Image.fromarray(noise(30, 20, 3)), "JPEG")
     assert read_image_info(encoded + b"\0" * 300) == read_image_info(encoded)
 
@@ -310,12 +308,12 @@ def test_resize_is_the_op_of_the_exported_model(size, dtype):
 def test_resize_has_half_pixel_centers():
     ramp = np.tile(np.arange(4.0)[None, :, None] * 60, (1, 1, 3))
     resized = resize_image(ramp, 1, 8)[0, :, 0]
-    # output center (i + 0.5) / 2 - 0.5 in input pixels, kept inside
+    # center of output pixel i: (i + 0.5) / 2 - 0.5 input pixels, clamped
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3) * 60
     np.testing.assert_allclose(resized, expected, atol=1e-4)
 
 
-def test_resize_wants_sizes_and_images():
+def test_resize_rejects_wrong_arguments():
     for height, width in ((0, 5), (5, -1), (2.5, 2)):
         with pytest.raises(ValueError, match="positive integers"):
             resize_image(noise(4, 4, 3), height, width)

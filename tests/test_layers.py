@@ -1,33 +1,23 @@
 """The layers against reference numbers, algebra and brute force."""
 
-import inspect
-import json
-import os
-import subprocess
-import sys
-import textwrap
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fresh_process import run_program
+from golden.recipe import make_array, make_split_attention_tensor, sample
+from golden_data import load_arrays, load_cases
 from keras import ops
 from scipy import ndimage
 from tensorflow.core.protobuf import saved_model_pb2
 
-from keras_resnest import layers
 from keras_resnest.backbones import load_torch_state_dict
 from keras_resnest.layers import (
-    BatchNormalization,
-    ChannelShuffle,
-    DepthwiseConv2D,
     DropBlock2D,
     GroupedConv2D,
     L2Normalization,
     RadixSoftmax,
-    SelectiveKernel,
     SplitAttention,
-    SqueezeExcitation,
     TransferConnectionBlock,
 )
 
@@ -37,20 +27,7 @@ def relative_error(actual, expected):
     return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
 
 
-def run_python(code, **environment):
-    """Runs code in a fresh process and returns what it printed last."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.strip().splitlines()[-1]
-
-
-# --- Convolution ---------------------------------------------------------------------------
+# === Convolution ===
 
 
 def brute_force_convolution(x, kernel, groups, strides, dilation, padding):
@@ -182,35 +159,16 @@ def test_saved_model_has_neither_xla_nor_python_calls(tmp_path):
 
 
 def test_grouped_convolution_without_onednn_has_gradients():
-    code = """
-        import numpy as np, tensorflow as tf
-        from keras_resnest.layers import GroupedConv2D
-        x = tf.constant(np.random.default_rng(0).standard_normal((2, 9, 8, 8)), tf.float32)
-        worst = 0.0
-        first = {"data_format": "channels_first", "strides": 2}
-        for options in ({}, {"dilation_rate": 2, "padding": "same"}, first):
-            inputs = tf.transpose(x, (0, 3, 1, 2)) if "data_format" in options else x
-            layer = GroupedConv2D(12, 3, groups=4, **options)
-            layer.build(inputs.shape)
-            # First called while a graph is traced, as in a functional model.
-            @tf.function
-            def gradients(inputs):
-                with tf.GradientTape() as tape:
-                    tape.watch(inputs)
-                    outputs = layer(inputs)
-                    total = tf.reduce_sum(outputs ** 2) / 2
-                return outputs, *tape.gradient(total, [inputs, layer.kernel.value])
-            y, x_gradient, kernel_gradient = gradients(inputs)
-            # The sum is quadratic in both arguments: twice itself is its derivative along them.
-            total = float(tf.reduce_sum(y ** 2))
-            for gradient, value in ((x_gradient, inputs), (kernel_gradient, layer.kernel.value)):
-                worst = max(worst, abs(float(tf.reduce_sum(gradient * value)) / total - 1))
-        print(worst)
-    """
-    assert float(run_python(code, TF_ENABLE_ONEDNN_OPTS="0")) < 1e-5
+    result = run_program("convolutions.py", "gradients", TF_ENABLE_ONEDNN_OPTS="0")
+    assert float(result) < 1e-5
 
 
-# --- Split-Attention -----------------------------------------------------------------------
+def test_narrow_pointwise_convolutions_keep_to_their_memory():
+    """TensorFlow's own gradient writes out of bounds; glibc aborts a process that does."""
+    assert run_program("convolutions.py", "narrow", MALLOC_CHECK_="3") == "done"
+
+
+# === Split-Attention ===
 
 SPLAT_CASES = [
     f"r{radix}_c{cardinality}_{norm}_{bias}"
@@ -220,24 +178,13 @@ SPLAT_CASES = [
     for bias in ("bias", "nobias")
     if norm == "bn" or bias == "bias" or cardinality == 2
 ]
-# Without batch normalization the layer does the same in training.
+# Without batch normalization, training changes nothing.
 SPLAT_RUNS = [(case, "eval") for case in SPLAT_CASES] + [
     (case, "train") for case in SPLAT_CASES if "_bn_" in case
 ]
 
 
-@pytest.fixture(scope="module")
-def splat(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    try:
-        from recipe import make_array
-    finally:
-        sys.path.pop(0)
-    cases = json.loads((shared / "golden" / "splat.json").read_text())["cases"]
-    return {c["case"]: c for c in cases}, np.load(shared / "golden" / "splat.npz"), make_array
-
-
-def splat_unit(case, arrays, data_format="channels_last"):
+def splat_unit(case, data_format="channels_last"):
     shape = (None, None, 32) if data_format == "channels_last" else (32, None, None)
     inputs = keras.Input(shape)
     unit = SplitAttention(
@@ -252,60 +199,67 @@ def splat_unit(case, arrays, data_format="channels_last"):
         name="unit",
     )
     model = keras.Model(inputs, unit(inputs))
-    prefix = f"{case['case']}/w/"
-    weights = {f"unit.{name}": arrays[prefix + name] for name in case["weights"]}
+    weights = {
+        f"unit.{name}": make_split_attention_tensor(name, shape, case["seed"])
+        for name, shape in case["weights"].items()
+    }
     load_torch_state_dict(model, weights)
     return unit
 
 
-def test_all_splat_cases_are_tested(splat):
-    assert sorted(splat[0]) == sorted(SPLAT_CASES)
+def test_all_splat_cases_are_tested():
+    assert sorted(load_cases("split_attention")) == sorted(SPLAT_CASES)
+
+
+def splat_error(actual, key):
+    """Relative error at the stored places of a golden array, which is channels first."""
+    expected = load_arrays("split_attention")[key]
+    return relative_error(sample(actual, len(expected)), expected)
 
 
 @pytest.mark.parametrize("name, mode", SPLAT_RUNS)
-def test_split_attention_equals_reference(splat, name, mode):
-    cases, arrays, make_array = splat
-    case = cases[name]
-    key = f"{name}/{mode}"
-    unit = splat_unit(case, arrays)
+def test_split_attention_equals_reference(name, mode):
+    case = load_cases("split_attention")[name]
+    unit = splat_unit(case)
     training = mode == "train"
     before = {v.path: v.numpy() for v in unit.variables}
-    x = tf.constant(arrays[f"{name}/input"].transpose(0, 2, 3, 1))
+    x = tf.constant(make_array((4, 32, 6, 8), case["seed"], "input").transpose(0, 2, 3, 1))
     with tf.GradientTape() as tape:
         tape.watch(x)
         output = unit(x, training=training)
-        cotangent = make_array(arrays[f"{key}/output"].shape, case["seed"], "cotangent")
+        cotangent = make_array((4, 32, 6, 8), case["seed"], "cotangent")
         total = tf.reduce_sum(output * cotangent.transpose(0, 2, 3, 1))
     gradient = np.transpose(tape.gradient(total, x), (0, 3, 1, 2))
-    assert relative_error(np.transpose(output, (0, 3, 1, 2)), arrays[f"{key}/output"]) < 1e-5
-    assert relative_error(gradient, arrays[f"{key}/input_grad"]) < 1e-4
+    key = f"{name}/{mode}"
+    assert output.shape == (4, 6, 8, 32)
+    assert splat_error(np.transpose(output, (0, 3, 1, 2)), f"{key}/output") < 1e-5
+    assert splat_error(gradient, f"{key}/input_grad") < 1e-4
     if training:
-        check_running_statistics(unit, before, arrays, key, x)
-    attention = unit._attention(unit._maps(x, training), training)
+        check_running_statistics(unit, before, key, x)
+    attention = unit._attention(unit._splits(x, training), training)
     assert np.shape(attention) == (4, 1, 1, 32 * case["radix"])
-    assert relative_error(attention[:, 0, 0], arrays[f"{key}/attention"]) < 1e-5
+    assert splat_error(attention, f"{key}/attention") < 1e-5
 
 
-def check_running_statistics(unit, before, arrays, key, x):
+def check_running_statistics(unit, before, key, x):
     # PyTorch keeps the unbiased variance, Keras the variance of the batch.
+    arrays = load_arrays("split_attention")
     counts = {"bn0": x.shape[0] * x.shape[1] * x.shape[2], "bn1": x.shape[0]}
     for name, count in counts.items():
         norm = getattr(unit, name)
-        assert (
-            relative_error(norm.moving_mean.numpy(), arrays[f"{key}/after/{name}.running_mean"])
-            < 1e-5
-        )
+        mean = arrays[f"{key}/after/{name}.running_mean"]
+        assert relative_error(norm.moving_mean.numpy(), mean) < 1e-5
         old = 0.9 * before[norm.moving_variance.path]
         unbiased = old + (norm.moving_variance.numpy() - old) * count / (count - 1)
         assert relative_error(unbiased, arrays[f"{key}/after/{name}.running_var"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["r1_c2_bn_nobias", "r2_c1_bn_nobias", "r4_c2_bn_bias"])
-def test_split_attention_channels_first(splat, name):
-    cases, arrays, _ = splat
-    unit = splat_unit(cases[name], arrays, "channels_first")
-    output = unit(arrays[f"{name}/input"], training=False)
-    assert relative_error(output, arrays[f"{name}/eval/output"]) < 1e-5
+def test_split_attention_channels_first(name):
+    case = load_cases("split_attention")[name]
+    unit = splat_unit(case, "channels_first")
+    output = unit(make_array((4, 32, 6, 8), case["seed"], "input"), training=False)
+    assert splat_error(output, f"{name}/eval/output") < 1e-5
 
 
 def test_radix_softmax_sums_to_one_within_a_channel():
@@ -346,7 +300,7 @@ def test_split_attention_refuses(options, match):
         SplitAttention(**options)(np.zeros((1, 4, 4, 12), "float32"))
 
 
-# --- DropBlock -----------------------------------------------------------------------------
+# === DropBlock ===
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
@@ -361,10 +315,10 @@ def test_dropblock_drops_whole_blocks_at_its_rate(size, block, data_format):
     dropped = maps == 0
     assert dropped.mean() == pytest.approx(rate, abs=0.03)
     assert y.mean() == pytest.approx(1.0, abs=1e-4)
-    # Opening by the block changes nothing: what is dropped is a union of whole blocks.
+    # Opening by the block changes nothing: the dropped area is a union of whole blocks.
     opened = ndimage.binary_opening(dropped, np.ones((1, block, block)))
     assert (opened == dropped).all()
-    # Channels and images draw on their own.
+    # Channels and images draw independently.
     assert len(np.unique(dropped.reshape(len(dropped), -1), axis=0)) > 32 or min(size) <= block
 
 
@@ -400,7 +354,7 @@ def test_dropblock_refuses(options):
         DropBlock2D(**options)
 
 
-# --- L2Normalization -----------------------------------------------------------------------
+# === L2Normalization ===
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
@@ -434,7 +388,7 @@ def test_l2_normalization_of_zero_pixels_is_zero_with_zero_gradient(dtype):
     assert not np.array(x_gradient)[0, 1].any()
 
 
-# --- TransferConnectionBlock ---------------------------------------------------------------
+# === TransferConnectionBlock ===
 
 
 def test_transfer_connection_equals_its_description():
@@ -484,93 +438,3 @@ def test_transfer_connection_crops_odd_levels(data_format, known_size):
         assert model.output_shape == (None, None, None, 4)
     y = model([np.ones((1, *shape), "float32"), np.ones((1, *upper_shape), "float32")])
     assert y.shape == (1, *block.compute_output_shape((None, *shape))[1:])
-
-
-# --- Serialization -------------------------------------------------------------------------
-
-LAYERS = [
-    ChannelShuffle(4),
-    DepthwiseConv2D(5, strides=2, padding="same", data_format="channels_first"),
-    SqueezeExcitation(4, data_format="channels_first", name="se"),
-    SelectiveKernel(8, 2, 2, groups=2, reduction_ratio=0.5, divisor=4, split_input=True, name="sk"),
-    GroupedConv2D(8, 3, groups=2, strides=2, kernel_initializer="he_normal"),
-    SplitAttention(
-        8, kernel_size=5, radix=4, cardinality=2, dropblock_rate=0.1, data_format="channels_first"
-    ),
-    RadixSoftmax(2, cardinality=4),
-    DropBlock2D(0.1, block_size=5, seed=3),
-    L2Normalization(8.0, axis=1, epsilon=1e-5),
-    TransferConnectionBlock(16, use_batch_norm=True),
-    BatchNormalization(momentum=0.8, epsilon=1e-4),
-]
-
-
-def test_every_public_layer_is_in_the_serialization_test():
-    public = {getattr(layers, name) for name in layers.__all__}
-    assert public == {type(layer) for layer in LAYERS}
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
-def test_arguments_are_attributes_and_config(layer):
-    parameters = set(inspect.signature(type(layer).__init__).parameters) - {"self", "kwargs"}
-    config = layer.get_config()
-    assert set(config) - {"name", "trainable", "dtype"} == parameters
-    assert all(hasattr(layer, name) for name in parameters)
-    rebuilt = type(layer).from_config(json.loads(json.dumps(config)))
-    assert rebuilt.get_config() == config
-    assert type(layer).__doc__ and "Example:" in type(layer).__doc__
-    assert keras.saving.get_registered_name(type(layer)).startswith("keras_resnest>")
-
-
-def test_keras_file_loads_in_a_fresh_process_without_custom_objects(tmp_path):
-    inputs = keras.Input((8, 8, 4))
-    x = SplitAttention(8, radix=2, cardinality=2, dropblock_rate=0.1)(inputs)
-    x = L2Normalization(10.0)(DropBlock2D(0.1, 3)(x))
-    upper = TransferConnectionBlock(8)(GroupedConv2D(8, 3, 2, "same", groups=4)(x))
-    model = keras.Model(inputs, TransferConnectionBlock(8, use_batch_norm=True)(x, upper))
-    pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype("float32")
-    model.save(tmp_path / "model.keras")
-    np.save(tmp_path / "pixels.npy", pixels)
-    code = f"""
-        import keras, numpy as np
-        import keras_resnest
-        model = keras.models.load_model({str(tmp_path / "model.keras")!r}, safe_mode=True)
-        np.save({str(tmp_path / "outputs.npy")!r}, model(np.load({str(tmp_path / "pixels.npy")!r})))
-    """
-    run_python(code + "\n        print('done')")
-    assert relative_error(np.load(tmp_path / "outputs.npy"), model(pixels)) < 1e-6
-
-
-NARROW = """
-import numpy as np
-import tensorflow as tf
-from keras_resnest.layers import GroupedConv2D
-
-for channels, filters in ((3, 16), (8, 16), (15, 16), (8, 8)):
-    layer = GroupedConv2D(filters, 1, strides=2, padding="same", use_bias=False)
-    x = tf.random.normal((1, 15, 32, channels))
-
-    @tf.function
-    def gradient():
-        with tf.GradientTape() as tape:
-            y = layer(x)
-            loss = tf.reduce_sum(y**2) / 2
-        return y, tape.gradient(loss, layer.kernel)
-
-    layer.build(x.shape)
-    for _ in range(100):
-        y, got = gradient()
-    want = x[:, ::2, ::2] @ layer.kernel[0, 0]
-    np.testing.assert_allclose(y, want, atol=1e-4)
-    want = tf.einsum("bhwi,bhwo->io", x[:, ::2, ::2], want)
-    np.testing.assert_allclose(got[0, 0], want, atol=1e-2)
-"""
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a fault of TensorFlow")
-def test_narrow_pointwise_convolutions_keep_to_their_memory():
-    """TensorFlow's own one writes beyond it; glibc ends a process that does."""
-    environment = {**os.environ, "MALLOC_CHECK_": "3"}
-    command = [sys.executable, "-c", NARROW]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]

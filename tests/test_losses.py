@@ -1,17 +1,22 @@
-"""The loss of a stage against a plain numpy loss and the reference's values and gradients."""
-
-import json
-import sys
+"""The loss against a plain numpy loss and the reference's values and gradients."""
 
 import keras
 import numpy as np
 import pytest
+from golden.recipe import make_array
+from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.boxes.offsets import decode_boxes
-from keras_resnest.detection.loss import MultiBoxLoss, encode_targets, hard_negatives, smooth_l1
+from keras_resnest.detection.loss import (
+    RefineDetLoss,
+    encode_targets,
+    hard_negatives,
+    multibox_loss,
+    smooth_l1,
+)
 
 BATCH, ANCHORS, CLASSES = 3, 50, 4
 
@@ -52,14 +57,14 @@ def stage_by_hand(s, ratio, negative_mask=None):
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0, 100.0])
 def test_equals_plain_numpy(seed, ratio):
     stage = random_stage(seed)
-    got = MultiBoxLoss(ratio)(**stage)
+    got = multibox_loss(**stage, negative_ratio=ratio)
     np.testing.assert_allclose([float(v) for v in got], stage_by_hand(stage, ratio), rtol=1e-5)
 
 
 def test_negative_mask_keeps_positives():
     stage = random_stage(7)
     mask = np.random.default_rng(8).random((BATCH, ANCHORS)) < 0.3
-    got = MultiBoxLoss()(**stage, negative_mask=ops.convert_to_tensor(mask))
+    got = multibox_loss(**stage, negative_ratio=3.0, negative_mask=ops.convert_to_tensor(mask))
     want = stage_by_hand(stage, 3.0, mask)
     np.testing.assert_allclose([float(v) for v in got], want, rtol=1e-5)
 
@@ -83,22 +88,21 @@ def test_hard_negatives_of_equal_loss():
 def test_no_positives_is_zero_and_finite():
     stage = random_stage(1)
     stage["target_classes"][:] = 0
-    assert [float(v) for v in MultiBoxLoss()(**stage)] == [0.0, 0.0, 0.0]
+    assert [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)] == [0.0, 0.0, 0.0]
 
 
 def test_unmatched_targets_of_any_size_do_not_matter():
     stage = random_stage(2)
-    want = [float(v) for v in MultiBoxLoss()(**stage)]
+    want = [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)]
     stage["target_offsets"][stage["target_classes"] == 0] = np.inf
-    assert [float(v) for v in MultiBoxLoss()(**stage)] == want
+    assert [float(v) for v in multibox_loss(**stage, negative_ratio=3.0)] == want
 
 
-def golden_stages(case, arrays):
-    """Predictions, and the losses of both stages as RefineDet computes them."""
-    from recipe import make_array
-
-    name, batch = case["case"], case["batch"]
-    targets = [arrays[f"{name}_targets{i}"] for i in range(batch)]
+def golden_stages(name):
+    """Ground truth and predictions of a golden case."""
+    case, arrays = load_cases("losses")[name], load_arrays("losses")
+    batch = case["batch"]
+    targets = [arrays[f"{name}/targets{i}"] for i in range(batch)]
     longest = max(map(len, targets))
     boxes, labels = np.zeros((batch, longest, 4), "f4"), np.full((batch, longest), -1, "i4")
     for i, rows in enumerate(targets):
@@ -114,41 +118,27 @@ def golden_stages(case, arrays):
 
 
 def losses_of(boxes, labels, predictions):
-    """The detector's own loss, run without its network."""
-    from keras_resnest.detection.refinedet import RefineDet
-
-    class Stub:
-        """What `stage_losses` needs of a model: the parts that hold no weights."""
-
-        from keras_resnest.detection.decoding import DetectionDecoder
-
-        image_shape = (320, 320, 3)
-        anchors_for = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")
-        two_step_regression = negative_anchor_filtering = True
-        matcher, decoder, multibox_loss = BoxMatcher(), DetectionDecoder(), MultiBoxLoss()
-
+    """The detector's loss; the goldens have boxes as fractions, and so the anchors here."""
     outputs = {
         "arm_boxes": predictions["arm_loc"],
         "arm_objectness": predictions["arm_conf"],
         "odm_boxes": predictions["odm_loc"],
         "odm_logits": predictions["odm_conf"],
     }
-    return RefineDet.stage_losses(
-        Stub, ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels), outputs
+    anchors = AnchorGenerator(clip=True)((320, 320)) / 320.0
+    return RefineDetLoss()(
+        outputs, ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels), anchors
     )
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes gradients with a tape")
-def test_golden_losses_and_gradients(shared):
+def test_golden_losses_and_gradients():
     """ARM as the reference; ODM as paper and Caffe code (the reference drops positives)."""
     import tensorflow as tf
 
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "loss.json").read_text())["cases"]
-    arrays = np.load(folder / "loss.npz")
-    for case in cases:
-        boxes, labels, predictions = golden_stages(case, arrays)
+    arrays = load_arrays("losses")
+    for case_name, case in load_cases("losses").items():
+        boxes, labels, predictions = golden_stages(case_name)
         variables = {n: tf.Variable(v) for n, v in predictions.items()}
         with tf.GradientTape() as tape:
             losses = losses_of(boxes, labels, variables)
@@ -160,22 +150,17 @@ def test_golden_losses_and_gradients(shared):
             "odm_classification_loss": case["odm_paper"]["loss_conf"],
         }
         for name, value in want.items():
-            assert float(losses[name]) == pytest.approx(value, rel=1e-5), (case["case"], name)
+            assert float(losses[name]) == pytest.approx(value, rel=1e-5), (case_name, name)
         for name, gradient in tape.gradient(total, variables).items():
-            prefix = f"{case['case']}_{'grad' if name.startswith('arm') else 'papergrad'}_{name}"
-            index, value = arrays[f"{prefix}_index"], arrays[f"{prefix}_value"]
-            got = gradient.numpy()[tuple(index.T)]
-            assert np.abs(got - value).max() <= 1e-4 * np.abs(value).max(), prefix
+            index, value = arrays[f"{case_name}/{name}_index"], arrays[f"{case_name}/{name}"]
+            got = gradient.numpy().reshape(-1)[index]
+            assert np.abs(got - value).max() <= 1e-4 * np.abs(value).max(), (case_name, name)
 
 
-def test_golden_case_where_the_reference_is_nan(shared):
+def test_golden_case_where_the_reference_is_nan():
     """All positives filtered: the reference divides 0 by 0; ours stays finite."""
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "loss.json").read_text())["cases"]
-    case = next(c for c in cases if c["case"] == "all_filtered")
-    assert case["loss"]["odm_conf"] is None
-    losses = losses_of(*golden_stages(case, np.load(folder / "loss.npz")))
+    assert load_cases("losses")["all_filtered"]["loss"]["odm_conf"] is None
+    losses = losses_of(*golden_stages("all_filtered"))
     assert all(np.isfinite(float(v)) for v in losses.values())
 
 
@@ -191,8 +176,8 @@ def test_targets_carry_no_gradient():
     with tf.GradientTape() as tape:
         refined = ops.stop_gradient(decode_boxes(arm, anchors))
         offsets, classes = encode_targets(boxes, ops.zeros((1, 1), "int32"), refined, BoxMatcher())
-        box_sum, _, count = MultiBoxLoss()(
-            offsets, classes, ops.zeros_like(offsets), ops.zeros((1, len(anchors), 2))
+        box_sum, _, count = multibox_loss(
+            offsets, classes, ops.zeros_like(offsets), ops.zeros((1, len(anchors), 2)), 3.0
         )
     assert float(count) > 0 and float(box_sum) > 0
     assert tape.gradient(box_sum, arm) is None

@@ -1,153 +1,158 @@
-"""Matching and targets against brute force and the reference."""
+"""Matching and training targets against brute force and the reference."""
 
-import json
-import sys
+import functools
 
+import keras
 import numpy as np
 import pytest
+import reference
+from golden.recipe import make_array
+from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.boxes.matching import CANDIDATES, BoxMatcher, greedy_one_to_one
+from keras_resnest.boxes.matching import CHUNK_SIZE, BoxMatcher
 from keras_resnest.boxes.offsets import decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import pairwise_iou
 from keras_resnest.detection.loss import encode_targets
 
-
-def greedy_by_hand(iou):
-    """Takes the highest remaining pair, again and again, as the authors' Caffe code does."""
-    iou = iou.copy()
-    holder = np.full(iou.shape[1], -1)
-    for _ in range(iou.shape[0]):
-        g, a = np.unravel_index(np.argmax(iou), iou.shape)
-        if iou[g, a] <= 0:
-            break
-        holder[a] = g
-        iou[g, :], iou[:, a] = -1, -1
-    return holder
+ANCHORS = AnchorGenerator()((64, 64))
 
 
-@pytest.mark.parametrize(
-    "objects, anchors, density", [(1, 5, 1.0), (6, 8, 1.0), (12, 9, 0.6), (40, 60, 0.2)]
-)
-def test_greedy_equals_brute_force(objects, anchors, density):
+@functools.cache
+def compiled_matcher(iou_threshold, force_match, anchor_rank):
+    """The matcher in a graph that knows no size; on JAX and PyTorch, the matcher itself."""
+    matcher = BoxMatcher(iou_threshold, force_match)
+    if keras.backend.backend() != "tensorflow":
+        return matcher
+    import tensorflow as tf
+
+    shapes = ([None, None, 4], [None, None], [None] * (anchor_rank - 1) + [4])
+    dtypes = ("float32", "bool", "float32")
+    specs = [tf.TensorSpec(*spec) for spec in zip(shapes, dtypes, strict=True)]
+    return tf.function(matcher.__call__, specs)
+
+
+def match(boxes, anchors, valid=None, iou_threshold=0.5, force_match=True):
+    """Object of each anchor as the package finds it, (batch, anchors)."""
+    valid = np.ones(np.shape(boxes)[:2], bool) if valid is None else valid
+    boxes, valid, anchors = (ops.convert_to_tensor(x) for x in (boxes, valid, anchors))
+    matcher = compiled_matcher(iou_threshold, force_match, len(anchors.shape))
+    return ops.convert_to_numpy(matcher(boxes, valid, anchors))
+
+
+def assert_equals_brute_force(boxes, anchors, valid=None, iou_threshold=0.5, force_match=True):
+    got = match(boxes, anchors, valid, iou_threshold, force_match)
+    iou = pairwise_iou(boxes, anchors)  # rounded as in the package, so that ties are the same
+    for i in range(len(boxes)):
+        rows = True if valid is None else valid[i]
+        want = reference.match(iou[i], rows, iou_threshold, force_match)
+        np.testing.assert_array_equal(got[i], want)
+    return got
+
+
+def boxes_in_strips(lengths, height=1.0):
+    """Boxes of given lengths that start at 0: they overlap in proportion to their lengths."""
+    lengths = np.asarray(lengths, "f4")
+    zeros = np.zeros_like(lengths)
+    return np.stack([zeros, zeros, lengths, zeros + height], axis=-1)
+
+
+def random_boxes(rng, *shape, corners=60, sides=(4, 50)):
+    """Boxes of whole pixels; few different `corners` and `sides` give many equal IoUs."""
+    corner = rng.integers(0, corners, (*shape, 2))
+    return np.concatenate([corner, corner + rng.integers(*sides, (*shape, 2))], -1).astype("f4")
+
+
+@pytest.mark.parametrize("objects, anchors", [(1, 20), (6, 8), (12, 9), (40, 60)])
+@pytest.mark.parametrize("force_match", [True, False])
+def test_equals_brute_force(objects, anchors, force_match):
     rng = np.random.default_rng(objects)
-    iou = rng.random((20, objects, anchors)).astype("f4")
-    iou *= rng.random(iou.shape) < density
-    got = np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))
-    np.testing.assert_array_equal(got, [greedy_by_hand(i) for i in iou])
+    boxes, anchors = random_boxes(rng, 20, objects), random_boxes(rng, 20, anchors)
+    got = assert_equals_brute_force(boxes, anchors, force_match=force_match)
+    assert got.max() >= 0
+
+
+@pytest.mark.parametrize("corners", [1, 2, 4])
+def test_ties_go_to_the_first_object_and_its_first_anchor(corners):
+    """Few different boxes, so that nearly every choice is one between equals."""
+    rng = np.random.default_rng(corners)
+    boxes, anchors = (
+        random_boxes(rng, 12, count, corners=corners, sides=(1, 4)) for count in (25, 40)
+    )
+    assert_equals_brute_force(boxes, anchors)
 
 
 def test_duplicated_boxes_get_different_anchors():
-    iou = np.tile(np.array([0.9, 0.5, 0.3, 0.0], "f4"), (1, 3, 1))
-    assert np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))[0].tolist() == [0, 1, 2, -1]
-
-
-@pytest.mark.parametrize("levels", [2, 3, 6])
-def test_ties_go_to_the_first_object_and_its_first_anchor(levels):
-    """Few different values, so that nearly every choice is one between equals."""
-    rng = np.random.default_rng(levels)
-    iou = (rng.integers(0, levels, (12, 25, 40)) / levels).astype("f4")
-    got = np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))
-    np.testing.assert_array_equal(got, [greedy_by_hand(i) for i in iou])
+    boxes, anchors = boxes_in_strips([10, 10, 10]), boxes_in_strips([9, 5, 3, 0])
+    assert match(boxes[None], anchors, iou_threshold=0.95)[0].tolist() == [0, 1, 2, -1]
 
 
 def test_many_objects_that_want_the_same_anchors():
-    """Every object likes the same anchors best, in the same order: all but one lose again."""
-    rng = np.random.default_rng(0)
-    objects, anchors = 5 * CANDIDATES, 6 * CANDIDATES
-    iou = np.linspace(0.9, 0.1, anchors)[None, None] * rng.uniform(0.99, 1.0, (2, objects, 1))
-    iou = iou.astype("f4")
-    got = np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))
-    np.testing.assert_array_equal(got, [greedy_by_hand(i) for i in iou])
+    """All objects prefer the same anchors, in the same order: all but one lose, every time."""
+    objects = 3 * CHUNK_SIZE
+    boxes = boxes_in_strips(np.random.default_rng(0).uniform(99, 100, (2, objects)))
+    anchors = boxes_in_strips(np.linspace(95, 10, objects + 10))
+    got = assert_equals_brute_force(boxes, anchors, iou_threshold=1.0)
     assert ((got >= 0).sum(axis=1) == objects).all()
 
 
-@pytest.mark.parametrize("objects", [0, 1, 15, 16, 40])
+@pytest.mark.parametrize("objects", [0, 1, CHUNK_SIZE, 40])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_matching_boxes_equals_matching_their_iou(objects, per_image):
-    """Duplicates, boxes without area and padding between them, in chunks of every length."""
+def test_regular_and_refined_anchors(objects, per_image):
+    """Duplicates, boxes without area and padding between them, in one chunk or several."""
     rng = np.random.default_rng(objects)
     boxes = rng.uniform(0, 60, (3, objects, 4)).astype("f4")
     boxes[..., 2:] = boxes[..., :2] + rng.choice([0.0, 0.5, 20.0, 50.0], (3, objects, 2))
     boxes[:, 1::3] = boxes[:, : len(boxes[0, 1::3])]
-    valid = rng.random((3, objects)) < 0.8
-    anchors = np.asarray(AnchorGenerator()((64, 64)))
+    anchors = ANCHORS
     if per_image:
         anchors = anchors + rng.normal(0, 2, (3, *anchors.shape)).astype("f4")
-    iou = np.array(pairwise_iou(boxes, anchors)) * valid[..., None]
-    got = np.array(BoxMatcher().match_boxes(boxes, ops.convert_to_tensor(valid), anchors))
-    for b in range(3):
-        want = match_by_hand(iou[b], 0.5) if objects else np.full(anchors.shape[-2], -1)
-        np.testing.assert_array_equal(got[b], want)
+    assert_equals_brute_force(boxes, anchors, valid=rng.random((3, objects)) < 0.8)
 
 
 def test_more_objects_than_anchors():
-    iou = np.array([[[0.2], [0.8], [0.5]]], "f4")
-    assert np.array(greedy_one_to_one(ops.convert_to_tensor(iou)))[0].tolist() == [1]
+    boxes = boxes_in_strips([2, 8, 5])
+    assert match(boxes[None], boxes_in_strips([10]))[0].tolist() == [1]
 
 
-def match_by_hand(iou, threshold):
-    matches = np.where(iou.max(0) >= threshold, iou.argmax(0), -1)
-    forced = greedy_by_hand(iou)
-    return np.where(forced >= 0, forced, matches)
+def test_threshold():
+    box, anchors = boxes_in_strips([[10]]), boxes_in_strips([4, 6])
+    assert match(box, anchors, iou_threshold=0.5, force_match=False)[0].tolist() == [-1, 0]
+    assert match(box, anchors, iou_threshold=0.7, force_match=False)[0].tolist() == [-1, -1]
+    assert match(box, anchors, iou_threshold=0.7)[0].tolist() == [-1, 0]
 
 
-def test_matcher_equals_brute_force_and_ignores_padding():
-    rng = np.random.default_rng(3)
-    iou = rng.random((6, 5, 30)).astype("f4") ** 2
-    valid = rng.random((6, 5)) < 0.6
-    got = np.array(BoxMatcher(0.5)(ops.convert_to_tensor(iou), ops.convert_to_tensor(valid)))
-    for b in range(6):
-        want = match_by_hand(iou[b] * valid[b][:, None], 0.5)
-        np.testing.assert_array_equal(got[b], want)
-
-
-def test_without_forced_matches():
-    iou = ops.convert_to_tensor(np.array([[[0.4, 0.6]]], "f4"))
-    valid = ops.convert_to_tensor([[True]])
-    assert np.array(BoxMatcher(0.5, force_match=False)(iou, valid))[0].tolist() == [-1, 0]
-    assert np.array(BoxMatcher(0.7, force_match=False)(iou, valid))[0].tolist() == [-1, -1]
-    assert np.array(BoxMatcher(0.7)(iou, valid))[0].tolist() == [-1, 0]
+def test_infinite_boxes():
+    """No IoU is NaN, which no anchor would prefer to another: the search would never end."""
+    boxes = np.array([[[0, 0, np.inf, np.inf], [0, 0, 9, 9]]], "f4")
+    anchors = np.array([[0, 0, np.inf, np.inf], [0, 0, 9, 9], [np.nan] * 4], "f4")
+    assert not np.isnan(np.array(pairwise_iou(ops.convert_to_tensor(boxes), anchors))).any()
+    assert match(boxes, anchors)[0].tolist() == [0, 1, -1]
 
 
 @pytest.mark.parametrize("objects", [0, 3])
 def test_no_objects(objects):
     """No rows at all, or only padding rows, in every image."""
     boxes, labels = np.zeros((2, objects, 4), "f4"), np.full((2, objects), -1, "i4")
-    anchors = AnchorGenerator()((64, 64))
-    offsets, classes = encode_targets(
-        ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels), anchors, BoxMatcher()
-    )
+    boxes, labels = ops.convert_to_tensor(boxes), ops.convert_to_tensor(labels)
+    offsets, classes = encode_targets(boxes, labels, ANCHORS, BoxMatcher())
     assert np.array(classes).sum() == 0
     assert np.isfinite(np.array(offsets)).all()
 
 
 def test_object_far_away_stays_unmatched():
     boxes = np.array([[[1000, 1000, 1010, 1010], [3, 3, 3, 3]]], "f4")
-    labels = np.array([[1, 1]], "i4")
-    _, classes = encode_targets(
-        ops.convert_to_tensor(boxes),
-        ops.convert_to_tensor(labels),
-        AnchorGenerator()((64, 64)),
-        BoxMatcher(),
-    )
+    boxes, labels = ops.convert_to_tensor(boxes), ops.convert_to_tensor([[1, 1]])
+    _, classes = encode_targets(boxes, labels, ANCHORS, BoxMatcher())
     assert np.array(classes).max() == 0
 
 
-def golden_cases(shared):
-    sys.path.insert(0, str(shared / "golden"))
-    folder = shared / "golden/refinedet"
-    return json.loads((folder / "match.json").read_text())["cases"], np.load(folder / "match.npz")
-
-
 def targets_of_case(case, arrays):
-    from recipe import make_array
-
     name = case["case"]
     boxes = ops.convert_to_tensor(arrays[f"{name}_truths"][None].astype("f4"))
     labels = arrays[f"{name}_labels"][None].astype("i4")
-    anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((320, 320))
+    anchors = AnchorGenerator(clip=True)((320, 320)) / 320
     if case["mode"] == "arm":
         anchors = decode_boxes(make_array(**case["arm_loc"]), anchors)[None]
     else:
@@ -157,11 +162,10 @@ def targets_of_case(case, arrays):
     return np.array(offsets)[0], np.array(classes)[0], iou, np.array(boxes)[0], np.array(anchors)
 
 
-def test_golden_matching(shared):
-    cases, arrays = golden_cases(shared)
+def test_golden_matching():
+    cases, arrays = load_cases("matching"), load_arrays("matching")
     compared = 0
-    for case in cases:
-        name = case["case"]
+    for name, case in cases.items():
         # Ties and the reference's last-one-wins bug have tests of their own.
         if name == "tiny_ties_prior" or name.startswith("shared_best_prior"):
             continue
@@ -178,11 +182,10 @@ def test_golden_matching(shared):
     assert compared == len(cases) - 3
 
 
-def test_golden_ties(shared):
+def test_golden_ties():
     """A box inside several anchors of equal area: any of the equally good ones is right."""
-    cases, arrays = golden_cases(shared)
-    case = next(c for c in cases if c["case"] == "tiny_ties_prior")
-    _, classes, iou, _, _ = targets_of_case(case, arrays)
+    case = load_cases("matching")["tiny_ties_prior"]
+    _, classes, iou, _, _ = targets_of_case(case, load_arrays("matching"))
     positives = np.flatnonzero(classes)
     assert len(positives) == case["num_positives"]
     best = iou.max(axis=1)
@@ -193,17 +196,17 @@ def test_golden_ties(shared):
     )
 
 
-def test_golden_shared_best_anchor(shared):
+def test_golden_shared_best_anchor():
     """The reference lets the last object take a shared best anchor and drops the other.
 
     Here, as in the authors' code, the one with the higher IoU takes it and the other
     its next best, so every object has at least one anchor.
     """
-    cases, arrays = golden_cases(shared)
-    for case in (c for c in cases if c["case"].startswith("shared_best_prior")):
-        offsets, classes, iou, boxes, anchors = targets_of_case(case, arrays)
+    for name in ("shared_best_prior_prior", "shared_best_prior_arm"):
+        case = load_cases("matching")[name]
+        offsets, classes, iou, boxes, anchors = targets_of_case(case, load_arrays("matching"))
         anchors = np.broadcast_to(anchors.reshape(-1, 4), (6375, 4))
-        want = match_by_hand(iou, 0.5)
+        want = reference.match(iou)
         np.testing.assert_array_equal(classes > 0, want >= 0)
         assert set(want[want >= 0]) == set(range(len(boxes)))
         positives = np.flatnonzero(classes)

@@ -1,14 +1,14 @@
-"""Mosaic, mixup and multi-scale batches, proven against pixels, numpy and the law of the draws."""
+"""Mosaic, mixup, and multi-scale batches against pixels, numpy, and exact distributions."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmentation
-from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, compact_rows
 from keras_resnest.data.batches import training_batches
 
-PRIMARIES = np.eye(3) * 255.0  # red, green and blue: the colors of labels 0, 1 and 2
+PRIMARIES = np.eye(3) * 255.0  # red, green, and blue: the colors of labels 0, 1, and 2
 BOXES = np.array([[20, 15, 75, 50], [90, 40, 130, 95], [35, 60, 70, 100]], "float32")
 HEIGHT, WIDTH = 110, 150
 
@@ -19,7 +19,7 @@ def make_batch(count=4, dtype=np.uint8, boxes=BOXES):
     labels = np.full((count, 4), -1, "int32")
     all_boxes = np.zeros((count, 4, 4), "float32")
     for i in range(count):
-        images[i, :3, :3] = 20 + 10 * i  # no two images are the same
+        images[i, :3, :3] = 20 + 10 * i  # all images differ
         for row in range(min(3, 1 + i % 3)):
             x1, y1, x2, y2 = boxes[row].astype(int)
             images[i, y1:y2, x1:x2] = PRIMARIES[row]
@@ -32,7 +32,9 @@ def make_batch(count=4, dtype=np.uint8, boxes=BOXES):
 def run(mix, batch, count=25):
     """Results in a tf.data graph for `count` seeds, as numpy."""
     seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([i, 7]))
-    return list(seeds.map(lambda seed: mix(batch, seed)).as_numpy_iterator())
+    # Tracing without AutoGraph is faster; the tests of the pipeline below use AutoGraph.
+    trace = tf.autograph.experimental.do_not_convert(lambda seed: mix(batch, seed))
+    return list(seeds.map(trace).as_numpy_iterator())
 
 
 def extent(mask):
@@ -49,23 +51,23 @@ def images_of(result):
 
 class TestMosaic:
     @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-    def test_boxes_are_where_the_rectangles_are(self, dtype):
+    def test_boxes_match_the_rectangles(self, dtype):
         seen = 0
         for result in run(Mosaic(1.0), make_batch(dtype=dtype)):
             assert result["images"].shape == (4, HEIGHT, WIDTH, 3)
             assert result["images"].dtype == dtype
             for image, boxes, labels in images_of(result):
                 for box, label in zip(boxes, labels, strict=True):
-                    # Inside the box all is of its color (but for a border of blending) ...
+                    # Inside the box all pixels have its color (apart from a blended border) ...
                     x1, y1, x2, y2 = np.round(box).astype(int)
                     inner = image[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].astype(float)
                     assert (np.abs(inner - PRIMARIES[label]) < 2).all()
-                    # ... and just outside there is none of it, unless a neighbor touches.
+                    # ... and just outside none has, unless a neighbor touches.
                     others = np.ones(image.shape[:2], bool)
                     for other in boxes[labels == label]:
                         a1, b1, a2, b2 = np.round(other).astype(int)
                         others[max(b1 - 1, 0) : b2 + 1, max(a1 - 1, 0) : a2 + 1] = False
-                    # (an object whose center was cut off leaves pixels, but no box)
+                    # (An object whose center is cut off leaves pixels, but no box.)
                     rim = np.zeros_like(others)
                     rim[max(y1 - 3, 0) : y2 + 3, max(x1 - 3, 0) : x2 + 3] = True
                     is_color = image[..., label].astype(float) > 200
@@ -74,7 +76,7 @@ class TestMosaic:
         assert seen > 200
 
     def test_quadrants_are_the_four_images_at_the_covering_scale(self):
-        """Plain images of four gray values, each with one box round everything."""
+        """Plain images of four gray values, each with one box around the whole image."""
         images = np.ones((4, HEIGHT, WIDTH, 3), "float32") * np.array([40, 90, 140, 190.0])[
             :, None, None, None
         ].astype("float32")
@@ -95,7 +97,7 @@ class TestMosaic:
                 x, y = parts[corners[0]][2:]
                 wanted = [[0, 0, x, y], [x, 0, WIDTH, y], [0, y, x, HEIGHT], [x, y, WIDTH, HEIGHT]]
                 assert [parts[label].tolist() for label in corners] == wanted
-                # A box goes where its center is cut off; the others are the quadrants.
+                # A box whose center is cut off is dropped; the others are the quadrants.
                 for box, label in zip(boxes, labels, strict=True):
                     np.testing.assert_allclose(box, parts[label], atol=1e-3)
                 kept += len(labels)
@@ -106,10 +108,10 @@ class TestMosaic:
         assert kept > 0.7 * 4 * len(centers)
         assert (centers > 0.24).all() and (centers < 0.61).all()
         assert np.ptp(centers[:, 0]) > 0.25 and np.ptp(centers[:, 1]) > 0.25
-        assert abs(np.corrcoef(centers.T)[0, 1]) < 0.3  # height and width are drawn apart
+        assert abs(np.corrcoef(centers.T)[0, 1]) < 0.3  # height and width are drawn independently
 
     def test_aspect_ratio_is_kept(self):
-        boxes = np.array([[55, 35, 95, 75]], "float32")  # a square in the middle: never cut much
+        boxes = np.array([[55, 35, 95, 75]], "float32")  # a central square: never cut much
         batch = make_batch(boxes=np.repeat(boxes, 3, axis=0))
         squares = []
         for result in run(Mosaic(1.0, center=(0.4, 0.6)), batch):
@@ -119,10 +121,10 @@ class TestMosaic:
         squares = np.array(squares)
         assert len(squares) > 100
         assert np.median(np.abs(np.log(squares[:, 0] / squares[:, 1]))) < 0.05
-        assert 0.4 * 40 - 1 < np.median(squares) < 0.65 * 40  # about half as large as they were
+        assert 0.4 * 40 - 1 < np.median(squares) < 0.65 * 40  # about half the size
 
-    def test_object_stays_if_its_center_is_seen(self):
-        """Every pixel of a box's center is there exactly if the box is."""
+    def test_objects_are_kept_if_their_center_is_visible(self):
+        """The center of a box is visible exactly if the box is kept."""
         image = np.zeros((4, HEIGHT, WIDTH, 3), "float32")
         image[:, :, :] = [0, 80, 0]
         x1, y1, x2, y2 = box = np.array([10, 10, 40, 40])
@@ -134,8 +136,8 @@ class TestMosaic:
         }
         kept = lost = 0
         for result in run(Mosaic(1.0, min_box_size=0.0), {"images": image, "bounding_boxes": rows}):
-            for picture, boxes, _ in images_of(result):
-                marks = np.argwhere(picture[..., 0] > 150)
+            for seen, boxes, _ in images_of(result):
+                marks = np.argwhere(seen[..., 0] > 150)
                 for mark_y, mark_x in marks:
                     inside = (boxes[:, 0] - 1 <= mark_x) & (mark_x <= boxes[:, 2] + 1)
                     inside &= (boxes[:, 1] - 1 <= mark_y) & (mark_y <= boxes[:, 3] + 1)
@@ -157,7 +159,7 @@ class TestMosaic:
                 assert found[found >= 0].tolist() == wanted[wanted >= 0].tolist()
         assert np.mean(changed) == pytest.approx(0.4, abs=0.1)
 
-    def test_small_boxes_go_and_empty_images_stay(self):
+    def test_small_boxes_are_dropped_and_empty_images_kept(self):
         batch = make_batch()
         for result in run(Mosaic(1.0, min_box_size=20.0), batch, 10):
             for _, boxes, _ in images_of(result):
@@ -173,39 +175,40 @@ class TestMosaic:
 
 
 class TestMixUp:
-    def test_both_images_shine_through_and_both_have_their_boxes(self):
+    def test_both_images_are_visible_and_keep_their_boxes(self):
         first, second = np.zeros((2, HEIGHT, WIDTH, 3), "float32")
         first[15:50, 20:75] = PRIMARIES[0]
         second[40:95, 60:130] = PRIMARIES[1]
         boxes = np.array([[[20, 15, 75, 50]], [[60, 40, 130, 95]]], "float32")
         rows = {"boxes": tf.constant(boxes), "labels": tf.constant([[0], [1]])}
         batch = {"images": tf.constant(np.stack([first, second])), "bounding_boxes": rows}
-        shares = []
+        weights = []
         for result in run(MixUp(1.0), batch, 60):
             for number, (image, found, labels) in enumerate(images_of(result)):
                 assert labels.tolist() == [number, 1 - number]
                 for box, label in zip(found, labels, strict=True):
                     np.testing.assert_array_equal(box, extent(image[..., label] > 10))
-                share = image[20, 25, 0] / 255  # where only the first image has color
-                np.testing.assert_allclose(image, share * first + (1 - share) * second, atol=1e-2)
-                shares.append(share if number == 0 else 1 - share)
+                weight = image[20, 25, 0] / 255  # only the first image has color here
+                wanted = weight * first + (1 - weight) * second
+                np.testing.assert_allclose(image, wanted, atol=1e-2)
+                weights.append(weight if number == 0 else 1 - weight)
         # Beta(32, 32): mean 1/2, variance 1 / (4 * 65)
-        assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
-        assert np.std(shares) == pytest.approx((4 * 65) ** -0.5, rel=0.3)
+        assert np.mean(weights) == pytest.approx(0.5, abs=0.03)
+        assert np.std(weights) == pytest.approx((4 * 65) ** -0.5, rel=0.3)
 
-    def test_share_follows_the_beta_distribution(self):
+    def test_weights_follow_the_beta_distribution(self):
         images = np.zeros((64, 8, 8, 3), "float32")
         images[::2] = 255.0
         rows = {"boxes": tf.zeros([64, 1, 4]), "labels": tf.fill([64, 1], -1)}
         batch = {"images": tf.constant(images), "bounding_boxes": rows}
-        shares = []
+        weights = []
         for result in run(MixUp(1.0, alpha=0.5), batch, 20):
             values = result["images"][::2, 0, 0, 0] / 255
             if (values < 1).mean() > 0.9:  # partners were black
-                shares += values.tolist()
+                weights += values.tolist()
         # Beta(1/2, 1/2): variance 1/8, a third of it within 1/4 .. 3/4
-        assert len(shares) > 150 and np.var(shares) == pytest.approx(1 / 8, rel=0.25)
-        middle = np.mean((np.array(shares) > 0.25) & (np.array(shares) < 0.75))
+        assert len(weights) > 150 and np.var(weights) == pytest.approx(1 / 8, rel=0.25)
+        middle = np.mean((np.array(weights) > 0.25) & (np.array(weights) < 0.75))
         assert middle == pytest.approx(1 / 3, abs=0.1)
 
     def test_unmixed_images_are_untouched(self):
@@ -225,17 +228,17 @@ class TestMixUp:
         assert np.mean(changed) == pytest.approx(0.3, abs=0.1)
         assert result["images"].dtype == np.uint8
 
-    def test_an_image_alone_is_not_mixed_with_itself(self):
+    def test_a_single_image_is_not_mixed_with_itself(self):
         batch = make_batch(1)
         (result,) = run(MixUp(1.0), batch, 1)
         np.testing.assert_array_equal(result["images"], batch["images"])
         assert (result["bounding_boxes"]["labels"] >= 0).sum() == 1
 
 
-def test_fit_rows():
+def test_compact_rows():
     labels = tf.constant([[-1, 3, -1, 1, -1], [-1, -1, 2, -1, -1]])
     boxes = tf.reshape(tf.range(40.0), [2, 5, 4])
-    rows = fit_rows({"boxes": boxes, "labels": labels})
+    rows = compact_rows({"boxes": boxes, "labels": labels})
     assert rows["labels"].numpy().tolist() == [[3, 1], [2, -1]]
     assert rows["boxes"].numpy().tolist() == [
         [[4, 5, 6, 7], [12, 13, 14, 15]],
@@ -273,7 +276,7 @@ def test_errors_name_the_argument(build, argument):
 
 
 def dataset(count=12):
-    """Images with one rectangle each, of the color of its label, at its own place."""
+    """Images with one rectangle each, in the color of its label, at different places."""
 
     def element(i):
         i = tf.cast(i, tf.int32)
@@ -290,7 +293,7 @@ def dataset(count=12):
 
 
 def assert_rectangles(batch, tolerance=1.6):
-    """Every box that stands alone in its color is where that color is in the image."""
+    """A box that is the only one of its color matches the pixels of that color."""
     checked = 0
     rows = batch["bounding_boxes"]
     for image, boxes, labels in zip(batch["images"], rows["boxes"], rows["labels"], strict=True):
@@ -310,7 +313,7 @@ def assert_rectangles(batch, tolerance=1.6):
         {"image_sizes": [[64, 96], [128, 64]], "mixup": MixUp(0.5), "max_boxes": 5},
     ],
 )
-def test_training_batches_have_boxes_where_the_rectangles_are(options):
+def test_boxes_of_training_batches_match_the_rectangles(options):
     shape = (96, 96)
     augmentation = TrainingAugmentation(shape, None, None, None, RandomFlip(0.5, 0.5))
     batches = training_batches(dataset(), shape, 4, augmentation, seed=3, **options)
@@ -324,7 +327,7 @@ def test_training_batches_have_boxes_where_the_rectangles_are(options):
     assert checked > 30
 
 
-def test_mosaic_then_mixup_in_batches_is_repeatable():
+def test_mosaic_and_mixup_in_batches_depend_on_the_seed_only():
     def epochs():
         augmentation = TrainingAugmentation((64, 96), None, None)
         batches = training_batches(
@@ -340,7 +343,9 @@ def test_mosaic_then_mixup_in_batches_is_repeatable():
 
 def test_sizes_are_drawn_for_whole_batches():
     sizes = [(64, 64), (96, 64), (128, 192)]
-    batches = training_batches(dataset(24), (64, 64), 4, image_sizes=sizes, seed=1)
+    batches = training_batches(
+        dataset(24), (64, 64), 4, augmentation=None, image_sizes=sizes, seed=1
+    )
     assert batches.element_spec["images"].shape.as_list() == [4, None, None, 3]
     epochs = [[tuple(b["images"].shape[1:3]) for b in batches] for _ in range(12)]
     drawn = [size for epoch in epochs for size in epoch]
@@ -350,7 +355,7 @@ def test_sizes_are_drawn_for_whole_batches():
 
 def test_relative_boxes_of_drawn_sizes():
     sizes = [(64, 64), (96, 64), (128, 192)]
-    options = {"image_sizes": sizes, "seed": 1, "shuffle_buffer": 0}
+    options = {"augmentation": None, "image_sizes": sizes, "seed": 1, "shuffle_buffer": 0}
     pixels = training_batches(dataset(), (64, 64), 4, **options)
     relative = training_batches(dataset(), (64, 64), 4, bounding_box_format="rel_yxyx", **options)
     for a, b in zip(pixels, relative, strict=True):
@@ -361,7 +366,9 @@ def test_relative_boxes_of_drawn_sizes():
 
 
 def test_too_many_mixed_boxes_are_an_error():
-    batches = training_batches(dataset(), (64, 64), 4, mixup=MixUp(1.0), max_boxes=1)
+    batches = training_batches(
+        dataset(), (64, 64), 4, augmentation=None, mixup=MixUp(1.0), max_boxes=1
+    )
     with pytest.raises(tf.errors.InvalidArgumentError, match="mixed image has more boxes"):
         list(batches)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 from detectors import CLASS_NAMES, rectangles, small_detector
+from golden_data import detection_case
 from keras import ops
 
 from keras_resnest.boxes import offsets as kb
@@ -189,45 +191,6 @@ def test_switches(detector, monkeypatch, two_step, filtering):
 # === Brute force ===
 
 
-def softmax(logits):
-    e = np.exp(np.array(logits, "f8") - np.max(logits))
-    return e / e.sum()
-
-
-def moved(offsets, box):
-    dx, dy, dw, dh = map(float, offsets)
-    w, h = box[2] - box[0], box[3] - box[1]
-    cx, cy = (box[0] + box[2]) / 2 + dx * 0.1 * w, (box[1] + box[3]) / 2 + dy * 0.1 * h
-    w, h = w * min(np.exp(dw * 0.2), 62.5), h * min(np.exp(dh * 0.2), 62.5)
-    return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-
-
-def overlap(a, b):
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if w <= 0 or h <= 0:
-        return 0.0
-    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
-
-
-def by_loops(outputs, anchors, objectness, confidence, iou, top_k, most):
-    """(confidence, label, box) of the first image, one box at a time, in float64."""
-    o = {name: value[0] for name, value in outputs.items()}
-    found = []
-    for label in range(o["odm_logits"].shape[1] - 1):
-        candidates = []
-        for a, anchor in enumerate(anchors.tolist()):
-            score = softmax(o["odm_logits"][a])[label + 1]
-            if softmax(o["arm_objectness"][a])[1] > objectness and score > confidence:
-                box = moved(o["odm_boxes"][a], moved(o["arm_boxes"][a], anchor))
-                candidates.append((score, label, box))
-        kept = []
-        for candidate in sorted(candidates, reverse=True)[:top_k]:
-            if all(overlap(candidate[2], other[2]) <= iou for other in kept):
-                kept.append(candidate)
-        found += kept
-    return sorted(found, reverse=True)[:most]
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "setting",
@@ -243,7 +206,8 @@ def test_equals_brute_force(seed, setting):
     corner = rng.uniform(0, 40, (60, 2))
     anchors = np.concatenate([corner, corner + rng.uniform(10, 50, (60, 2))], 1).astype("f4")
     outputs = random_outputs(seed, 1, 4, anchors)
-    want = by_loops(outputs, anchors, *setting)
+    raw = {name: value[0] for name, value in outputs.items()}
+    want = reference.decode_detections(raw, anchors, *setting)
     names = ("objectness_threshold", "confidence_threshold", "iou_threshold")
     names = (*names, "pre_nms_top_k", "max_detections")
     options = dict(zip(names, setting, strict=True))
@@ -259,10 +223,7 @@ def test_suppression_does_not_depend_on_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 60, (300, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(10, 40, (300, 2))], 1)
-    kept = []
-    for i in range(300):
-        if all(overlap(boxes[k], boxes[i]) <= 0.3 for k in kept):
-            kept.append(i)
+    kept = reference.suppress(boxes, -np.arange(300), np.zeros(300), iou_threshold=0.3)
     assert len(kept) > 20
     for block in (1, 7, 128, 1000):
         monkeypatch.setattr(nd, "NMS_BLOCK", block)
@@ -295,16 +256,10 @@ def test_thresholds_are_exclusive():
 
 
 @pytest.mark.parametrize("name", ["few_clean", "many_noisy", "dense", "size512"])
-def test_golden_detections(shared, name):
-    folder = shared / "golden/refinedet"
-    cases = json.loads((folder / "detect.json").read_text())["cases"]
-    case = next(c for c in cases if c["case"] == name)
-    theirs = ("arm_loc", "arm_conf", "odm_loc", "odm_conf")
-    with np.load(folder / "detect.npz") as arrays:
-        outputs = {n: arrays[f"{name}_{t}"] for n, t in zip(NAMES, theirs, strict=True)}
-        rows = arrays[f"{name}_detections_top500"]
+def test_golden_detections(name):
+    case, outputs, rows = detection_case(name)
     side = case["size"]
-    anchors = AnchorGenerator(clip=True, bounding_box_format="rel_xyxy")((side, side))
+    anchors = AnchorGenerator(clip=True)((side, side)) / side
     options = {"pre_nms_top_k": 1000, "max_detections": 500, "clip_to_image": False}
     got = by_numpy(outputs, anchors, (1, 1), **options)
     for image in range(case["batch"]):

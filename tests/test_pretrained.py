@@ -1,4 +1,4 @@
-"""Weights by name and from files, against a real server on loopback and real files."""
+"""Pretrained weights: downloads from a server on loopback, and weight files."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden_data
 import keras
 import numpy as np
 import pytest
-from golden_networks import load_recipe
+from fresh_process import PACKAGE
 from hub_server import running
 from safetensors.numpy import save, save_file
 
@@ -32,47 +33,20 @@ WAYS = {
     "resnet18.tv_in1k": "cut",
     "resnet34.a1_in1k": "right",  # the file of another network
 }
-# Loads what the command line asks for, one after another; prints what came of it.
-PROGRAM = """
-import json, sys, numpy as np
-from keras_resnest.backbones import PRETRAINED, create_backbone
-from keras_resnest.backbones.weights.table import PretrainedWeights
-address, sha256, image = sys.argv[1:4]
-def row(way, promised):
-    source = f"{address}/files/{way}/resnet18-{way}-{promised}.safetensors"
-    return PretrainedWeights(source, 224, 0.875, "bilinear", None, "none", promised)
-PRETRAINED["resnet18"] |= {
-    "url": row("right", sha256[:8]),
-    "url_wrong_hash": row("right", "00000000"),
-    "url_cut": row("cut", sha256[:8]),
-    "url_absent": row("absent", sha256[:8])._replace(source=f"{address}/nothing.safetensors"),
-}
-for name, tag in [request.split(":") for request in sys.argv[4:]]:
-    options = {"include_rescaling": False, "classifier_activation": None}
-    try:
-        logits = create_backbone(name, weights=tag, **options)(np.load(image), training=False)
-        answer = {"logits": np.asarray(logits).tolist()}
-    except Exception as error:
-        answer = {"kind": type(error).__name__, "error": str(error)}
-    print("\\n" + json.dumps(answer))  # progress bars leave their line open
-"""
+PROGRAM = Path(__file__).parent / "programs" / "fetch_weights.py"
 
 
 @pytest.fixture(scope="module")
-def weights(shared):
-    golden = shared / "golden"
-    manifest = golden / "manifests" / "timm.resnet18.json"
-    recipe = load_recipe(golden)
-    return recipe.make_state_dict(recipe.load_manifest(manifest), 1)
+def weights():
+    entry = golden_data.load_cases("networks")["timm.resnet18"]
+    return golden_data.state_dict("timm.resnet18", entry)
 
 
 @pytest.fixture(scope="module")
-def golden_case(shared):
-    golden = shared / "golden"
-    facts = json.loads((golden / "networks.json").read_text())["timm.resnet18"]["cases"]["main"]
-    image = load_recipe(golden).make_input(facts["input_shape"], 1, facts["input_name"])
-    with np.load(golden / "networks" / "timm.resnet18.npz") as arrays:
-        return image.transpose(0, 2, 3, 1), arrays["main_logits"]
+def golden_case():
+    facts = golden_data.load_cases("networks")["timm.resnet18"]["cases"]["main"]
+    logits = golden_data.load_arrays("networks")["timm.resnet18/main_logits"]
+    return golden_data.input_images(facts, 1), logits
 
 
 def fetch(folder, address, sha256, image, *requests):
@@ -84,10 +58,11 @@ def fetch(folder, address, sha256, image, *requests):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": str(PACKAGE),
     }
     environment.pop("HF_HUB_OFFLINE", None)
     np.save(folder / "image.npy", image)
-    command = [sys.executable, "-c", PROGRAM, address, sha256, str(folder / "image.npy")]
+    command = [sys.executable, str(PROGRAM), address, sha256, str(folder / "image.npy")]
     result = subprocess.run(
         [*command, *requests], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -127,7 +102,7 @@ def test_the_hub_gives_weights_or_a_sentence(weights, golden_case, tmp_path):
     check_sentence(truncated, "ConnectionError", "resnet18.a3_in1k", "could not be fetched")
     check_sentence(absent, "ConnectionError", "resnet34.a2_in1k", "weights=<path>")
     assert other["kind"] == "ValueError" and "missing: layer4_2_conv2" in other["error"]
-    # The file of the last one is whole, and what the hub promised.
+    # The file of the last request is complete and has the right checksum.
     assert len(cached_files(tmp_path)) == len(good) + 1
 
 
@@ -141,7 +116,7 @@ def test_a_file_server_gives_weights_or_a_sentence(weights, golden_case, tmp_pat
     check_sentence(answers[2], "ConnectionError", "could not be fetched")
     check_sentence(answers[3], "ConnectionError", "404")
     assert len(cached_files(tmp_path)) == 1
-    # Nor is there anything of a download that broke off.
+    # Interrupted downloads leave nothing behind.
     assert [path.name for path in (tmp_path / "keras").rglob("*") if path.is_dir()] == [
         "models",
         "keras_resnest",
@@ -154,9 +129,9 @@ def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
     with running(save(weights), WAYS) as server:
         address, sha256 = server.address, server.sha256
         answers = fetch(tmp_path, address, sha256, image, *requests, *requests)
-        # What lies in the cache is not asked for again.
+        # Cached files are not requested again.
         assert len(set(server.requests)) == len(server.requests) > 0
-    # Now nobody listens there.
+    # The server is down now.
     answers += fetch(tmp_path, address, sha256, image, *requests)
     assert len(answers) == 6
     for answer in answers:
@@ -173,7 +148,7 @@ def test_without_network_and_cache_there_is_a_sentence(golden_case, tmp_path):
     assert not cached_files(tmp_path)
 
 
-# --- Files -----------------------------------------------------------------------------------
+# === Files ===
 
 
 def logits_of(weights, image, **options):
@@ -188,19 +163,19 @@ def test_safetensors_file(weights, golden_case, tmp_path):
     path = tmp_path / "resnet18.safetensors"
     save_file(weights, path)
     assert np.abs(logits_of(path, image) - want).max() < 1e-5 * np.abs(want).max()
-    # Without classifier, the classifier alone is left over.
+    # A network without a classifier skips the file's.
     features = ResNet18(include_top=False, weights=path, include_rescaling=False)
     whole = ResNet18(weights=path, include_rescaling=False)
     assert np.array_equal(
         features(image, training=False),
         keras.Model(whole.input, whole.pyramid_outputs["P5"])(image, training=False),
     )
-    # Half precision becomes full, and a wrapper of data-parallel training is taken off.
+    # Half precision becomes float32, and the prefix of data-parallel training is removed.
     half = {f"module.{name}": array.astype("float16") for name, array in weights.items()}
     save_file(half, tmp_path / "half.safetensors")
     assert np.abs(logits_of(tmp_path / "half.safetensors", image) - want).max() < 0.02
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"no whole \.safetensors file"):
+    with pytest.raises(ValueError, match=r"not a complete \.safetensors file"):
         ResNet18(weights=path)
 
 
@@ -250,7 +225,7 @@ def test_no_pickle_is_ever_executed(tmp_path, monkeypatch, with_torch):
     if with_torch:
         pytest.importorskip("torch", reason="PyTorch is not installed")
     else:
-        monkeypatch.setitem(sys.modules, "torch", None)  # Python's way to forbid an import
+        monkeypatch.setitem(sys.modules, "torch", None)  # makes the import fail
     error, advice = (ValueError, "never executed") if with_torch else (ImportError, "pip install")
     target, content = tmp_path / "executed", {"fc.weight": Malicious(tmp_path / "executed")}
     for name in ("evil.pth", "evil.pt", "evil.bin", "evil.pth.tar"):
@@ -283,7 +258,7 @@ def test_keras_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"does not hold the weights of {name}"):
             create_backbone(name, weights=path, **options)
-    # All or nothing, where the network is there already.
+    # All or nothing, also for an existing network.
     other = create_backbone("resnest14_tiny", classes=7)
     before = other.get_weights()
     with pytest.raises(ValueError, match="classes=7"):
@@ -305,7 +280,7 @@ def test_keras_files_of_networks_with_and_without_dropout(tmp_path):
                 assert np.array_equal(ours, theirs)
 
 
-# --- Wrong arguments, before anything is fetched ---------------------------------------------
+# === Wrong arguments, before anything is fetched ===
 
 
 @pytest.mark.parametrize(
@@ -358,7 +333,7 @@ def test_other_classes_keep_the_backbone():
         VGG16Reduced().replace_top(3)
 
 
-# --- The table -------------------------------------------------------------------------------
+# === The table ===
 
 
 def test_the_table_names_networks_and_complete_facts():
@@ -367,7 +342,7 @@ def test_the_table_names_networks_and_complete_facts():
         for tag, row in tags.items():
             where = (name, tag)
             assert row.on_hub or row.source.startswith("https://"), where
-            assert row.license and 128 <= row.crop_size <= 448 and 0.8 < row.crop_share <= 1, where
+            assert row.license and 128 <= row.crop_size <= 448 and 0.8 < row.crop_ratio <= 1, where
             assert row.top1 is None or 60 < row.top1 < 90, where
             assert row.interpolation in ("bilinear", "bicubic"), where
             if row.sha256 is not None:  # the authors put it into the name

@@ -1,4 +1,4 @@
-"""Readers of COCO, YOLO and CSV: one dataset written in all of them, and the quirks of each."""
+"""`read_coco`, `read_yolo`, `read_csv`, `read_detection`: the same dataset in all formats."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from keras_resnest.data import (
     read_coco,
     read_csv,
     read_detection,
+    read_train_test,
     read_voc,
     read_yolo,
 )
@@ -41,7 +42,7 @@ def save_images(folder, names=TRUTH, size=SIZE):
     return folder
 
 
-# === Writers, one for each format: no code of the readers is used ===
+# === Writers, independent of the readers ===
 
 
 def coco(truth=TRUTH, ids=None, **changes):
@@ -112,7 +113,7 @@ WRITERS = {
 
 
 def found(dataset):
-    """(names and boxes) of every image."""
+    """[(class name, x1, y1, x2, y2), ...] of every image."""
     return [
         [(dataset.class_names[k], *box) for k, box in zip(r.labels, r.boxes.tolist(), strict=True)]
         for r in dataset.records
@@ -123,11 +124,11 @@ def problems(read):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset = read()
-    assert bool(caught) == bool(dataset.report.problems)  # one warning tells of them
+    assert bool(caught) == bool(dataset.report.problems)  # and only then a warning
     return dataset, [problem.what for problem in dataset.report.problems]
 
 
-# === What all have in common ===
+# === All formats ===
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -150,7 +151,7 @@ def test_the_same_data_in_every_format(tmp_path, name):
     [
         ((50, 30, 70, 45), (50, 30, 60, 40), "box across the border"),
         ((-5, 10, 20, 20), (0, 10, 20, 20), "box across the border"),
-        ((50, 30, 60.3, 40.2), (50, 30, 60, 40), None),  # rounding of whoever wrote it
+        ((50, 30, 60.3, 40.2), (50, 30, 60, 40), None),  # rounding
         ((70, 10, 80, 20), None, "box outside the image"),
         ((10, 10, 10, 20), None, "degenerate box"),
         ((30, 10, 20, 20), None, "degenerate box"),
@@ -173,7 +174,7 @@ def test_odd_boxes(tmp_path, monkeypatch, name, box, expected, fault):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_same_box_of_two_classes_is_no_repetition(tmp_path, monkeypatch, name):
+def test_same_box_of_two_classes_is_kept(tmp_path, monkeypatch, name):
     monkeypatch.setitem(TRUTH, "b.png", [("dog", 20, 10, 40, 20), ("cat", 20, 10, 40, 20)])
     dataset, faults = problems(lambda: WRITERS[name](tmp_path))
     assert faults == [] and len(found(dataset)[1]) == 2
@@ -231,11 +232,11 @@ def test_missing_image_raises_or_is_skipped(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "drawn_on"),
-    # Only COCO states the size of the image, which tells how it was drawn on.
+    # Only COCO states the size of the image, which reveals its frame.
     [("coco", "upright"), ("coco", "stored"), ("yolo", "upright"), ("csv", "upright")],
 )
 def test_rotated_images(tmp_path, name, drawn_on):
-    """A white rectangle on black; YOLO's boxes and CSV's are always those of the upright one."""
+    """A white rectangle on black; boxes of YOLO and CSV always belong to the upright image."""
     WRITERS[name](tmp_path)
     upright = np.zeros((SIZE[1], SIZE[0], 3), "uint8")
     upright[5:25, 10:30] = 255
@@ -316,7 +317,7 @@ def test_coco_looks_for_its_images(tmp_path):
         read_coco(path, tmp_path / "absent")
 
 
-def test_coco_order_is_that_of_the_file_and_names_that_of_the_ids(tmp_path):
+def test_coco_images_in_file_order_and_names_in_id_order(tmp_path):
     def mix_up(content):
         for rows in content.values():
             rows.reverse()
@@ -326,7 +327,7 @@ def test_coco_order_is_that_of_the_file_and_names_that_of_the_ids(tmp_path):
     assert dataset.class_names == ["cat", "dog"]  # 17 before 90
 
 
-COCO_FAULTS = {  # change: (what, images that are left)
+COCO_FAULTS = {  # problem: (change, remaining images)
     "unknown category id": (lambda c: c["annotations"][2].update(category_id=1), 2),
     "annotation of an image that is not listed": (
         lambda c: c["annotations"][2].update(image_id=7),
@@ -368,7 +369,7 @@ def test_coco_repetitions_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("box", [None, [1, 2, 3], "1 2 3 4", [1, 2, "x", 4], {"x": 1}])
-def test_coco_boxes_that_are_none(tmp_path, box):
+def test_coco_malformed_boxes(tmp_path, box):
     dataset, faults = problems(
         read_changed(tmp_path, lambda c: c["annotations"][0].update(bbox=box))
     )
@@ -479,7 +480,7 @@ def test_yolo_polygons_and_line_ends(tmp_path):
     assert boxes == [("cat", 0, 0, 60, 40), ("dog", 15, 10, 45, 30)]
 
 
-def test_yolo_without_names_of_its_own(tmp_path):
+def test_yolo_without_class_names(tmp_path):
     write_yolo(tmp_path)
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(ValueError, match=r"has no class names.*give `class_names`"):
@@ -487,7 +488,7 @@ def test_yolo_without_names_of_its_own(tmp_path):
     assert found(read_yolo(tmp_path, class_names=["x", "y"]))[0][0][0] == "y"
     (tmp_path / "labels/train/classes.txt").write_text("")
     (tmp_path / "classes.txt").write_text("cat\r\ndog\r\n", newline="")
-    dataset = read_yolo(tmp_path, class_names=["dog", "cat"])  # mapped by name now
+    dataset = read_yolo(tmp_path, class_names=["dog", "cat"])  # now matched by name
     assert dataset.records[0].labels.tolist() == [0, 1]
 
 
@@ -598,7 +599,7 @@ def test_csv_faulty_rows(tmp_path, row, what):
 
 
 @pytest.mark.parametrize("cells", ["1,,3,4", "1,two,3,4"])
-def test_csv_half_a_box(tmp_path, cells):
+def test_csv_incomplete_boxes(tmp_path, cells):
     save_images(tmp_path)
     (tmp_path / "x.csv").write_text(f"a.png,10,5,30,25,dog\na.png,{cells},dog\n")
     dataset, faults = problems(lambda: read_csv(tmp_path / "x.csv"))
@@ -623,7 +624,7 @@ def test_csv_faulty_files(tmp_path):
         read_csv(tmp_path / "x.csv", tmp_path / "absent")
 
 
-# === The format is recognized ===
+# === Format detection ===
 
 
 def write_voc(folder):
@@ -701,11 +702,11 @@ def test_options_reach_the_reader(tmp_path):
         read_detection(tmp_path / "VOC", image_folder=moved)
 
 
-def test_what_is_not_recognized(tmp_path):
+def test_formats_that_are_not_recognized(tmp_path):
     (tmp_path / "void").mkdir()
     (tmp_path / "notes.md").write_text("x")
     for source in ("void", "notes.md", "absent"):
-        with pytest.raises(ValueError, match=r"Looked for:(.|\n)*VOC:(.|\n)*CSV:(.|\n)*tfds:"):
+        with pytest.raises(ValueError, match=r"Expected:(.|\n)*VOC:(.|\n)*CSV:(.|\n)*tfds:"):
             read_detection(tmp_path / source)
     write_voc(tmp_path / "both")
     write_csv(tmp_path / "both")
@@ -717,6 +718,100 @@ def test_what_is_not_recognized(tmp_path):
         read_detection(tmp_path / "coco")
 
 
+# === Splits ===
+
+
+def image_ids(dataset):
+    return [record.image_id for record in dataset.records]
+
+
+def write_csv_splits(folder, **splits):
+    """Each split is a list of (image, class name)."""
+    save_images(folder, sorted({image for rows in splits.values() for image, _ in rows}))
+    for name, rows in splits.items():
+        text = "".join(f"{image},1,2,3,4,{label}\n" for image, label in rows)
+        (folder / f"{name}.csv").write_text(text)
+    return folder
+
+
+A, B, C = ("a.png", "dog"), ("b.png", "cat"), ("c.png", "cat")
+
+
+@pytest.mark.parametrize(
+    ("splits", "test"),
+    [
+        (("train", "test", "val"), "test"),
+        (("train", "val", "valid"), "val"),
+        (("train", "validation", "other"), "validation"),
+        (("train2017", "val2017", "unlabeled2017"), "val2017"),
+        (("train", "train2017", "test-2"), "test-2"),
+    ],
+)
+def test_default_splits_for_training_and_testing(tmp_path, splits, test):
+    rows = {name: [("other.png", "dog")] for name in splits}
+    write_csv_splits(tmp_path, **{**rows, splits[0]: [A, B], test: [C]})
+    train_set, test_set = read_train_test(tmp_path)
+    assert image_ids(train_set) == ["a.png", "b.png"] and image_ids(test_set) == ["c.png"]
+
+
+def test_test_set_has_the_class_names_of_the_training_set(tmp_path):
+    write_csv_splits(tmp_path, train=[A, B], test=[A])
+    train_set, test_set = read_train_test(str(tmp_path))
+    assert train_set.class_names == test_set.class_names == ["cat", "dog"]
+    assert test_set.records[0].labels.tolist() == [1]
+    write_csv_splits(tmp_path, train=[A], test=[A, B])
+    with pytest.raises(ValueError, match="unknown class 'cat'"):
+        read_train_test(tmp_path)
+    with pytest.warns(UserWarning, match="unknown class 'cat'"):
+        _, test_set = read_train_test(tmp_path, on_error="skip")
+    assert image_ids(test_set) == ["a.png"]
+
+
+def test_named_splits_for_training_and_testing(tmp_path):
+    write_csv_splits(tmp_path, train=[A, B], test=[A], mine=[C], yours=[B])
+    pair = read_train_test(tmp_path, train_split="yours", test_split="mine")
+    assert list(map(image_ids, pair)) == [["b.png"], ["c.png"]]
+    assert image_ids(read_train_test(tmp_path, test_split="mine")[0]) == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match=r"mine, test, train, yours\. Received: split='absent'"):
+        read_train_test(tmp_path, train_split="absent")
+
+
+def test_default_splits_that_do_not_exist_or_are_ambiguous(tmp_path):
+    write_csv_splits(tmp_path, train=[A], mine=[A])
+    with pytest.raises(ValueError, match="Received: split='test'"):
+        read_train_test(tmp_path)
+    write_csv_splits(tmp_path, val2014=[A], val2017=[A])
+    with pytest.raises(ValueError, match="Received: split='val'"):
+        read_train_test(tmp_path)
+
+
+def test_yolo_splits_of_years_for_training_and_testing(tmp_path):
+    for split in ("train2017", "val2017"):
+        write_yolo(tmp_path, images=f"images/{split}", labels=f"labels/{split}")
+    train_set, test_set = read_train_test(tmp_path)
+    assert image_ids(train_set)[0] == "images/train2017/a.png"
+    assert image_ids(test_set)[0] == "images/val2017/a.png"
+
+
+@pytest.mark.parametrize("name", ["VOC", "COCO file", "CSV only file", "YOLO"])
+def test_dataset_without_splits_is_split_at_random(tmp_path, name):
+    source = TREES[name][0](tmp_path)
+    whole = read_detection(source)
+    train_set, test_set = read_train_test(source, holdout=0.4, seed=1)
+    assert len(train_set) == 2 and len(test_set) == 1
+    assert sorted(image_ids(train_set) + image_ids(test_set)) == image_ids(whole)
+    assert train_set.class_names == test_set.class_names == NAMES
+    assert image_ids(read_train_test(source, holdout=0.4, seed=1)[1]) == image_ids(test_set)
+    tests = [image_ids(read_train_test(source, holdout=0.4, seed=i)[1])[0] for i in range(2, 9)]
+    assert len(set(tests)) > 1
+
+
+@pytest.mark.parametrize("holdout", [0, 1, -0.2, 1.5, float("nan")])
+def test_wrong_fraction_to_hold_out(tmp_path, holdout):
+    with pytest.raises(ValueError, match=f"`holdout` must be.*holdout={holdout}"):
+        read_train_test(write_voc(tmp_path), holdout=holdout)
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
@@ -726,7 +821,7 @@ def test_what_is_not_recognized(tmp_path):
         ("CSV folder", ["train"]),
     ],
 )
-def test_names_of_splits(tmp_path, name, wanted):
+def test_find_splits(tmp_path, name, wanted):
     source = TREES[name][0](tmp_path)
     if name == "VOC":
         (source / "ImageSets/Main").mkdir(parents=True)
@@ -737,25 +832,25 @@ def test_names_of_splits(tmp_path, name, wanted):
             read_detection(source, "train")
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])
-def test_a_part_is_held_out(share, count):
+@pytest.mark.parametrize(("fraction", "count"), [(0.2, 5), (0.5, 12), (0.04, 1)])
+def test_a_part_is_held_out(fraction, count):
     records = [
         ImageRecord(np.zeros((4, 4, 3), "uint8"), str(i), boxes=[[0, 0, 2, 2]], labels=[i % 2])
         for i in range(25)
     ]
     dataset = DetectionDataset(records, ["a", "b"])
-    rest, held = dataset.hold_out(share, seed=3)
+    rest, held = dataset.hold_out(fraction, seed=3)
     names = [[record.image_id for record in part.records] for part in (rest, held)]
     assert len(held) == count and rest.class_names == held.class_names == ["a", "b"]
     assert sorted(names[0] + names[1], key=int) == [str(i) for i in range(25)]
-    again = dataset.hold_out(share, seed=3)[1]
+    again = dataset.hold_out(fraction, seed=3)[1]
     assert [record.image_id for record in again.records] == names[1]
-    others = [dataset.hold_out(share, seed=i)[1].records[0].image_id for i in range(4, 12)]
+    others = [dataset.hold_out(fraction, seed=i)[1].records[0].image_id for i in range(4, 12)]
     assert len({names[1][0], *others}) > 1
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.2, 0.01])
-def test_a_part_that_cannot_be_held_out(share):
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 0.01])
+def test_a_part_that_cannot_be_held_out(fraction):
     record = ImageRecord(np.zeros((4, 4, 3), "uint8"), "x", boxes=[], labels=[])
-    with pytest.raises(ValueError, match=r"`share` must be|too few images"):
-        DetectionDataset([record] * 3, ["a"]).hold_out(share)
+    with pytest.raises(ValueError, match=r"`fraction` must be|too few images"):
+        DetectionDataset([record] * 3, ["a"]).hold_out(fraction)

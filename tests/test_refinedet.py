@@ -1,5 +1,7 @@
 """The detector: graph, loss, training, bad input, prediction of images of any size."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.boxes.overlap import pairwise_iou
 from keras_resnest.detection import builders
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.refinedet import STAGE_LOSSES, RefineDet
+from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
+from keras_resnest.detection.refinedet import RefineDet
 from keras_resnest.images import load_image, resize_image
 
 
@@ -84,7 +87,6 @@ def test_builder_passes_its_options_on():
         ({"backbone": "resnest51"}, "resnest50"),
         ({"backbone": keras.Sequential([keras.Input((None, None, 3))])}, "pyramid_outputs"),
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
-        ({"anchor_generator": AnchorGenerator(bounding_box_format="yxyx")}, "anchor_generator"),
     ],
 )
 def test_bad_arguments(arguments, word):
@@ -111,8 +113,8 @@ def test_both_layouts_and_all_formats_give_the_same_loss():
         {"images": images, "bounding_boxes": converted}, verbose=0, return_dict=True
     )
     assert as_dict == pytest.approx(logs, rel=1e-5)
-    assert set(want) == {"loss", *STAGE_LOSSES}
-    assert want["loss"] == pytest.approx(sum(want[n] for n in STAGE_LOSSES), rel=1e-5)
+    assert set(want) == {"loss", *LOSS_NAMES}
+    assert want["loss"] == pytest.approx(sum(want[n] for n in LOSS_NAMES), rel=1e-5)
 
 
 def test_padding_rows_do_not_matter():
@@ -294,22 +296,21 @@ def test_detect_takes_the_darkest_images(trained):
         trained.detect(rectangles(1)[0][0] / 255.0)
 
 
-def test_detect_odd_images(trained, shared):
+def test_detect_odd_images(trained, odd_images):
     """Readable ones give a result, the others None and a warning that names them."""
-    folder = shared / "data/photos/odd"
-    names = sorted(p.name for p in folder.iterdir())
+    names = sorted(p.name for p in odd_images.iterdir())
     with pytest.warns(UserWarning) as warned:
-        results = trained.detect([folder / n for n in names], confidence_threshold=0.0)
+        results = trained.detect([odd_images / n for n in names], confidence_threshold=0.0)
     failed = {n for n, r in zip(names, results, strict=True) if r is None}
     assert failed == {"truncated.jpg", "text_not_image.jpg"}
     for name in failed:
         assert any(name in str(w.message) for w in warned)
         with pytest.raises(ValueError, match=name):
-            trained.detect(folder / name)
+            trained.detect(odd_images / name)
 
 
-def test_detect_respects_exif_orientation(trained, shared):
-    path = shared / "data/photos/odd/exif_orientation6.jpg"
+def test_detect_respects_exif_orientation(trained, odd_images):
+    path = odd_images / "exif_orientation6.jpg"
     upright = load_image(path)
     assert upright.shape == (212, 320, 3)
     got = trained.detect(path, confidence_threshold=0.0)
@@ -320,15 +321,47 @@ def test_detect_respects_exif_orientation(trained, shared):
     np.testing.assert_allclose(got["boxes"], want["boxes"][0, :n] * scale, atol=1e-2)
 
 
+def test_a_new_decoder_counts_at_once(trained):
+    """In `detect`, `predict` and `predict_on_batch`; replaced or changed in place."""
+    image = rectangles(1, seed=9)[0]
+    old = trained.decoder
+
+    def counts():
+        return (
+            len(trained.detect(image[0], confidence_threshold=0.0)["boxes"]),
+            int(trained.predict(image, verbose=0)["num_detections"][0]),
+            int(trained.predict_on_batch(image)["num_detections"][0]),
+        )
+
+    before = counts()
+    trained.decoder = DetectionDecoder(max_detections=2)
+    assert counts() == (2, 2, 2)
+    trained.decoder.max_detections = 1
+    assert counts() == (1, 1, 1)
+    trained.decoder = old
+    assert counts() == before and before[0] > 2
+
+
+def test_arguments_are_those_of_keras():
+    """Names, order and defaults; positional arguments arrive where they belong."""
+    for method in ("fit", "evaluate", "predict"):
+        ours, theirs = (inspect.signature(getattr(cls, method)) for cls in (RefineDet, keras.Model))
+        assert ours == theirs
+    model = small_detector()
+    model.compile("sgd")
+    epochs = []
+    seen = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
+    model.fit(*rectangles(2), 2, 1, 0, [seen])
+    assert epochs == [0]
+
+
 # === Serialization ===
 
 
 def test_config_names_every_argument():
-    import inspect
-
     model = small_detector(
         bounding_box_format="rel_xyxy",
-        matcher=BoxMatcher(0.6),
+        detection_loss=RefineDetLoss(BoxMatcher(0.6)),
         decoder=DetectionDecoder(max_detections=9),
     )
     config = model.get_config()
@@ -336,7 +369,7 @@ def test_config_names_every_argument():
     assert set(config) == arguments
     again = RefineDet.from_config(config)
     assert again.get_config() == config
-    assert again.decoder.max_detections == 9 and again.matcher.iou_threshold == 0.6
+    assert again.decoder.max_detections == 9 and again.detection_loss.matcher.iou_threshold == 0.6
     np.testing.assert_array_equal(again.anchors, model.anchors)
 
 
@@ -351,7 +384,7 @@ def test_data_of_other_classes_are_refused(method):
         def as_dataset(self):
             return data
 
-    batches = kr.data.training_batches(Named(), (64, 128), 2, seed=0)
+    batches = kr.data.training_batches(Named(), (64, 128), 2, augmentation=None, seed=0)
     model = small_detector()
     model.compile()
     with pytest.raises(ValueError, match=r"same classes in the same order.*'red', 'blue', 'green'"):
@@ -373,7 +406,7 @@ def test_training_takes_images_of_several_sizes():
         own = small_detector(shape)
         own.set_weights(model.get_weights())
         outputs = own(images, training=False)
-        want = own.stage_losses(truth["boxes"], truth["labels"], outputs)
+        want = own.detection_loss(outputs, truth["boxes"], truth["labels"], own.anchors)
         data = tf.data.Dataset.from_generator(
             lambda pair=(images, truth): iter([pair]), output_signature=UNKNOWN_SIZE
         )

@@ -198,7 +198,7 @@ def detector_checkpoint(tmp_path_factory):
         ("class_names", {"class_names": ["a", "b", "c"]}),
         ("image_shape", {"image_shape": (128, 64, 3)}),
         ("anchor_generator", {"anchor_generator": AnchorGenerator(sizes=(24, 48, 96, 192))}),
-        ("two_step_regression", {"two_step_regression": False}),
+        ("detection_loss", {"switches": {"two_step_regression": False}}),
         ("matcher", {"matcher": BoxMatcher(iou_threshold=0.6)}),
     ],
 )

@@ -14,8 +14,9 @@ from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.detection.builders import refinedet_tiny
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.loss import MultiBoxLoss
-from keras_resnest.detection.refinedet import STAGE_LOSSES, RefineDet
+from keras_resnest.detection.heads import RefineDetHeads
+from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
+from keras_resnest.detection.refinedet import RefineDet
 
 OUTPUTS = ("boxes", "confidence", "labels", "num_detections")
 
@@ -54,10 +55,9 @@ def custom_detector():
         bounding_box_format="center_xywh",
         class_names=np.array(CLASS_NAMES),
         anchor_generator=AnchorGenerator(sizes=np.array([16, 32, 64, 128]), clip=True),
-        matcher=BoxMatcher(np.float32(0.6)),
+        heads=RefineDetHeads(np.int32(16)),
+        detection_loss=RefineDetLoss(BoxMatcher(np.float32(0.6)), 2.0, variances=(0.1, 0.25)),
         decoder=DetectionDecoder(max_detections=np.int64(7), variances=np.array([0.1, 0.25])),
-        multibox_loss=MultiBoxLoss(2.0),
-        filters=np.int32(16),
         name="custom",
     )
 
@@ -122,7 +122,7 @@ def test_training_goes_on_where_it_stopped(saved, found):
     """Optimizer moments, step count and schedule survive: the next step is the same."""
     _, want = saved
     assert found["iterations"] == want["iterations"] == 2
-    assert len(want["next losses"]) == 1 + len(STAGE_LOSSES)
+    assert len(want["next losses"]) == 1 + len(LOSS_NAMES)
     np.testing.assert_allclose(found["next losses"], want["next losses"], rtol=1e-5)
     np.testing.assert_allclose(found["next kernel"], want["next kernel"], rtol=1e-4, atol=1e-6)
 
@@ -138,9 +138,9 @@ def test_config_holds_what_was_asked_for(models):
     model = RefineDet.from_config(models["custom"].get_config())
     assert model.anchor_generator.clip
     np.testing.assert_array_equal(np.ravel(model.anchor_generator.sizes), [16, 32, 64, 128])
-    assert model.matcher.iou_threshold == pytest.approx(0.6)
+    assert model.detection_loss.matcher.iou_threshold == pytest.approx(0.6)
     assert (model.decoder.max_detections, model.decoder.variances) == (7, (0.1, 0.25))
-    assert (model.num_classes, model.filters, model.name) == (3, 16, "custom")
+    assert (model.num_classes, model.heads.filters, model.name) == (3, 16, "custom")
     assert model.image_shape == (64, 128, 3) and model.bounding_box_format == "center_xywh"
     np.testing.assert_array_equal(model.anchors, models["custom"].anchors)
 
@@ -183,8 +183,8 @@ def test_weights_round_trip(models, tmp_path):
 @pytest.mark.parametrize(
     "other, layer",
     [
-        (lambda: small_detector(filters=32), "tcb_p6|bn1"),
-        (lambda: small_detector(use_batch_norm=False), "conv6_1"),
+        (lambda: small_detector(heads={"filters": 32}), "tcb_p6|bn1"),
+        (lambda: small_detector(heads={"use_batch_norm": False}), "conv6_1"),
         (lambda: refinedet_tiny(3, image_shape=(64, 128, 3)), "conv1_0"),
     ],
     ids=["filters", "batch_norm", "backbone"],

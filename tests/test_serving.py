@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_detector
+from sample_images import photograph
 
 from keras_resnest import atomic
 from keras_resnest.boxes.formats import convert_boxes
@@ -258,12 +259,14 @@ def test_boxes_of_files_fill_the_images(found):
     assert 0.6 < relative.max() <= 1.0 + 1e-6
 
 
-def test_photographs(models, exported, shared):
-    """Camera JPEGs and odd ones, in the same pixels; only EXIF orientation is left out."""
+def test_photographs(models, exported, odd_images, tmp_path):
+    """Photographs and odd files, in the same pixels; only EXIF orientation is left out."""
     import tensorflow as tf
 
-    paths = sorted((shared / "data/photos").glob("*.jpg"))[:3]
-    paths += [shared / "data/photos/odd" / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
+    paths = [tmp_path / f"{height}.jpg" for height in (512, 300, 400)]
+    for path in paths:
+        photograph(int(path.stem), 500).save(path, quality=88)
+    paths += [odd_images / n for n in ("rgba.png", "cmyk.jpg", "one_pixel.png")]
     serve = tf.saved_model.load(str(exported / "models" / SMALL)).signatures["serve_bytes"]
     got = serve(image_bytes=tf.constant([p.read_bytes() for p in paths]))
     want = models[SMALL].detect(paths, confidence_threshold=0.0)

@@ -1,4 +1,4 @@
-"""The synthetic dataset: boxes against pixels, repeatability, speed, and TFDS."""
+"""The Shapes dataset: boxes against pixels, repeatability, variety, and TFDS."""
 
 import dataclasses
 import socket
@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from keras_resnest.data import Shapes, read_shapes, shapes
+from keras_resnest.data import (
+    Shapes,
+    find_splits,
+    read_detection,
+    read_shapes,
+    read_train_test,
+    shapes,
+)
 from keras_resnest.data.shapes import CLASS_NAMES, draw_scene, plan_scene
 
 
@@ -31,7 +38,7 @@ def scenes(request):
     return [plan_scene((11, i), request.param) for i in range(25)]
 
 
-def test_boxes_are_tight_round_the_pixels(scenes):
+def test_boxes_are_tight_around_the_pixels(scenes):
     """An image with a figure differs from one without it exactly inside the box."""
     errors = []
     for scene in scenes:
@@ -39,7 +46,7 @@ def test_boxes_are_tight_round_the_pixels(scenes):
             errors.append(extent(difference(scene, [figure], [])) - box)
     errors = np.abs(errors)
     assert len(errors) > 50
-    # half a pixel is rounding; a thin corner that hardly tints its pixel can cost one more
+    # half a pixel for rounding, one more for a thin corner that hardly tints its pixel
     assert errors.max() < 1.6 and (errors > 1.0).mean() < 0.02
 
 
@@ -79,8 +86,8 @@ def test_variety():
     counts = np.bincount([len(scene.figures) for scene in many], minlength=7)
     assert 0.01 < counts[0] / 600 < 0.08 and counts[1:].min() > 30
     labels = np.concatenate([scene.labels for scene in many])
-    shares = np.bincount(labels, minlength=len(CLASS_NAMES)) / len(labels)
-    assert shares.min() > 0.8 / len(CLASS_NAMES) and shares.max() < 1.2 / len(CLASS_NAMES)
+    frequencies = np.bincount(labels, minlength=len(CLASS_NAMES)) / len(labels)
+    assert frequencies.min() > 0.8 / len(CLASS_NAMES) and frequencies.max() < 1.2 / len(CLASS_NAMES)
     boxes = np.concatenate([scene.boxes for scene in many])
     assert boxes.min() >= 0 and boxes.max() <= 192
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / 192
@@ -91,7 +98,7 @@ def test_variety():
 
 
 def test_figures_stand_out_from_what_is_behind_them():
-    """Clearly visible: a figure changes its pixels by more than a whim of the noise."""
+    """A figure changes its pixels by more than the noise does."""
     changes = []
     for i in range(40):
         scene = plan_scene((3, i))
@@ -113,7 +120,7 @@ def test_too_small_an_image():
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Folder with the configuration "tiny", made without any network."""
+    """Folder with the configuration "tiny", generated without network."""
     folder = tmp_path_factory.mktemp("shapes")
 
     def refuse(*args, **kwargs):
@@ -155,11 +162,23 @@ def test_what_is_read_is_what_was_drawn(data_dir):
         image = element["images"].numpy().astype(float)
         assert np.abs(image - draw_scene(scene)).mean() < 6  # JPEG
     assert dataset.report.num_images == 16 and not dataset.report.problems
-    # the ready-made configuration was recognized, nothing was drawn again
+    # the predefined configuration was recognized, nothing was drawn again
     assert [path.name for path in (data_dir / "shapes").glob("[!.]*")] == ["tiny"]
 
 
-def test_own_numbers(data_dir):
+def test_tfds_names_are_read(data_dir):
+    tfds.core.add_data_dir(data_dir)
+    assert find_splits("tfds:shapes/tiny") == ["test", "train", "validation"]
+    assert len(read_detection("tfds:shapes/tiny", "train[:5]")) == 5
+    train, test = read_train_test("tfds:shapes/tiny")
+    assert (len(train), len(test)) == (48, 16) and train.class_names == test.class_names
+    train, test = read_train_test(
+        "tfds:shapes/tiny", train_split="train+test", test_split="validation[:4]"
+    )
+    assert (len(train), len(test)) == (64, 4)
+
+
+def test_custom_numbers(data_dir):
     numbers = {"size": 64, "num_train": 3, "num_validation": 1, "num_test": 1}
     datasets = [read_shapes("train", seed=s, data_dir=data_dir, **numbers) for s in (1, 2)]
     first, second = ([e["images"].numpy() for e in d.as_dataset()] for d in datasets)
@@ -167,7 +186,7 @@ def test_own_numbers(data_dir):
     assert not any(np.array_equal(a, b) for a in first for b in second)
 
 
-def test_builder_with_a_configuration_of_ones_own(tmp_path):
+def test_builder_with_a_custom_configuration(tmp_path):
     config = shapes.ShapesConfig(name="mine", size=48, num_train=2, num_validation=0, num_test=1)
     builder = Shapes(config=config, data_dir=tmp_path)
     builder.download_and_prepare()

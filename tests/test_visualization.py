@@ -2,12 +2,12 @@
 
 import colorsys
 import itertools
-import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from sample_images import photograph
 
 from keras_resnest.evaluation import voc_average_precision
 from keras_resnest.visualization import (
@@ -178,13 +178,13 @@ def test_draws_into_given_axes():
         plot_detections(np.zeros((2, 20, 20, 3)), [found, found], ax=axes[0])
 
 
-def test_reads_files(shared, tmp_path):
-    folder = shared / "data" / "photos"
-    plot_detections(folder / "cat.jpg", NOTHING, path=tmp_path / "a.png")
-    wanted = np.asarray(Image.open(folder / "cat.jpg")).astype(int)
+def test_reads_files(odd_images, tmp_path):
+    photograph(300, 451).save(tmp_path / "photograph.jpg")
+    plot_detections(tmp_path / "photograph.jpg", NOTHING, path=tmp_path / "a.png")
+    wanted = np.asarray(Image.open(tmp_path / "photograph.jpg")).astype(int)
     np.testing.assert_array_equal(read(tmp_path / "a.png"), wanted)
     # Upright by its EXIF orientation: 320 wide, 212 high, enlarged twice.
-    plot_detections(str(folder / "odd" / "exif_orientation6.jpg"), NOTHING, path=tmp_path / "b.png")
+    plot_detections(str(odd_images / "exif_orientation6.jpg"), NOTHING, path=tmp_path / "b.png")
     assert read(tmp_path / "b.png").shape == (424, 640, 3)
 
 
@@ -204,24 +204,19 @@ def test_colors_are_distinguishable():
     assert len({class_color(label) for label in range(200)}) == 200
 
 
-def test_plot_dataset_of_blood_cells(shared, tmp_path):
+def test_plot_dataset(tmp_path):
     """Batched, unbatched, tuples and dataset objects give the same plot."""
     tf = pytest.importorskip("tensorflow")
     names = ["RBC", "WBC", "Platelets"]
+    rng = np.random.default_rng(0)
     images, boxes, labels = [], [], []
-    for number in (0, 1, 7):
-        stem = f"BloodImage_{number:05d}"
-        image = Image.open(shared / "data" / "bccd" / "JPEGImages" / f"{stem}.jpg")
-        images.append(np.asarray(image))
-        root = ElementTree.parse(shared / "data" / "bccd" / "Annotations" / f"{stem}.xml").getroot()
-        own = [
-            [float(o.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax")]
-            for o in root.iter("object")
-        ]
-        boxes.append(np.full((30, 4), 0.0, "float32"))
-        labels.append(np.full(30, -1, "int32"))
-        boxes[-1][: len(own)] = np.array(own) - [1, 1, 0, 0]
-        labels[-1][: len(own)] = [names.index(o.find("name").text) for o in root.iter("object")]
+    for seed, count in enumerate((5, 1, 3)):
+        images.append(np.asarray(photograph(240, 320, seed)))
+        boxes.append(np.zeros((8, 4), "float32"))
+        labels.append(np.full(8, -1, "int32"))
+        boxes[-1][:count, :2] = rng.uniform(0, 200, (count, 2))
+        boxes[-1][:count, 2:] = boxes[-1][:count, :2] + rng.uniform(20, 40, (count, 2))
+        labels[-1][:count] = rng.integers(0, 3, count)
     truth = {"boxes": np.stack(boxes), "labels": np.stack(labels)}
     elements = {"images": np.stack(images), "bounding_boxes": truth}
     unbatched = tf.data.Dataset.from_tensor_slices(elements)

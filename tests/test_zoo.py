@@ -1,4 +1,4 @@
-"""The table of networks: what it says is what is built, and what others count."""
+"""The table of networks against the built networks and published figures."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from keras_resnest.backbones.zoo import count_parameters, crop_size
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What timm's benchmarks print for its networks (thousand millions of multiply-adds, two digits)
+# What timm's benchmarks print for its networks (billions of multiply-adds, two digits)
 # with the side of the images. Their counter counts batch normalizations too: up to 1 % more.
 TIMM = {
     "resnest14": (2.76, 224),

@@ -1,6 +1,6 @@
-"""What every network of the table promises, whatever its family.
+"""What every network promises, whatever its family.
 
-The first of each family runs always, all of them with `pytest -m slow`.
+One network of each family always runs, all of them with `pytest -m slow`.
 """
 
 import keras
@@ -13,23 +13,29 @@ from keras_resnest.backbones import VARIANTS, create_backbone
 from keras_resnest.detection.refinedet import RefineDet
 
 ONE_OF_EACH = [
-    name
-    for name in (
-        "resnest14_tiny",
-        "seresnet18",
-        "skresnet18",
-        "regnety_002",
-        "shufflenet_v1_g3_0_5x",
-        "shufflenet_v2_0_5x",
-        "shufflenet_v2_plus_small",
-        "vgg16_reduced",
-    )
-    if name in VARIANTS
+    "resnest14_tiny",
+    "seresnet18",
+    "skresnet18",
+    "regnety_002",
+    "shufflenet_v1_g3_0_5x",
+    "shufflenet_v2_0_5x",
+    "shufflenet_v2_plus_small",
+    "vgg16_reduced",
 ]
-OTHERS = [
-    pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in ONE_OF_EACH
-]
-every_network = pytest.mark.parametrize("name", ONE_OF_EACH + OTHERS)
+# Export takes longest: one network per kind of convolution.
+EXPORTED = ["resnest14_tiny", "skresnet18", "shufflenet_v1_g3_0_5x"]
+
+
+def networks(always):
+    slow = [pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n not in always]
+    return [*always, *slow]
+
+
+@pytest.fixture(scope="module", params=networks(ONE_OF_EACH))
+def backbone(request):
+    """A network without a classifier, shared by the tests below."""
+    keras.utils.set_random_seed(0)
+    return with_quiet_branches(create_backbone(request.param, include_top=False))
 
 
 def pixels(*shape, seed=0):
@@ -41,16 +47,14 @@ def relative_error(actual, expected):
 
 
 def with_quiet_branches(model):
-    """Random residual branches, a hundred in a row, would magnify rounding errors."""
+    """A hundred random residual branches in a row would magnify rounding errors."""
     for variable in model.variables:
         if variable.path.endswith("bn3/gamma"):
             variable.assign(0.2 * variable)
     return model
 
 
-@every_network
-def test_pyramid_of_any_size_and_keras_file(name, tmp_path):
-    backbone = create_backbone(name, include_top=False)
+def test_pyramid_of_any_size_and_keras_file(backbone, tmp_path):
     assert list(backbone.pyramid_outputs) == ["P2", "P3", "P4", "P5"]
     assert backbone.pyramid_strides == {"P2": 4, "P3": 8, "P4": 16, "P5": 32}
     features = keras.Model(backbone.input, backbone.pyramid_outputs)
@@ -72,14 +76,15 @@ def test_pyramid_of_any_size_and_keras_file(name, tmp_path):
     assert np.array_equal(loaded(x, training=False), backbone(x, training=False))
 
 
-@every_network
+@pytest.mark.parametrize("name", networks(ONE_OF_EACH))
 def test_classifier_gives_probabilities_and_a_batch_equals_its_images(name):
     if name == "vgg16_reduced":
         with pytest.raises(ValueError, match="no classifier"):
             create_backbone(name, include_top=True)
         return
-    model = with_quiet_branches(create_backbone(name, classes=7))
     x = pixels(3, 224, 230, 3) if name == "vgg16" else pixels(3, 64, 97, 3)
+    model = with_quiet_branches(create_backbone(name, classes=7, input_shape=x.shape[1:]))
+    assert None not in model.pyramid_outputs["P5"].shape[1:]
     batch = np.asarray(model(x, training=False))
     assert batch.shape == (3, 7)
     np.testing.assert_allclose(batch.sum(axis=-1), 1.0, atol=1e-5)
@@ -88,33 +93,23 @@ def test_classifier_gives_probabilities_and_a_batch_equals_its_images(name):
     assert model.dtype_policy.name == "float32"
 
 
-@every_network
-def test_channels_first_gives_the_same_numbers(name):
-    last = with_quiet_branches(create_backbone(name, include_top=False))
-    first = create_backbone(name, include_top=False, data_format="channels_first")
-    first.set_weights(last.get_weights())
+def test_channels_first_gives_the_same_numbers(backbone):
+    first = create_backbone(backbone.name, include_top=False, data_format="channels_first")
+    first.set_weights(backbone.get_weights())
     x = pixels(1, 65, 83, 3)
-    want = np.asarray(last(x, training=False))
+    want = np.asarray(backbone(x, training=False))
     got = np.asarray(first(x.transpose(0, 3, 1, 2), training=False)).transpose(0, 2, 3, 1)
     assert relative_error(got, want) < 1e-4
 
 
-@every_network
-def test_images_as_small_as_one_pixel_or_a_static_shape(name):
-    backbone = create_backbone(name, include_top=False, input_shape=(64, 64, 3))
-    assert None not in backbone.output_shape[1:]
-    if "vgg16" in name:
-        return  # its poolings need the sizes that they halve
-    tiny = create_backbone(name, include_top=False)(pixels(1, 1, 1, 3), training=False)
+def test_images_of_one_pixel(backbone):
+    if backbone.name == "vgg16":
+        pytest.skip("its pooling rounds down to nothing")
+    tiny = backbone(pixels(1, 1, 1, 3), training=False)
     assert tiny.shape[1:3] == (1, 1) and np.isfinite(tiny).all()
 
 
-@every_network
-def test_detector_on_top_trains_a_step(name):
-    keras.utils.set_random_seed(0)
-    backbone = create_backbone(name, include_top=False)
-    if name == "resnest269":  # at its random weights gradients are 1e20, their squares infinite
-        with_quiet_branches(backbone)
+def test_detector_on_top_trains_a_step(backbone):
     model = RefineDet(3, backbone, (64, 64, 3), filters=16, use_batch_norm=True)
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0), run_eagerly=True)
     images, truth = rectangles(2, (64, 64, 3), objects=1)
@@ -125,20 +120,12 @@ def test_detector_on_top_trains_a_step(name):
         not np.array_equal(v, old)
         for v, old in zip(backbone.trainable_variables, before, strict=True)
     ]
-    # Biases before a normalization and units that ReLU switched off may rest.
+    # Biases before a normalization and dead ReLU units do not move.
     assert np.mean(moved) > 0.6
     assert np.isfinite(model.predict(images, verbose=0)["boxes"]).all()
 
 
-# Exporting takes longest: one network of each way to convolve.
-EXPORTED = ["resnest14_tiny", "skresnet18", "shufflenet_v1_g3_0_5x"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    EXPORTED
-    + [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in EXPORTED],
-)
+@pytest.mark.parametrize("name", networks(EXPORTED))
 def test_saved_model_has_standard_operations_only(name, tmp_path):
     backbone = create_backbone(name, include_top=False)
     backbone.export(tmp_path / "model", verbose=False)

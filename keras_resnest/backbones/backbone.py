@@ -1,25 +1,45 @@
-"""What every backbone offers to a detector, whatever its architecture."""
+"""What every network offers, whatever its architecture."""
+
+from collections.abc import Callable
 
 import keras
 
+from keras_resnest.backbones.graph import GraphBuilder, complete_config
 from keras_resnest.trainer import DistributedTraining
 
 
 class Backbone(DistributedTraining, keras.Model):
     """Functional model that also names its feature maps by pyramid level.
 
-    Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. A subclass builds its
-    graph in `__init__` and hands it over here together with its constructor arguments, which
-    become attributes and the config.
+    Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. A subclass passes its
+    constructor arguments, which become attributes and the config, and the function that builds
+    its graph.
+
+    All networks share these arguments:
+
+    - `dropout_rate`: float in [0, 1), dropout before the classifier.
+    - `include_top`: whether the model ends with a classifier.
+    - `classes`: integer, number of classes.
+    - `classifier_activation`: activation of the classifier; None for logits.
+    - `pooling`: without a classifier, `"avg"` or `"max"` for a feature vector, None for the last
+      feature map.
+    - `include_rescaling`: whether the model normalizes its input: RGB images, 0 to 255, uint8
+      or float. If False, images must already be normalized.
+    - `image_shape`: shape of one image, `(height, width, 3)`, or `(3, height, width)` with
+      `channels_first`. Height and width may be None. Default: any size.
+    - `data_format`: `"channels_last"`, `"channels_first"`, or None for Keras' default.
+    - `dtype`: dtype or dtype policy of all layers.
 
     Args:
-        inputs: `keras.KerasTensor`, the image.
-        outputs: `keras.KerasTensor`, the result of the model.
-        pyramid_outputs: dict of level name to `keras.KerasTensor`, by rising stride.
+        build_graph: function of a `GraphBuilder`, the input tensor and the config that returns
+            the output tensor and the feature maps by level, `{"P2": tensor, ...}`.
         config: dict of the subclass's constructor arguments, except `dtype`, `name` and
             `trainable`.
         dtype: dtype policy of the layers.
         **kwargs: `name` and `trainable` of `keras.Model`.
+
+    Raises:
+        ValueError: If a shared argument has a wrong value.
 
     Example:
         >>> backbone = create_backbone("resnest50", include_top=False)
@@ -28,9 +48,14 @@ class Backbone(DistributedTraining, keras.Model):
         (1, 8, 8, 512)
     """
 
-    def __init__(self, inputs, outputs, pyramid_outputs: dict, config: dict, dtype, **kwargs):
+    def __init__(self, build_graph: Callable, config: dict, dtype=None, **kwargs):
+        config = complete_config(config)
+        dtype = keras.dtype_policies.get(dtype)
+        inputs = keras.Input(config["image_shape"], name="images")
+        graph = GraphBuilder(config["data_format"], dtype)
+        outputs, pyramid_outputs = build_graph(graph, inputs, config)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self.dtype_policy = keras.dtype_policies.get(dtype)
+        self.dtype_policy = dtype
         self._pyramid_outputs = pyramid_outputs
         self._config_names = tuple(config)
         for name, value in config.items():
@@ -43,53 +68,50 @@ class Backbone(DistributedTraining, keras.Model):
 
     @property
     def pyramid_strides(self) -> dict[str, int]:
-        """Stride of every level in pixels of the image: `{"P2": 4, "P3": 8, ...}`."""
+        """Stride of every level in pixels: `{"P2": 4, "P3": 8, ...}`."""
         return {level: 2 ** int(level[1:]) for level in self._pyramid_outputs}
 
     @property
     def pyramid_level_inputs(self) -> dict[str, str]:
-        """Name of the layer that makes each level, as `keras_cv.models.RetinaNet` asks for."""
+        """Name of the layer behind each level, as `keras_cv.models.RetinaNet` expects."""
         return {
             level: tensor._keras_history.operation.name
             for level, tensor in self._pyramid_outputs.items()
         }
 
     def replace_top(self, classes: int, classifier_activation="softmax") -> "Backbone":
-        """The same network with a new classifier.
+        """Returns the same network with a new classifier.
 
         Args:
             classes: positive integer, number of classes.
             classifier_activation: activation of the classifier; None for logits.
 
         Returns:
-            A new model. All weights are copies of this model's; those of the last dense layer
-            are random.
+            A new model with a copy of all weights; those of the last dense layer are random.
 
         Raises:
-            ValueError: if the architecture has no classifier.
+            ValueError: If the architecture has no classifier.
 
         Example:
             >>> model = ResNeSt50(weights="imagenet").replace_top(classes=5)
         """
-        config = {**self.get_config(), "include_top": True, "classes": classes}
-        config["classifier_activation"] = keras.activations.serialize(
-            keras.activations.get(classifier_activation)
-        )
-        model = type(self).from_config(config)
-        mine = {layer.name: layer for layer in self.layers}
+        activation = keras.activations.serialize(keras.activations.get(classifier_activation))
+        top = {"include_top": True, "classes": classes, "classifier_activation": activation}
+        model = type(self).from_config({**self.get_config(), **top})
+        own_layers = {layer.name: layer for layer in self.layers}
         for layer in model.layers:
-            if layer.name != "fc" and layer.name in mine:
-                layer.set_weights(mine[layer.name].get_weights())
+            if layer.name != "fc" and layer.name in own_layers:
+                layer.set_weights(own_layers[layer.name].get_weights())
         return model
 
     def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
-        """Writes the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
+        """Exports the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
 
         Args:
             filepath: folder or file to write, for instance `"serving/1"`.
             format: `"tf_saved_model"`, `"onnx"`, `"openvino"` or `"litert"`.
-            verbose: whether to say what was written.
-            **kwargs: `precision`, `image_shape`, `class_names`, `crop_share` and others: see
+            verbose: whether to print what was written.
+            **kwargs: `precision`, `image_shape`, `class_names` and others, see
                 `keras_resnest.serving.export_model`.
 
         Example:
@@ -103,9 +125,7 @@ class Backbone(DistributedTraining, keras.Model):
         config = {name: getattr(self, name) for name in self._config_names}
         # Keras wraps lists that become attributes.
         config = {k: list(v) if isinstance(v, list) else v for k, v in config.items()}
-        if "classifier_activation" in config:
-            activation = keras.activations.serialize(config["classifier_activation"])
-            config["classifier_activation"] = activation
+        config["classifier_activation"] = keras.activations.serialize(self.classifier_activation)
         return {
             **config,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
@@ -115,5 +135,5 @@ class Backbone(DistributedTraining, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        # keras.Model would look for a list of layers: here the arguments say everything.
+        # keras.Model would expect a list of layers; here the arguments suffice.
         return cls(**config)

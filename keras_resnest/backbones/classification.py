@@ -1,4 +1,4 @@
-"""Images in and class names out, in the manner of `keras.applications`."""
+"""Counterparts of `keras.applications`' `preprocess_input` and `decode_predictions`."""
 
 import keras
 import numpy as np
@@ -7,20 +7,20 @@ import numpy as np
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
     """Prepares a batch of images for a network of this package.
 
-    The networks normalize images themselves (`include_rescaling=True`), so nothing is done by
-    default: the function is here because programs written for `keras.applications` call it.
+    By default this does nothing, since the networks normalize images themselves
+    (`include_rescaling=True`). It exists for programs written for `keras.applications`.
 
     Args:
         x: images (batch, height, width, 3), RGB, 0 to 255, uint8 or float.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
-        mode: None to return `x` as it is, or `"torch"` to normalize by ImageNet's means and
-            standard deviations, for a network with `include_rescaling=False`.
+        mode: None to return `x` unchanged, or `"torch"` to normalize by ImageNet's mean and
+            standard deviation, for networks with `include_rescaling=False`.
 
     Returns:
         `x`, or a normalized float copy.
 
     Raises:
-        ValueError: if `mode` is something else.
+        ValueError: If `mode` is anything else.
 
     Example:
         >>> model.predict(preprocess_input(images))
@@ -30,29 +30,27 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
     if mode != "torch":
         raise ValueError(f"`mode` must be None or 'torch'. Received: mode={mode!r}")
     if isinstance(x, np.ndarray):
-        x = x.astype("float32")  # a copy: Keras would work in place
+        x = x.astype("float32")  # a copy: Keras works in place
     return keras.applications.imagenet_utils.preprocess_input(
         x, data_format=data_format, mode="torch"
     )
 
 
 def decode_predictions(preds, top: int = 5, class_names=None):
-    """The most probable classes of each image, by name.
+    """Returns the most probable classes of each image, by name.
 
     Args:
         preds: class probabilities (batch, classes).
-        top: positive integer, how many classes of each image are given.
-        class_names: names of the classes in order. None for those of ImageNet, which Keras
-            fetches once.
+        top: positive integer, number of classes per image.
+        class_names: class names in order. None for ImageNet's, which Keras downloads once.
 
     Returns:
-        List of one list per image, of (class id, class name, probability), by falling
-        probability. With `class_names` the id is the number of the class, for ImageNet its
-        WordNet id.
+        For each image, a list of (class id, class name, probability) by falling probability.
+        The id is the index into `class_names`, or ImageNet's WordNet id.
 
     Raises:
-        ValueError: if the shapes do not fit.
-        ConnectionError: if ImageNet's names cannot be fetched.
+        ValueError: If the shapes do not match.
+        ConnectionError: If ImageNet's names cannot be downloaded.
 
     Example:
         >>> decode_predictions(model.predict(images), top=1, class_names=["cat", "dog"])
@@ -61,9 +59,9 @@ def decode_predictions(preds, top: int = 5, class_names=None):
     preds = keras.ops.convert_to_numpy(preds)
     classes = 1000 if class_names is None else len(class_names)
     if preds.ndim != 2 or preds.shape[1] != classes:
+        source = "of ImageNet" if class_names is None else "in `class_names`"
         raise ValueError(
-            f"`preds` must be of shape (batch, {classes}), as many as there are class names "
-            f"({'of ImageNet' if class_names is None else '`class_names`'}). "
+            f"`preds` must have shape (batch, {classes}), one column per name {source}. "
             f"Received: {preds.shape}"
         )
     if not isinstance(top, int) or not 0 < top <= classes:

@@ -1,6 +1,6 @@
 """Parameters and GFLOPs of every network; written by `docs/generate_zoo.py`."""
 
-# (trainable parameters, thousand millions of multiply-adds at the crop size)
+# (trainable parameters, billions of multiply-adds at the crop size)
 FIGURES: dict[str, tuple[int, float]] = {
     "resnet18": (11689512, 1.8141),
     "resnet34": (21797672, 3.6638),

@@ -1,11 +1,11 @@
-"""The layers that all networks are made of, with PyTorch's padding."""
+"""Layers that all networks are built from, with PyTorch's padding."""
 
 import keras
 from keras import layers
 
 from keras_resnest.layers import BatchNormalization, DepthwiseConv2D, DropBlock2D, GroupedConv2D
 
-# Means and standard deviations of ImageNet's training images, RGB, 0 to 255.
+# Mean and standard deviation of ImageNet's training images, RGB, 0 to 255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -23,20 +23,11 @@ class GraphBuilder:
         self.image_options = {"data_format": data_format, "dtype": dtype}
         self.options = {"dtype": dtype}
 
-    def rescale(self, x):
-        return layers.Normalization(
-            axis=self.channel_axis,
-            mean=IMAGENET_MEAN,
-            variance=[s**2 for s in IMAGENET_STANDARD_DEVIATION],
-            name="rescaling",
-            **self.options,
-        )(x)
-
-    def subtract_mean(self, x, mean):
+    def rescale(self, x, mean=IMAGENET_MEAN, standard_deviation=IMAGENET_STANDARD_DEVIATION):
         return layers.Normalization(
             axis=self.channel_axis,
             mean=mean,
-            variance=[1.0] * len(mean),
+            variance=[s**2 for s in standard_deviation],
             name="rescaling",
             **self.options,
         )(x)
@@ -92,12 +83,11 @@ class GraphBuilder:
         return layers.Add(name=name, **self.options)([x, shortcut])
 
     def split(self, x, parts):
-        """The map in parts of equal width, `channels / parts`."""
         width = self.channels(x) // parts
-        bounds = [(i * width, (i + 1) * width) for i in range(parts)]
-        if self.channel_axis == -1:
-            return [x[..., start:stop] for start, stop in bounds]
-        return [x[:, start:stop] for start, stop in bounds]
+        return [self.channels_of(x, slice(i * width, (i + 1) * width)) for i in range(parts)]
+
+    def channels_of(self, x, channels: slice):
+        return x[..., channels] if self.channel_axis == -1 else x[:, channels]
 
     def concatenate(self, maps, name):
         return layers.Concatenate(axis=self.channel_axis, name=name, **self.options)(maps)
@@ -111,13 +101,13 @@ class GraphBuilder:
         return layers.ZeroPadding2D(size, name=name, **self.image_options)(x)
 
     def max_pool(self, x, name):
-        """3x3 max pooling of stride 2 of a map without negative values, as after ReLU."""
-        # Zeros pad like minus infinity here, since nothing is negative.
+        """3x3 max pooling with stride 2. The map must have no negative values."""
+        # Without negative values, zeros pad like minus infinity.
         x = self.pad(x, 1, f"{name}_pad")
         return layers.MaxPooling2D(3, strides=2, name=name, **self.image_options)(x)
 
     def average_pool(self, x, strides, name):
-        """3x3 average pooling that counts the zeros of the padding."""
+        """3x3 average pooling that includes the zeros of the padding."""
         x = self.pad(x, 1, f"{name}_pad")
         return layers.AveragePooling2D(3, strides=strides, name=name, **self.image_options)(x)
 
@@ -126,23 +116,22 @@ class GraphBuilder:
         return pools[pooling](name=f"{pooling}_pool", **self.image_options)(x)
 
     def top(self, x, config, use_bias=True):
-        """What follows the last feature map: classifier, global pooling or nothing."""
+        """Adds the classifier, global pooling or nothing."""
         if not config["include_top"]:
             return x if config["pooling"] is None else self.pool(x, config["pooling"])
         return self.classifier(self.pool(x, "avg"), config, use_bias)
 
     def classifier(self, x, config, use_bias=True):
-        """Class probabilities of feature vectors."""
         if config["dropout_rate"]:
             x = layers.Dropout(config["dropout_rate"], name="dropout", **self.options)(x)
         x = layers.Dense(config["classes"], use_bias=use_bias, name="fc", **self.options)(x)
-        # Probabilities in half precision are too coarse for a loss.
+        # Half precision is too coarse for a loss.
         activation = config["classifier_activation"]
         return layers.Activation(activation, dtype="float32", name="predictions")(x)
 
 
 def complete_config(config: dict) -> dict:
-    """Fills in what a network's common arguments leave open, and checks them.
+    """Checks the arguments that all networks share and fills in their defaults.
 
     Args:
         config: constructor arguments of a network.
@@ -151,8 +140,7 @@ def complete_config(config: dict) -> dict:
         The arguments with `data_format`, `image_shape` and `classifier_activation` resolved.
 
     Raises:
-        ValueError: if `data_format`, `image_shape`, `include_rescaling`, `pooling`, `classes` or
-            `dropout_rate` has a wrong value.
+        ValueError: If an argument has a wrong value.
     """
     config = dict(config)
     if config["data_format"] is None:
@@ -160,11 +148,11 @@ def complete_config(config: dict) -> dict:
     check_choices(
         config, data_format=("channels_last", "channels_first"), pooling=(None, "avg", "max")
     )
-    config["image_shape"] = _complete_image_shape(config["image_shape"], config["data_format"])
-    channels = config["image_shape"][-1 if config["data_format"] == "channels_last" else 0]
-    if config["include_rescaling"] and channels != 3:
+    channel_axis = -1 if config["data_format"] == "channels_last" else 0
+    config["image_shape"] = _complete_image_shape(config["image_shape"], channel_axis)
+    if config["include_rescaling"] and config["image_shape"][channel_axis] != 3:
         raise ValueError(
-            "`include_rescaling` is for RGB images of 3 channels: use include_rescaling=False for "
+            "`include_rescaling` needs RGB images of 3 channels: use include_rescaling=False for "
             f"others. Received: image_shape={config['image_shape']}"
         )
     config["classifier_activation"] = keras.activations.get(config["classifier_activation"])
@@ -180,13 +168,12 @@ def complete_config(config: dict) -> dict:
     return config
 
 
-def _complete_image_shape(image_shape, data_format):
-    channels_last = data_format == "channels_last"
+def _complete_image_shape(image_shape, channel_axis: int) -> tuple:
     if image_shape is None:
-        return (None, None, 3) if channels_last else (3, None, None)
+        return (None, None, 3) if channel_axis == -1 else (3, None, None)
     image_shape = tuple(image_shape)
-    if len(image_shape) != 3 or image_shape[-1 if channels_last else 0] is None:
-        wanted = "(height, width, channels)" if channels_last else "(channels, height, width)"
+    if len(image_shape) != 3 or image_shape[channel_axis] is None:
+        wanted = "(height, width, channels)" if channel_axis else "(channels, height, width)"
         raise ValueError(
             f"The shape of one image must be {wanted}; height and width may be None. "
             f"Received: {image_shape}"
@@ -195,9 +182,14 @@ def _complete_image_shape(image_shape, data_format):
 
 
 def check_choices(config: dict, **choices) -> None:
-    """Raises a `ValueError` if `config[name]` is not among the values allowed for `name`."""
+    """Raises `ValueError` if `config[name]` is not one of the values in `choices[name]`."""
     for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(
                 f"`{name}` must be one of {allowed}. Received: {name}={config[name]!r}"
             )
+
+
+def different_from(config: dict, defaults: dict) -> dict:
+    """Returns the entries of `config` that differ from `defaults`."""
+    return {name: config[name] for name, value in defaults.items() if config[name] != value}

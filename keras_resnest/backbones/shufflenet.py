@@ -1,67 +1,57 @@
-"""ShuffleNet: the residual and the split networks that shuffle channels between groups."""
+"""ShuffleNet V1, V2 and V2+."""
 
 import itertools
+from functools import partial
 
 import keras
 from keras import layers, ops
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.graph import GraphBuilder, check_choices, complete_config
+from keras_resnest.backbones.graph import check_choices, different_from
 from keras_resnest.layers import ChannelShuffle
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class ShuffleNet(Backbone):
-    """ShuffleNet V1, V2 or V2+, described by its arguments.
+    """ShuffleNet V1, V2 or V2+.
 
-    With `groups` the blocks are those of V1: a grouped 1x1 convolution, a shuffle, a depthwise
-    convolution and a grouped 1x1 convolution beside a shortcut. Otherwise they are those of V2:
-    half of the channels passes a block unchanged, the other half goes through a 1x1, a depthwise
-    and a 1x1 convolution. P2 is the map after the stem in V1 and V2, that of the first stage in
-    V2+. Layers are named after the modules of megvii's implementation.
+    `groups` selects the blocks of V1: a grouped 1x1 convolution, a shuffle, a depthwise
+    convolution and a grouped 1x1 convolution beside a shortcut. In the blocks of V2, half of the
+    channels bypass the block and the other half pass a 1x1, a depthwise and a 1x1 convolution.
+    P2 is the output of the stem in V1 and V2, of the first stage in V2+. Layers are named after
+    the modules of megvii's implementation.
 
     Args:
         stackwise_num_filters: list of integers, output channels of each stage.
         stackwise_num_blocks: list of integers, blocks of each stage; the first has stride 2.
         groups: integer, groups of the 1x1 convolutions of V1; 0 for the blocks of V2.
-        channel_split: how blocks of V2 take halves of the channels: `"halves"`, the first and
-            the second half, with a shuffle at the end of the block (torchvision), or
-            `"alternate"`, even and odd channels (megvii). Weights fit one of them only.
-        block_kinds: list of one entry per block: the size of the depthwise convolution, or
-            `"xception"` for three depthwise and 1x1 convolutions. None for 3 everywhere.
+        channel_split: how blocks of V2 divide the channels: `"halves"` takes the first and the
+            second half and shuffles at the end of the block (torchvision), `"alternate"` takes
+            even and odd channels (megvii). Weights fit only one of them.
+        block_kinds: list with the depthwise kernel size of each block, or `"xception"` for three
+            depthwise and 1x1 convolutions. None for 3 everywhere.
         stackwise_activations: activation of each stage; None for `"relu"` everywhere.
         stackwise_se: list of booleans, whether the blocks of a stage end with
             squeeze-and-excitation; None for nowhere.
         stem_width: integer, channels of the stem's 3x3 convolution.
         stem_activation: activation of the stem.
-        stem_pooling: whether 3x3 max pooling of stride 2 ends the stem.
+        stem_pooling: whether 3x3 max pooling with stride 2 ends the stem.
         head_filters: integer, channels of a 1x1 convolution after the last stage; 0 for none.
-        head_units: integer. If not 0, global pooling is followed by squeeze-and-excitation and
-            a dense layer of this many units (V2+).
+        head_units: integer, units of a dense layer that follows global pooling and
+            squeeze-and-excitation (V2+); 0 for none.
         use_classifier_bias: whether the classifier has a bias.
-        trained_on_bgr: whether the weights were trained on BGR images of values 0 to 255, as
-            megvii's. It says what `include_rescaling` does.
-        dropout_rate: float in [0, 1), dropout before the classifier.
-        include_top: whether the model ends with the classifier.
-        classes: integer, number of classes.
-        classifier_activation: activation of the classifier; None for logits.
-        pooling: without classifier, `"avg"` or `"max"` for a feature vector, None for the last
-            feature map.
-        include_rescaling: whether images are RGB with values 0 to 255, uint8 or float, and are
-            brought by the model into the form that its weights expect: normalized by ImageNet's
-            statistics, or BGR. Otherwise they are expected in that form.
-        image_shape: shape of one image, `(height, width, 3)`, or `(3, height, width)` with
-            `channels_first`. Height and width may be None. Any size works, odd ones too.
-        data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
-        dtype: dtype or dtype policy of all layers.
+        trained_on_bgr: whether the weights expect BGR images, 0 to 255, as megvii's do.
+            `include_rescaling` then reverses the channels instead of normalizing.
         **kwargs: `name` and `trainable` of `keras.Model`.
+
+    The other arguments are those of `Backbone`. Images may have any size.
 
     Returns:
         A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
         features.
 
     Raises:
-        ValueError: if an argument has a value that no network can be built from.
+        ValueError: If an argument is out of range or does not fit the others.
 
     Example:
         >>> model = ShuffleNet([116, 232, 464], [4, 8, 4], include_top=False)
@@ -124,18 +114,11 @@ class ShuffleNet(Backbone):
             "image_shape": image_shape,
             "data_format": data_format,
         }
-        config = complete_config(config)
-        _check_config(config)
-        dtype = keras.dtype_policies.get(dtype)
-        inputs = keras.Input(config["image_shape"], name="images")
-        graph = GraphBuilder(config["data_format"], dtype)
-        x, pyramid_outputs = _stages(graph, inputs, config)
-        outputs = _head(graph, x, config)
-        super().__init__(inputs, outputs, pyramid_outputs, config, dtype, **kwargs)
+        super().__init__(_build_graph, config, dtype, **kwargs)
 
 
-def _stages(graph, x, config):
-    """Returns the last stage's map and all maps by pyramid level."""
+def _build_graph(graph, x, config):
+    _check_config(config)
     if config["include_rescaling"]:
         x = _bgr(graph, x) if config["trained_on_bgr"] else graph.rescale(x)
     x = graph.convolution(x, config["stem_width"], 3, "first_conv_0", strides=2)
@@ -145,8 +128,8 @@ def _stages(graph, x, config):
     if config["stem_pooling"]:
         x = graph.max_pool(x, "maxpool")
         stride, pyramid_outputs = 4, {"P2": x}
-    block = group_block if config["groups"] else split_block
-    place = 0
+    block = _group_block if config["groups"] else _split_block
+    place = 0  # counts the blocks of all stages
     for stage, num_blocks in enumerate(config["stackwise_num_blocks"]):
         for index in range(num_blocks):
             options = {
@@ -163,92 +146,90 @@ def _stages(graph, x, config):
             place += 1
         stride *= 2
         pyramid_outputs[f"P{stride.bit_length() - 1}"] = x
-    return x, pyramid_outputs
+    return _head(graph, x, config), pyramid_outputs
 
 
 def _bgr(graph, x):
-    x = graph.subtract_mean(x, (0.0, 0.0, 0.0))  # makes floats of integers
+    x = graph.rescale(x, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # integers to floats
     return ops.flip(x, axis=graph.channel_axis)
 
 
-def group_block(graph, x, filters, strides, groups, config, name, **_):
-    """The block of V1. With strides the shortcut is pooled, and its channels are kept."""
+def _group_block(graph, x, filters, strides, groups, config, name, **_):
+    """Adds a block of V1. With strides it concatenates the pooled input and the branch."""
     shortcut, out_channels = x, filters
     if strides > 1:
         out_channels = filters - graph.channels(x)
         shortcut = graph.average_pool(x, strides, f"{name}_branch_proj")
     hidden = filters // 4
-    steps = [*pointwise(hidden, "relu", groups), *depthwise(3, strides)]
-    x = sequence(graph, x, steps, f"{name}_branch_main_1")
+    branch = [*_pointwise(graph, hidden, "relu", groups), *_depthwise(graph, 3, strides)]
+    x = _sequence(x, branch, f"{name}_branch_main_1")
     # megvii's shuffle is the inverse of the paper's.
-    x = shuffle(graph, x, hidden // config["groups"], f"{name}_shuffle")
-    steps = pointwise(out_channels, None, config["groups"])
-    x = sequence(graph, x, steps, f"{name}_branch_main_2")
+    x = _shuffle(graph, x, hidden // config["groups"], f"{name}_shuffle")
+    branch = _pointwise(graph, out_channels, None, config["groups"])
+    x = _sequence(x, branch, f"{name}_branch_main_2")
     if strides > 1:
         return graph.concatenate([shortcut, graph.relu(x, f"{name}_relu")], f"{name}_concatenate")
     return graph.relu(graph.add(x, shortcut, f"{name}_add"), f"{name}_relu")
 
 
-def split_block(graph, x, filters, strides, kind, activation, use_se, config, name, **_):
-    """The block of V2: one half of the channels beside a branch for the other half."""
+def _split_block(graph, x, filters, strides, kind, activation, use_se, config, name, **_):
+    """Adds a block of V2: half of the channels beside a branch for the other half."""
     halves = config["channel_split"] == "halves"
     if strides > 1:
-        # megvii's shortcut keeps its channels, torchvision's is half of the result.
+        # megvii's shortcut keeps its channels; torchvision's makes half of the output.
         kept = filters // 2 if halves else graph.channels(x)
-        steps = [*depthwise(kind, strides), *pointwise(kept, activation)]
-        shortcut = sequence(graph, x, steps, f"{name}_branch_proj")
+        branch = [*_depthwise(graph, kind, strides), *_pointwise(graph, kept, activation)]
+        shortcut = _sequence(x, branch, f"{name}_branch_proj")
     else:
         kept = filters // 2
-        shortcut, x = graph.split(x, 2) if halves else alternating(graph, x)
+        if halves:
+            shortcut, x = graph.split(x, 2)
+        else:
+            even, odd = slice(None, None, 2), slice(1, None, 2)
+            shortcut, x = graph.channels_of(x, even), graph.channels_of(x, odd)
     hidden, out_channels = filters // 2, filters - kept
     if kind == "xception":
-        steps = []
+        branch = []
         for width in (hidden, hidden, out_channels):
-            steps += [*depthwise(3), *pointwise(width, activation)]
+            branch += [*_depthwise(graph, 3), *_pointwise(graph, width, activation)]
     else:
-        steps = [*pointwise(hidden, activation), *depthwise(kind, strides)]
-        steps += pointwise(out_channels, activation)
-    x = sequence(graph, x, steps, f"{name}_branch_main")
+        branch = [*_pointwise(graph, hidden, activation), *_depthwise(graph, kind, strides)]
+        branch += _pointwise(graph, out_channels, activation)
+    x = _sequence(x, branch, f"{name}_branch_main")
     if use_se:
-        x = squeeze_excitation(graph, x, f"{name}_branch_main_{len(steps)}_SE_opr")
+        x = _squeeze_excitation(graph, x, f"{name}_branch_main_{len(branch)}_SE_opr")
     x = graph.concatenate([shortcut, x], f"{name}_concatenate")
-    return shuffle(graph, x, 2, f"{name}_shuffle") if halves else x
+    return _shuffle(graph, x, 2, f"{name}_shuffle") if halves else x
 
 
-def pointwise(filters, activation=None, groups=1):
-    """Steps of `sequence`: 1x1 convolution, normalization and, if given, activation."""
-    steps = [("convolution", (filters, 1), {"groups": groups}), ("norm", (), {})]
-    return steps + ([("activation", (activation,), {})] if activation else [])
+def _pointwise(graph, filters, activation=None, groups=1):
+    """Returns a 1x1 convolution, normalization and optional activation for `_sequence`."""
+    convolution = partial(graph.convolution, filters=filters, kernel_size=1, groups=groups)
+    steps = [convolution, graph.norm]
+    return steps + ([partial(graph.activation, activation=activation)] if activation else [])
 
 
-def depthwise(kernel_size, strides=1):
-    """Steps of `sequence`: depthwise convolution and normalization."""
+def _depthwise(graph, kernel_size, strides=1):
+    """Returns a depthwise convolution and normalization for `_sequence`."""
     return [
-        ("depthwise_convolution", (kernel_size,), {"strides": strides}),
-        ("norm", (), {}),
+        partial(graph.depthwise_convolution, kernel_size=kernel_size, strides=strides),
+        graph.norm,
     ]
 
 
-def sequence(graph, x, steps, name):
+def _sequence(x, steps, name):
     """Adds layers one after another, numbered as in PyTorch's sequences."""
-    for place, (method, arguments, options) in enumerate(steps):
-        x = getattr(graph, method)(x, *arguments, name=f"{name}_{place}", **options)
+    for place, step in enumerate(steps):
+        x = step(x, name=f"{name}_{place}")
     return x
 
 
-def alternating(graph, x):
-    """The even and the odd channels."""
-    if graph.channel_axis == -1:
-        return x[..., ::2], x[..., 1::2]
-    return x[:, ::2], x[:, 1::2]
-
-
-def shuffle(graph, x, groups, name):
+def _shuffle(graph, x, groups, name):
     return ChannelShuffle(groups, name=name, **graph.image_options)(x)
 
 
-def squeeze_excitation(graph, x, name):
-    """That of V2+: without biases, with normalization and a hard sigmoid."""
+def _squeeze_excitation(graph, x, name):
+    """Adds the variant of V2+: no biases, normalization and a hard sigmoid."""
     channels = graph.channels(x)
     gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_0", **graph.image_options)(x)
     gate = graph.convolution(gate, channels // 4, 1, f"{name}_1")
@@ -261,12 +242,11 @@ def squeeze_excitation(graph, x, name):
 def _head(graph, x, config):
     last = config["stackwise_activations"][-1]
     if config["head_filters"]:
-        steps = pointwise(config["head_filters"], last)
-        x = sequence(graph, x, steps, "conv_last")
+        x = _sequence(x, _pointwise(graph, config["head_filters"], last), "conv_last")
     if not config["include_top"] or not config["head_units"]:
         return graph.top(x, config, use_bias=config["use_classifier_bias"])
     x = layers.GlobalAveragePooling2D(keepdims=True, name="globalpool", **graph.image_options)(x)
-    x = squeeze_excitation(graph, x, "LastSE_SE_opr")
+    x = _squeeze_excitation(graph, x, "LastSE_SE_opr")
     x = layers.Flatten(name="flatten", **graph.options)(x)
     x = layers.Dense(config["head_units"], use_bias=False, name="fc_0", **graph.options)(x)
     x = graph.activation(x, last, "fc_1")
@@ -318,7 +298,7 @@ def _check_blocks(config):
         "stackwise_activations": ["relu"] * len(blocks),
         "stackwise_se": [False] * len(blocks),
     }
-    wrong = {name: config[name] for name, value in plain.items() if config[name] != value}
+    wrong = different_from(config, plain)
     if config["groups"] and wrong:
         raise ValueError(
             f"The blocks of V1 (`groups` > 0) have no {', '.join(plain)}. Received: {wrong}"

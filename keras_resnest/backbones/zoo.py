@@ -1,4 +1,4 @@
-"""What networks there are: their size, their cost, their published weights."""
+"""Lists the networks with their size, cost and published weights."""
 
 import fnmatch
 import math
@@ -8,17 +8,17 @@ import keras
 import numpy as np
 
 from keras_resnest.backbones.figures import FIGURES
-from keras_resnest.backbones.variants import VARIANTS
+from keras_resnest.backbones.registry import VARIANTS
 from keras_resnest.backbones.weights.table import PRETRAINED
 
 
 class ModelSummary(NamedTuple):
-    """One network of the table.
+    """Facts about one network.
 
-    `parameters` are the trainable ones with classifier, where there is one; `gflops` are
-    thousand millions of multiply-adds for one image of `crop_size`; `top1` (per cent) is what
-    the publishers of the weights measured on ImageNet; `weights` are the tags for `weights=`,
-    the first of which is `"imagenet"`; `licenses` and `sources` belong to the tags.
+    `parameters` counts the trainable ones, including the classifier. `gflops` are billions of
+    multiply-adds for one image of `crop_size`. `top1` (per cent) is the ImageNet accuracy that
+    the publishers measured for the first of the `weights`, which are the tags for `weights=`;
+    `"imagenet"` stands for the first. `licenses` and `sources` belong to these tags.
     """
 
     name: str
@@ -50,13 +50,13 @@ class ModelTable(list):
 
 
 def list_models(pattern: str = "*") -> ModelTable:
-    """The networks that `create_backbone` builds, with their figures and published weights.
+    """Lists the networks that `create_backbone` builds.
 
     Args:
         pattern: shell pattern, such as `"resnest*"`. Case does not matter.
 
     Returns:
-        List of `ModelSummary`, in the order of the table. `print` shows it as one.
+        List of `ModelSummary`, in the order of the table. `print` shows a table.
 
     Example:
         >>> list_models("resnest50")[0].weights
@@ -67,48 +67,46 @@ def list_models(pattern: str = "*") -> ModelTable:
     )
 
 
-def _summary(name):
+def _summary(name: str) -> ModelSummary:
     tags = PRETRAINED.get(name, {})
-    first = next(iter(tags.values()), None)
     parameters, gflops = FIGURES[name]
     return ModelSummary(
-        name,
-        parameters,
-        gflops,
-        crop_size(name),
-        None if first is None else first.top1,
-        tuple(tags),
-        tuple(row.license for row in tags.values()),
-        tuple(row.source for row in tags.values()),
+        name=name,
+        parameters=parameters,
+        gflops=gflops,
+        crop_size=crop_size(name),
+        top1=next((row.top1 for row in tags.values()), None),
+        weights=tuple(tags),
+        licenses=tuple(row.license for row in tags.values()),
+        sources=tuple(row.source for row in tags.values()),
     )
 
 
 def crop_size(name: str) -> int:
-    """Side of the square images, in pixels, on which a network is measured."""
-    tags = PRETRAINED.get(name)
-    return next(iter(tags.values())).crop_size if tags else 224
+    """Returns the side, in pixels, of the images that a network is measured on."""
+    return next((row.crop_size for row in PRETRAINED.get(name, {}).values()), 224)
 
 
 def count_parameters(model: keras.Model) -> int:
-    """Number of trainable parameters."""
+    """Returns the number of trainable parameters."""
     return int(sum(np.prod(variable.shape) for variable in model.trainable_variables))
 
 
 def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of all convolution and dense layers for one image.
+    """Counts the multiply-adds of all convolution and dense layers for one image.
 
-    This is what papers call FLOPs. Layers inside other layers are counted too, and layers that
-    are called several times as often as that. Nothing is computed: shapes are enough.
+    Papers call this FLOPs. The count covers nested layers, and layers that are called repeatedly
+    once per call. It only needs shapes and computes nothing.
 
     Args:
         model: a network on images.
-        image_shape: shape of one image in pixels and channels, in the model's data format.
+        image_shape: shape of one image, in the model's data format.
 
     Returns:
         Number of multiply-adds.
 
     Raises:
-        ValueError: if `image_shape` is not three positive integers, or not one of the model's.
+        ValueError: If `image_shape` is not three positive integers, or does not fit the model.
 
     Example:
         >>> count_multiply_adds(ResNet50(), (224, 224, 3)) / 1e9
@@ -123,7 +121,7 @@ def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, _COUNTED_LAYERS)]
     try:
         for layer in layers:
-            # Past Keras' tracking of attributes; a call looks the method up on the instance.
+            # Bypass Keras' attribute tracking; calling looks `call` up on the instance.
             object.__setattr__(layer, "call", _counting_call(layer, counts))
         _Inference(model).symbolic_call(keras.KerasTensor((1, *shape)))
     finally:
@@ -141,7 +139,7 @@ _COUNTED_LAYERS = (
 
 
 class _Inference(keras.Operation):
-    """A call of the model, so that Keras traces it on any backend without computing."""
+    """Calls the model, so that Keras traces it on any backend without computing."""
 
     def __init__(self, model):
         super().__init__()
@@ -165,8 +163,8 @@ def _counting_call(layer, counts):
 def _multiply_adds(layer, input_shape, output_shape) -> int:
     kernel = layer.kernel.shape
     if isinstance(layer, keras.layers.Conv2DTranspose):
-        # Every value of the input is spread over a window of all filters.
+        # Every input value contributes to a window of all filters.
         return math.prod(input_shape) * math.prod(kernel[:3])
-    # Each value of the result takes one for every value of the input that it sees.
-    seen = kernel[:2] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel[:-1]
-    return math.prod(output_shape) * math.prod(seen)
+    # Every output value takes one multiply-add per input value in its window.
+    window = kernel[:2] if isinstance(layer, keras.layers.DepthwiseConv2D) else kernel[:-1]
+    return math.prod(output_shape) * math.prod(window)

@@ -1,1 +1,1 @@
-"""Boxes: formats, overlap, offsets, anchors, matching, suppression. Each idea once."""
+"""Bounding boxes: formats, IoU, offsets, anchors, matching and suppression."""

@@ -1,7 +1,7 @@
-"""Formats of bounding boxes: checks, conversion, scaling, clipping.
+"""Bounding box formats: validation, conversion, scaling and clipping.
 
-Inside the package boxes are `"xyxy"` (left, top, right, bottom) in pixels. Other formats are
-converted once, at the border, by `convert_boxes`.
+Inside the package, boxes are `"xyxy"` (left, top, right, bottom) in pixels. User-facing code
+converts other formats once, with `convert_boxes`.
 """
 
 import keras
@@ -21,7 +21,7 @@ BOX_FORMATS = (
 
 
 def check_box_format(bounding_box_format: str) -> str:
-    """Returns the format in lower case; `ValueError` if it is not one of `BOX_FORMATS`."""
+    """Returns the format in lower case. Raises ValueError if it is not in `BOX_FORMATS`."""
     name = str(bounding_box_format).lower()
     if name not in BOX_FORMATS:
         raise ValueError(
@@ -32,17 +32,17 @@ def check_box_format(bounding_box_format: str) -> str:
 
 
 def convert_boxes(boxes, source: str, target: str, height: int, width: int):
-    """Converts boxes of shape (..., 4) between two of `BOX_FORMATS`.
+    """Converts boxes from one of `BOX_FORMATS` to another.
 
     Args:
-        boxes: tensor or array, shape (..., 4).
+        boxes: tensor or array of shape `(..., 4)`.
         source: format of `boxes`.
-        target: wanted format.
+        target: format of the result.
         height: image height in pixels, used by the `rel_*` formats.
         width: image width in pixels.
 
     Returns:
-        float32 tensor, shape (..., 4).
+        float32 tensor of shape `(..., 4)`.
     """
     source, target = check_box_format(source), check_box_format(target)
     if source == target:
@@ -53,13 +53,13 @@ def convert_boxes(boxes, source: str, target: str, height: int, width: int):
 
 
 def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
-    """Moves boxes to an image of another size.
+    """Scales boxes to a resized image.
 
     Args:
-        boxes: shape (..., 4).
-        bounding_box_format: format of `boxes`; `rel_*` boxes do not change.
-        scale_x: new width over old width; a number, or a tensor of shape (...).
-        scale_y: new height over old height, likewise.
+        boxes: tensor or array of shape `(..., 4)`.
+        bounding_box_format: format of `boxes`. `rel_*` boxes do not change.
+        scale_x: new width divided by old width: a number, or a tensor of shape `(...)`.
+        scale_y: new height divided by old height, likewise.
 
     Returns:
         Boxes of the same shape and format.
@@ -73,6 +73,6 @@ def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
 
 
 def clip_boxes(boxes, height: int, width: int):
-    """Clips `"xyxy"` boxes (..., 4) in pixels to an image of the given size."""
+    """Clips `"xyxy"` pixel boxes of shape `(..., 4)` to an image."""
     limits = ops.convert_to_tensor([width, height, width, height], dtype=boxes.dtype)
     return ops.clip(boxes, 0.0, limits)

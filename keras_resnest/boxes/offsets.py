@@ -1,49 +1,49 @@
 """Offsets between boxes and anchors: the regression targets of a detector.
 
-Boxes and anchors are `"xyxy"` in any one unit, pixels or fractions.
+Boxes and anchors are `"xyxy"`, both in pixels or both relative.
 """
 
-import numpy as np
+import math
+
 from keras import ops
 
-VARIANCES = (0.1, 0.2)  # of centers and of log sizes (SSD, RefineDet)
+VARIANCES = (0.1, 0.2)  # of centers and log sizes (SSD, RefineDet)
 
-# exp(4.135) = 62.5: no box grows beyond 62.5 times its anchor, so that an
-# untrained or diverging network cannot produce infinite boxes.
-MAX_LOG_SIZE_RATIO = float(np.log(1000.0 / 16.0))
+# No box grows beyond 62.5 times its anchor, so untrained networks predict finite boxes.
+MAX_LOG_SIZE_RATIO = math.log(1000.0 / 16.0)
 
 
 def center_form(boxes):
-    """`"xyxy"` (..., 4) to centers (..., 2) and sizes (..., 2)."""
+    """Converts `"xyxy"` boxes `(..., 4)` to centers `(..., 2)` and sizes `(..., 2)`."""
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     return (top_left + bottom_right) / 2.0, bottom_right - top_left
 
 
 def corner_form(centers, sizes):
-    """Centers (..., 2) and sizes (..., 2) to `"xyxy"` (..., 4)."""
+    """Converts centers `(..., 2)` and sizes `(..., 2)` to `"xyxy"` boxes `(..., 4)`."""
     half = sizes / 2.0
     return ops.concatenate([centers - half, centers + half], axis=-1)
 
 
 def encode_boxes(boxes, anchors, variances=VARIANCES, epsilon: float = 1e-5):
-    """Offsets that turn anchors into boxes (the regression targets).
+    """Returns the offsets that move anchors onto boxes.
 
-    `((center - anchor_center) / (v0 * anchor_size), log(size / anchor_size + epsilon) / v1)`,
-    SSD paper eq. 2 with the variances of its code.
+    `((center - anchor_center) / (v0 * anchor_size), log(size / anchor_size + epsilon) / v1)`
 
     Args:
-        boxes: `"xyxy"`, shape (..., 4).
-        anchors: `"xyxy"`, shape (..., 4), broadcast against `boxes`.
-        variances: scale of center offsets and of log sizes.
-        epsilon: added inside the logarithm, as the reference implementation
-            does, so that a box without area stays finite; relative error 1e-5.
+        boxes: `"xyxy"` boxes of shape `(..., 4)`.
+        anchors: `"xyxy"` boxes of shape `(..., 4)`, broadcast against `boxes`.
+        variances: divisors of the center offsets (v0) and of the log sizes (v1).
+        epsilon: keeps boxes without area finite, as in the reference implementation.
 
     Returns:
-        Tensor of shape (..., 4): dx, dy, dw, dh.
+        Tensor of shape `(..., 4)`: dx, dy, dw, dh.
+
+    Source: SSD (arXiv 1512.02325) eq. 2, with the variances of its code.
     """
     centers, sizes = center_form(boxes)
     anchor_centers, anchor_sizes = center_form(anchors)
-    # A refined anchor may have collapsed; its size is a divisor here.
+    # A refined anchor may have collapsed, and its size is a divisor here.
     anchor_sizes = ops.maximum(anchor_sizes, 1e-6)
     offsets = (centers - anchor_centers) / (variances[0] * anchor_sizes)
     log_sizes = ops.log(ops.maximum(sizes, 0.0) / anchor_sizes + epsilon) / variances[1]
@@ -51,15 +51,15 @@ def encode_boxes(boxes, anchors, variances=VARIANCES, epsilon: float = 1e-5):
 
 
 def decode_boxes(offsets, anchors, variances=VARIANCES):
-    """Applies predicted offsets to anchors; the inverse of `encode_boxes`.
+    """Moves anchors by offsets. Inverts `encode_boxes`.
 
     Args:
-        offsets: dx, dy, dw, dh, shape (..., 4).
-        anchors: `"xyxy"`, shape (..., 4), broadcast against `offsets`.
+        offsets: dx, dy, dw, dh of shape `(..., 4)`.
+        anchors: `"xyxy"` boxes of shape `(..., 4)`, broadcast against `offsets`.
         variances: as in `encode_boxes`.
 
     Returns:
-        `"xyxy"` boxes, shape (..., 4), in the unit of the anchors, not clipped.
+        `"xyxy"` boxes of shape `(..., 4)` in the unit of the anchors, not clipped.
     """
     anchor_centers, anchor_sizes = center_form(anchors)
     centers = anchor_centers + offsets[..., :2] * variances[0] * anchor_sizes

@@ -1,71 +1,117 @@
-"""Data: images, annotated datasets, augmentation, and a dataset that needs no download.
+"""Data: images, annotated datasets and their readers, augmentation, and batches.
 
-TensorFlow Datasets and the `tf.data` code are imported at the first use of a name that needs them.
+Names that need TensorFlow or TensorFlow Datasets are imported on first use.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
+from keras_resnest.data.classification_dataset import (
+    ClassificationDataset,
+    ClassificationReport,
+    LabeledImage,
+)
 from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
-from keras_resnest.data.readers.detect_format import find_splits, read_detection
-from keras_resnest.data.readers.tfds import read_tfds
+from keras_resnest.data.readers.detect_format import find_splits, read_detection, read_train_test
+from keras_resnest.data.readers.image_folder import read_image_folder, read_tfds_classification
+from keras_resnest.data.readers.tfds import read_shapes, read_tfds
 from keras_resnest.data.readers.voc import read_voc
 from keras_resnest.data.readers.yolo import read_yolo
 from keras_resnest.images import center_crop_image, find_images, load_image, resize_image
 
-_LAZY = {
-    "Shapes": "shapes",
-    "ShapesConfig": "shapes",
-    "read_shapes": "readers.tfds",
-    "MixUp": "augmentation.mixing",
-    "Mosaic": "augmentation.mixing",
-    "PhotometricDistortion": "augmentation.detection",
-    "RandomExpand": "augmentation.detection",
-    "RandomFlip": "augmentation.detection",
-    "RandomIoUCrop": "augmentation.detection",
-    "RandomRotate90": "augmentation.detection",
-    "Resize": "augmentation.detection",
-    "TrainingAugmentation": "augmentation.detection",
-    "CLASSIFICATION_AUGMENTATIONS": "classification",
-    "ClassificationAugmentation": "classification",
-    "ClassificationDataset": "classification",
-    "ClassificationReport": "classification",
-    "LabeledImage": "classification",
-    "RandAugment": "augmentation.rand_augment",
-    "classification_batches": "classification",
-    "evaluation_batches": "batches",
-    "mix_up": "classification",
-    "read_image_folder": "classification",
-    "read_tfds_classification": "classification",
-    "set_epoch": "epochs",
-    "training_batches": "batches",
-}
+if TYPE_CHECKING:
+    from keras_resnest.data.augmentation.classification import (
+        CLASSIFICATION_AUGMENTATIONS,
+        ClassificationAugmentation,
+        mix_up,
+    )
+    from keras_resnest.data.augmentation.detection import (
+        DETECTION_AUGMENTATIONS,
+        PhotometricDistortion,
+        RandomExpand,
+        RandomFlip,
+        RandomIoUCrop,
+        RandomRotate90,
+        Resize,
+        TrainingAugmentation,
+    )
+    from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+    from keras_resnest.data.augmentation.rand_augment import RandAugment
+    from keras_resnest.data.batches import (
+        classification_batches,
+        evaluation_batches,
+        training_batches,
+    )
+    from keras_resnest.data.epochs import set_epoch
+    from keras_resnest.data.shapes import Shapes, ShapesConfig
 
 __all__ = [
+    "CLASSIFICATION_AUGMENTATIONS",
+    "DETECTION_AUGMENTATIONS",
     "AnnotationReport",
+    "ClassificationAugmentation",
+    "ClassificationDataset",
+    "ClassificationReport",
     "DetectionDataset",
     "ImageRecord",
+    "LabeledImage",
+    "MixUp",
+    "Mosaic",
+    "PhotometricDistortion",
+    "RandAugment",
+    "RandomExpand",
+    "RandomFlip",
+    "RandomIoUCrop",
+    "RandomRotate90",
+    "Resize",
+    "Shapes",
+    "ShapesConfig",
+    "TrainingAugmentation",
     "center_crop_image",
+    "classification_batches",
+    "evaluation_batches",
     "find_images",
     "find_splits",
     "load_image",
+    "mix_up",
     "read_coco",
     "read_csv",
     "read_detection",
+    "read_image_folder",
+    "read_shapes",
     "read_tfds",
+    "read_tfds_classification",
+    "read_train_test",
     "read_voc",
     "read_yolo",
     "resize_image",
-    *_LAZY,
+    "set_epoch",
+    "training_batches",
 ]
 
 
+_LAZY_MODULES = (
+    "augmentation.classification",
+    "augmentation.detection",
+    "augmentation.mixing",
+    "augmentation.rand_augment",
+    "batches",
+    "epochs",
+    "shapes",
+)
+
+
 def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    """Imports the names under TYPE_CHECKING on first use."""
+    if name in __all__:
+        for module in _LAZY_MODULES:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
+            if value is not None:
+                return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

@@ -1,34 +1,56 @@
-"""From a `tf.data.Dataset` of annotated images to batches for training and evaluation.
+"""From a dataset of annotated images to batches for training and evaluation.
 
-Elements are `{"images": (h, w, 3), "image_id": string, "bounding_boxes": {"boxes": (n, 4),
-"labels": (n,), "difficult": (n,)}}` as the readers give them: RGB of 0 to 255, boxes "xyxy" in
-pixels of the image. `image_id` and `difficult` may be missing.
+One pipeline serves detection and classification. Elements are, as the readers give them,
+
+    detection:       {"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,)}}
+    classification:  {"images": (h, w, 3), "labels": ()}
+
+with images in RGB, 0 to 255, and boxes "xyxy" in pixels of the image. "image_id" and, for boxes,
+"difficult" (n,) are optional.
 """
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX
+from keras_resnest.checks import PREFIX, check_image_shape
+from keras_resnest.data.augmentation.classification import (
+    CLASSIFICATION_AUGMENTATIONS,
+    ClassificationAugmentation,
+    check_square,
+    mix_up,
+)
 from keras_resnest.data.augmentation.detection import (
+    DETECTION_AUGMENTATIONS,
     Resize,
-    check_image_shape,
+    TrainingAugmentation,
     drop_empty_boxes,
 )
-from keras_resnest.data.augmentation.geometry import PADDING
-from keras_resnest.data.augmentation.mixing import MixUp, Mosaic, fit_rows
+from keras_resnest.data.augmentation.geometry import PADDING, pad_rows
+from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
+from keras_resnest.images import center_crop_image
+
+# Shapes of the elements, and their ranks.
+_DETECTION = {"images": "(h, w, 3)", "bounding_boxes": {"boxes": "(n, 4)", "labels": "(n,)"}}
+_CLASSIFICATION = {"images": "(h, w, 3)", "labels": "()"}
+_RANKS = {"()": 0, "(n,)": 1, "(n, 4)": 2, "(h, w, 3)": 3}
+
+_CACHE_LIMIT = 1_000_000_000  # bytes of images that `classification_batches` caches by default
+
+
+# === Detection ===
 
 
 def training_batches(
     dataset,
     image_shape: Sequence[int],
-    batch_size: int,
-    augmentation: Callable[[dict, tf.Tensor], dict] | None = None,
+    batch_size: int = 8,
+    augmentation: str | Callable[..., dict] | None = "mild",
     *,
     mosaic: Mosaic | None = None,
     mixup: MixUp | None = None,
@@ -44,114 +66,103 @@ def training_batches(
     num_parallel_calls: int = tf.data.AUTOTUNE,
     deterministic: bool = True,
 ) -> tf.data.Dataset:
-    """Batches for training: cached, shuffled anew and augmented anew in every epoch.
+    """Returns batches for training a detector, shuffled and augmented anew in every epoch.
 
-    The same arguments give the same batches in the same order, epoch by epoch, in every run:
-    order and augmentation of epoch k depend on `seed`, k and the images only. So a training
-    that was stopped goes on with `initial_epoch=k`, bit for bit as if it had not been stopped
-    (inside of an epoch: with `.skip(steps)` for the rest of it). See also `set_epoch`.
+    Order and augmentation of epoch k depend only on `seed`, k, and the images. A training resumed
+    with `initial_epoch=k` (within an epoch: `.skip(steps)`) therefore sees, bit for bit, what an
+    uninterrupted one would; see also `set_epoch`.
 
-    Boxes without area are left out; others are only dropped by `augmentation` and `mosaic`
-    (their documentation says which).
-
-    Of one shard of a dataset (`DetectionDataset.shard`), an epoch has as many batches as the
-    smallest of the shards can fill, so that no worker waits for another one in vain.
+    All shards of a dataset (`DetectionDataset.shard`) yield as many batches as the smallest one
+    can fill, so that no worker waits for another. Boxes without area are dropped; for other boxes
+    see `augmentation` and `mosaic`.
 
     Args:
-        dataset: `tf.data.Dataset` of unbatched elements (see the top of this module), or an
-            object whose `as_dataset()` returns one.
+        dataset: a `DetectionDataset`, or a `tf.data.Dataset` of unbatched elements (see the top of
+            this module), or an object whose `as_dataset()` returns one.
         image_shape: (height, width) or (height, width, 3) of the network.
-        batch_size: images per batch (over all replicas, for a distributed dataset).
-        augmentation: called with an element and a seed (int64 tensor of shape (2,)), returns an
-            element with an image of `image_shape`: a `TrainingAugmentation`, or your own
-            function. Default: `Resize(image_shape)`, so no augmentation.
-        mosaic: a `Mosaic`: images made of four of the batch. Default: none.
-        mixup: a `MixUp`: images made of two of the batch, after `mosaic`. Default: none.
-        image_sizes: multi-scale training: the (height, width) in pixels among which one is drawn
+        batch_size: images per batch, over all replicas of a distributed dataset.
+        augmentation: a name in `DETECTION_AUGMENTATIONS`, a `TrainingAugmentation`, or a function
+            of an element and a seed (int64 tensor of shape (2,)) that returns an element with an
+            image of `image_shape`. None only resizes.
+        mosaic: a `Mosaic`, to combine four images of the batch.
+        mixup: a `MixUp`, to blend two images of the batch, after `mosaic`.
+        image_sizes: for multi-scale training, the (height, width) in pixels of which one is drawn
             for each batch, instead of `image_shape`. `augmentation` is then called with a third
-            argument `image_size`, an int32 tensor (height, width), and makes images of that size.
+            argument `image_size`, an int32 tensor (height, width).
         shuffle_buffer: number of images among which the next one is drawn; 0 keeps the order.
-            Default: all of them when they are cached in memory, or are files of a
-            `DetectionDataset` that are read anew in each epoch; else 512.
+            Default: all if they are cached in memory or are files that are read anew in each
+            epoch, else 512.
         seed: start of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
-        initial_epoch: epoch of the first pass, from 0; later passes are the epochs after it.
-        cache: keep decoded images in memory (height x width x 3 bytes for each one); a path
-            keeps them in files that begin with it; False reads and decodes in every epoch.
-        drop_remainder: leave out the last, smaller batch of an epoch. Which images fall out
-            changes with every epoch, because they are shuffled.
-        max_boxes: pad boxes to this number of rows; an image with more raises an error. Default:
-            the longest of the batch, at least 1. Give a number where every new shape costs a
-            compilation (`jit_compile=True`).
-        bounding_box_format: format of the boxes in the batches, one of those of
+        initial_epoch: epoch of the first pass, from 0.
+        cache: True keeps decoded images in memory (height x width x 3 bytes each), a path keeps
+            them in files with this prefix, False decodes them in every epoch.
+        drop_remainder: drop the last, smaller batch of an epoch. The dropped images differ from
+            epoch to epoch.
+        max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default:
+            the most boxes of the batch, at least 1. Set it if every new shape costs a compilation
+            (`jit_compile=True`).
+        bounding_box_format: format of the returned boxes, as in
             `keras.utils.bounding_boxes.convert_format`.
-        use_difficult: False leaves out boxes marked as difficult.
-        num_parallel_calls: images that are augmented at the same time.
-        deterministic: False lets a faster image overtake a slower one: a little quicker, but
-            not reproducible (and not possible with `image_sizes`).
+        use_difficult: False drops boxes marked as difficult.
+        num_parallel_calls: number of images augmented in parallel.
+        deterministic: False lets images overtake each other: slightly faster, but not reproducible
+            and not possible with `image_sizes`.
 
     Returns:
         Dataset of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
-        gives), "bounding_boxes": {"boxes": (B, M, 4) float32, "labels": (B, M) int32}}`. Padding
-        rows have label -1. With `image_sizes`, height and width are None in its `element_spec`.
+        returns), "bounding_boxes": {"boxes": (B, M, 4) float32, "labels": (B, M) int32}}`. Padding
+        rows have label -1. With `image_sizes`, the static height and width are None.
 
     Raises:
-        ValueError: if an argument is unusable, or the dataset has no image, or fewer than
+        ValueError: if an argument is invalid, or the dataset has no image, or fewer than
             `batch_size` with `drop_remainder`.
-        tf.errors.InvalidArgumentError: while iterating, if boxes are upside down or look like
-            relative coordinates, or an image has more than `max_boxes`.
+        tf.errors.InvalidArgumentError: while iterating, if boxes have x1 > x2 or y1 > y2 or look
+            like relative coordinates, or an image has more than `max_boxes`.
 
     Example:
         ```python
-        augmentation = TrainingAugmentation((320, 320))
-        batches = training_batches(dataset, (320, 320), 16, augmentation, seed=1)
+        batches = training_batches(dataset, (320, 320), 16, "ssd", seed=1)
         model.fit(batches, epochs=10)
         ```
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
-    source = _source(dataset, batch_size, whole_batch=drop_remainder)
-    augmentation = augmentation or Resize(size)
-    draw_size = _size_drawer(image_sizes, batch_size)
-    _check_augmentation(augmentation, size, image_sizes, deterministic)
-    _check_mixing(mosaic, mixup)
+    source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
+    augmentation = _detection_augmentation(augmentation, size, image_sizes)
+    draw_size = _size_drawer(image_sizes, batch_size, deterministic)
+    mixes = _check_mixes(mosaic, mixup)
     _check_max_boxes(max_boxes)
-    seed = random.randrange(2**31) if seed is None else seed
-    counter = EpochCounter(initial_epoch)
 
-    stored, prepare = _stored(dataset, source, cache, use_difficult, num_parallel_calls)
-    buffer = _shuffle_buffer(shuffle_buffer, stored, all_of_them=cache is True or prepare)
+    def clean(element):
+        element = drop_empty_boxes(_check_boxes(element))
+        return element if use_difficult else _drop_difficult(element)
 
-    def augment(epoch_seed, position, number, element):
-        element = prepare(element) if prepare else element
+    stored, load = _stored(source, load, clean, cache, num_parallel_calls)
+
+    def augment(epoch_seed, position, index, item):
+        element = load(item) if load else item
         name = tf.strings.to_hash_bucket_fast(element["image_id"], 2**62)
-        own_seed = fold_in(epoch_seed, number, name)
+        own_seed = fold_in(epoch_seed, index, name)
         sizes = draw_size(epoch_seed, position) if draw_size else ()
         return dict(augmentation(element, own_seed, *sizes), seed=own_seed)
 
-    elements = epoch_passes(stored, counter, seed, buffer).map(augment, num_parallel_calls)
-    mixes = [mix for mix in (mosaic, mixup) if mix]
-    batches = _batched(
-        elements,
-        (None, None) if image_sizes else size,
-        batch_size,
-        drop_remainder,
-        None if mixes else max_boxes,
-        box_keys=("boxes", "labels"),
-        extra_keys=("seed",),
+    counter = EpochCounter(initial_epoch)
+    buffer = _shuffle_buffer(shuffle_buffer, stored, None if cache is True or load else 512)
+    elements = epoch_passes(stored, counter, _seed(seed), buffer).map(augment, num_parallel_calls)
+    static_size, rows = (None, None) if image_sizes else size, None if mixes else max_boxes
+    batches = _padded_batches(
+        elements, static_size, batch_size, drop_remainder, rows, ("boxes", "labels"), ("seed",)
     )
-    batches = batches.map(lambda batch: _mixed(batch, mixes, max_boxes), num_parallel_calls)
-    batches = _as_long_as_the_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
-    batches = batches.with_options(_options(deterministic))
-    batches.epoch_counter = counter  # for `set_epoch`
-    batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
-    return batches
+    batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
+    batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
+    batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
+    return _finish(batches, dataset, counter, deterministic)
 
 
 def evaluation_batches(
     dataset,
     image_shape: Sequence[int],
-    batch_size: int,
+    batch_size: int = 8,
     *,
     cache: bool | str = True,
     max_boxes: int | None = None,
@@ -160,10 +171,10 @@ def evaluation_batches(
     include_source: bool = False,
     num_parallel_calls: int = tf.data.AUTOTUNE,
 ) -> tf.data.Dataset:
-    """Batches for evaluation: every image once, in the order of the dataset, only resized.
+    """Returns batches for evaluating a detector: every image once, in order, only resized.
 
-    Every box is kept, also difficult ones and those without area; only padding rows of the
-    source (label -1) give way to padding of the batch. The last batch may be smaller.
+    Every box is kept, including difficult ones and those without area. The last batch may be
+    smaller.
 
     Args:
         dataset: as in `training_batches`.
@@ -173,10 +184,9 @@ def evaluation_batches(
         max_boxes: as in `training_batches`.
         bounding_box_format: as in `training_batches`.
         dtype: of the images, "float32" or "uint8" (rounded; a quarter of the bytes).
-        include_source: also give "image_id" (B,) and "image_size" (B, 2), int32 height and
-            width of the image before resizing, in pixels: what is needed to express
-            detections in its own pixels again.
-        num_parallel_calls: images that are resized at the same time.
+        include_source: add "image_id" (B,) and "image_size" (B, 2), the int32 height and width of
+            the original image, to convert detections back to its pixels.
+        num_parallel_calls: number of images resized in parallel.
 
     Returns:
         Dataset of `{"images": (B, height, width, 3), "bounding_boxes": {"boxes": (B, M, 4)
@@ -184,7 +194,7 @@ def evaluation_batches(
         resized image unless the format is relative. Padding rows have label -1.
 
     Raises:
-        ValueError: if an argument is unusable or the dataset has no image.
+        ValueError: if an argument is invalid or the dataset has no image.
         tf.errors.InvalidArgumentError: as in `training_batches`.
 
     Example:
@@ -194,100 +204,39 @@ def evaluation_batches(
         ```
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
-    source = _source(dataset, batch_size, whole_batch=False)
+    source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
     _check_max_boxes(max_boxes)
     resize = Resize(size, dtype)
 
     def prepare(element):
         return dict(resize(element), image_size=tf.shape(element["images"])[:2])
 
-    elements = _cached(source.map(_checked, num_parallel_calls), cache)
+    elements = _cached(source.map(_check_boxes, num_parallel_calls), cache)
     elements = elements.map(prepare, num_parallel_calls)
     extra_keys = ("image_id", "image_size") if include_source else ()
-    batches = _batched(elements, size, batch_size, False, max_boxes, tuple(PADDING), extra_keys)
-    batches = _converted(batches, box_format).prefetch(tf.data.AUTOTUNE)
-    batches = batches.with_options(_options(deterministic=True))
-    batches.class_names = getattr(dataset, "class_names", None)
-    return batches
+    batches = _padded_batches(
+        elements, size, batch_size, False, max_boxes, tuple(PADDING), extra_keys
+    )
+    batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
+    return _finish(batches, dataset, EpochCounter())
 
 
-# What comes in.
+def _detection_augmentation(augmentation, size: tuple[int, int], image_sizes) -> Callable:
+    def named(options):
+        return Resize(size) if options is None else TrainingAugmentation(size, **options)
+
+    arguments = ("element", "seed", "image_size") if image_sizes else ("element", "seed")
+    return _augmentation(augmentation, DETECTION_AUGMENTATIONS, named, size, arguments)
 
 
-def _source(dataset, batch_size: int, whole_batch: bool) -> tf.data.Dataset:
-    """The `tf.data.Dataset` behind `dataset`, known to fit the contract and to fill a batch."""
-    if hasattr(dataset, "as_dataset"):
-        dataset = dataset.as_dataset()
-    if not isinstance(dataset, tf.data.Dataset):
-        raise ValueError(
-            "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
-            f"Received: dataset={dataset!r}"
-        )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
-        )
-    _check_element_spec(dataset.element_spec)
-    needed = batch_size if whole_batch else 1
-    count = int(dataset.cardinality())
-    if count == tf.data.UNKNOWN_CARDINALITY:
-        count = sum(1 for _ in dataset.take(needed))
-    if 0 <= count < needed:
-        raise ValueError(
-            f"`dataset` must have at least {needed} image(s): with fewer, an epoch would have "
-            f"no batch (batch_size={batch_size}, drop_remainder={whole_batch}). "
-            f"Received: a dataset of {count} image(s)"
-        )
-    return dataset
-
-
-def _check_element_spec(spec):
-    try:
-        image, annotations = spec["images"], spec["bounding_boxes"]
-        ranks = [
-            image.shape.rank,
-            annotations["boxes"].shape.rank,
-            annotations["labels"].shape.rank,
-        ]
-        fits = all(rank in (None, wanted) for rank, wanted in zip(ranks, (3, 2, 1), strict=True))
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            "`dataset` must give unbatched elements {'images': (h, w, 3), 'bounding_boxes': "
-            f"{{'boxes': (n, 4), 'labels': (n,)}}}}. Received: elements of {spec}"
-        )
-
-
-def _check_augmentation(augmentation, image_shape, image_sizes, deterministic: bool):
-    names = ("element", "seed", "image_size") if image_sizes else ("element", "seed")
-    try:
-        inspect.signature(augmentation).bind(*names)
-    except TypeError:
-        raise ValueError(
-            f"`augmentation` must be a function of {', '.join(names)}, such as "
-            f"`lambda {', '.join(names)}: ...`. Received: augmentation={augmentation!r}"
-        ) from None
-    own_shape = getattr(augmentation, "image_shape", None)
-    if own_shape is not None and check_image_shape(own_shape) != image_shape:
-        raise ValueError(
-            f"`augmentation` must make images of image_shape={image_shape}. "
-            f"Received: augmentation.image_shape={own_shape}"
-        )
-    if image_sizes and not deterministic:
-        raise ValueError(
-            "`image_sizes` needs `deterministic=True`: an image that overtakes another one "
-            "would land in a batch of another size. Received: deterministic=False"
-        )
-
-
-def _check_mixing(mosaic, mixup):
+def _check_mixes(mosaic: Mosaic | None, mixup: MixUp | None) -> list:
     for name, value, kind in (("mosaic", mosaic, Mosaic), ("mixup", mixup, MixUp)):
         if value is not None and not isinstance(value, kind):
             raise ValueError(
                 f"`{name}` must be None or a {kind.__name__}, such as `{kind.__name__}()`. "
                 f"Received: {name}={value!r}"
             )
+    return [mix for mix in (mosaic, mixup) if mix]
 
 
 def _check_max_boxes(max_boxes: int | None):
@@ -297,99 +246,8 @@ def _check_max_boxes(max_boxes: int | None):
         )
 
 
-def _checked(element: dict) -> dict:
-    """The element with all contract keys and types, no padding rows, and plausible boxes."""
-    image, annotations = element["images"], element["bounding_boxes"]
-    image.set_shape([None, None, 3])
-    labels = tf.cast(tf.ensure_shape(annotations["labels"], [None]), tf.int32)
-    boxes = tf.cast(tf.ensure_shape(annotations["boxes"], [None, 4]), tf.float32)
-    difficult = tf.cast(annotations.get("difficult", tf.zeros_like(labels)), tf.bool)
-    image_id = tf.convert_to_tensor(element.get("image_id", ""))
-    rows = {"boxes": boxes, "labels": labels, "difficult": difficult}
-    rows = {name: tf.boolean_mask(values, labels >= 0) for name, values in rows.items()}
-
-    boxes = rows["boxes"]
-    tf.debugging.Assert(
-        tf.reduce_all(boxes[:, 2:] >= boxes[:, :2]),
-        [
-            f"{PREFIX} `dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and "
-            "y1 <= y2. Received (image_id, boxes):",
-            image_id,
-            boxes,
-        ],
-    )
-    # Only in a tiny image may all boxes lie in the first pixel.
-    largest = tf.reduce_max(boxes)  # -inf without boxes
-    is_relative = (largest > 0.0) & (largest <= 1.0)
-    tf.debugging.Assert(
-        ~is_relative | (tf.reduce_max(tf.shape(image)) <= 16),
-        [
-            f"{PREFIX} `dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
-            "(image_id, boxes):",
-            image_id,
-            boxes,
-        ],
-    )
-    return {"images": image, "image_id": image_id, "bounding_boxes": rows}
-
-
-def _without_difficult(element: dict) -> dict:
-    rows = element["bounding_boxes"]
-    easy = {name: tf.boolean_mask(values, ~rows["difficult"]) for name, values in rows.items()}
-    return dict(element, bounding_boxes=easy)
-
-
-# What happens to it.
-
-
-def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
-    if not cache:
-        return elements
-    if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
-        raise ValueError(
-            "`cache` must be False for an endless dataset (one with `repeat()`). "
-            f"Received: cache={cache!r}"
-        )
-    return elements.cache() if cache is True else elements.cache(str(cache))
-
-
-def _stored(
-    dataset, source: tf.data.Dataset, cache: bool | str, use_difficult: bool, num_parallel_calls
-) -> tuple[tf.data.Dataset, Callable | None]:
-    """What is shuffled: whole elements, or only the numbers of images that are read later.
-
-    Returns:
-        The dataset of elements and None; or the dataset of numbers, and the function that
-        makes an element of one.
-    """
-
-    def checked(element):
-        element = drop_empty_boxes(_checked(element))
-        return element if use_difficult else _without_difficult(element)
-
-    load = getattr(dataset, "element_loader", lambda: None)() if not cache else None
-    if load is None:
-        return _cached(source.map(checked, num_parallel_calls), cache), None
-    return tf.data.Dataset.range(len(dataset)), lambda number: checked(load(number))
-
-
-def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, all_of_them: bool) -> int:
-    if buffer is not None:
-        if not isinstance(buffer, int) or buffer < 0:
-            raise ValueError(
-                "`shuffle_buffer` must be None or an integer of at least 0. "
-                f"Received: shuffle_buffer={buffer!r}"
-            )
-        return buffer
-    # Images cached in memory are shared with the buffer, so a large one costs nothing.
-    count = int(stored.cardinality())
-    if all_of_them:
-        return count if count > 0 else 100_000
-    return min(count, 512) if count > 0 else 512
-
-
-def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
-    """Function that draws one of the sizes for the batch of an image, as a tuple of one."""
+def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable | None:
+    """Returns a function that draws the size of the batch of an image, as a tuple of one."""
     if image_sizes is None:
         return None
     if not isinstance(image_sizes, Sequence) or not image_sizes:
@@ -397,57 +255,64 @@ def _size_drawer(image_sizes, batch_size: int) -> Callable | None:
             "`image_sizes` must be a list of (height, width) in pixels. "
             f"Received: image_sizes={image_sizes!r}"
         )
+    if not deterministic:
+        raise ValueError(
+            "`image_sizes` needs `deterministic=True`: an image that overtakes another one "
+            "would end up in a batch of another size. Received: deterministic=False"
+        )
     sizes = tf.constant([check_image_shape(size) for size in image_sizes])
 
     def draw(epoch_seed, position):
-        seed = fold_in(epoch_seed, -1, position // batch_size)  # no image has the number -1
+        seed = fold_in(epoch_seed, -1, position // batch_size)  # no image has the index -1
         choice = tf.random.stateless_uniform([], seed, 0, len(image_sizes), tf.int32)
         return (sizes[choice],)
 
     return draw
 
 
-def _mixed(batch: dict, mixes: list, max_boxes: int | None) -> dict:
-    """The batch after mosaic and mixup, without the seeds of its images."""
-    batch = dict(batch)
-    seeds = batch.pop("seed")
-    for number, mix in enumerate(mixes):
-        batch = mix(batch, fold_in(seeds[0], number))
-    if mixes and max_boxes is not None:
-        batch["bounding_boxes"] = _padded_to(batch["bounding_boxes"], max_boxes)
-    return batch
+def _check_boxes(element: dict) -> dict:
+    """Returns the element with all keys and their dtypes, without padding rows; checks boxes."""
+    image, rows = element["images"], element["bounding_boxes"]
+    image.set_shape([None, None, 3])
+    labels = tf.cast(tf.ensure_shape(rows["labels"], [None]), tf.int32)
+    boxes = tf.cast(tf.ensure_shape(rows["boxes"], [None, 4]), tf.float32)
+    difficult = tf.cast(rows.get("difficult", tf.zeros_like(labels)), tf.bool)
+    image_id = tf.convert_to_tensor(element.get("image_id", ""))
+    rows = {"boxes": boxes, "labels": labels, "difficult": difficult}
+    rows = {name: tf.boolean_mask(values, labels >= 0) for name, values in rows.items()}
+
+    boxes = rows["boxes"]
+    _assert(
+        tf.reduce_all(boxes[:, 2:] >= boxes[:, :2]),
+        "`dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and y1 <= y2. "
+        "Received (image_id, boxes):",
+        image_id,
+        boxes,
+    )
+    largest = tf.reduce_max(boxes)  # -inf without boxes
+    is_relative = (largest > 0.0) & (largest <= 1.0)
+    is_tiny = tf.reduce_max(tf.shape(image)) <= 16  # all boxes may lie in the first pixel
+    _assert(
+        ~is_relative | is_tiny,
+        "`dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
+        "(image_id, boxes):",
+        image_id,
+        boxes,
+    )
+    return {"images": image, "image_id": image_id, "bounding_boxes": rows}
 
 
-def _padded_to(rows: dict, max_boxes: int) -> dict:
-    """Rows (B, M, ...) of mixed images, padded to `max_boxes`."""
-    rows = fit_rows(rows)
-    count = tf.shape(rows["labels"])[1]
-    message = f"{PREFIX} a mixed image has more boxes than max_boxes={max_boxes}. Received (boxes):"
-    tf.debugging.Assert(count <= max_boxes, [message, count])
-    padded = {}
-    for name, values in rows.items():
-        paddings = [[0, 0], [0, max_boxes - count]] + [[0, 0]] * (values.shape.rank - 2)
-        values = tf.pad(values, paddings, constant_values=PADDING[name])
-        padded[name] = tf.ensure_shape(values, [None, max_boxes, *values.shape[2:]])
-    return padded
+def _assert(condition: tf.Tensor, message: str, *values) -> None:
+    tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
 
 
-def _as_long_as_the_smallest_shard(
-    batches: tf.data.Dataset, dataset, batch_size: int, drop_remainder: bool
-) -> tf.data.Dataset:
-    images = getattr(dataset, "smallest_shard", None)
-    if images is None or images == len(dataset):
-        return batches
-    steps = images // batch_size if drop_remainder else -(-images // batch_size)
-    if not steps:
-        raise ValueError(
-            f"`dataset` must have at least {batch_size} images in each shard (batch_size="
-            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {images}"
-        )
-    return batches.take(steps)
+def _drop_difficult(element: dict) -> dict:
+    rows = element["bounding_boxes"]
+    easy = {name: tf.boolean_mask(values, ~rows["difficult"]) for name, values in rows.items()}
+    return dict(element, bounding_boxes=easy)
 
 
-def _batched(
+def _padded_batches(
     elements: tf.data.Dataset,
     size: tuple[int | None, int | None],
     batch_size: int,
@@ -456,13 +321,17 @@ def _batched(
     box_keys: tuple[str, ...],
     extra_keys: tuple[str, ...] = (),
 ) -> tf.data.Dataset:
-    """Selects what a batch carries, pads the boxes to one number of rows, and batches."""
+    """Selects the keys of a batch, pads the boxes to one number of rows, and batches."""
 
     def select(element):
-        rows = _at_least_one_row(element, max_boxes)
+        rows = {name: element["bounding_boxes"][name] for name in box_keys}
+        count = tf.shape(rows["labels"])[0]
+        if max_boxes is not None:
+            message = f"an image has more boxes than max_boxes={max_boxes}. Received (boxes, id):"
+            _assert(count <= max_boxes, message, count, element.get("image_id", ""))
         return {
             "images": tf.ensure_shape(element["images"], [*size, 3]),
-            "bounding_boxes": {name: rows[name] for name in box_keys},
+            "bounding_boxes": pad_rows(rows, tf.maximum(1 - count, 0)),  # at least one row
             **{name: element[name] for name in extra_keys},
         }
 
@@ -477,44 +346,324 @@ def _batched(
     return elements.padded_batch(batch_size, padded_shapes, padding, drop_remainder)
 
 
-def _converted(batches: tf.data.Dataset, bounding_box_format: str) -> tf.data.Dataset:
-    """Brings the boxes of batches from "xyxy" pixels to `bounding_box_format`."""
-
-    def convert(batch):
+def _mix(batch: dict, mixes: list, max_boxes: int | None) -> dict:
+    """Applies mosaic and mixup, and removes the seeds of the images."""
+    batch = dict(batch)
+    seeds = batch.pop("seed")
+    for i, mix in enumerate(mixes):
+        batch = mix(batch, fold_in(seeds[0], i))
+    if mixes and max_boxes is not None:
         rows = batch["bounding_boxes"]
-        height, width = tf.unstack(tf.cast(tf.shape(batch["images"])[1:3], tf.float32))
-        boxes = keras.utils.bounding_boxes.convert_format(
-            rows["boxes"], "xyxy", bounding_box_format, height=height, width=width
+        count = tf.shape(rows["labels"])[1]
+        message = f"a mixed image has more boxes than max_boxes={max_boxes}. Received (boxes):"
+        _assert(count <= max_boxes, message, count)
+        rows = pad_rows(rows, max_boxes - count, axis=1)
+        batch["bounding_boxes"] = {
+            name: tf.ensure_shape(values, [None, max_boxes, *values.shape[2:]])
+            for name, values in rows.items()
+        }
+    return batch
+
+
+def _convert_boxes(batch: dict, bounding_box_format: str) -> dict:
+    """Converts boxes from "xyxy" in pixels to `bounding_box_format`."""
+    rows = batch["bounding_boxes"]
+    height, width = tf.unstack(tf.cast(tf.shape(batch["images"])[1:3], tf.float32))
+    boxes = keras.utils.bounding_boxes.convert_format(
+        rows["boxes"], "xyxy", bounding_box_format, height=height, width=width
+    )
+    return dict(batch, bounding_boxes=dict(rows, boxes=boxes))
+
+
+# === Classification ===
+
+
+def classification_batches(
+    dataset,
+    image_shape: Sequence[int],
+    batch_size: int,
+    *,
+    training: bool,
+    augmentation: str | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = "inception",
+    mixup: float = 0.0,
+    num_classes: int | None = None,
+    seed: int | None = None,
+    initial_epoch: int = 0,
+    crop_ratio: float = 0.875,
+    interpolation: str = "bilinear",
+    cache: bool | str | None = None,
+    drop_remainder: bool | None = None,
+    num_parallel_calls: int = tf.data.AUTOTUNE,
+    deterministic: bool = True,
+) -> tf.data.Dataset:
+    """Returns batches for training or evaluating a classifier.
+
+    For training, epochs and shards behave as with `training_batches`. For evaluation, every image
+    comes once, in order, resized and cropped as by `center_crop_image`.
+
+    Args:
+        dataset: a `ClassificationDataset`, or a `tf.data.Dataset` of unbatched elements
+            `{"images": (h, w, 3) uint8, "labels": integer}`.
+        image_shape: (side, side) or (side, side, 3) of the network.
+        batch_size: images per batch.
+        training: whether the batches are for training or for evaluation.
+        augmentation: for training, a name in `CLASSIFICATION_AUGMENTATIONS`, a
+            `ClassificationAugmentation`, or a function of an image and a seed (int64 tensor of
+            shape (2,)) that returns an image of `image_shape`.
+        mixup: for training, `alpha` of `mix_up`; 0 for none.
+        num_classes: number of classes. Default: that of `dataset`.
+        seed: as in `training_batches`.
+        initial_epoch: as in `training_batches`.
+        crop_ratio: for evaluation, ratio of the crop to the resized shorter side.
+        interpolation: for evaluation, `"bilinear"` or `"bicubic"`.
+        cache: True keeps images in memory, a path keeps them in files with this prefix; for
+            evaluation, after the crop. Default: in memory if that takes at most 1 GB.
+        drop_remainder: drop the last, smaller batch. Default: for training.
+        num_parallel_calls: number of images read and augmented in parallel.
+        deterministic: as in `training_batches`.
+
+    Returns:
+        Dataset of `(images, labels)`: (B, side, side, 3) float32 of 0 to 255, and
+        (B, num_classes) float32, one-hot or mixed.
+
+    Raises:
+        ValueError: if an argument is invalid, or an epoch would have no batch.
+
+    Example:
+        >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
+        >>> model.fit(batches, epochs=10)
+    """
+    side = check_square(image_shape)
+    num_classes = num_classes or getattr(dataset, "num_classes", None)
+    if not num_classes:
+        raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
+    drop_remainder = training if drop_remainder is None else drop_remainder
+    source, load = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
+    counter = EpochCounter(initial_epoch)
+
+    def crop(image):
+        def on_pixels(pixels):
+            return center_crop_image(pixels, side, crop_ratio, interpolation)
+
+        return tf.ensure_shape(tf.numpy_function(on_pixels, [image], tf.uint8), (side, side, 3))
+
+    if training:
+        augmentation = _classification_augmentation(augmentation, side, crop)
+        cache = _num_bytes(dataset) <= _CACHE_LIMIT if cache is None else cache
+        stored, load = _stored(source, load, _with_channels, cache, num_parallel_calls)
+
+        def augment(epoch_seed, position, index, item):
+            element, own_seed = load(item) if load else item, fold_in(epoch_seed, index)
+            return dict(element, images=augmentation(element["images"], own_seed), seed=own_seed)
+
+        buffer = _shuffle_buffer(None, stored, None if cache or load else 2048)
+        passes = epoch_passes(stored, counter, _seed(seed), buffer)
+        elements = passes.map(augment, num_parallel_calls)
+    else:
+        num_bytes = int(source.cardinality()) * side * side * 3  # negative if unknown
+        cache = 0 <= num_bytes <= _CACHE_LIMIT if cache is None else cache
+        elements = source.map(_with_channels).map(
+            lambda element: dict(element, images=crop(element["images"])), num_parallel_calls
         )
-        return dict(batch, bounding_boxes=dict(rows, boxes=boxes))
+        elements = _cached(elements, cache)
 
-    return batches.map(convert)
+    batches = _labeled_batches(
+        elements, side, num_classes, batch_size, drop_remainder, mixup if training else 0.0
+    )
+    batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
+    return _finish(batches, dataset, counter, deterministic)
 
 
-def _at_least_one_row(element: dict, max_boxes: int | None) -> dict:
-    """Box entries, checked against `max_boxes`; an image without boxes gets a padding row."""
-    rows = element["bounding_boxes"]
-    count = tf.shape(rows["labels"])[0]
-    if max_boxes is not None:
-        message = (
-            f"{PREFIX} an image has more boxes than max_boxes={max_boxes}. Received (boxes, id):"
+def _classification_augmentation(augmentation, side: int, crop: Callable) -> Callable:
+    size = (side, side)
+
+    def named(options):
+        if options is None:
+            return lambda image, seed: crop(image)
+        return ClassificationAugmentation(size, **options)
+
+    arguments = ("image", "seed")
+    return _augmentation(augmentation, CLASSIFICATION_AUGMENTATIONS, named, size, arguments)
+
+
+def _labeled_batches(
+    elements, side: int, num_classes: int, batch_size: int, drop_remainder: bool, mixup: float
+) -> tf.data.Dataset:
+    """Encodes the labels, batches, and applies mixup."""
+
+    def to_pair(element):
+        image = tf.ensure_shape(tf.cast(element["images"], tf.float32), (side, side, 3))
+        label = tf.one_hot(tf.cast(element["labels"], tf.int32), num_classes)
+        return image, label, element.get("seed", tf.zeros([2], tf.int64))
+
+    def mix(images, labels, seeds):
+        return mix_up(images, labels, mixup, seeds[0] + 1) if mixup else (images, labels)
+
+    return elements.map(to_pair, tf.data.AUTOTUNE).batch(batch_size, drop_remainder).map(mix)
+
+
+def _with_channels(element: dict) -> dict:
+    return dict(element, images=tf.ensure_shape(element["images"], (None, None, 3)))
+
+
+def _num_bytes(dataset) -> float:
+    """Size of all decoded images; infinite if it is unknown."""
+    records = getattr(dataset, "records", None)
+    if not records:
+        return float("inf")
+    return sum(record.info.height * record.info.width * 3 for record in records)
+
+
+# === Shared ===
+
+
+def _source(
+    dataset, layout: dict, batch_size: int, whole_batch: bool
+) -> tuple[tf.data.Dataset, Callable | None]:
+    """Returns the elements of a dataset that has the given layout and fills a batch.
+
+    Also returns the function from the index of an image to its element, if there is one.
+    """
+    load = getattr(dataset, "element_loader", lambda: None)()
+    if load is not None:
+        dataset = tf.data.Dataset.range(len(dataset)).map(load, tf.data.AUTOTUNE)
+    elif hasattr(dataset, "as_dataset"):
+        dataset = dataset.as_dataset()
+    if not isinstance(dataset, tf.data.Dataset):
+        raise ValueError(
+            "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
+            f"Received: dataset={dataset!r}"
         )
-        tf.debugging.Assert(count <= max_boxes, [message, count, element.get("image_id", "")])
-    missing = tf.cast(tf.equal(count, 0), tf.int32)
-    return {
-        name: tf.pad(
-            values,
-            [[0, missing]] + [[0, 0]] * (values.shape.rank - 1),
-            constant_values=PADDING[name],
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
         )
-        for name, values in rows.items()
-        if name in PADDING
-    }
+    if not _has_layout(dataset.element_spec, layout):
+        raise ValueError(
+            f"`dataset` must give unbatched elements {layout}. "
+            f"Received: elements of {dataset.element_spec}"
+        )
+    needed = batch_size if whole_batch else 1
+    count = int(dataset.cardinality())
+    if count == tf.data.UNKNOWN_CARDINALITY:
+        count = sum(1 for _ in dataset.take(needed))
+    if 0 <= count < needed:
+        raise ValueError(
+            f"`dataset` must have at least {needed} image(s): with fewer, an epoch would have "
+            f"no batch (batch_size={batch_size}, drop_remainder={whole_batch}). "
+            f"Received: a dataset of {count} image(s)"
+        )
+    return dataset, load
 
 
-def _options(deterministic: bool) -> tf.data.Options:
+def _has_layout(spec, layout: dict | str) -> bool:
+    if isinstance(layout, dict):
+        return isinstance(spec, Mapping) and all(
+            key in spec and _has_layout(spec[key], value) for key, value in layout.items()
+        )
+    return isinstance(spec, tf.TensorSpec) and spec.shape.rank in (None, _RANKS[layout])
+
+
+def _augmentation(
+    augmentation, table: dict, named: Callable, size: tuple[int, int], arguments: tuple[str, ...]
+) -> Callable:
+    """Returns the function of `arguments` that a name, a function, or None ("none") stands for.
+
+    `named` makes it of the options in the `table` of names.
+    """
+    if augmentation is None or isinstance(augmentation, str):
+        name = augmentation or "none"
+        if name not in table:
+            raise ValueError(
+                f"`augmentation` must be one of {', '.join(map(repr, table))}, or a function. "
+                f"Received: augmentation={name!r}"
+            )
+        return named(table[name])
+    try:
+        inspect.signature(augmentation).bind(*arguments)
+    except TypeError:
+        names = ", ".join(arguments)
+        raise ValueError(
+            f"`augmentation` must be a function of {names}, such as `lambda {names}: ...`. "
+            f"Received: augmentation={augmentation!r}"
+        ) from None
+    own_shape = getattr(augmentation, "image_shape", None)
+    if own_shape is not None and check_image_shape(own_shape) != size:
+        raise ValueError(
+            f"`augmentation` must make images of image_shape={size}. "
+            f"Received: augmentation.image_shape={own_shape}"
+        )
+    return augmentation
+
+
+def _stored(
+    source: tf.data.Dataset, load: Callable | None, clean: Callable, cache: bool | str, calls: int
+) -> tuple[tf.data.Dataset, Callable | None]:
+    """Returns the dataset to shuffle, and the function that loads one of its items.
+
+    Indices are shuffled, and images loaded later, if nothing is cached and single images can be
+    loaded. Otherwise whole elements are shuffled, and the function is None.
+    """
+    if cache or load is None:
+        return _cached(source.map(clean, calls), cache), None
+    return tf.data.Dataset.range(source.cardinality()), lambda index: clean(load(index))
+
+
+def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
+    if not cache:
+        return elements
+    if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            "`cache` must be False for an endless dataset (one with `repeat()`). "
+            f"Received: cache={cache!r}"
+        )
+    return elements.cache() if cache is True else elements.cache(str(cache))
+
+
+def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, limit: int | None) -> int:
+    """Checks the size of the shuffle buffer; the default is all items, up to `limit`."""
+    if buffer is None:
+        count = int(stored.cardinality())
+        if count <= 0:  # unknown
+            return limit or 100_000
+        return min(count, limit or count)
+    if not isinstance(buffer, int) or buffer < 0:
+        raise ValueError(
+            "`shuffle_buffer` must be None or an integer of at least 0. "
+            f"Received: shuffle_buffer={buffer!r}"
+        )
+    return buffer
+
+
+def _seed(seed: int | None) -> int:
+    return random.randrange(2**31) if seed is None else seed
+
+
+def _take_smallest_shard(
+    batches: tf.data.Dataset, dataset, batch_size: int, drop_remainder: bool
+) -> tf.data.Dataset:
+    """Limits an epoch of a shard to the number of batches that all shards can fill."""
+    images = getattr(dataset, "smallest_shard", None)
+    if images is None or images == len(dataset):
+        return batches
+    steps = images // batch_size if drop_remainder else -(-images // batch_size)
+    if not steps:
+        raise ValueError(
+            f"`dataset` must have at least {batch_size} images in each shard (batch_size="
+            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {images}"
+        )
+    return batches.take(steps)
+
+
+def _finish(
+    batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True
+) -> tf.data.Dataset:
+    """Prefetches, and attaches what `fit` needs."""
     options = tf.data.Options()
     options.deterministic = deterministic
-    # One thread per image: quicker than all threads on one image, and leaves cores to fit().
+    # One thread per image: faster than all threads on one image, and leaves cores to `fit`.
     options.threading.max_intra_op_parallelism = 1
-    return options
+    batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+    batches.epoch_counter = counter  # for `set_epoch`
+    batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
+    return batches

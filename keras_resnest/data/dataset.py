@@ -5,9 +5,9 @@
     {"images": uint8 (h, w, 3), "image_id": string,
      "bounding_boxes": {"boxes": float32 (n, 4), "labels": int32 (n,), "difficult": bool (n,)}}
 
-Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width, a box round the whole
-image is [0, 0, w, h]), labels are 0 to num_classes - 1. All boxes lie inside their image and
-have an area; what the readers had to clip or drop for that stands in the `AnnotationReport`.
+Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width; the box of the whole
+image is [0, 0, w, h]); labels are 0 to num_classes - 1. All boxes lie inside their image and have
+an area; the `AnnotationReport` lists what the readers clipped or dropped.
 """
 
 import collections
@@ -24,13 +24,13 @@ from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One fault in the annotations and what was done about it.
+    """A fault in the annotations and how the reader handled it.
 
     Attributes:
-        file: Name of the file (or id of the image).
+        file: Name of the file, or id of the image.
         what: Kind of fault, e.g. "degenerate box".
         action: What the reader did, e.g. "dropped".
-        detail: The box, numbers or text in question.
+        detail: The box, numbers, or text in question.
     """
 
     file: str
@@ -44,14 +44,14 @@ class Problem:
 
 @dataclasses.dataclass
 class AnnotationReport:
-    """Counts and faults of a dataset; `print` it before training.
+    """Counts and problems of a dataset; print it before training.
 
     Attributes:
-        num_images: Images that are used.
-        num_boxes: Boxes that are used.
-        class_counts: Boxes of each class, by class name, in the order of the labels.
-        num_difficult: How many of the boxes are marked as difficult.
-        num_empty_images: Images without any box.
+        num_images: Number of images.
+        num_boxes: Number of boxes.
+        class_counts: Boxes per class name, in the order of the labels.
+        num_difficult: Boxes that are marked as difficult.
+        num_empty_images: Images without boxes.
         problems: List of `Problem`.
     """
 
@@ -64,7 +64,7 @@ class AnnotationReport:
 
     @property
     def problem_counts(self) -> dict[str, int]:
-        """How often each kind of fault occurs."""
+        """Number of problems of each kind."""
         return dict(collections.Counter(problem.what for problem in self.problems))
 
     def __str__(self) -> str:
@@ -86,19 +86,19 @@ class AnnotationReport:
 
 @dataclasses.dataclass(eq=False)
 class ImageRecord:
-    """One image with its boxes.
+    """One image and its boxes.
 
     Args:
-        image: Path, encoded bytes or array of the image, as `load_image` takes them; None where
-            the image stays in a TFDS file (then `info` is needed).
-        image_id: Name of the image, different for every image of the dataset.
-        boxes: (n, 4), "xyxy" in pixels of the upright image; kept as float32.
-        labels: (n,), 0 to num_classes - 1; kept as int32.
-        difficult: (n,), which objects evaluation shall not count. Default: none.
-        info: Size and orientation of the image. Default: looked up.
+        image: Path, encoded bytes, or array of the image, as `load_image` takes them. None for an
+            image in a TFDS file, which needs `info`.
+        image_id: Unique name of the image.
+        boxes: (n, 4), "xyxy" in pixels of the upright image; stored as float32.
+        labels: (n,), 0 to num_classes - 1; stored as int32.
+        difficult: (n,), objects that evaluation ignores. Default: none.
+        info: Size and orientation of the image. Default: read from the image.
 
     Raises:
-        ValueError: Unequal numbers of boxes and labels, or an unreadable image.
+        ValueError: if the numbers of boxes and labels differ, or the image is unreadable.
 
     Example: `ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])`
     """
@@ -124,33 +124,30 @@ class ImageRecord:
                 f"{len(self.boxes)} boxes, {self.labels.shape} labels, {self.difficult.shape}"
             )
         if self.info is None:
-            in_file = isinstance(self.image, str | bytes)
-            self.info = (
-                read_image_info(self.image)
-                if in_file
-                else ImageInfo(*load_image(self.image).shape[:2])
-            )
+            if isinstance(self.image, str | bytes):
+                self.info = read_image_info(self.image)
+            else:
+                self.info = ImageInfo(*load_image(self.image).shape[:2])
 
     @property
     def height(self) -> int:
-        """Rows of the upright image."""
+        """Height of the upright image in pixels."""
         return self.info.height
 
     @property
     def width(self) -> int:
-        """Columns of the upright image."""
+        """Width of the upright image in pixels."""
         return self.info.width
 
 
 class ImageDataset:
-    """What datasets of images share: `records`, `class_names`, shards.
+    """Base of the datasets. A subclass has `records`, `class_names`, and `element_loader`."""
 
-    A subclass sets both and has `element_loader`.
-    """
+    _smallest_shard: int | None = None
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; of objects, without background."""
+        """Number of classes, without background."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -169,21 +166,17 @@ class ImageDataset:
         num_shards: int = 1,
         shard_index: int = 0,
     ):
-        """The images and their annotations as a `tf.data.Dataset` (see the top of the module).
+        """Returns the images and their annotations as a `tf.data.Dataset` of single elements.
 
-        JPEG and PNG are decoded by TensorFlow in parallel, pixel by pixel as `load_image` does;
-        files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats) by Pillow. EXIF
-        orientation is applied.
+        TensorFlow decodes JPEG and PNG in parallel, to the same pixels as `load_image`; Pillow
+        decodes the files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats). EXIF
+        orientation is applied. A corrupt file raises a TensorFlow error when it is reached.
 
         Args:
-            shuffle: Mix the images, in another order in every epoch.
-            seed: Integer for a repeatable order.
-            num_shards: Give only one of so many shards, see `shard`.
-            shard_index: Which one of the shards, 0 to `num_shards - 1`.
-
-        Returns:
-            `tf.data.Dataset` of single (unbatched) elements. A file that turns out damaged raises
-            a TensorFlow error when it is reached.
+            shuffle: Shuffle the images, in a new order in every epoch.
+            seed: Integer that makes the order repeatable.
+            num_shards: Number of shards of which to return one, see `shard`.
+            shard_index: Index of that shard, 0 to `num_shards - 1`.
         """
         import tensorflow as tf
 
@@ -194,21 +187,21 @@ class ImageDataset:
         return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
 
     def shard(self, num_shards: int, shard_index: int) -> "ImageDataset":
-        """One part of the dataset, for training on many machines.
+        """Returns one of several disjoint shards, for training on several machines.
 
-        Every image is in exactly one shard, always the same one; the sizes of the shards differ
-        by one image at most. All shards have all class names.
+        The shards are the same in every run, cover all images, differ in size by at most one
+        image, and keep all class names.
 
         Args:
-            num_shards: Number of parts, at most the number of images.
-            shard_index: Which one of them, 0 to `num_shards - 1`.
+            num_shards: Number of shards, at most the number of images.
+            shard_index: Index of the shard, 0 to `num_shards - 1`.
 
         Returns:
-            Dataset with its own `report` (without the problems of the whole one).
-            `training_batches` gives as many batches of it as the smallest of the shards can fill.
+            A dataset with its own `report`, without the problems of the whole. All shards yield
+            the same number of training batches.
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: if an argument is out of range.
 
         Example: `train.shard(num_shards=4, shard_index=worker)`
         """
@@ -219,54 +212,57 @@ class ImageDataset:
         part._smallest_shard = self.smallest_shard // num_shards
         return part
 
-    def hold_out(self, share: float = 0.2, seed: int = 0) -> tuple:
-        """Two datasets of this one: a larger part, and one that is held out for testing.
+    def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
+        """Splits off a random part of the images, e.g. for testing.
 
-        Which images are held out is drawn; of images with one label each, as many of every
-        class as its size asks for.
+        If each image has one label, the part holds the same fraction of every class.
 
         Args:
-            share: Part that is held out, above 0 and below 1.
-            seed: Integer; the same one draws the same images.
+            fraction: Fraction of the images to split off, above 0 and below 1.
+            seed: Integer; the same seed draws the same images.
 
         Returns:
-            (the rest, the images held out), both with all class names.
+            (the remaining images, the images split off), both with all class names.
 
         Raises:
-            ValueError: `share` is out of its range, a part would have no image, or the images
-                are in TFDS, which has splits such as "train[:80%]".
+            ValueError: if `fraction` is out of range, a part would be empty, or the images are in
+                TFDS, which has splits such as "train[:80%]".
 
         Example: `train, test = dataset.hold_out(0.2, seed=1)`
         """
-        if not 0 < share < 1:
-            raise ValueError(f"`share` must be above 0 and below 1. Received: share={share}")
+        if not 0 < fraction < 1:
+            raise ValueError(
+                f"`fraction` must be above 0 and below 1. Received: fraction={fraction}"
+            )
         if self.element_loader() is None:
-            raise ValueError('TFDS parts its data by splits, such as "train[:80%]"')
-        parts = {False: [], True: []}
+            raise ValueError('Split a TFDS dataset by its splits, such as "train[:80%]"')
+        remaining, held_out = [], []
         seen = collections.Counter()
         for i in np.random.default_rng(seed).permutation(len(self)):
             record = self.records[i]
             group = getattr(record, "label", None)
-            # Of n images of a group, round(n * share) are held out, spread evenly.
+            # Hold out round(n * fraction) of the n images of a group, evenly spread.
             count, seen[group] = seen[group], seen[group] + 1
-            parts[round((count + 1) * share) > round(count * share)].append(record)
-        if not (parts[True] and parts[False]):
+            is_held_out = round((count + 1) * fraction) > round(count * fraction)
+            (held_out if is_held_out else remaining).append(record)
+        if not (remaining and held_out):
             raise ValueError(
-                f"There are too few images to hold out a part of {share:g}. Received: {len(self)}"
+                f"There are too few images to hold out a fraction of {fraction:g}. "
+                f"Received: {len(self)}"
             )
-        return tuple(type(self)(records, self.class_names) for records in parts.values())
+        return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
 
     @property
     def smallest_shard(self) -> int:
-        """Images in the smallest of the shards of which this one is; its length if it is all."""
-        return getattr(self, "_smallest_shard", len(self))
+        """Images in the smallest shard of the whole dataset; `len(self)` if this is no shard."""
+        return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
         return type(self)(self.records[shard_index::num_shards], self.class_names)
 
 
 class DetectionDataset(ImageDataset):
-    """Annotated images in memory (the annotations) and on disk (the pixels).
+    """A detection dataset: annotations in memory, images read on demand.
 
     Args:
         records: List of `ImageRecord`, at least one.
@@ -274,8 +270,8 @@ class DetectionDataset(ImageDataset):
         report: `AnnotationReport`. Default: counted from the records.
 
     Raises:
-        ValueError: There is no record, a label has no class name, or a box has no area or does not
-            lie inside its image.
+        ValueError: if there is no record, a label has no class name, or a box has no area or
+            extends beyond its image.
 
     Example:
 
@@ -307,14 +303,14 @@ class DetectionDataset(ImageDataset):
         self.report = report or summarize(self.records, self.class_names, [])
 
     def element_loader(self):
-        """A function from the number of an image (int64 tensor) to its element.
+        """Returns a function from the index of an image (int64 tensor) to its element.
 
-        None where images can only be read one after the other.
+        None if images can only be read one after the other.
         """
         import tensorflow as tf
 
         records = self.records
-        with tf.device("CPU:0"):  # else the tables below would live on the GPU
+        with tf.device("CPU:0"):  # keep these tables off the GPU
             image_ids = tf.constant([record.image_id for record in records])
             counts = [0] + [len(record.boxes) for record in records]
             row_splits = tf.constant(np.cumsum(counts), tf.int64)
@@ -325,15 +321,14 @@ class DetectionDataset(ImageDataset):
 
         def load(index):
             rows = slice(row_splits[index], row_splits[index + 1])
-            bounding_boxes = {
-                "boxes": tf.ensure_shape(boxes[rows], (None, 4)),
-                "labels": labels[rows],
-                "difficult": difficult[rows],
-            }
             return {
                 "images": read_image(index),
                 "image_id": image_ids[index],
-                "bounding_boxes": bounding_boxes,
+                "bounding_boxes": {
+                    "boxes": tf.ensure_shape(boxes[rows], (None, 4)),
+                    "labels": labels[rows],
+                    "difficult": difficult[rows],
+                },
             }
 
         return load
@@ -361,13 +356,13 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
         worst = int(np.argmin(good.all(axis=1)))
         record = records[np.repeat(np.arange(len(records)), counts)[worst]]
         raise ValueError(
-            'Boxes must be "xyxy" in pixels, have an area and lie inside their image. Received: '
+            'Boxes must be "xyxy" in pixels, have an area, and lie inside their image. Received: '
             f"{boxes[worst].tolist()} in {record.image_id!r} of {record.width} x {record.height}"
         )
 
 
 def image_reader(records: Sequence[ImageRecord]):
-    """Function from the index of a record to its uint8 pixels, inside a tf.data graph."""
+    """Returns a function from the index of a record to its uint8 image, for a tf.data graph."""
     import tensorflow as tf
 
     by_tensorflow = [r.info.plain and isinstance(r.image, str) for r in records]
@@ -393,15 +388,14 @@ def image_reader(records: Sequence[ImageRecord]):
 
 
 def decode_plain_image(encoded):
-    """Decodes JPEG or PNG bytes in a TensorFlow graph to the same uint8 RGB pixels as Pillow.
+    """Decodes JPEG or PNG bytes (string tensor) to the uint8 RGB pixels that Pillow gives.
 
-    Args:
-        encoded: String tensor with the bytes of one image of which `ImageInfo.plain` is true.
+    The image must be plain, see `ImageInfo.plain`.
     """
     import tensorflow as tf
 
-    # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up
-    # to 7 gray levels off what Pillow, and so `load_image` and `detect`, make of the same file.
+    # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up to
+    # 7 gray levels off Pillow, and so off `load_image` and `detect`.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     return tf.ensure_shape(image, (None, None, 3))
 
@@ -414,7 +408,7 @@ def _turn_upright(image, flags):
     return tf.cond(flags[2], lambda: image[::-1], lambda: image)
 
 
-# === Help for the readers ===
+# === Helpers of the readers ===
 
 
 def summarize(
@@ -434,7 +428,7 @@ def summarize(
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """What may have been meant by a name that is not among the known ones."""
+    """Suggests known names for an unknown one."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     by_case = [n for n in names if n.lower() == name.lower() and n not in close]
@@ -444,16 +438,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, list[str]]:
-    """Clips boxes to the image and judges them.
+    """Clips boxes (n, 4) "xyxy" to the image and judges them.
 
-    Args:
-        boxes: (n, 4) "xyxy".
-        width: Width of the image, in the unit of the boxes.
-        height: Height of the image, in the unit of the boxes.
+    Width and height of the image are in the unit of the boxes.
 
     Returns:
-        The clipped boxes (n, 4) and a verdict for each: "" (fine), "clipped", or the reason why it
-        is to be dropped.
+        The clipped boxes (n, 4), and a verdict for each: "" (fine), "clipped", or the reason to
+        drop it.
     """
     clipped = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
     verdicts = []

@@ -1,7 +1,7 @@
-"""The order and the random numbers of every epoch, from nothing but (seed, epoch, image).
+"""Order and random numbers of each epoch, as functions of seed, epoch, and image only.
 
-Epoch k of a dataset is the same whether k epochs came before it or the training was resumed
-there, and whatever the global seeds of TensorFlow are.
+Epoch k is the same after k earlier epochs and after resuming there, whatever the global seeds of
+TensorFlow are.
 """
 
 import threading
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 class EpochCounter:
-    """Tells each pass over a dataset which epoch it is: the next one, or the one that was set.
+    """Tells each pass over a dataset its epoch: the next one, or one that was set.
 
     Args:
         initial_epoch: epoch of the first pass, from 0.
@@ -27,40 +27,40 @@ class EpochCounter:
 
     def __init__(self, initial_epoch: int = 0):
         self._lock = threading.Lock()
-        self._epoch, self._step = _checked_epoch("initial_epoch", initial_epoch), 1
+        self._epoch, self._step = _check_epoch("initial_epoch", initial_epoch), 1
 
     def next_epoch(self) -> np.int64:
-        """The epoch of the pass that begins now."""
+        """Returns the epoch of the pass that begins."""
         with self._lock:
             epoch = self._epoch
             self._epoch += self._step
         return np.int64(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on, every pass is of this epoch, until the next call."""
+        """Makes every pass one of `epoch`, until the next call."""
         with self._lock:
-            self._epoch, self._step = _checked_epoch("epoch", epoch), 0
+            self._epoch, self._step = _check_epoch("epoch", epoch), 0
 
     def as_tensor(self) -> tf.Tensor:
-        """`next_epoch()` inside a `tf.data` graph: int64 scalar, drawn when the graph runs."""
-        # State in Python, not in a tf.Variable: inside a strategy's scope that would be mirrored.
+        """`next_epoch()` in a `tf.data` graph: an int64 scalar, drawn when the graph runs."""
+        # A Python state, because a tf.Variable would be mirrored in the scope of a strategy.
         return tf.ensure_shape(tf.numpy_function(self.next_epoch, [], tf.int64), [])
 
 
 def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
-    """Makes every following pass over training batches that of `epoch`, until the next call.
+    """Makes every following pass over training batches one of `epoch`, until the next call.
 
-    Left alone, the passes over `training_batches` are epochs 0, 1, 2, ... (from `initial_epoch`).
-    But `fit` may look into a dataset before and between its epochs (under a
-    `tf.distribute.Strategy` it does). A callback that calls `set_epoch` when an epoch begins keeps
-    the two together, so that a resumed training sees exactly what an uninterrupted one would.
+    By default, the passes over `training_batches` are epochs 0, 1, 2, ... (from `initial_epoch`).
+    However, `fit` may iterate over a dataset before and between its epochs, as it does under a
+    `tf.distribute.Strategy`. A callback that calls `set_epoch` at the start of each epoch keeps
+    both in step, so that a resumed training sees what an uninterrupted one would.
 
     Args:
-        batches: what `training_batches` returned (not a dataset made from it).
+        batches: the dataset that `training_batches` returned, not one derived from it.
         epoch: from 0.
 
     Raises:
-        ValueError: `batches` is another dataset, or `epoch` is no integer from 0.
+        ValueError: if `batches` is another dataset, or `epoch` is not an integer of at least 0.
 
     Example:
         ```python
@@ -72,7 +72,7 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
     counter = getattr(batches, "epoch_counter", None)
     if not isinstance(counter, EpochCounter):
         raise ValueError(
-            "`batches` must be the dataset that `training_batches` returned, not one made from "
+            "`batches` must be the dataset that `training_batches` returned, not one derived from "
             f"it. Received: {batches!r}"
         )
     counter.set_epoch(epoch)
@@ -81,17 +81,17 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 def epoch_passes(
     stored: tf.data.Dataset, counter: EpochCounter, seed: int, shuffle_buffer: int
 ) -> tf.data.Dataset:
-    """Passes over stored items, shuffled anew in every epoch.
+    """Returns a dataset whose passes shuffle stored items anew in every epoch.
 
     Args:
-        stored: dataset of anything; it is never built again, so its cache lasts.
+        stored: dataset of anything. It is built once, so its cache lasts.
         counter: tells the epoch of a pass.
         seed: start of all random numbers.
-        shuffle_buffer: number of items among which the next one is drawn; 0 or 1: in order.
+        shuffle_buffer: number of items among which the next one is drawn; 0 or 1 keeps the order.
 
     Returns:
-        Dataset of (epoch seed (2,) int64, position in the epoch, number of the item, item).
-        Its cardinality is that of `stored`, where that is known.
+        Dataset of (epoch seed (2,) int64, position in the epoch, index of the item, item), with
+        the cardinality of `stored` if that is known.
     """
     stored = stored.enumerate()
 
@@ -100,14 +100,14 @@ def epoch_passes(
         order_seed, epoch_seed = tf.unstack(tf.random.split(own_seed, 2))
         items = stored
         if shuffle_buffer > 1:
-            # Of this graph only: `shuffle` mixes the global seed into its own otherwise.
+            # Set in this graph only; `shuffle` would mix the global seed into its own.
             tf.random.set_seed(1)
             order = tf.random.stateless_uniform(
                 [], order_seed, minval=0, maxval=tf.int64.max, dtype=tf.int64
             )
             items = items.shuffle(shuffle_buffer, seed=order, reshuffle_each_iteration=False)
         return items.enumerate().map(
-            lambda position, numbered: (epoch_seed, position, numbered[0], numbered[1])
+            lambda position, indexed: (epoch_seed, position, indexed[0], indexed[1])
         )
 
     passes = tf.data.Dataset.from_tensors(0).flat_map(one_pass)
@@ -118,13 +118,13 @@ def epoch_passes(
 
 
 def fold_in(seed: tf.Tensor, *numbers: tf.Tensor) -> tf.Tensor:
-    """A seed (2,) int64 for each tuple of integers: the same for the same, else independent."""
+    """Derives a seed (2,) int64 from integers: equal for equal ones, else independent."""
     for number in numbers:
         seed = tf.random.fold_in(seed, tf.cast(number, tf.int64))  # int64 in, 64 random bits out
     return seed
 
 
-def _checked_epoch(name: str, epoch: int) -> int:
+def _check_epoch(name: str, epoch: int) -> int:
     if not isinstance(epoch, int | np.integer) or isinstance(epoch, bool) or epoch < 0:
         raise ValueError(f"`{name}` must be an integer of at least 0. Received: {name}={epoch!r}")
     return int(epoch)

@@ -1,11 +1,10 @@
-"""Shapes: a synthetic detection dataset that is drawn, not downloaded.
+"""Shapes: a synthetic detection dataset, drawn instead of downloaded.
 
-Six kinds of figures, turned, stretched and overlapping, each kind in its range of colors, on
-textured grayish backgrounds. It is small enough to train a detector on a processor in minutes,
-and drawn in seconds.
+Six kinds of figures, rotated, stretched and overlapping, each kind in its range of hues, on
+textured grayish backgrounds. It is drawn in seconds and trains a detector on a CPU in minutes.
 
-`draw_scene(plan_scene(seed))` draws one image; `Shapes` is the TFDS builder
-(`tfds.load("shapes")` works once this module is imported) and `read_shapes` the short way to it.
+`draw_scene(plan_scene(seed))` draws one image. `Shapes` is the TFDS builder, which importing this
+module registers for `tfds.load("shapes")`. `keras_resnest.data.read_shapes` draws and reads it.
 """
 
 import colorsys
@@ -19,49 +18,36 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
+SPLITS = ("train", "validation", "test")
 
-_HUE_SPREAD = 0.07  # standard deviation of a class's hue, where 1 / 6 lies between two classes
-_SUPERSAMPLING = 4  # figures are drawn this many times larger and averaged: smooth edges
-_MIN_VISIBLE = 0.4  # a figure of which less would be seen is put elsewhere, or left out
-_DIFFICULT_BELOW = 0.6  # a figure of which less is seen is marked as difficult
+_HUE_SPREAD = 0.07  # standard deviation of the hue of a class; classes are 1 / 6 apart
+_SUPERSAMPLING = 4  # draws figures this many times larger, for smooth edges
+_MIN_VISIBLE = 0.4  # visible fraction below which a figure is moved or omitted
+_DIFFICULT_BELOW = 0.6  # visible fraction below which a figure is difficult
 
 
-# === What is where ===
+# === Planning ===
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Figure:
-    """One figure of a scene.
+    """One figure of a scene."""
 
-    Attributes:
-        label: Index into `CLASS_NAMES`.
-        outlines: One or two float32 arrays (n, 2) of corners (x, y) in pixels: the figure and, for
-            a ring, its hole. They may lie outside the image.
-        color: float32 (3,), RGB, 0 to 255.
-        seed: Of the light and grain on the figure.
-    """
-
-    label: int
+    label: int  # index into CLASS_NAMES
+    # float32 (n, 2), corners (x, y) in pixels, possibly outside the image; a ring has two outlines
     outlines: tuple[np.ndarray, ...]
-    color: np.ndarray
-    seed: int
+    color: np.ndarray  # float32 (3,), RGB, 0 to 255
+    seed: int  # of the light and grain on the figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """An image before it is drawn.
+    """Plan of an image."""
 
-    Attributes:
-        size: Side of the image in pixels.
-        seed: Of the background.
-        figures: From back to front.
-        difficult: bool (n,): other figures hide more than 40 % of the part inside the image.
-    """
-
-    size: int
-    seed: int
-    figures: tuple[Figure, ...]
-    difficult: np.ndarray
+    size: int  # side of the image in pixels
+    seed: int  # of the background
+    figures: tuple[Figure, ...]  # from back to front
+    difficult: np.ndarray  # bool (n,): others hide over 40 % of the part inside the image
 
     @property
     def labels(self) -> np.ndarray:
@@ -70,37 +56,29 @@ class Scene:
 
     @property
     def boxes(self) -> np.ndarray:
-        """float32 (n, 4), "xyxy" in pixels: the extent of the part of each figure that lies in the
-        image, whether other figures hide it or not."""
-        inside = [_cut(figure.outlines[0], self.size) for figure in self.figures]
+        """float32 (n, 4), "xyxy" in pixels: extents of the figures inside the image, ignoring
+        occlusion."""
+        inside = [_clip(figure.outlines[0], self.size) for figure in self.figures]
         corners = [(*points.min(axis=0), *points.max(axis=0)) for points in inside]
         return np.asarray(corners, "float32").reshape(-1, 4)
 
 
 def plan_scene(seed, size: int = 192) -> Scene:
-    """Decides what is to be seen where.
+    """Plans a random scene.
 
-    One image in 25 is empty, the others have 1 to 6 figures. The longer side of a figure's box is
-    12 to 60 % of the image; one figure in six is small (between 16 pixels and 12 %). A box may
-    reach over the border by a quarter of its sides. Figures may hide others as long as 40 % of each
-    (of its part inside the image) can be seen.
+    One image in 25 is empty, the others have 1 to 6 figures. The longer side of a figure is 12 to
+    60 % of the image; one figure in six is small (from 16 pixels to 12 %). A figure may cross the
+    border by a quarter of its sides, and may hide others as long as 40 % of each (of its part
+    inside the image) stays visible.
 
     Args:
-        seed: Integer or sequence of integers; the same seed gives the same scene.
+        seed: Integer or sequence of integers.
         size: Side of the image in pixels, at least 48.
 
-    Returns:
-        `Scene`.
-
     Raises:
-        ValueError: `size` is below 48.
+        ValueError: if `size` is below 48.
 
-    Example:
-
-    ```python
-    scene = plan_scene(seed=7)
-    image, boxes, labels = draw_scene(scene), scene.boxes, scene.labels
-    ```
+    Example: `scene = plan_scene(7); image, boxes = draw_scene(scene), scene.boxes`
     """
     if size < 48:
         raise ValueError(f"`size` must be at least 48 pixels. Received: {size}")
@@ -108,8 +86,7 @@ def plan_scene(seed, size: int = 192) -> Scene:
     background_seed = int(rng.integers(2**31))
     colors = list(_background_colors(np.random.default_rng(background_seed)))
     count = 0 if rng.random() < 0.04 else int(rng.integers(1, 7))
-    figures: list[Figure] = []
-    masks: list[np.ndarray] = []
+    figures, masks = [], []
     for _ in range(count):
         for _ in range(10):  # attempts to find a free place
             figure = _random_figure(rng, size, colors)
@@ -123,8 +100,8 @@ def plan_scene(seed, size: int = 192) -> Scene:
     return Scene(size, background_seed, tuple(figures), difficult)
 
 
-def _cut(points: np.ndarray, size: int) -> np.ndarray:
-    """Corners (n, 2) of the part of a polygon inside the image (Sutherland and Hodgman, 1974)."""
+def _clip(points: np.ndarray, size: int) -> np.ndarray:
+    """Clips a polygon (n, 2) to the image (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0, 1), (0, size, -1), (1, 0, 1), (1, size, -1)):
         depth = sign * (points[:, axis] - limit)  # negative: beyond the border
         if depth.min() >= 0:
@@ -140,7 +117,7 @@ def _cut(points: np.ndarray, size: int) -> np.ndarray:
 
 
 def _visible_fractions(masks: list[np.ndarray]) -> list[float]:
-    """Which part of each figure is not covered by those in front of it (later in the list)."""
+    """Fraction of each figure that no figure in front of it (later in the list) covers."""
     fractions = []
     in_front = np.zeros_like(masks[0]) if masks else None
     for mask in reversed(masks):
@@ -155,7 +132,7 @@ def _random_figure(rng: np.random.Generator, size: int, colors: list[np.ndarray]
     if rng.random() < 1 / 6:
         side = rng.uniform(min(16.0, medium), max(16.0, medium))
     else:
-        side = medium * 5 ** rng.random()  # up to 0.6, smaller ones more often
+        side = medium * 5 ** rng.random()  # up to 0.6, log-uniform
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.2)
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     outlines = [points * (stretch, 1.0) @ rotation for points in _unit_outlines(label)]
@@ -173,7 +150,7 @@ def _random_figure(rng: np.random.Generator, size: int, colors: list[np.ndarray]
 
 @functools.cache
 def _unit_outlines(label: int) -> tuple[np.ndarray, ...]:
-    """Corners (n, 2) of a figure round the origin; for a ring also those of its hole."""
+    """Corners (n, 2) of a figure around the origin; for a ring, also of its hole."""
     name = CLASS_NAMES[label]
     if name in ("circle", "ring"):
         circle = _polygon(np.ones(96))
@@ -196,10 +173,10 @@ def _polygon(radii: np.ndarray) -> np.ndarray:
 def _contrasting_color(
     rng: np.random.Generator, label: int, others: list[np.ndarray]
 ) -> np.ndarray:
-    """Of a few colors of a class the one farthest from all others, so that nothing melts away.
+    """Returns, of four colors of a class, the one farthest from all others.
 
-    Every class has a typical hue, as real things have, but hues of neighboring classes overlap:
-    color helps, form decides.
+    Each class has a typical hue, but the hues of neighboring classes overlap: color helps, shape
+    decides.
     """
     hues = label / len(CLASS_NAMES) + rng.normal(0.0, _HUE_SPREAD, 4)
     strengths = rng.uniform((0.55, 0.45), 1.0, (4, 2))  # saturation, value
@@ -212,20 +189,14 @@ def _contrasting_color(
 
 
 # === Drawing ===
-# Inside, images are float32 with channels first: (3, h, w), which numpy handles much faster.
+# Images are float32 with channels first, (3, h, w), which NumPy processes faster.
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
-    """Draws a scene.
+    """Draws a scene as a uint8 array (size, size, 3), RGB.
 
-    The background and each figure have their own seeds: without one of its figures, a scene looks
-    the same everywhere else.
-
-    Args:
-        scene: What `plan_scene` returned.
-
-    Returns:
-        uint8 array (size, size, 3), RGB, 0 to 255.
+    Background and figures have seeds of their own: without a figure, the rest of the image does
+    not change.
     """
     image = _background(scene.seed, scene.size)
     for figure in scene.figures:
@@ -233,13 +204,13 @@ def draw_scene(scene: Scene) -> np.ndarray:
         height, width = coverage.shape
         patch = image[:, top : top + height, left : left + width]
         patch += coverage * (_surface(figure, height, width) - patch)
-    image += 0.5  # rounds, as the cast cuts
+    image += 0.5  # round, as the cast truncates
     pixels = np.clip(image, 0, 255, out=image).astype("uint8")
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Which part of each pixel a figure covers: (h, w), 0 to 1, and the (x, y) it begins at."""
+    """Fraction (h, w) of each pixel that a figure covers, and the (x, y) of the first pixel."""
     from PIL import Image, ImageDraw
 
     outline = figure.outlines[0]
@@ -248,7 +219,7 @@ def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray
     canvas = Image.new("L", (supersampling * (right - left), supersampling * (bottom - top)))
     draw = ImageDraw.Draw(canvas)
     for points, fill in zip(figure.outlines, (255, 0), strict=False):
-        # Pillow counts from the center of a pixel, boxes from its border.
+        # Pillow measures from the center of a pixel, boxes from its border.
         corners = (points - (left, top)) * supersampling - 0.5
         draw.polygon(corners.ravel().tolist(), fill=fill)
     if supersampling > 1:
@@ -257,7 +228,7 @@ def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray
 
 
 def _mask(figure: Figure, size: int) -> np.ndarray:
-    """bool (size, size): the pixels of a figure that lie in the image, roughly."""
+    """bool (size, size): pixels of the image that a figure mostly covers."""
     mask = np.zeros((size, size), bool)
     coverage, (left, top) = _coverage(figure, size, supersampling=1)
     height, width = coverage.shape
@@ -266,7 +237,7 @@ def _mask(figure: Figure, size: int) -> np.ndarray:
 
 
 def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
-    """Color of a figure, lit from one side, with some grain: (3, h, w)."""
+    """Color of a figure (3, h, w), lit from one side, with grain."""
     rng = np.random.default_rng(figure.seed)
     light = rng.uniform(0, 45) * _ramp(rng, height, width)
     light += _noise(rng, (height, width), rng.uniform(0, 20))
@@ -274,14 +245,14 @@ def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
 
 
 def _background_colors(rng: np.random.Generator) -> np.ndarray:
-    """The two main colors of a background, (2, 3); the first thing drawn from its generator."""
+    """The two colors (2, 3) of a background; must be the first draw of its generator."""
     first, second = rng.uniform(40, 215, 2)[:, None] + rng.uniform(-25, 25, (2, 3))
     second = first + (second - first) * rng.uniform(0.2, 0.6)
     return np.stack([first, second]).clip(0, 255).astype("float32")
 
 
 def _background(seed: int, size: int) -> np.ndarray:
-    """Textured background: (3, size, size)."""
+    """Textured background (3, size, size)."""
     rng = np.random.default_rng(seed)
     first, second = _background_colors(rng)[:, :, None, None]
     texture = (_ramp, _stripes, _clouds, _clouds)[rng.integers(4)]
@@ -296,7 +267,7 @@ def _background(seed: int, size: int) -> np.ndarray:
 
 
 def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Straight gradient in some direction: (h, w), -0.5 to 0.5."""
+    """Linear gradient (h, w) in a random direction, -0.5 to 0.5."""
     angle = rng.uniform(0, 2 * np.pi)
     direction = np.array([np.sin(angle), np.cos(angle)])
     dy, dx = direction / np.abs(direction).sum()
@@ -311,7 +282,7 @@ def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Coarse random numbers, smoothly enlarged."""
+    """Coarse noise (h, w), smoothly enlarged."""
     from PIL import Image
 
     coarse = rng.random((int(rng.integers(3, 16)),) * 2, dtype="float32") - np.float32(0.5)
@@ -319,7 +290,7 @@ def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], amplitude: float) -> np.ndarray:
-    """Even noise from -amplitude to amplitude; raw bytes are the fastest random numbers."""
+    """Uniform noise within +-amplitude; raw bytes are the fastest random numbers."""
     noise = np.frombuffer(rng.bytes(math.prod(shape)), "int8").reshape(shape)
     return noise * np.float32(amplitude / 128)
 
@@ -333,7 +304,7 @@ def _add_speckles(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
-    """A few thin lines across the image, which belong to no figure."""
+    """Draws a few thin lines that belong to no figure."""
     from PIL import Image, ImageDraw
 
     size = image.shape[-1]
@@ -349,27 +320,18 @@ def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-    """Size of the images and of the splits.
+    """Size of the images and number of images of a Shapes dataset."""
 
-    Attributes:
-        name: Default: made of the other attributes, so that datasets never mix.
-        size: Side of the images in pixels.
-        num_train: Images of the split "train"; 0 makes no such split.
-        num_validation: Images of the split "validation".
-        num_test: Images of the split "test".
-        seed: Start of all random numbers.
-    """
-
-    name: str = ""
-    size: int = 192
-    num_train: int = 1600
+    name: str = ""  # default: derived from the numbers, so that datasets never mix
+    size: int = 192  # side of the images in pixels
+    num_train: int = 1600  # images of the split "train"; 0 omits a split
     num_validation: int = 200
     num_test: int = 200
-    seed: int = 0
+    seed: int = 0  # of all random numbers
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All attributes that decide what is drawn."""
+        """The attributes that define the images."""
         return self.size, self.num_train, self.num_validation, self.num_test, self.seed
 
     def __post_init__(self):
@@ -381,22 +343,18 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """TFDS dataset of drawn figures: circle, square, triangle, star, cross, ring.
 
-    The configurations "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
-    images), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16) are ready
-    made; others are given as a `ShapesConfig`. Images are JPEG (quality 95).
+    Predefined configurations: "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
+    images), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16). Others are
+    given as a `ShapesConfig`. Images are JPEG (quality 95).
 
     Features of an example: `image`, `image_id` ("train_00000"), and `objects` with `bbox` (relative
-    yxyx: the part of the figure in the image, whether other figures hide it or not), `label` and
-    `is_difficult` (others hide more than 40 % of it).
+    yxyx, see `Scene.boxes`), `label` and `is_difficult` (see `Scene.difficult`).
 
     Example:
 
     ```python
-    import tensorflow_datasets as tfds
-    from keras_resnest.data import Shapes, shapes
-
     train = tfds.load("shapes", split="train")
-    builder = Shapes(config=shapes.ShapesConfig(size=256, num_train=500), data_dir="data")
+    builder = Shapes(config=ShapesConfig(size=256, num_train=500), data_dir="data")
     ```
     """
 
@@ -407,60 +365,52 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         ShapesConfig(name="medium", size=320),
         ShapesConfig(name="tiny", size=96, num_train=48, num_validation=16, num_test=16),
     ]
-    # TFDS would look this up with importlib_resources, which nothing installs for it.
+    # The default needs importlib_resources, which TFDS does not install.
     code_path = epath.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
-                "image_id": tfds.features.Text(),
-                "objects": tfds.features.Sequence(
-                    {
-                        "bbox": tfds.features.BBoxFeature(),
-                        "label": tfds.features.ClassLabel(names=CLASS_NAMES),
-                        "is_difficult": np.bool_,
-                    }
-                ),
-            }
-        )
+        objects = {
+            "bbox": tfds.features.BBoxFeature(),
+            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+            "is_difficult": np.bool_,
+        }
+        features = {
+            "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
+            "image_id": tfds.features.Text(),
+            "objects": tfds.features.Sequence(objects),
+        }
         return tfds.core.DatasetInfo(
-            builder=self, description="Drawn figures on textured backgrounds.", features=features
+            builder=self,
+            description="Drawn figures on textured backgrounds.",
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager):
-        config = self.builder_config
-        counts = {
-            "train": config.num_train,
-            "validation": config.num_validation,
-            "test": config.num_test,
-        }
+        counts = {name: getattr(self.builder_config, f"num_{name}") for name in SPLITS}
         # TFDS does not allow empty splits.
         return {name: self._generate_examples(name, n) for name, n in counts.items() if n}
 
     def _generate_examples(self, split: str, count: int):
         config = self.builder_config
-        split_number = ("train", "validation", "test").index(split)
+        split_number = SPLITS.index(split)
         for index in range(count):
             scene = plan_scene((config.seed, split_number, index), config.size)
-            boxes = scene.boxes[:, [1, 0, 3, 2]] / config.size
-            objects = zip(boxes, scene.labels, scene.difficult, strict=True)
-            yield (
-                index,
-                {
-                    "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
-                    "image_id": f"{split}_{index:05d}",
-                    "objects": [
-                        {
-                            "bbox": tfds.features.BBox(*box.tolist()),
-                            "label": int(label),
-                            "is_difficult": bool(difficult),
-                        }
-                        for box, label, difficult in objects
-                    ],
-                },
-            )
+            boxes = scene.boxes[:, [1, 0, 3, 2]] / config.size  # relative yxyx
+            rows = zip(boxes.tolist(), scene.labels, scene.difficult, strict=True)
+            example = {
+                "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
+                "image_id": f"{split}_{index:05d}",
+                "objects": [
+                    {
+                        "bbox": tfds.features.BBox(*box),
+                        "label": int(label),
+                        "is_difficult": bool(difficult),
+                    }
+                    for box, label, difficult in rows
+                ],
+            }
+            yield index, example
 
 
 def _encode_jpeg(image: np.ndarray) -> bytes:

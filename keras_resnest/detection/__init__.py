@@ -2,16 +2,17 @@
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
-from keras_resnest.boxes.voting import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.anchor_fit import AnchorCoverage, anchor_coverage, fit_anchors
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.loss import MultiBoxLoss
-from keras_resnest.detection.multi_scale import (
+from keras_resnest.detection.detect import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
 )
+from keras_resnest.detection.heads import RefineDetHeads
+from keras_resnest.detection.loss import RefineDetLoss
 
 __all__ = [
     "REFINEDET320_PLUS",
@@ -20,8 +21,9 @@ __all__ = [
     "AnchorGenerator",
     "BoxMatcher",
     "DetectionDecoder",
-    "MultiBoxLoss",
     "MultiScaleDetector",
+    "RefineDetHeads",
+    "RefineDetLoss",
     "anchor_coverage",
     "class_sources",
     "fit_anchors",

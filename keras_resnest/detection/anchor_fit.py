@@ -1,7 +1,7 @@
-"""How well anchors cover the objects of a dataset, and anchors that are fitted to them.
+"""How well anchors cover the objects of a dataset, and anchors fitted to them.
 
-An object that no anchor meets at an IoU of 0.5 is learned from its one best anchor alone, and
-refined from far away. `anchor_coverage` counts such objects, `fit_anchors` finds sizes with fewer.
+An object that no anchor overlaps at an IoU of 0.5 is learned from its single best anchor, which is
+far off. `anchor_coverage` counts such objects, `fit_anchors` finds sizes that leave fewer of them.
 """
 
 import functools
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.checks import check_box_dictionary, check_image_shape, unpack_batch
 
-# A size between 1.5 and 8 strides of its level: smaller anchors leave gaps between the cells,
-# larger ones reach beyond what the level's features see. RefineDet has 4.
+# Sizes in strides of their level: smaller anchors leave gaps between the cells, larger ones reach
+# beyond what the level's features see. RefineDet has 4.
 SIZE_IN_STRIDES = (1.5, 8.0)
 SIZE_STEPS = 20
 ASPECT_RATIOS = np.exp2(np.arange(-8, 9) / 4.0)  # 1/4 to 4
@@ -21,18 +22,18 @@ ASPECT_RATIOS = np.exp2(np.arange(-8, 9) / 4.0)  # 1/4 to 4
 
 @dataclass(frozen=True)
 class AnchorCoverage:
-    """What `anchor_coverage` found. `print` shows it as a table.
+    """The result of `anchor_coverage`; `print` shows it as a table.
 
     Attributes:
         image_shape: (height, width) that the boxes were scaled to.
-        iou_threshold: lowest IoU at which an anchor meets an object.
+        iou_threshold: lowest IoU at which an anchor covers an object.
         class_names: names of the classes.
-        counts: objects of each class.
-        covered: of these the ones that some anchor meets.
-        mean_iou: mean over each class of the IoU with the best anchor, nan without objects.
-        smallest: for each class (5 %, 50 %) quantiles of the objects' size, the square root of
+        counts: objects per class.
+        covered: covered objects per class.
+        mean_iou: mean IoU with the best anchor per class, nan without objects.
+        size_quantiles: (5 %, 50 %) quantiles of the objects' size per class, the square root of
             their area in pixels; nan without objects.
-        best_iou: for each object the IoU with its best anchor.
+        best_iou: IoU of each object with its best anchor.
 
     Example:
 
@@ -46,34 +47,34 @@ class AnchorCoverage:
     counts: np.ndarray
     covered: np.ndarray
     mean_iou: np.ndarray
-    smallest: np.ndarray
+    size_quantiles: np.ndarray
     best_iou: np.ndarray
 
     @property
-    def share(self) -> float:
-        """Share of all objects that some anchor meets, 0 to 1; nan without objects."""
+    def coverage(self) -> float:
+        """Fraction of all objects that some anchor covers; nan without objects."""
         return float(_ratio(self.covered.sum(), self.counts.sum()))
 
     def per_class(self) -> dict[str, float]:
-        """That share for each class, nan for a class without objects."""
+        """Returns that fraction for each class, nan for a class without objects."""
         return dict(zip(self.class_names, _ratio(self.covered, self.counts).tolist(), strict=True))
 
     def __str__(self) -> str:
         height, width = self.image_shape
         lines = [
-            f"Share of objects that some anchor meets at IoU >= {self.iou_threshold:g}, "
+            f"Objects that some anchor covers at IoU >= {self.iou_threshold:g}, "
             f"at {height} x {width}",
             f"{'class':<20} {'objects':>8} {'covered':>8} {'mean IoU':>9} {'size 5 %':>9} "
             f"{'50 %':>7}",
         ]
-        for row, (name, share) in enumerate(self.per_class().items()):
-            low, middle = self.smallest[row]
+        for row, (name, coverage) in enumerate(self.per_class().items()):
+            low, middle = self.size_quantiles[row]
             lines.append(
-                f"{name:<20} {self.counts[row]:>8} {share:>8.3f} {self.mean_iou[row]:>9.3f} "
+                f"{name:<20} {self.counts[row]:>8} {coverage:>8.3f} {self.mean_iou[row]:>9.3f} "
                 f"{low:>9.1f} {middle:>7.1f}"
             )
         mean = self.best_iou.mean() if len(self.best_iou) else np.nan
-        lines.append(f"{'all':<20} {self.counts.sum():>8} {self.share:>8.3f} {mean:>9.3f}")
+        lines.append(f"{'all':<20} {self.counts.sum():>8} {self.coverage:>8.3f} {mean:>9.3f}")
         lines.append("size: root of the area in pixels; 5 % and 50 % of the objects are smaller")
         return "\n".join(lines)
 
@@ -81,22 +82,22 @@ class AnchorCoverage:
 def anchor_coverage(
     dataset, anchor_generator: AnchorGenerator, image_shape, iou_threshold: float = 0.5
 ) -> AnchorCoverage:
-    """Share of the objects of a dataset that some anchor meets.
+    """Counts the objects of a dataset that some anchor covers.
 
     Args:
         dataset: a `DetectionDataset`; an iterable, such as a `tf.data.Dataset`, of its elements
             or of batches; or a dictionary `{"boxes": (..., 4), "labels": (...)}` of `"xyxy"`
-            boxes in pixels of `image_shape`. Rows of label -1 and boxes without area do not
-            count. Images are not decoded where the dataset knows their sizes.
+            boxes in pixels of `image_shape`. Rows with label -1 and boxes without area do not
+            count. Images are not decoded if the dataset knows their sizes.
         anchor_generator: the anchors.
         image_shape: (height, width, ...) that images are stretched to.
-        iou_threshold: lowest IoU at which an anchor meets an object, as in `BoxMatcher`.
+        iou_threshold: lowest IoU at which an anchor covers an object, as in `BoxMatcher`.
 
     Returns:
         `AnchorCoverage`.
 
     Raises:
-        ValueError: if `dataset` is nothing of the above or the threshold is not in (0, 1].
+        ValueError: if `dataset` is none of the above or the threshold is not in (0, 1].
 
     Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
 
@@ -119,7 +120,7 @@ def anchor_coverage(
         counts=counts,
         covered=np.bincount(labels[covered], minlength=count),
         mean_iou=_ratio(np.bincount(labels, best, minlength=count), counts),
-        smallest=np.array(quantiles).reshape(count, 2),
+        size_quantiles=np.array(quantiles).reshape(count, 2),
         best_iou=best,
     )
 
@@ -134,29 +135,28 @@ def fit_anchors(
     restarts: int = 3,
     seed: int = 0,
 ) -> AnchorGenerator:
-    """Anchor sizes, and if wanted aspect ratios, fitted to the objects of a dataset.
+    """Fits anchor sizes, and optionally aspect ratios, to the objects of a dataset.
 
-    A coordinate search, from the given anchors, from the quantiles of the objects' sizes and from
-    random places, for the highest sum of two means over the classes: the share of objects that
-    some anchor meets, and the IoU with the best anchor. Every class counts the same, as in
-    mAP; so a frequent class may lose a little where a rare one gains. Neither the share of all
-    objects nor its mean over the classes is lower than with the given anchors. Fit to training
-    images only.
+    Coordinate search from the given anchors, from the quantiles of the objects' sizes and from
+    random places. It maximizes the sum of two means over the classes: the fraction of covered
+    objects, and the IoU with the best anchor. All classes count the same, as in mAP. Neither the
+    fraction of all covered objects nor its mean over the classes falls below that of the given
+    anchors. Fit to training images only.
 
     Args:
         dataset: as in `anchor_coverage`.
         image_shape: as in `anchor_coverage`.
-        anchor_generator: where to start; its strides, offset, number of sizes and ratios stay.
-            `AnchorGenerator()` by default.
+        anchor_generator: where to start, `AnchorGenerator()` by default; strides, offset, number
+            of sizes and of ratios stay.
         iou_threshold: as in `anchor_coverage`.
-        fit_aspect_ratios: whether the ratios are fitted too, between 1/4 and 4.
-        max_boxes: of a larger dataset this many objects, drawn at random, are looked at.
-        restarts: random places to start from.
-        seed: of all that is random; the same arguments give the same anchors.
+        fit_aspect_ratios: whether ratios are fitted too, between 1/4 and 4.
+        max_boxes: number of objects, drawn at random, that are used of a larger dataset.
+        restarts: number of random starting places.
+        seed: the same arguments give the same anchors.
 
     Returns:
-        `AnchorGenerator`; its sizes are between 1.5 and 8 strides of their level and do not fall
-        from level to level, or are unchanged.
+        `AnchorGenerator` with sizes between 1.5 and 8 strides of their level that do not fall
+        from level to level, or the given one.
 
     Raises:
         ValueError: as in `anchor_coverage`, or if there is no object to fit to.
@@ -178,9 +178,9 @@ def fit_anchors(
     for place in [search.quantiles(), *(search.random(rng) for _ in range(restarts))]:
         best = max(best, search.climb(place, fit_aspect_ratios), key=search.score)
     fitted = search.generator(best)
-    # The guarantee holds for the objects that were looked at; make it hold for all.
+    # The search has used a sample; the guarantee must hold for all objects.
     before, after = (
-        _shares(_best_iou(boxes, shape, g) >= iou_threshold, labels) for g in (start, fitted)
+        _coverage(_best_iou(boxes, shape, g) >= iou_threshold, labels) for g in (start, fitted)
     )
     return fitted if (after >= before).all() else start
 
@@ -199,7 +199,7 @@ class _Search:
         ]
         self.iou_of = functools.cache(self._iou_of)
         self.score = functools.cache(self._score)
-        self.floor = self._shares_covered(self._best(self.start))
+        self.floor = self._coverages(self._best(self.start))
 
     def generator(self, place) -> AnchorGenerator:
         sizes = [
@@ -211,10 +211,10 @@ class _Search:
         )
 
     def quantiles(self):
-        """Sizes that divide the objects evenly, each within what its level may have."""
+        """Sizes that divide the objects evenly, within the range of their level."""
         sizes = np.sqrt((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
-        shares = (np.arange(len(self.levels)) + 0.5) / len(self.levels)
-        return self._on_grid(np.quantile(sizes, shares)), self.start[1]
+        fractions = (np.arange(len(self.levels)) + 0.5) / len(self.levels)
+        return self._on_grid(np.quantile(sizes, fractions)), self.start[1]
 
     def random(self, rng):
         return self._on_grid(sorted(rng.choice(grid) for grid in self.grids)), self.start[1]
@@ -223,7 +223,7 @@ class _Search:
         return tuple(_nearest(g, size) for g, size in zip(self.grids, sizes, strict=True))
 
     def climb(self, place, with_ratios: bool):
-        """Changes one number after the other for the better, until no change helps."""
+        """Improves one number after the other until no change helps."""
         while True:
             before = place
             for i, grid in enumerate(self.grids):
@@ -236,17 +236,17 @@ class _Search:
                 return place
 
     def _score(self, place) -> tuple[float, float]:
-        """First no share below the start's, then the sum of the two means over the classes.
+        """Coverage lost against the start, then the sum of the two means over the classes.
 
-        Coarser levels are for larger objects: sizes that fall count as a loss too.
+        Coarser levels are for larger objects: falling sizes count as a loss too.
         """
         best = self._best(place)
-        shares = self._shares_covered(best)
-        lost = np.minimum(shares - self.floor, 0.0).sum() - (np.diff(place[0]) < 0).sum()
-        return float(lost), float(shares[1] + _class_means(best, self.labels).mean())
+        coverages = self._coverages(best)
+        lost = np.minimum(coverages - self.floor, 0.0).sum() - (np.diff(place[0]) < 0).sum()
+        return float(lost), float(coverages[1] + _class_means(best, self.labels).mean())
 
-    def _shares_covered(self, best_iou):
-        return _shares(best_iou >= self.iou_threshold, self.labels)
+    def _coverages(self, best_iou):
+        return _coverage(best_iou >= self.iou_threshold, self.labels)
 
     def _best(self, place):
         shapes = [
@@ -274,7 +274,7 @@ def _nearest(grid: np.ndarray, value: float) -> float:
 
 
 def _best_iou(boxes: np.ndarray, shape, generator: AnchorGenerator) -> np.ndarray:
-    """IoU of each box with its best anchor: what all pairs would give, without forming them."""
+    """IoU of each box with its best anchor, without forming all pairs."""
     best = np.zeros(len(boxes))
     config = generator.get_config()
     for level, sizes in enumerate(generator.sizes):
@@ -286,10 +286,10 @@ def _best_iou(boxes: np.ndarray, shape, generator: AnchorGenerator) -> np.ndarra
 
 
 def _best_iou_of_shape(boxes, shape, config: dict, level: int, size: float, ratio: float):
-    """Of the anchors of one shape the one with the nearest center overlaps a box most.
+    """IoU of each box with the nearest anchor of one shape, which overlaps it most.
 
-    The intersection is the product of two overlaps, each of which only falls with the distance of
-    the centers along its axis; the areas are the same for all cells.
+    The intersection is the product of two overlaps, each of which falls with the distance of the
+    centers along its axis; the areas are the same for all cells.
     """
     areas, overlap = 1.0, 1.0
     stride, sides = config["strides"][level], (size * np.sqrt(ratio), size / np.sqrt(ratio))
@@ -314,8 +314,8 @@ def _class_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels, values)[counts > 0] / counts[counts > 0]
 
 
-def _shares(covered: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Share of all objects, and the mean over the classes of that of their objects."""
+def _coverage(covered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Covered fraction of all objects, and its mean over the classes."""
     return np.array([covered.mean(), _class_means(covered, labels).mean()])
 
 
@@ -336,12 +336,7 @@ def _check(image_shape, iou_threshold: float) -> tuple[int, int]:
         raise ValueError(
             f"`iou_threshold` must be in (0, 1]. Received: iou_threshold={iou_threshold}"
         )
-    shape = tuple(image_shape)[:2]
-    if len(shape) != 2 or any(int(side) != side or side < 1 for side in shape):
-        raise ValueError(
-            f"`image_shape` must be (height, width, ...) in pixels. Received: {image_shape}"
-        )
-    return tuple(int(side) for side in shape)
+    return check_image_shape(image_shape)
 
 
 def _labeled_boxes(dataset, shape: tuple[int, int]):
@@ -350,17 +345,17 @@ def _labeled_boxes(dataset, shape: tuple[int, int]):
     if isinstance(dataset, Mapping) and {"boxes", "labels"} <= set(dataset):
         images = [(dataset["boxes"], dataset["labels"], shape)]
     elif isinstance(dataset, Mapping):  # one batch
-        images = [_of_element(dataset)]
+        images = [_boxes_of(dataset)]
     elif hasattr(dataset, "records"):
         images = [(r.boxes, r.labels, (r.height, r.width)) for r in dataset.records]
     else:
         source = dataset.as_dataset() if hasattr(dataset, "as_dataset") else dataset
-        images = [_of_element(element) for element in source]
+        images = [_boxes_of(element) for element in source]
     boxes, labels = [np.zeros((0, 4))], [np.zeros(0, int)]
-    for of_image, its_labels, (height, width) in images:
+    for image_boxes, image_labels, (height, width) in images:
         scale = np.array([shape[1] / width, shape[0] / height] * 2)
-        boxes.append(np.asarray(of_image, "float64").reshape(-1, 4) * scale)
-        labels.append(np.asarray(its_labels, int).reshape(-1))
+        boxes.append(np.asarray(image_boxes, "float64").reshape(-1, 4) * scale)
+        labels.append(np.asarray(image_labels, int).reshape(-1))
     boxes, labels = np.concatenate(boxes), np.concatenate(labels)
     real = (labels >= 0) & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
     boxes, labels = boxes[real], labels[real]
@@ -372,15 +367,8 @@ def _labeled_boxes(dataset, shape: tuple[int, int]):
     return boxes, labels, tuple(names or map(str, range(count)))
 
 
-def _of_element(element):
-    """Boxes, labels and (height, width) of an element or a batch, in either of its structures."""
-    pair = element if isinstance(element, tuple) else None
-    if isinstance(element, Mapping) and {"images", "bounding_boxes"} <= set(element):
-        pair = element["images"], element["bounding_boxes"]
-    if pair is None or not isinstance(pair[1], Mapping):
-        raise ValueError(
-            "`dataset` must be a DetectionDataset, an iterable of its elements or of batches, or "
-            f"{{'boxes', 'labels'}}. Received an element of type {type(element).__name__}"
-        )
-    images, rows = pair[:2]
-    return rows["boxes"], rows["labels"], tuple(images.shape)[-3:-1]
+def _boxes_of(element):
+    """Boxes, labels and (height, width) of an element or a batch, in either of its layouts."""
+    images, boxes, _ = unpack_batch(element)
+    check_box_dictionary(boxes)
+    return boxes["boxes"], boxes["labels"], tuple(images.shape)[-3:-1]

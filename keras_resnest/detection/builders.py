@@ -2,31 +2,32 @@
 
 from keras_resnest.backbones import create_backbone, load_torch_state_dict, read_state_dict
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.refinedet import RefineDet
 
-# Modules of the PyTorch ports that take no part in detection: pengyang1225's checkpoints hold a
+# Modules of the PyTorch ports that detection does not use: pengyang1225's checkpoints hold a
 # second backbone and the backbone's classifier.
 _UNUSED_MODULES = ("Resnet86", "model.fc")
 
 # As the authors' ResNet101_COCO_320.py: batch normalization in the TCBs, no L2 normalization,
-# residual blocks for P6 (128, 128, 512 channels) and before the heads (256, 256, 1024). Theirs
-# differs in the backbone alone, which has its strides in the 1x1 convolutions ("A"); published
-# weights today, and so our `resnet101`, have them in the 3x3 ones ("B").
-_RESNET = {
+# residual blocks for P6 (128, 128, 512 channels) and before the heads (256, 256, 1024). Only the
+# backbone differs: theirs has its strides in the 1x1 convolutions, ours and all weights that are
+# published today in the 3x3 ones.
+_RESNET_HEADS = {
     "extra_filters": (128, 512),
     "use_batch_norm": True,
     "use_l2_normalization": False,
     "use_residual_blocks": True,
 }
 
-# name: (backbone, side of the images in pixels, what differs from RefineDet's defaults)
+# name: (backbone, side of the images in pixels, arguments of `RefineDetHeads`)
 BUILDERS = {
     "refinedet320_vgg16": ("vgg16_reduced", 320, {}),
     "refinedet512_vgg16": ("vgg16_reduced", 512, {}),
-    "refinedet320_resnet50": ("resnet50", 320, _RESNET),
-    "refinedet512_resnet50": ("resnet50", 512, _RESNET),
-    "refinedet320_resnet101": ("resnet101", 320, _RESNET),
-    "refinedet512_resnet101": ("resnet101", 512, _RESNET),
+    "refinedet320_resnet50": ("resnet50", 320, _RESNET_HEADS),
+    "refinedet512_resnet50": ("resnet50", 512, _RESNET_HEADS),
+    "refinedet320_resnet101": ("resnet101", 320, _RESNET_HEADS),
+    "refinedet512_resnet101": ("resnet101", 512, _RESNET_HEADS),
     "refinedet320_resnest50": ("resnest50", 320, {}),
     "refinedet512_resnest50": ("resnest50", 512, {}),
     "refinedet320_resnest101": ("resnest101", 320, {}),
@@ -36,42 +37,42 @@ BUILDERS = {
 
 
 def _builder(name: str):
-    backbone, side, options = BUILDERS[name]
+    backbone, side, heads = BUILDERS[name]
 
     def build(
-        num_classes: int,
+        num_classes: int | None = None,
         image_shape=(side, side, 3),
         weights=None,
         backbone_weights=None,
         **kwargs,
     ) -> RefineDet:
         arguments = {"backbone": backbone, "image_shape": image_shape, "name": name}
+        arguments["heads"] = RefineDetHeads(**heads)
         if backbone_weights is not None:
             arguments["backbone"] = create_backbone(
                 backbone, include_top=False, weights=backbone_weights, dtype=kwargs.get("dtype")
             )
         if weights is not None:
-            # The ports cut their anchors at the edges of the image.
-            arguments["anchor_generator"] = AnchorGenerator(clip=True)
-        model = RefineDet(num_classes, **{**arguments, **options, **kwargs})
+            arguments["anchor_generator"] = AnchorGenerator(clip=True)  # as in the ports
+        model = RefineDet(num_classes, **{**arguments, **kwargs})
         if weights is not None:
             load_torch_state_dict(model, read_state_dict(weights), ignore=_UNUSED_MODULES)
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"""RefineDet with the backbone `{backbone}` at {side} x {side} pixels.
+    build.__doc__ = f"""Builds RefineDet on the backbone `{backbone}` at {side} x {side} pixels.
 
     Args:
-        num_classes: number of classes, without background.
+        num_classes: number of classes, without background; by default that of `class_names`.
         image_shape: (height, width, 3), sides multiples of 64.
         weights: path of a checkpoint of the PyTorch RefineDet ports (`.pth`, `.safetensors`), or
-            None. Anchors are then clipped to the image, as theirs are.
+            None. Anchors are then clipped to the image, as in the ports.
         backbone_weights: `weights` of the backbone alone, such as `"imagenet"`; see
             `create_backbone`.
         **kwargs: as in `RefineDet`.
 
     Returns:
-        A `RefineDet`, with random weights where none are given.
+        A `RefineDet`, with random weights unless weights are given.
 
     Raises:
         ValueError: if weights do not fit the network, array by array.
@@ -79,7 +80,7 @@ def _builder(name: str):
 
     Example:
 
-    >>> model = keras_resnest.builders.{name}(num_classes=20)
+    >>> model = keras_resnest.builders.{name}(class_names=["cat", "dog"])
     """
     return build
 

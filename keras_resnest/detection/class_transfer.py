@@ -1,8 +1,9 @@
-"""Which class of one dataset is which class of another, and its rows of the class head."""
+"""Moves the class head of a detector from the classes of one dataset to those of another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from keras import ops
 
 # Names of the same class in PASCAL VOC and in COCO.
 SYNONYMS = (
@@ -20,20 +21,20 @@ def class_sources(
     source_names: Sequence[str],
     mapping: Mapping[str, str | None] | None = None,
 ) -> dict[str, str | None]:
-    """For each class the one of another dataset that it is.
+    """Maps each class to its counterpart in another dataset.
 
     Args:
         class_names: names of the new classes.
-        source_names: names of the classes that there are.
-        mapping: for some new classes the name of the source, or None for no source. The
-            others are found by name; case, spaces, hyphens and underscores do not matter,
-            and the six classes that VOC and COCO call by different names are known.
+        source_names: names of the known classes.
+        mapping: for some new classes the name of the counterpart, or None for none. The others are
+            found by name, ignoring case, spaces, hyphens and underscores; the six classes with
+            different names in VOC and COCO are known.
 
     Returns:
-        Dictionary of every new class: the name of its source, or None.
+        Dictionary from every new class to the name of its counterpart, or None.
 
     Raises:
-        ValueError: if `mapping` has a name that is not among the classes.
+        ValueError: if `mapping` has an unknown name.
 
     Example:
 
@@ -55,15 +56,39 @@ def class_sources(
     return {name: mapping.get(name, by_key.get(_key(name))) for name in class_names}
 
 
-def remap_class_outputs(new, old, columns: Sequence[int | None]) -> np.ndarray:
-    """Kernel or bias of a class convolution with its outputs taken from another one.
+def copy_weights(source, target, class_names: Iterable[str | None]) -> None:
+    """Copies the weights of a `RefineDet` to one of the same network for other classes.
 
     Args:
-        new: weights whose last axis is anchors x (new classes + 1), kept where there is no
-            source.
+        source: a model with `class_names`.
+        target: the other model.
+        class_names: for each class of `target`, in order, its class in `source` or None.
+
+    Raises:
+        ValueError: if the networks differ.
+    """
+    if len(source.weights) != len(target.weights):
+        raise ValueError(
+            "`replace_classes` keeps the network. Received: arguments that give it "
+            f"{len(target.weights)} weights instead of {len(source.weights)}"
+        )
+    known = source.class_names
+    columns = [0] + [None if name is None else 1 + known.index(name) for name in class_names]
+    by_class = {id(w) for c in target.get_layer("odm").class_convolutions for w in c.weights}
+    for old, new in zip(source.weights, target.weights, strict=True):
+        value = ops.convert_to_numpy(old)
+        if id(new) in by_class:
+            value = remap_class_outputs(ops.convert_to_numpy(new), value, columns)
+        new.assign(value)
+
+
+def remap_class_outputs(new, old, columns: Sequence[int | None]) -> np.ndarray:
+    """Returns a kernel or bias of a class convolution with outputs copied from another one.
+
+    Args:
+        new: weights whose last axis is anchors x (new classes + 1), kept where there is no source.
         old: weights whose last axis is anchors x (old classes + 1).
-        columns: for each output of `new` of one anchor, background first, the output of `old`
-            or None.
+        columns: for each output of one anchor, background first, the output of `old` or None.
 
     Returns:
         Array of the shape of `new`.

@@ -1,24 +1,175 @@
-"""PredictionHead: box offsets and class logits of every anchor of every level."""
+"""From the backbone's features to the raw outputs: source levels, ARM, TCBs, ODM.
+
+    P3 P4 P5 -> source levels P3 P4 P5 P6 -> ARM: objectness and offsets of every anchor
+                        |
+                        v  transfer connection blocks (TCB), from P6 down
+                P3 P4 P5 P6 -> ODM: classes and offsets of every anchor
+
+Figure 1 of RefineDet, arXiv 1711.06897.
+"""
 
 import keras
+import numpy as np
 from keras import layers, ops
+
+from keras_resnest.backbones.graph import GraphBuilder
+from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
+
+LEVELS = ("P3", "P4", "P5")  # of the backbone, strides 8, 16 and 32; P6 is added here
+STRIDES = (8, 16, 32, 64)
+L2_SCALES = (10.0, 8.0)  # initial scales of P3 and P4, as in the authors' code
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class RefineDetHeads:
+    """Everything of RefineDet's network that follows the backbone.
+
+    Args:
+        filters: channels of the TCBs, and so of the maps that the ODM reads.
+        extra_filters: channels of the two convolutions that make P6 from P5.
+        use_batch_norm: whether these layers are batch normalized. The paper's VGG-16 models
+            are not; it helps training from scratch.
+        use_l2_normalization: whether P3 and P4 are L2 normalized, as in the VGG-16 models.
+        use_residual_blocks: whether a residual block makes P6 and one of (`filters`, `filters`,
+            `4 * filters`) channels precedes every pair of heads, as in the authors' ResNet-101
+            models.
+        use_transfer_connection: whether the ODM reads the TCBs; otherwise it reads the maps of
+            the ARM. Switches off what table 3 of the paper switches off.
+
+    Raises:
+        ValueError: if `filters` or `extra_filters` is not positive.
+
+    Example:
+
+    >>> heads = RefineDetHeads(filters=64, use_batch_norm=True)
+    >>> model = RefineDet(num_classes=3, backbone="resnest14_tiny", heads=heads)
+    """
+
+    def __init__(
+        self,
+        filters: int = 256,
+        extra_filters=(256, 512),
+        use_batch_norm: bool = False,
+        use_l2_normalization: bool = True,
+        use_residual_blocks: bool = False,
+        use_transfer_connection: bool = True,
+    ):
+        extra_filters = tuple(extra_filters)
+        widths = (filters, *extra_filters)
+        if len(widths) != 3 or any(not isinstance(n, int | np.integer) or n < 1 for n in widths):
+            raise ValueError(
+                "`filters` must be a positive integer and `extra_filters` two of them. "
+                f"Received: filters={filters}, extra_filters={extra_filters}"
+            )
+        self.filters = int(filters)
+        self.extra_filters = tuple(int(n) for n in extra_filters)
+        self.use_batch_norm = bool(use_batch_norm)
+        self.use_l2_normalization = bool(use_l2_normalization)
+        self.use_residual_blocks = bool(use_residual_blocks)
+        self.use_transfer_connection = bool(use_transfer_connection)
+
+    def __call__(self, features, num_anchors, num_classes: int, dtype=None) -> dict:
+        """Builds the layers on symbolic tensors.
+
+        Args:
+            features: P3, P4 and P5 of the backbone, (batch, height, width, channels).
+            num_anchors: anchors of one cell, for each of the four levels.
+            num_classes: number of classes, without background.
+            dtype: dtype policy of the layers.
+
+        Returns:
+            Raw outputs: `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
+            `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, num_classes + 1).
+        """
+        sources = self._source_levels(*features, dtype)
+        arm_boxes, arm_objectness = self._predict("arm", sources, num_anchors, 2, dtype)
+        maps = self._transfer(sources, dtype) if self.use_transfer_connection else sources
+        odm_boxes, odm_logits = self._predict("odm", maps, num_anchors, num_classes + 1, dtype)
+        return {
+            "arm_boxes": arm_boxes,
+            "arm_objectness": arm_objectness,
+            "odm_boxes": odm_boxes,
+            "odm_logits": odm_logits,
+        }
+
+    def _source_levels(self, p3, p4, p5, dtype) -> list:
+        """Returns the maps of strides 8, 16, 32 and 64 that the ARM reads."""
+        width, out_width = self.extra_filters
+        if self.use_residual_blocks:
+            p6 = bottleneck_block(p5, width, out_width, strides=2, dtype=dtype, name="res6")
+        else:
+            x = self._convolution(p5, width, 1, 1, "conv6_1", dtype)
+            p6 = self._convolution(x, out_width, 3, 2, "conv6_2", dtype)
+        if self.use_l2_normalization:
+            p3 = L2Normalization(L2_SCALES[0], dtype=dtype, name="l2_normalization_p3")(p3)
+            p4 = L2Normalization(L2_SCALES[1], dtype=dtype, name="l2_normalization_p4")(p4)
+        return [p3, p4, p5, p6]
+
+    def _convolution(self, x, filters: int, kernel_size: int, strides: int, name: str, dtype):
+        """Convolution with symmetric padding, optional batch normalization, ReLU."""
+        if kernel_size > 1:
+            x = layers.ZeroPadding2D(kernel_size // 2, dtype=dtype, name=f"{name}_padding")(x)
+        x = layers.Conv2D(
+            filters, kernel_size, strides, use_bias=not self.use_batch_norm, dtype=dtype, name=name
+        )(x)
+        if self.use_batch_norm:
+            norm = {"momentum": 0.9, "epsilon": 1e-5, "name": f"{name}_batch_norm"}
+            x = BatchNormalization(dtype=dtype, **norm)(x)
+        return layers.ReLU(dtype=dtype, name=f"{name}_relu")(x)
+
+    def _transfer(self, sources, dtype) -> list:
+        """One TCB per level, each fed by its source and the TCB above."""
+        maps, upper = [], None
+        for level, source in zip((6, 5, 4, 3), reversed(sources), strict=True):
+            block = TransferConnectionBlock(
+                self.filters, self.use_batch_norm, dtype=dtype, name=f"tcb_p{level}"
+            )
+            upper = block(source) if upper is None else block(source, upper)
+            maps.insert(0, upper)
+        return maps
+
+    def _predict(self, name: str, maps, num_anchors, num_outputs: int, dtype):
+        if self.use_residual_blocks:
+            width = self.filters
+            maps = [
+                bottleneck_block(x, width, 4 * width, dtype=dtype, name=f"{name}_p{level}")
+                for level, x in enumerate(maps, start=3)
+            ]
+        return PredictionHead(num_anchors, num_outputs, dtype=dtype, name=name)(maps)
+
+    def get_config(self) -> dict:
+        return {
+            "filters": self.filters,
+            "extra_filters": self.extra_filters,
+            "use_batch_norm": self.use_batch_norm,
+            "use_l2_normalization": self.use_l2_normalization,
+            "use_residual_blocks": self.use_residual_blocks,
+            "use_transfer_connection": self.use_transfer_connection,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "RefineDetHeads":
+        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class PredictionHead(layers.Layer):
-    """One 3x3 convolution for boxes and one for classes on each pyramid level.
+    """One 3x3 convolution for boxes and one for classes on each level.
 
-    The same class serves both stages of RefineDet: two logits make the Anchor
-    Refinement Module, `num_classes + 1` the Object Detection Module.
+    Both stages of RefineDet use it: with two logits it is the Anchor Refinement Module, with
+    `num_classes + 1` the Object Detection Module.
 
     Args:
         num_anchors: anchors of one cell, for each level.
-        num_outputs: class logits of one anchor, the background included.
+        num_outputs: class logits of one anchor, including the background.
         **kwargs: see `keras.layers.Layer`.
 
-    Call with a list of feature maps (batch, height, width, channels), one for each
-    level. Returns offsets (batch, anchors, 4) and logits (batch, anchors,
-    num_outputs); anchors run over level, row, column, anchor of the cell.
+    Call arguments:
+        features: list of feature maps (batch, height, width, channels), one for each level.
+
+    Returns:
+        Offsets (batch, anchors, 4) and logits (batch, anchors, num_outputs). Anchors run over
+        level, row, column, anchor of the cell.
 
     Source: RefineDet (arXiv 1711.06897) section 3.1.
 
@@ -45,7 +196,7 @@ class PredictionHead(layers.Layer):
     def build(self, input_shape):
         if len(input_shape) != len(self.num_anchors):
             raise ValueError(
-                f"{self.name} wants one feature map per entry of `num_anchors`="
+                f"{self.name} needs one feature map per entry of `num_anchors`="
                 f"{self.num_anchors}. Received: {len(input_shape)} feature maps"
             )
         for convolutions in (self.box_convolutions, self.class_convolutions):
@@ -62,7 +213,7 @@ class PredictionHead(layers.Layer):
     @staticmethod
     def _flatten(convolutions, features, outputs: int):
         maps = [convolution(x) for convolution, x in zip(convolutions, features, strict=True)]
-        rows = [ops.reshape(m, _rows_shape(m, outputs)) for m in maps]
+        rows = [ops.reshape(m, _flat_shape(m, outputs)) for m in maps]
         return ops.concatenate(rows, axis=1)  # (B, anchors, outputs)
 
     def get_config(self) -> dict:
@@ -73,9 +224,29 @@ class PredictionHead(layers.Layer):
         }
 
 
-def _rows_shape(feature_map, outputs: int) -> tuple:
+def _flat_shape(feature_map, outputs: int) -> tuple:
     """(batch, anchors, outputs) of a map; one of the first two is open, -1."""
     sides = feature_map.shape[1:]
     if None in sides:
         return ops.shape(feature_map)[0], -1, outputs
     return -1, sides[0] * sides[1] * sides[2] // outputs, outputs
+
+
+def bottleneck_block(x, filters: int, out_filters: int, strides: int = 1, *, dtype, name: str):
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, each batch normalized.
+
+    Unlike in the blocks of our backbones, the shortcut always has a convolution and the stride is
+    in the first 1x1 convolution.
+
+    Source: `ResBody` in the authors' code, github.com/sfzhang15/RefineDet.
+    """
+    graph = GraphBuilder(keras.config.image_data_format(), dtype)
+    shortcut = graph.convolution(x, out_filters, 1, f"{name}_shortcut", strides)
+    shortcut = graph.norm(shortcut, f"{name}_shortcut_bn")
+    x = graph.convolution(x, filters, 1, f"{name}_conv1", strides)
+    x = graph.relu(graph.norm(x, f"{name}_bn1"), f"{name}_relu1")
+    x = graph.convolution(x, filters, 3, f"{name}_conv2")
+    x = graph.relu(graph.norm(x, f"{name}_bn2"), f"{name}_relu2")
+    x = graph.convolution(x, out_filters, 1, f"{name}_conv3")
+    x = graph.norm(x, f"{name}_bn3")
+    return graph.relu(graph.add(x, shortcut, f"{name}_add"), f"{name}_relu")

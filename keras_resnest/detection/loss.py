@@ -1,136 +1,219 @@
-"""The loss of one detection stage: smooth L1 plus cross entropy with hard negative mining."""
+"""RefineDetLoss: matching, hard negative mining and the losses of both stages.
+
+The loss knows raw outputs, ground truth and anchors. It never sees an image or a weight.
+"""
 
 import keras
 from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
-from keras_resnest.boxes.offsets import VARIANCES, encode_boxes
+from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.replicas import sum_over_replicas
+
+LOSS_NAMES = (
+    "arm_box_loss",
+    "arm_classification_loss",
+    "odm_box_loss",
+    "odm_classification_loss",
+)
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class RefineDetLoss:
+    """The two-stage loss of RefineDet.
+
+    Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
+    positives and mined negatives. The Anchor Refinement Module (ARM) separates objects from
+    background on the regular anchors. The Object Detection Module (ODM) learns classes and offsets
+    on the anchors that the ARM has refined; no gradient flows through them. Both losses of a stage
+    are divided by its number of positives in the global batch, and by 1 if there is none.
+
+    Args:
+        matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
+        negative_ratio: hard negatives per positive, for each image.
+        objectness_threshold: anchors with an ARM objectness up to this are not mined as negatives
+            of the ODM, between 0 and 1.
+        negative_anchor_filtering: whether `objectness_threshold` applies.
+        two_step_regression: whether the ODM starts from the refined anchors; otherwise it starts
+            from the regular ones. This and the previous argument switch off what table 3 of the
+            paper switches off, together with those of `DetectionDecoder`.
+        variances: scale of center offsets and of log sizes, see `encode_boxes`.
+
+    Raises:
+        ValueError: if `negative_ratio` is negative or `objectness_threshold` is not in [0, 1].
+
+    Source: RefineDet (arXiv 1711.06897) section 3.4 eq. 1; mining from SSD (arXiv 1512.02325)
+    section 2.2.
+
+    Example:
+
+    >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
+    >>> sorted(losses)
+    ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
+    """
+
+    def __init__(
+        self,
+        matcher: BoxMatcher | None = None,
+        negative_ratio: float = 3.0,
+        objectness_threshold: float = 0.01,
+        negative_anchor_filtering: bool = True,
+        two_step_regression: bool = True,
+        variances=VARIANCES,
+    ):
+        if negative_ratio < 0:
+            raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
+        if not 0.0 <= objectness_threshold <= 1.0:
+            raise ValueError(
+                "`objectness_threshold` must be between 0 and 1. "
+                f"Received: objectness_threshold={objectness_threshold}"
+            )
+        self.matcher = matcher or BoxMatcher()
+        self.negative_ratio = float(negative_ratio)
+        self.objectness_threshold = float(objectness_threshold)
+        self.negative_anchor_filtering = bool(negative_anchor_filtering)
+        self.two_step_regression = bool(two_step_regression)
+        self.variances = tuple(variances)
+
+    def __call__(self, outputs: dict, boxes, labels, anchors) -> dict:
+        """Computes the four losses of a batch.
+
+        Args:
+            outputs: raw outputs of the model: `"arm_boxes"` (batch, anchors, 4),
+                `"arm_objectness"` (batch, anchors, 2), `"odm_boxes"` (batch, anchors, 4) and
+                `"odm_logits"` (batch, anchors, num_classes + 1), background first.
+            boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
+            labels: int, (batch, objects): 0 to num_classes - 1, or -1 for padding.
+            anchors: `"xyxy"` in pixels, (anchors, 4).
+
+        Returns:
+            Dictionary of float32 scalars, one for each of `LOSS_NAMES`.
+        """
+        outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        anchors = ops.convert_to_tensor(anchors, "float32")
+        any_object = ops.minimum(labels, 0)  # the ARM knows a single class
+        arm = self._stage(
+            boxes, any_object, anchors, outputs["arm_boxes"], outputs["arm_objectness"]
+        )
+
+        if self.two_step_regression:
+            refined = decode_boxes(outputs["arm_boxes"], anchors, self.variances)
+            anchors = ops.stop_gradient(refined)  # (B, A, 4)
+        hard = None
+        if self.negative_anchor_filtering:
+            objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
+            hard = objectness > self.objectness_threshold
+        odm = self._stage(boxes, labels, anchors, outputs["odm_boxes"], outputs["odm_logits"], hard)
+        return dict(zip(LOSS_NAMES, (*arm, *odm), strict=True))
+
+    def _stage(self, boxes, labels, anchors, offsets, logits, negative_mask=None) -> tuple:
+        """Box and classification loss of one stage."""
+        target_offsets, target_classes = encode_targets(
+            boxes, labels, anchors, self.matcher, self.variances
+        )
+        box_sum, class_sum, positives = multibox_loss(
+            target_offsets, target_classes, offsets, logits, self.negative_ratio, negative_mask
+        )
+        count = ops.maximum(sum_over_replicas(positives), 1.0)
+        return box_sum / count, class_sum / count
+
+    def get_config(self) -> dict:
+        return {
+            "matcher": keras.saving.serialize_keras_object(self.matcher),
+            "negative_ratio": self.negative_ratio,
+            "objectness_threshold": self.objectness_threshold,
+            "negative_anchor_filtering": self.negative_anchor_filtering,
+            "two_step_regression": self.two_step_regression,
+            "variances": self.variances,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "RefineDetLoss":
+        matcher = keras.saving.deserialize_keras_object(config["matcher"])
+        return cls(**{**config, "matcher": matcher})
+
+
+def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIANCES):
+    """Returns the training targets of one stage.
+
+    Args:
+        boxes: ground truth, `"xyxy"`, (batch, objects, 4).
+        labels: int, (batch, objects); padding is -1.
+        anchors: `"xyxy"`, (anchors, 4), or (batch, anchors, 4) for refined anchors.
+        matcher: the `BoxMatcher`.
+        variances: see `encode_boxes`.
+
+    Returns:
+        Offsets (batch, anchors, 4), meaningful where positive, and int32 classes (batch, anchors):
+        0 for background, label + 1 for positives.
+    """
+    matches = matcher(boxes, labels >= 0, anchors)  # (B, A)
+    # Row 0 stands for "no object", so that the lookup needs no special case.
+    boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
+    labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
+    rows = matches + 1
+    matched_boxes = ops.take_along_axis(boxes, rows[:, :, None], axis=1)  # (B, A, 4)
+    classes = ops.take_along_axis(labels, rows, axis=1) + 1
+    positive = (classes != BACKGROUND)[:, :, None]
+    offsets = encode_boxes(ops.where(positive, matched_boxes, anchors), anchors, variances)
+    return offsets, classes
+
+
+def multibox_loss(
+    target_offsets, target_classes, offsets, logits, negative_ratio, negative_mask=None
+):
+    """Sums the box and the classification loss of one stage over a batch.
+
+    Sums are returned, not means: they are divided by the positives of the global batch, which a
+    single replica does not know.
+
+    Args:
+        target_offsets: (batch, anchors, 4), used where the class is not 0.
+        target_classes: int, (batch, anchors), 0 is background.
+        offsets: predictions, (batch, anchors, 4).
+        logits: predictions, (batch, anchors, classes + 1), background first.
+        negative_ratio: hard negatives per positive, for each image.
+        negative_mask: optional boolean (batch, anchors); negatives outside are never mined.
+
+    Returns:
+        Box loss, classification loss and number of positives, three float32 scalars.
+    """
+    positive = target_classes != BACKGROUND
+    mask = ops.cast(positive, "float32")
+    # A negative's target is its own prediction: the loss is exactly zero, never 0 * inf.
+    target_offsets = ops.where(positive[:, :, None], target_offsets, offsets)
+    box_loss = ops.sum(mask * smooth_l1(ops.stop_gradient(target_offsets), offsets))
+
+    log_probability = ops.log_softmax(logits, axis=-1)
+    one_hot = ops.one_hot(target_classes, logits.shape[-1], dtype="float32")
+    class_loss = -ops.sum(one_hot * log_probability, axis=-1)  # (B, A)
+    candidates = ops.logical_not(positive)
+    if negative_mask is not None:
+        candidates = ops.logical_and(candidates, negative_mask)
+    num_wanted = ops.cast(negative_ratio * ops.sum(mask, axis=1), "int32")
+    mined = hard_negatives(ops.stop_gradient(class_loss), candidates, num_wanted)
+    class_loss = ops.sum(ops.where(ops.logical_or(positive, mined), class_loss, 0.0))
+    return box_loss, class_loss, ops.sum(mask)
 
 
 def smooth_l1(targets, predictions):
-    """Smooth L1 (Fast R-CNN eq. 3), summed over the last axis.
-
-    Args:
-        targets: shape (..., 4).
-        predictions: shape (..., 4).
-
-    Returns:
-        Tensor of shape (...).
-    """
+    """Smooth L1 loss (Fast R-CNN eq. 3) of (..., 4) arrays, summed over the last axis."""
     error = ops.abs(targets - predictions)
     return ops.sum(ops.where(error < 1.0, 0.5 * error * error, error - 0.5), axis=-1)
 
 
 def hard_negatives(loss, candidates, num_wanted):
-    """Marks the hardest candidates of each image.
+    """Selects the candidates of each image that have the largest loss.
 
     Args:
-        loss: shape (batch, anchors), any finite values.
-        candidates: boolean, shape (batch, anchors).
-        num_wanted: int32, shape (batch,).
+        loss: (batch, anchors), finite.
+        candidates: boolean, (batch, anchors).
+        num_wanted: int32, (batch,).
 
     Returns:
-        Boolean, shape (batch, anchors): the `num_wanted` candidates of largest
-        loss, all candidates where there are fewer.
+        Boolean (batch, anchors), true for `num_wanted` candidates or all if there are fewer.
     """
     loss = ops.where(candidates, loss, -float("inf"))
     order = ops.argsort(-loss, axis=1)
-    rank = ops.argsort(order, axis=1)  # position of each anchor in falling order
+    rank = ops.argsort(order, axis=1)  # position of each anchor by falling loss
     return candidates & (ops.cast(rank, "int32") < num_wanted[:, None])
-
-
-@keras.saving.register_keras_serializable("keras_resnest")
-class MultiBoxLoss:
-    """Sums of the box and the class loss of one stage over a batch.
-
-    Positives get a smooth L1 loss on their offsets and a cross entropy on their
-    class. Of the negatives only the hardest of each image count, at most
-    `negative_ratio` per positive of that image.
-
-    Sums, not means, are returned together with the number of positives: the
-    caller divides by the positives of the *global* batch, which one replica
-    alone cannot know.
-
-    Args:
-        negative_ratio: hard negatives per positive.
-
-    Source: SSD section 2.2 eq. 1, RefineDet section 3.4 eq. 1.
-
-    Example:
-
-    >>> box_sum, class_sum, positives = MultiBoxLoss()(offsets, classes, boxes, logits)
-    """
-
-    def __init__(self, negative_ratio: float = 3.0):
-        if negative_ratio < 0:
-            raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
-        self.negative_ratio = float(negative_ratio)
-
-    def __call__(self, target_offsets, target_classes, offsets, logits, negative_mask=None):
-        """Loss sums of a batch.
-
-        Args:
-            target_offsets: (batch, anchors, 4), used where the class is not 0.
-            target_classes: int, (batch, anchors), 0 is background.
-            offsets: predictions, (batch, anchors, 4).
-            logits: predictions, (batch, anchors, classes + 1), background first.
-            negative_mask: optional boolean (batch, anchors); negatives outside it
-                are never mined (RefineDet's negative anchor filtering).
-
-        Returns:
-            Sum of the box loss, sum of the class loss, number of positives
-            (three float32 scalars).
-        """
-        offsets, logits = ops.cast(offsets, "float32"), ops.cast(logits, "float32")
-        positive = target_classes != BACKGROUND
-        mask = ops.cast(positive, "float32")
-        # The target of a negative is the prediction itself: exactly zero loss, and
-        # no 0 * inf where an unmatched target is extreme.
-        target_offsets = ops.where(positive[:, :, None], target_offsets, offsets)
-        box_loss = ops.sum(mask * smooth_l1(ops.stop_gradient(target_offsets), offsets))
-
-        log_probability = ops.log_softmax(logits, axis=-1)
-        one_hot = ops.one_hot(target_classes, logits.shape[-1], dtype="float32")
-        class_loss = -ops.sum(one_hot * log_probability, axis=-1)  # (B, A)
-        candidates = ops.logical_not(positive)
-        if negative_mask is not None:
-            candidates = ops.logical_and(candidates, negative_mask)
-        num_wanted = ops.cast(self.negative_ratio * ops.sum(mask, axis=1), "int32")
-        mined = hard_negatives(ops.stop_gradient(class_loss), candidates, num_wanted)
-        counted = ops.logical_or(positive, mined)
-        class_loss = ops.sum(ops.where(counted, class_loss, 0.0))
-        return box_loss, class_loss, ops.sum(mask)
-
-    def get_config(self) -> dict:
-        return {"negative_ratio": self.negative_ratio}
-
-    @classmethod
-    def from_config(cls, config: dict) -> "MultiBoxLoss":
-        return cls(**config)
-
-
-def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIANCES):
-    """Training targets of one stage.
-
-    Args:
-        boxes: ground truth, `"xyxy"`, shape (batch, objects, 4).
-        labels: int, shape (batch, objects); 0 to num_classes - 1, padding is -1.
-        anchors: `"xyxy"` in the unit of `boxes`: (anchors, 4), or (batch, anchors, 4)
-            for the refined anchors of the second stage.
-        matcher: the `BoxMatcher`.
-        variances: see `encode_boxes`.
-
-    Returns:
-        offsets (batch, anchors, 4), meaningful where positive, and classes
-        (batch, anchors) int32: 0 for background, label + 1 for positives.
-    """
-    matches = matcher.match_boxes(boxes, labels >= 0, anchors)  # (B, A)
-    # One more row stands for "no object", so that the lookup needs no special case.
-    boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
-    labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
-    rows = matches + 1
-    matched_boxes = ops.take_along_axis(boxes, rows[:, :, None], axis=1)
-    classes = ops.take_along_axis(labels, rows, axis=1) + 1
-    positive = (classes != BACKGROUND)[:, :, None]
-    offsets = encode_boxes(ops.where(positive, matched_boxes, anchors), anchors, variances)
-    return offsets, classes

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -151,16 +152,11 @@ def _predict(model, images) -> dict[str, np.ndarray]:
     """Padded detections of one batch."""
     images = np.asarray(images)  # JAX does not accept the tensors of tf.data
     strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None and strategy.num_replicas_in_sync > 1:
-        # `predict_on_batch` would send the whole batch to every replica. With several workers,
-        # each predicts all images, so that all get the same numbers.
-        predicted = (
-            model.predict_locally(images)
-            if hasattr(model, "predict_locally")
-            else model.predict(images, batch_size=len(images), verbose=0)
-        )
-    else:
+    overridden = type(model).predict_on_batch is not keras.Model.predict_on_batch
+    if overridden or strategy is None or strategy.num_replicas_in_sync == 1:
         predicted = model.predict_on_batch(images)
+    else:  # Keras' `predict_on_batch` would send the whole batch to every replica
+        predicted = model.predict(images, batch_size=len(images), verbose=0)
     if not isinstance(predicted, Mapping):
         raise ValueError(
             "`model` must predict a dictionary of boxes, confidence and labels. "

@@ -1,4 +1,4 @@
-"""Layers of ResNeSt and RefineDet."""
+"""Layers of ResNeSt, RefineDet and the other networks of this package."""
 
 from keras_resnest.layers.channel_attention import SelectiveKernel, SqueezeExcitation
 from keras_resnest.layers.channel_shuffle import ChannelShuffle

@@ -1,16 +1,15 @@
-"""Attention over channels: squeeze-and-excitation and selective kernels."""
+"""Channel attention: squeeze-and-excitation and selective kernels."""
 
 import keras
 from keras import ops
 
-from keras_resnest.layers.convolution import GroupedConv2D
-from keras_resnest.layers.normalization import BatchNormalization
+from keras_resnest.layers.base import FeatureMapLayer, check_positive
 from keras_resnest.layers.split_attention import RadixSoftmax
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class SqueezeExcitation(keras.layers.Layer):
-    """Scales every channel by a gate that is computed from the averages of all channels.
+class SqueezeExcitation(FeatureMapLayer):
+    """Scales every channel by a gate computed from the averages of all channels.
 
     Global average pooling, a dense layer with ReLU and a dense layer with a sigmoid give one
     factor between 0 and 1 per image and channel.
@@ -27,7 +26,7 @@ class SqueezeExcitation(keras.layers.Layer):
         Feature map of the same shape.
 
     Raises:
-        ValueError: if `hidden_channels` is not positive.
+        ValueError: If `hidden_channels` is not positive.
 
     Example:
         >>> SqueezeExcitation(16)(keras.ops.ones((1, 8, 8, 64))).shape
@@ -37,62 +36,43 @@ class SqueezeExcitation(keras.layers.Layer):
     """
 
     def __init__(self, hidden_channels: int, data_format: str | None = None, **kwargs):
-        super().__init__(**kwargs)
-        if not hidden_channels > 0:
-            raise ValueError(
-                f"`hidden_channels` must be positive. Received: hidden_channels={hidden_channels}"
-            )
+        super().__init__(data_format, **kwargs)
+        check_positive(hidden_channels=hidden_channels)
         self.hidden_channels = hidden_channels
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
-        self._channel_axis = -1 if self.data_format == "channels_last" else 1
-        self._spatial_axes = (1, 2) if self.data_format == "channels_last" else (2, 3)
-        self.fc1 = self._dense(hidden_channels, "fc1")
-
-    def _dense(self, units, name):
-        return GroupedConv2D(
-            units, 1, data_format=self.data_format, dtype=self.dtype_policy, name=name
-        )
+        self.fc1 = self._convolution(hidden_channels, 1, "fc1")
 
     def build(self, input_shape):
-        shape = [None, 1, 1, 1]
-        shape[self._channel_axis] = input_shape[self._channel_axis]
-        self.fc1.build(tuple(shape))
-        self.fc2 = self._dense(shape[self._channel_axis], "fc2")
-        self.fc2.build(self.fc1.compute_output_shape(tuple(shape)))
+        channels = input_shape[self._channel_axis]
+        self.fc1.build(self._pooled_shape(channels))
+        self.fc2 = self._convolution(channels, 1, "fc2")
+        self.fc2.build(self._pooled_shape(self.hidden_channels))
         self.built = True
 
     def call(self, inputs):
         averages = ops.mean(inputs, axis=self._spatial_axes, keepdims=True)
         return inputs * ops.sigmoid(self.fc2(ops.relu(self.fc1(averages))))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "hidden_channels": self.hidden_channels,
-            "data_format": self.data_format,
-        }
+    def get_config(self) -> dict:
+        return {**super().get_config(), "hidden_channels": self.hidden_channels}
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class SelectiveKernel(keras.layers.Layer):
-    """Selective kernel convolution: an attention chooses between receptive fields.
+class SelectiveKernel(FeatureMapLayer):
+    """Selective kernel convolution: attention over paths with different receptive fields.
 
-    Each path is a 3x3 convolution, batch normalization and ReLU; path `i` has dilation `i + 1`,
-    so that two paths see 3x3 and 5x5 cells. A softmax over the paths, computed from the averages
-    of their sum, says how much of each path goes into the result, channel by channel.
+    Each path is a 3x3 convolution, batch normalization and ReLU. Path `i` has dilation `i + 1`,
+    so that the first two see 3x3 and 5x5 cells. A softmax over the paths, computed from the
+    global average of their sum, weights the paths channel by channel.
 
     Args:
         filters: positive integer, channels of the output.
         strides: integer, 1 or 2.
-        num_paths: integer, number of paths. With `strides=2` at most 2.
+        num_paths: positive integer, at most 2 with `strides=2`.
         groups: positive integer, channel groups of the convolutions.
         reduction_ratio: positive float. The attention has `filters * reduction_ratio` hidden
             channels, rounded to a multiple of `divisor`.
         divisor: positive integer, see `reduction_ratio`.
-        split_input: whether each path sees its own share of the input channels, or all of them.
+        split_input: whether each path gets its own part of the input channels instead of all.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
@@ -103,8 +83,8 @@ class SelectiveKernel(keras.layers.Layer):
         Feature map with `filters` channels in the same layout.
 
     Raises:
-        ValueError: if an argument is out of its range, or the input channels are not divisible
-            by the number of paths that share them.
+        ValueError: If an argument is out of range, or the input channels cannot be split
+            evenly among the paths.
 
     Example:
         >>> SelectiveKernel(64, strides=2)(keras.ops.ones((1, 8, 8, 32))).shape
@@ -125,7 +105,7 @@ class SelectiveKernel(keras.layers.Layer):
         data_format: str | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(data_format, **kwargs)
         if strides not in (1, 2) or num_paths < 1 or (strides == 2 and num_paths > 2):
             raise ValueError(
                 "`strides` must be 1 or 2, and `num_paths` positive, at most 2 with `strides=2`. "
@@ -138,76 +118,47 @@ class SelectiveKernel(keras.layers.Layer):
         self.reduction_ratio = reduction_ratio
         self.divisor = divisor
         self.split_input = split_input
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
-        channels_last = self.data_format == "channels_last"
-        self._channel_axis = -1 if channels_last else 1
-        self._spatial_axes = (1, 2) if channels_last else (2, 3)
-        self._options = {"data_format": self.data_format, "dtype": self.dtype_policy}
+        options = {"data_format": self.data_format, "dtype": self.dtype_policy}
+        no_bias = {"use_bias": False, "kernel_initializer": "he_normal"}
         self.pads, self.convs, self.norms = [], [], []
         for i in range(num_paths):
-            # A stride of 2 at dilation 2 only meets every second cell: see `_path_map`.
+            # A stride of 2 at dilation 2 only sees every second cell: `_path_map` slices instead.
             dilation, path_strides = (1, 1) if strides == 2 and i == 1 else (i + 1, strides)
-            self.pads.append(
-                keras.layers.ZeroPadding2D(dilation, name=f"paths_{i}_pad", **self._options)
+            pad = keras.layers.ZeroPadding2D(dilation, name=f"paths_{i}_pad", **options)
+            conv = self._convolution(
+                filters,
+                3,
+                f"paths_{i}_conv",
+                strides=path_strides,
+                dilation_rate=dilation,
+                groups=groups,
+                **no_bias,
             )
-            self.convs.append(
-                GroupedConv2D(
-                    filters,
-                    3,
-                    strides=path_strides,
-                    dilation_rate=dilation,
-                    groups=groups,
-                    use_bias=False,
-                    kernel_initializer="he_normal",
-                    name=f"paths_{i}_conv",
-                    **self._options,
-                )
-            )
+            self.pads.append(pad)
+            self.convs.append(conv)
             self.norms.append(self._batch_norm(f"paths_{i}_bn"))
-        hidden = rounded_channels(filters * reduction_ratio, divisor)
-        self.fc_reduce = self._dense(hidden, "attn_fc_reduce")
+        self._hidden_channels = round_channels(filters * reduction_ratio, divisor)
+        self.fc_reduce = self._convolution(self._hidden_channels, 1, "attn_fc_reduce", **no_bias)
         self.attention_norm = self._batch_norm("attn_bn")
-        self.fc_select = self._dense(filters * num_paths, "attn_fc_select")
-        self.path_softmax = RadixSoftmax(num_paths, 1, name="path_softmax", **self._options)
-
-    def _batch_norm(self, name):
-        return BatchNormalization(
-            axis=self._channel_axis,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype_policy,
-            name=name,
-        )
-
-    def _dense(self, units, name):
-        return GroupedConv2D(
-            units,
-            1,
-            use_bias=False,
-            kernel_initializer="he_normal",
-            name=name,
-            **self._options,
-        )
+        self.fc_select = self._convolution(filters * num_paths, 1, "attn_fc_select", **no_bias)
+        self.path_softmax = RadixSoftmax(num_paths, name="path_softmax", **options)
 
     def build(self, input_shape):
-        shape = list(input_shape)
+        channels = input_shape[self._channel_axis]
         if self.split_input:
-            if shape[self._channel_axis] % self.num_paths:
+            if channels % self.num_paths:
                 raise ValueError(
                     "With `split_input` the input channels must be divisible by `num_paths`. "
                     f"Received: input_shape={tuple(input_shape)}, num_paths={self.num_paths}"
                 )
-            shape[self._channel_axis] //= self.num_paths
-        for axis in self._spatial_axes:
-            shape[axis] = None  # the padding is still to come
+            channels //= self.num_paths
+        padded_shape = self._with_channels((None, None, None, None), channels)
         output_shape = self.compute_output_shape(input_shape)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            conv.build(tuple(shape))
+            conv.build(padded_shape)
             norm.build(output_shape)
-        pooled = [None, 1, 1, 1]
-        pooled[self._channel_axis] = self.filters
-        self.fc_reduce.build(tuple(pooled))
-        hidden_shape = self.fc_reduce.compute_output_shape(tuple(pooled))
+        hidden_shape = self._pooled_shape(self._hidden_channels)
+        self.fc_reduce.build(self._pooled_shape(self.filters))
         self.attention_norm.build(hidden_shape)
         self.fc_select.build(hidden_shape)
         self.built = True
@@ -218,7 +169,7 @@ class SelectiveKernel(keras.layers.Layer):
         else:
             parts = [inputs] * self.num_paths
         maps = [self._path_map(i, part, training) for i, part in enumerate(parts)]
-        x = ops.mean(sum(maps), axis=self._spatial_axes, keepdims=True)
+        x = ops.mean(sum(maps), axis=self._spatial_axes, keepdims=True)  # (batch, 1, 1, filters)
         x = self.attention_norm(self.fc_reduce(x), training=training)
         attention = self.path_softmax(self.fc_select(ops.relu(x)))
         attention = ops.split(attention, self.num_paths, axis=self._channel_axis)
@@ -235,10 +186,9 @@ class SelectiveKernel(keras.layers.Layer):
         shape = list(input_shape)
         for axis in self._spatial_axes:
             shape[axis] = None if shape[axis] is None else -(-shape[axis] // self.strides)
-        shape[self._channel_axis] = self.filters
-        return tuple(shape)
+        return self._with_channels(shape, self.filters)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "filters": self.filters,
@@ -248,15 +198,9 @@ class SelectiveKernel(keras.layers.Layer):
             "reduction_ratio": self.reduction_ratio,
             "divisor": self.divisor,
             "split_input": self.split_input,
-            "data_format": self.data_format,
         }
 
 
-def rounded_channels(channels: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to a number of channels, at least one `divisor`.
-
-    Example:
-        >>> rounded_channels(100 / 16, 8)
-        8
-    """
+def round_channels(channels: float, divisor: int) -> int:
+    """Returns the multiple of `divisor` nearest to `channels`, at least one `divisor`."""
     return max(divisor, int(channels + divisor / 2) // divisor * divisor)

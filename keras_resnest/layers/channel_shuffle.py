@@ -1,18 +1,20 @@
-"""Mixing channels between groups."""
+"""Channel shuffle of ShuffleNet."""
 
 import keras
 from keras import ops
 
+from keras_resnest.layers.base import FeatureMapLayer, check_positive
+
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class ChannelShuffle(keras.layers.Layer):
-    """Deals the channels of each group out over the map, as one deals cards.
+class ChannelShuffle(FeatureMapLayer):
+    """Interleaves the channels of all groups.
 
-    Seen as a table with a row per group, the channels are read column by column: with two groups
-    `a b c d` becomes `a c b d`. The layer with `channels // groups` groups undoes it.
+    With two groups the channels `a b c d` become `a c b d`. A second shuffle with
+    `channels // groups` groups restores the order.
 
     Args:
-        groups: positive integer, which divides the number of channels.
+        groups: positive integer that divides the number of channels.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
@@ -23,7 +25,7 @@ class ChannelShuffle(keras.layers.Layer):
         Feature map of the same shape.
 
     Raises:
-        ValueError: if `groups` is not positive or does not divide the number of channels.
+        ValueError: If `groups` is not positive or does not divide the number of channels.
 
     Example:
         >>> x = keras.ops.reshape(keras.ops.arange(4), (1, 1, 1, 4))
@@ -34,15 +36,12 @@ class ChannelShuffle(keras.layers.Layer):
     """
 
     def __init__(self, groups: int, data_format: str | None = None, **kwargs):
-        super().__init__(**kwargs)
-        if not groups > 0:
-            raise ValueError(f"`groups` must be positive. Received: groups={groups}")
+        super().__init__(data_format, **kwargs)
+        check_positive(groups=groups)
         self.groups = groups
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
 
     def build(self, input_shape):
-        channels = input_shape[-1 if self.data_format == "channels_last" else 1]
-        if channels % self.groups:
+        if input_shape[self._channel_axis] % self.groups:
             raise ValueError(
                 "`groups` must divide the number of channels. "
                 f"Received: groups={self.groups}, input_shape={tuple(input_shape)}"
@@ -51,18 +50,12 @@ class ChannelShuffle(keras.layers.Layer):
 
     def call(self, inputs):
         shape = ops.shape(inputs)
+        width = inputs.shape[self._channel_axis] // self.groups
         if self.data_format == "channels_last":
-            channels = inputs.shape[-1]
-            table = (*shape[:3], self.groups, channels // self.groups)
-            order = (0, 1, 2, 4, 3)
+            grouped, order = (*shape[:3], self.groups, width), (0, 1, 2, 4, 3)
         else:
-            channels = inputs.shape[1]
-            table = (shape[0], self.groups, channels // self.groups, *shape[2:])
-            order = (0, 2, 1, 3, 4)
-        return ops.reshape(ops.transpose(ops.reshape(inputs, table), order), shape)
+            grouped, order = (shape[0], self.groups, width, *shape[2:]), (0, 2, 1, 3, 4)
+        return ops.reshape(ops.transpose(ops.reshape(inputs, grouped), order), shape)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), "groups": self.groups, "data_format": self.data_format}
+    def get_config(self) -> dict:
+        return {**super().get_config(), "groups": self.groups}

@@ -1,4 +1,4 @@
-"""Convolution whose channel groups are fast, differentiable and servable on every backend."""
+"""Grouped and depthwise convolutions that train on every device and export without XLA."""
 
 import functools
 
@@ -8,33 +8,32 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class GroupedConv2D(keras.layers.Conv2D):
-    """2D convolution with channel groups; a drop-in for `keras.layers.Conv2D`.
+    """Drop-in for `keras.layers.Conv2D` with fast, servable channel groups.
 
-    On TensorFlow, Keras wraps every grouped convolution into a function that must be compiled
-    by XLA: it is slow on a CPU, above all its gradient, and it stays in every SavedModel, where
-    model servers refuse it. This layer uses TensorFlow's own grouped kernels instead (oneDNN on
-    a CPU, cuDNN on a GPU). Where a CPU build has no gradient for them, it convolves group by
-    group. With `channels_first` on a CPU it transposes. On JAX and PyTorch it does what
-    `keras.layers.Conv2D` does.
+    On TensorFlow, Keras compiles every grouped convolution with XLA. That is slow on a CPU,
+    especially its gradient, and remains in the SavedModel, where model servers reject it. This
+    layer uses TensorFlow's grouped kernels instead. Where a CPU build has no gradient for them,
+    it convolves group by group. With `channels_first` on a CPU it transposes. Other backends
+    use Keras' implementation.
 
-    Args: those of `keras.layers.Conv2D`, with the same defaults.
+    Takes the arguments of `keras.layers.Conv2D`, with the same defaults.
 
     Input shape:
         `(batch, height, width, channels)`, or `(batch, channels, height, width)` with
-        `data_format="channels_first"`. `channels` and `filters` are divisible by `groups`.
+        `data_format="channels_first"`. `groups` must divide `channels` and `filters`.
 
     Returns:
         Feature map with `filters` channels in the same layout.
 
     Raises:
-        ValueError: if `channels` or `filters` is not divisible by `groups`.
+        ValueError: If `groups` does not divide `channels` or `filters`.
 
     Example:
         >>> layer = GroupedConv2D(128, 3, padding="same", groups=2)
         >>> layer(keras.ops.ones((1, 32, 32, 64))).shape
         (1, 32, 32, 128)
 
-    Source: grouped convolution as in ResNeXt, https://arxiv.org/abs/1611.05431, section 3.
+    Source: ResNeXt, https://arxiv.org/abs/1611.05431, section 3.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -44,7 +43,7 @@ class GroupedConv2D(keras.layers.Conv2D):
             return self._tensorflow_convolution(inputs, kernel, "NHWC")
         if _has_gpu():
             return self._tensorflow_convolution(inputs, kernel, "NCHW")
-        # Not all of TensorFlow's CPU kernels know channels_first.
+        # Some of TensorFlow's CPU kernels do not support channels_first.
         inputs = ops.transpose(inputs, (0, 2, 3, 1))
         outputs = self._tensorflow_convolution(inputs, kernel, "NHWC")
         return ops.transpose(outputs, (0, 3, 1, 2))
@@ -55,7 +54,7 @@ class GroupedConv2D(keras.layers.Conv2D):
         strides = self.strides
         if tensorflow_format == "NHWC" and self._is_narrow_and_pointwise(kernel):
             inputs, strides = inputs[:, :: strides[0], :: strides[1]], 1
-        # Not tf.nn.conv2d: that has no gradient on all CPUs where the kernel is dilated.
+        # tf.nn.conv2d has no gradient for dilated kernels on some CPUs.
         convolve = functools.partial(
             tf.nn.convolution,
             strides=strides,
@@ -74,9 +73,9 @@ class GroupedConv2D(keras.layers.Conv2D):
         return tf.concat([convolve(x, k) for x, k in groups], axis=channel_axis)
 
     def _is_narrow_and_pointwise(self, kernel) -> bool:
-        """Whether oneDNN writes beyond its memory in the gradient of a batch of one.
+        """Whether oneDNN's gradient would write out of bounds for a batch of one.
 
-        Seen with TensorFlow 2.21 (oneDNN 3.7): 1x1 with strides, below 16 channels to at most 16.
+        Seen in TensorFlow 2.21 (oneDNN 3.7): strided 1x1, below 16 channels to at most 16.
         """
         height, width, channels, filters = kernel.shape
         strides = max(self.strides)
@@ -85,12 +84,10 @@ class GroupedConv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` that knows `channels_first` on every device.
+    """`keras.layers.DepthwiseConv2D` that supports `channels_first` on every device.
 
-    TensorFlow has no such kernel for a CPU: there the map is transposed before and after.
-    Everything else is Keras' own.
-
-    Args: those of `keras.layers.DepthwiseConv2D`, with the same defaults.
+    TensorFlow has no such CPU kernel, so this layer transposes there. Takes the arguments of
+    `keras.layers.DepthwiseConv2D`, with the same defaults.
 
     Input shape:
         `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
@@ -103,7 +100,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         >>> layer(keras.ops.ones((1, 64, 32, 32))).shape
         (1, 64, 32, 32)
 
-    Source: https://arxiv.org/abs/1704.04861, section 3.1.
+    Source: MobileNets, https://arxiv.org/abs/1704.04861, section 3.1.
     """
 
     def call(self, inputs):
@@ -125,22 +122,22 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
 
 @functools.cache
-def _has_gpu():
+def _has_gpu() -> bool:
     import tensorflow as tf
 
     return bool(tf.config.list_physical_devices("GPU"))
 
 
 @functools.cache
-def _has_native_grouped_gradient(dtype):
+def _has_native_grouped_gradient(dtype: str) -> bool:
     """Whether TensorFlow can differentiate a grouped convolution of `dtype` on this machine.
 
-    A CPU build without oneDNN (or one with TF_ENABLE_ONEDNN_OPTS=0) runs the forward pass only.
-    There is no public flag to ask, so a convolution of a few numbers is tried once.
+    CPU builds without oneDNN (or with TF_ENABLE_ONEDNN_OPTS=0) only run the forward pass. No
+    public flag tells, so try a tiny gradient once.
     """
     import tensorflow as tf
 
-    # init_scope: the trial must run at once, also while a graph is being traced.
+    # Run eagerly even while a graph is being traced.
     with tf.init_scope():
         try:
             tf.raw_ops.Conv2DBackpropInput(

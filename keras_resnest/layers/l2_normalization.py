@@ -1,4 +1,4 @@
-"""L2 normalization of feature vectors with a learned scale."""
+"""L2 normalization with a learned scale."""
 
 import keras
 from keras import ops
@@ -6,16 +6,15 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class L2Normalization(keras.layers.Layer):
-    """Scales the channel vector of every pixel to length 1, then by a learned factor per channel.
+    """Scales the channel vector of every cell to unit length, then by a learned factor.
 
-    Early feature maps have larger values than late ones. This brings the maps that feed
-    detection heads to one scale. A pixel whose channels are all zero stays zero, and its
-    gradient is zero, never NaN.
+    Early feature maps have larger values than late ones; this layer brings the inputs of
+    detection heads to one scale. A cell of zeros stays zero, with a gradient of zero, never NaN.
 
     Args:
-        scale: float, initial value of the factors (RefineDet: 10 on conv4_3, 8 on conv5_3).
+        scale: float, initial factor of every channel (RefineDet: 10 on conv4_3, 8 on conv5_3).
         axis: integer, the channel axis. Use 1 with `channels_first`.
-        epsilon: small positive float added to the squared length.
+        epsilon: small positive float, added to the squared length.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -25,7 +24,7 @@ class L2Normalization(keras.layers.Layer):
         Tensor of the same shape.
 
     Raises:
-        ValueError: if `epsilon` is not positive or the number of channels is unknown.
+        ValueError: If `epsilon` is not positive or the number of channels is unknown.
 
     Example:
         >>> float(L2Normalization(scale=10.0)(keras.ops.ones((1, 1, 1, 4)))[0, 0, 0, 0])
@@ -57,7 +56,7 @@ class L2Normalization(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        # Squares of half precision numbers overflow soon.
+        # The squares of half precision numbers overflow easily.
         x = ops.cast(inputs, "float32")
         squared_length = ops.sum(ops.square(x), axis=self.axis, keepdims=True)
         inverse_length = ops.where(
@@ -71,7 +70,7 @@ class L2Normalization(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "scale": self.scale,

@@ -1,4 +1,4 @@
-"""Batch normalization by TensorFlow's fused kernel."""
+"""Batch normalization with a fused training step."""
 
 import keras
 from keras import ops
@@ -8,19 +8,19 @@ from keras_resnest.replicas import sum_over_replicas
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization`, with a fused training step on TensorFlow.
+    """`keras.layers.BatchNormalization` with a fused training step on TensorFlow.
 
-    Keras 3 computes mean, variance and result in separate passes over the feature
-    map. One fused kernel gives the same numbers; a training step of `refinedet_tiny` on
-    a CPU took 0.85 of the time. Everything else, arguments, weights and
-    inference, is Keras' own; so is training where the kernel does not fit (other
-    backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale` or `center`).
+    Keras 3 computes mean, variance and output in separate passes over the feature map. One fused
+    kernel computes the same numbers: a training step of `refinedet_tiny` on a CPU takes 0.85 of
+    the time. Arguments, weights and inference are Keras' own, as is training where the kernel
+    does not apply (other backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale`
+    or `center`).
 
-    With `synchronized`, mean and variance are those of the batches of all replicas, the
-    variance as a mean of squared deviations: Keras' difference of two means loses digits.
+    With `synchronized`, statistics cover the batches of all replicas, and the variance is a mean
+    of squared deviations, which keeps the digits that Keras' difference of means loses.
 
-    A mean or variance that is not finite leaves the moving one of its channel as it was (but
-    with masks and `renorm`): one overflow must not spoil a model for ever.
+    A batch mean or variance that is not finite does not change the moving one of its channel
+    (except with masks and `renorm`), so that one overflow cannot ruin a model.
 
     Example:
 
@@ -45,14 +45,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
             is_training=True,
             data_format="NHWC" if channels_last else "NCHW",
         )
-        # The kernel gives the unbiased variance; Keras keeps the biased one.
+        # The kernel returns the unbiased variance; Keras keeps the biased one.
         count = tf.cast(tf.size(inputs) / tf.size(mean), tf.float32)
         variance *= tf.stop_gradient((count - 1.0) / count)
         self._update_statistics(mean, variance)
         return outputs
 
     def _separate_passes(self, inputs):
-        """Keras' own training step, but for the statistics."""
+        """Keras' training step with our update of the moving statistics."""
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         mean, variance = self._moments(x, None)
         self._update_statistics(mean, variance)
@@ -91,19 +91,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return False
         import tensorflow as tf
 
-        # The CPU kernel knows no NCHW.
+        # The CPU kernel does not support NCHW.
         return self.axis in (-1, 3) or bool(tf.config.list_physical_devices("GPU"))
 
 
 def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool = False) -> None:
-    """Freezes or synchronizes all batch normalization of a model, nested models included.
+    """Freezes or synchronizes all batch normalization layers of a model, nested ones included.
 
     Call it before `compile`.
 
     Args:
         model: a Keras model.
-        freeze: whether statistics, scale and offset stay as they are, in training too.
-        synchronized: whether statistics are taken over the batches of all replicas.
+        freeze: whether to keep statistics, scale and offset unchanged during training.
+        synchronized: whether to compute statistics over the batches of all replicas.
 
     Example:
 

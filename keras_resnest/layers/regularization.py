@@ -3,19 +3,20 @@
 import keras
 from keras import ops
 
+from keras_resnest.layers.base import FeatureMapLayer
+
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class DropBlock2D(keras.layers.Layer):
-    """Sets square blocks of a feature map to zero while training.
+class DropBlock2D(FeatureMapLayer):
+    """Zeroes square blocks of a feature map during training.
 
-    Every channel of every image draws its own blocks. What is kept is scaled up by the share of
-    dropped values, so the expected sum of the map does not change. At inference the layer
-    returns its input. On maps smaller than the block, the block shrinks to the map.
+    Every channel of every image draws its own blocks. The remaining values are scaled up to
+    preserve the expected sum. On maps smaller than the block, the block shrinks to the map.
 
     Args:
-        rate: float in [0, 1), the expected share of dropped values. On a map only a few times as
-            large as the block it comes out a little smaller.
-        block_size: positive integer, side of the blocks in cells of the map.
+        rate: float in [0, 1), expected fraction of dropped values. The actual fraction is a
+            little smaller on maps only a few times as large as the block.
+        block_size: positive integer, side of the blocks in cells.
         seed: optional integer, for repeatable blocks.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
@@ -27,7 +28,7 @@ class DropBlock2D(keras.layers.Layer):
         Feature map of the same shape.
 
     Raises:
-        ValueError: if `rate` is not in [0, 1) or `block_size` is not a positive integer.
+        ValueError: If `rate` is not in [0, 1) or `block_size` is not a positive integer.
 
     Example:
         >>> layer = DropBlock2D(rate=0.1, block_size=3)
@@ -45,7 +46,7 @@ class DropBlock2D(keras.layers.Layer):
         data_format: str | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(data_format, **kwargs)
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"`rate` must be a number in [0, 1). Received: rate={rate}")
         if int(block_size) != block_size or block_size < 1:
@@ -55,7 +56,6 @@ class DropBlock2D(keras.layers.Layer):
         self.rate = rate
         self.block_size = int(block_size)
         self.seed = seed
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.built = True
 
@@ -63,24 +63,22 @@ class DropBlock2D(keras.layers.Layer):
         if not training or self.rate == 0.0:
             return inputs
         kept = 1.0 - self._dropped_blocks(ops.shape(inputs))
-        # Never divides by zero: even if all is dropped, the map stays finite.
-        kept_share = ops.maximum(ops.mean(kept), 1e-6)
-        return inputs * ops.cast(kept / kept_share, inputs.dtype)
+        # Avoid dividing by zero when everything is dropped.
+        kept_fraction = ops.maximum(ops.mean(kept), 1e-6)
+        return inputs * ops.cast(kept / kept_fraction, inputs.dtype)
 
     def _dropped_blocks(self, shape):
-        """Float mask of `shape` that is 1 inside of the dropped blocks."""
-        channels_first = self.data_format == "channels_first"
-        axes = (2, 3) if channels_first else (1, 2)
-        height, width = shape[axes[0]], shape[axes[1]]
+        """Returns a float mask of `shape` that is 1 inside dropped blocks."""
+        height, width = (shape[axis] for axis in self._spatial_axes)
         rows, row_count, block_height = self._block_centers(height)
         columns, column_count, block_width = self._block_centers(width)
-        # A value is kept if none of the centers that reach it is drawn. This many reach it on
-        # average, so that the share of dropped values comes out as `rate`.
+        # A value is kept if no center within reach of it is drawn; this is the average number
+        # of such centers, from which follows the rate of centers that drops `rate` of the values.
         reach = ops.cast(block_height * row_count * block_width * column_count, "float32")
         reach = reach / ops.cast(height * width, "float32")
         center_rate = 1.0 - ops.power(1.0 - self.rate, 1.0 / reach)
         allowed = ops.expand_dims(rows, 1) & ops.expand_dims(columns, 0)  # (height, width)
-        allowed = ops.expand_dims(allowed, 0 if channels_first else -1)
+        allowed = ops.expand_dims(allowed, 0 if self.data_format == "channels_first" else -1)
         noise = keras.random.uniform(shape, seed=self.seed_generator)
         centers = ops.cast((noise < center_rate) & allowed, "float32")
         return ops.max_pool(
@@ -88,8 +86,7 @@ class DropBlock2D(keras.layers.Layer):
         )
 
     def _block_centers(self, size):
-        """Along one axis: mask of the places a block's center may take, their number, and the
-        length of a block. Blocks lie inside of the map, and shrink to it if it is smaller."""
+        """Returns, for one axis, the mask of valid centers, their number and the block's side."""
         before, after = self.block_size // 2, (self.block_size - 1) // 2
         first = ops.minimum(before, size // 2)
         last = ops.maximum(size - 1 - after, first)
@@ -97,14 +94,10 @@ class DropBlock2D(keras.layers.Layer):
         mask = (positions >= first) & (positions <= last)
         return mask, last - first + 1, ops.minimum(self.block_size, size)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "rate": self.rate,
             "block_size": self.block_size,
             "seed": self.seed,
-            "data_format": self.data_format,
         }

@@ -3,36 +3,34 @@
 import keras
 from keras import ops
 
-from keras_resnest.layers.convolution import GroupedConv2D
-from keras_resnest.layers.normalization import BatchNormalization
+from keras_resnest.layers.base import FeatureMapLayer, check_positive
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class TransferConnectionBlock(keras.layers.Layer):
-    """Turns features of the anchor refinement module into those of the detection module.
+class TransferConnectionBlock(FeatureMapLayer):
+    """Turns features of the anchor refinement module into features of the detection module.
 
-    The map goes through a 3x3 convolution, ReLU and a 3x3 convolution. The block of the next
-    coarser level, if there is one, is upsampled by a 2x2 transposed convolution and added. ReLU,
-    a 3x3 convolution and ReLU follow.
+    3x3 convolution, ReLU, 3x3 convolution; plus the next coarser block, upsampled by a 2x2
+    transposed convolution; ReLU, 3x3 convolution, ReLU.
 
     Args:
-        filters: positive integer, channels of the output and of `upper`'s upsampled map.
-        use_batch_norm: whether batch normalization follows every convolution, which then has no
-            bias. Helps to train from scratch; the published networks have none.
+        filters: positive integer, channels of the output.
+        use_batch_norm: whether to normalize after every convolution, which then has no bias.
+            Helps training from scratch; the published VGG models have none.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: feature map `(batch, height, width, channels)`, or `(batch, channels, height,
             width)`.
-        upper: optional output of the block one level above, about half as high and wide. Where
-            `height` or `width` is odd, the upsampled map is cropped at its end.
+        upper: optional output of the next coarser block, half as high and wide, rounded up.
+            Where a side of `inputs` is odd, the upsampled map is cropped at its end.
 
     Returns:
         Feature map `(batch, height, width, filters)` in the same layout.
 
     Raises:
-        ValueError: if `filters` is not positive.
+        ValueError: If `filters` is not positive.
 
     Example:
         >>> top = TransferConnectionBlock(256)(keras.Input((10, 10, 512)))
@@ -49,50 +47,28 @@ class TransferConnectionBlock(keras.layers.Layer):
         data_format: str | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        if not filters > 0:
-            raise ValueError(f"`filters` must be positive. Received: filters={filters}")
+        super().__init__(data_format, **kwargs)
+        check_positive(filters=filters)
         self.filters = filters
         self.use_batch_norm = use_batch_norm
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
-        self._channel_axis = -1 if self.data_format == "channels_last" else 1
-        self.conv1 = self._convolution("conv1")
-        self.conv2 = self._convolution("conv2")
-        self.conv3 = self._convolution("conv3")
+        options = {"use_bias": not use_batch_norm, "kernel_initializer": "he_normal"}
+        self.conv1 = self._convolution(filters, 3, "conv1", padding="same", **options)
+        self.conv2 = self._convolution(filters, 3, "conv2", padding="same", **options)
+        self.conv3 = self._convolution(filters, 3, "conv3", padding="same", **options)
         self.upsample = keras.layers.Conv2DTranspose(
             filters,
             2,
             strides=2,
             # TensorFlow has no channels_first kernel for CPUs: `_upsample` transposes.
-            **{**self._convolution_options("upsample"), "data_format": "channels_last"},
-        )
-        self.bn1 = self._batch_norm("bn1")
-        self.bn2 = self._batch_norm("bn2")
-        self.bn3 = self._batch_norm("bn3")
-        self.upsample_bn = self._batch_norm("upsample_bn")
-
-    def _convolution_options(self, name):
-        return {
-            "use_bias": not self.use_batch_norm,
-            "kernel_initializer": "he_normal",
-            "data_format": self.data_format,
-            "dtype": self.dtype_policy,
-            "name": name,
-        }
-
-    def _convolution(self, name):
-        return GroupedConv2D(self.filters, 3, padding="same", **self._convolution_options(name))
-
-    def _batch_norm(self, name):
-        if not self.use_batch_norm:
-            return None
-        return BatchNormalization(
-            axis=self._channel_axis,
-            momentum=0.9,
-            epsilon=1e-5,
+            data_format="channels_last",
             dtype=self.dtype_policy,
-            name=name,
+            name="upsample",
+            **options,
         )
+        self.bn1 = self._batch_norm("bn1") if use_batch_norm else None
+        self.bn2 = self._batch_norm("bn2") if use_batch_norm else None
+        self.bn3 = self._batch_norm("bn3") if use_batch_norm else None
+        self.upsample_bn = self._batch_norm("upsample_bn") if use_batch_norm else None
 
     def build(self, inputs_shape, upper_shape=None):
         output_shape = self.compute_output_shape(inputs_shape)
@@ -101,8 +77,7 @@ class TransferConnectionBlock(keras.layers.Layer):
         self.conv3.build(output_shape)
         norms = [self.bn1, self.bn2, self.bn3]
         if upper_shape is not None:
-            channels = upper_shape[self._channel_axis]
-            self.upsample.build((None, None, None, channels))
+            self.upsample.build((None, None, None, upper_shape[self._channel_axis]))
             norms.append(self.upsample_bn)
         if self.use_batch_norm:
             for norm in norms:
@@ -128,7 +103,7 @@ class TransferConnectionBlock(keras.layers.Layer):
         return x if norm is None else norm(x, training=training)
 
     def _crop(self, x, like):
-        """Cuts the last row or column that upsampling adds where the finer map's side is odd."""
+        """Removes the extra row or column of `x` where a side of `like` is odd."""
         if x.shape[1:] == like.shape[1:] and None not in x.shape[1:]:
             return x
         shape = ops.shape(like)
@@ -137,17 +112,11 @@ class TransferConnectionBlock(keras.layers.Layer):
         return x[:, :, : shape[2], : shape[3]]
 
     def compute_output_shape(self, inputs_shape, upper_shape=None):
-        shape = list(inputs_shape)
-        shape[self._channel_axis] = self.filters
-        return tuple(shape)
+        return self._with_channels(inputs_shape, self.filters)
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "use_batch_norm": self.use_batch_norm,
-            "data_format": self.data_format,
-        }
+    def get_config(self) -> dict:
+        config = {"filters": self.filters, "use_batch_norm": self.use_batch_norm}
+        return {**super().get_config(), **config}
 
 
 TCB = TransferConnectionBlock

@@ -81,8 +81,6 @@ class DetectionTask:
             "bounding_box_format": model.bounding_box_format,
             "class_names": model.class_names,
             "decoder": model.decoder.get_config(),
-            "two_step_regression": model.two_step_regression,
-            "negative_anchor_filtering": model.negative_anchor_filtering,
         }
 
 

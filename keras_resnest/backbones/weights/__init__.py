@@ -1,1 +1,1 @@
-"""Weights: where they are published, how they are fetched, checked and named."""
+"""Pretrained weights: the table, downloads, checks and names."""

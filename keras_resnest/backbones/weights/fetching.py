@@ -1,4 +1,4 @@
-"""Weights by name or from a file: fetched, checked, and loaded all or nothing."""
+"""Loads published weights and weight files: all or nothing, never executing a pickle."""
 
 import contextlib
 import difflib
@@ -16,33 +16,33 @@ from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
-# PyTorch modules that a model without classifier may leave over.
+# PyTorch modules that a model without a classifier skips.
 TOP_MODULES = ("fc", "head", "classifier", "pre_logits", "LastSE")
-# Below this, `torch.load(weights_only=True)` can be made to execute a file's code
+# In older versions, a file can make `torch.load(weights_only=True)` execute code
 # (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = "2.10"
-# What training programs wrap a state dict in.
+# Keys under which training programs save a state dict.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
 def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> None:
-    """Loads published weights, or those of a file, into a network.
+    """Loads published weights or a weight file into a network.
 
-    Every array of the file must fit an array of the network and the other way round; the
-    classifier alone may be left over, by a network without one.
+    Every array of the file must match one of the network, and vice versa, except for the
+    classifier if the network has none.
 
     Args:
         model: a network of this package.
         weights: `"imagenet"`, a tag such as `"a1_in1k"`, or the path of a file: `.safetensors`,
             a PyTorch `state_dict` (`.pth`, `.pt`, `.bin`, `.tar`) or Keras' `.weights.h5`.
-        variant: name of the network in the table.
-        ignore: PyTorch modules that may be left over besides the classifier.
+        variant: name of the network, as in `list_models()`.
+        ignore: further PyTorch modules to skip.
 
     Raises:
-        ValueError: if `weights` names nothing, or the file does not fit the network, is broken
-            or is not what its publisher promised.
-        ConnectionError: if the file cannot be fetched.
-        ImportError: if a PyTorch file is read without PyTorch, or with one below 2.10.
+        ValueError: If `weights` is unknown, or the file does not fit the network, is broken or
+            has the wrong checksum.
+        ConnectionError: If the file cannot be fetched.
+        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> model = ResNeSt50(weights=None)
@@ -53,7 +53,7 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
             f"`weights` must be None, a tag or the path of a file. Received: weights={weights!r}"
         )
     weights = os.fspath(weights)
-    # Tags first: many have a folder "imagenet".
+    # Tags take precedence: many users have a folder "imagenet".
     is_tag = weights in ("imagenet", *PRETRAINED.get(variant, {}))
     if not is_tag and (os.path.isfile(weights) or _looks_like_path(weights)):
         _load_file(model, weights, variant, ignore)
@@ -72,19 +72,18 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads the arrays of a `.safetensors` file or a PyTorch `state_dict` file.
 
-    Nothing in the file is executed. Half precision numbers become float32. What training
-    programs put around a state dict (`{"state_dict": ...}`, names that begin with `module.`) is
-    taken off.
+    Nothing in the file is executed. Half precision becomes float32. Wrappers of training
+    programs (`{"state_dict": ...}`, the prefix `module.`) are removed.
 
     Args:
-        path: a file that ends in `.safetensors`, or in `.pth`, `.pt`, `.bin` or `.tar`.
+        path: a file that ends in `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar`.
 
     Returns:
         Dict of arrays by PyTorch name, in PyTorch's layout.
 
     Raises:
-        ValueError: if the file does not exist, is broken, or holds something else than arrays.
-        ImportError: if a PyTorch file is read without PyTorch, or with one below 2.10.
+        ValueError: If the file does not exist, is broken, or holds anything but arrays.
+        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> read_state_dict("resnest50-528c19ca.pth")["fc.weight"].shape
@@ -99,7 +98,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
-# --- Files -----------------------------------------------------------------------------------
+# === Files ===
 
 
 def _looks_like_path(weights):
@@ -109,7 +108,7 @@ def _looks_like_path(weights):
 
 def _check_exists(path):
     if not os.path.isfile(path):
-        raise ValueError(f"The file of weights does not exist. Received: {path!r}")
+        raise ValueError(f"The weight file does not exist. Received: {path!r}")
 
 
 def _load_file(model, path, variant, ignore):
@@ -130,14 +129,14 @@ def _load_keras_file(model, path, variant):
     try:
         surplus = _keras_file_size(path) - _size_in_keras_file(model)
         model.load_weights(path)
-        if surplus != 0 and not _may_be_classifier(model, surplus):
+        # Without a classifier, the file may hold one.
+        if surplus < 0 or (surplus > 0 and getattr(model, "include_top", True)):
             raise ValueError(f"{abs(surplus):,} numbers too {'many' if surplus > 0 else 'few'}")
     except Exception as error:
         model.set_weights(before)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} does not hold the weights of {variant} with classes={_classes(model)}: "
-            f"{reason}"
+            f"{_first_line(error)}"
         ) from error
 
 
@@ -151,18 +150,12 @@ def _keras_file_size(path):
 
 
 def _size_in_keras_file(model):
-    # Keras leaves the state of the layers' random generators out of the file.
+    # Keras does not save the state of random generators.
     return sum(
         int(np.prod(variable.shape))
         for variable in model.variables
         if "seed_generator" not in variable.path
     )
-
-
-def _may_be_classifier(model, surplus):
-    """Whether a network without classifier can leave this many numbers over."""
-    has_classifier = getattr(model, "include_top", True)
-    return not has_classifier and surplus > 0
 
 
 def _load_state_dict(model, state_dict, path, ignore):
@@ -181,7 +174,7 @@ def _read_safetensors(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no whole .safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete .safetensors file: {error}") from error
 
 
 def _read_torch(path):
@@ -190,10 +183,10 @@ def _read_torch(path):
         # Reads tensors and plain containers; refuses any other pickled object.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # PyTorch's own message advises to switch the protection off.
+        # PyTorch's own message recommends disabling the protection.
         raise ValueError(
-            f"{path} is broken, or holds more than tensors by name, which is never executed: "
-            "save its state_dict alone, or as .safetensors"
+            f"{path} is broken, or holds pickled objects other than tensors, which are never "
+            "executed: save only its state_dict, or a .safetensors file"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -219,8 +212,8 @@ def _import_torch(path):
         ) from error
     if torch.__version__ < _SAFE_TORCH:
         raise ImportError(
-            f"PyTorch {torch.__version__} can be made to execute code by a file of weights. "
-            f"Reading {path} wants {_SAFE_TORCH} or newer (pip install -U torch)"
+            f"A weight file can make PyTorch {torch.__version__} execute code. "
+            f"Reading {path} requires {_SAFE_TORCH} or newer (pip install -U torch)"
         )
     return torch
 
@@ -230,7 +223,7 @@ def _full_precision(array):
     return array.astype("float32") if half else array
 
 
-# --- Published weights -----------------------------------------------------------------------
+# === Published weights ===
 
 
 def _published(weights, variant):
@@ -271,16 +264,17 @@ def _classes(model):
 
 
 def _fetch(published: PretrainedWeights, variant):
-    """Path of the file in the cache, its checksum compared with the promised one."""
+    """Returns the path of the cached file after checking its checksum."""
     fetch = _fetch_from_hub if published.on_hub else _fetch_from_url
-    path, promised = fetch(published, variant)
-    promised = published.sha256 or promised
-    found = _sha256(path)
-    if promised and not found.startswith(promised):
+    path, expected = fetch(published, variant)
+    expected = published.sha256 or expected
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected and not found.startswith(expected):
         _remove_from_cache(path)
         raise ValueError(
             f"The file of {variant} from {published.source} is not the published one: its sha256 "
-            f"begins with {found[:16]}, promised was {promised[:16]}. It was removed from the cache"
+            f"starts with {found[:16]} instead of {expected[:16]}. It was removed from the cache"
         )
     return path
 
@@ -292,15 +286,15 @@ def _fetch_from_hub(published, variant):
 
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=published.source, repo_type="model")
     try:
-        # Published files do not change: a cached one is not asked for again.
+        # Published files do not change: use a cached one without asking the hub.
         path = try_to_load_from_cache(published.source, HUB_FILE)
         if not isinstance(path, str):
             path = hf_hub_download(published.source, HUB_FILE)
     except Exception as error:
-        for unfinished in folder.glob("blobs/*.incomplete"):
-            unfinished.unlink()
+        for incomplete in folder.glob("blobs/*.incomplete"):
+            incomplete.unlink()
         raise ConnectionError(_fetch_failure(published, variant, error)) from error
-    # The cache names large files by the checksum that the hub states.
+    # The cache names large files by their checksum on the hub.
     name = Path(path).resolve().name
     return path, name if len(name) == 64 else None
 
@@ -312,7 +306,7 @@ def _fetch_from_url(published, variant):
         return path, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Moved to its place as a whole: other processes may look for it meanwhile.
+        # Move the complete file into place: other processes may look for it.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             fetched = keras.utils.get_file(
                 path.name, origin=published.source, cache_dir=folder, cache_subdir=""
@@ -324,16 +318,14 @@ def _fetch_from_url(published, variant):
 
 
 def _fetch_failure(published, variant, error):
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"The weights of {variant} could not be fetched from {published.source}: {reason} "
-        "(weights=<path> loads a file without network)"
+        f"The weights of {variant} could not be fetched from {published.source}: "
+        f"{_first_line(error)} (weights=<path> loads a file without network)"
     )
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _remove_from_cache(path):

@@ -1,4 +1,4 @@
-"""Weights of PyTorch implementations in Keras models, every array accounted for."""
+"""Loads PyTorch weights into Keras models, accounting for every array."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
-# What Keras calls a weight: what PyTorch calls it.
+# Keras' name of a weight: PyTorch's name.
 _WEIGHT_NAMES = {
     "kernel": "weight",
     "gamma": "weight",
@@ -15,7 +15,7 @@ _WEIGHT_NAMES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-# Place of each convolution in PyTorch's sequence of convolutions, ReLUs and poolings.
+# Index of each convolution in PyTorch's sequence of convolutions, ReLUs and poolings.
 _VGG16_PLACES = {
     **{0: "conv1_1", 2: "conv1_2", 5: "conv2_1", 7: "conv2_2"},
     **{10: "conv3_1", 12: "conv3_2", 14: "conv3_3", 17: "conv4_1", 19: "conv4_2", 21: "conv4_3"},
@@ -38,8 +38,8 @@ def _shufflenet_block(match):
 
 
 def _tcb_layer(match):
-    # PyTorch's lists: tcb0 convolution, ReLU, convolution; tcb1 upsampling; tcb2 ReLU,
-    # convolution, ReLU of each level.
+    # PyTorch's lists, for each level: tcb0 convolution, ReLU, convolution; tcb1 upsampling;
+    # tcb2 ReLU, convolution, ReLU.
     part, place = int(match["list"]), int(match["place"])
     if part == 1:
         return f"tcb_p{place + 3}.upsample."
@@ -48,8 +48,8 @@ def _tcb_layer(match):
 
 
 _CONV_NORM = [(r"\.conv(\d)\.conv\.", r".conv\1."), (r"\.conv(\d)\.bn\.", r".bn\1.")]
-# Families of PyTorch implementations whose modules are not named as our layers are: a pattern
-# that tells them by one of their names, and what to replace.
+# PyTorch implementations whose module names differ from our layer names: a pattern that
+# identifies them by one of their names, and the replacements.
 _FAMILIES = {
     "RegNet of timm": (
         r"^s1\.b1\.",
@@ -101,7 +101,7 @@ _FAMILIES = {
     "VGG-16 with reduced dense layers": (r"^33\.", [(r"^(?P<place>\d+)\.", _vgg16_layer)]),
 }
 
-# State of random generators and counters, which have no counterpart on the other side.
+# States of random generators and counters, without counterpart on the other side.
 _KERAS_ONLY = ("seed_generator_state",)
 _TORCH_ONLY = ("num_batches_tracked",)
 
@@ -114,23 +114,21 @@ def load_torch_state_dict(
 ) -> None:
     """Copies a PyTorch `state_dict` into a Keras model: all of it or nothing.
 
-    A module `layer1.0.conv2.conv` belongs to the layer `layer1_0_conv2_conv`, or to the layer
-    `conv` inside of the layer `layer1_0_conv2`. Layouts of convolution, depthwise and transposed
-    convolution and dense kernels are converted. The modules of timm's RegNet, SKNet and VGG-16,
-    of torchvision's VGG-16 and ShuffleNet V2, of megvii's ShuffleNet and of the RefineDet ports are
-    recognized and renamed.
+    A module `layer1.0.conv2.conv` matches the layer `layer1_0_conv2_conv`, or the sublayer `conv`
+    of the layer `layer1_0_conv2`. Kernels are transposed to Keras' layout. The modules of timm's
+    RegNet, SKNet and VGG-16, torchvision's VGG-16 and ShuffleNet V2, megvii's ShuffleNet and the
+    RefineDet ports are recognized and renamed.
 
     Args:
         model: a built Keras model, such as `ResNeSt50()`.
         state_dict: arrays by name in PyTorch's layout, `{"conv1.0.weight": array, ...}`.
-        module_names: optional PyTorch name by Keras name, for modules whose names differ:
-            `{"fc7": "vgg.33"}`.
-        ignore: names of PyTorch modules that may be left over, such as `("fc",)` for a model
-            without classifier.
+        module_names: optional map from Keras to PyTorch names of modules that are named
+            differently: `{"fc7": "vgg.33"}`.
+        ignore: PyTorch modules to skip, such as `("fc",)` for a model without a classifier.
 
     Raises:
-        ValueError: if an array is missing, left over, of another shape or not finite. The
-            message names every such array, and the model is unchanged.
+        ValueError: If an array is missing, left over, misshapen or not finite. The message names
+            every such array, and the model is unchanged.
 
     Example:
         >>> load_torch_state_dict(model, {"fc.weight": weight, "fc.bias": bias})
@@ -151,8 +149,8 @@ def load_torch_state_dict(
         value = _to_keras_layout(arrays[name], variable)
         if value.shape != tuple(variable.shape):
             problems.append(
-                f"wrong shape: {name} has {arrays[name].shape}, which gives {value.shape} in "
-                f"Keras' layout, wanted {tuple(variable.shape)}"
+                f"wrong shape: {name} has {arrays[name].shape}, {value.shape} in Keras' layout, "
+                f"wanted {tuple(variable.shape)}"
             )
         elif not np.all(np.isfinite(value)):
             problems.append(f"not finite: {name}")
@@ -167,11 +165,11 @@ def load_torch_state_dict(
 
 
 def _replacements(names):
-    """What to replace in the names of a state dict."""
+    """Returns the replacements of all families that the names belong to."""
     return [
         replacement
-        for mark, replacements in _FAMILIES.values()
-        if any(re.search(mark, name) for name in names)
+        for pattern, replacements in _FAMILIES.values()
+        if any(re.search(pattern, name) for name in names)
         for replacement in replacements
     ]
 
@@ -187,7 +185,7 @@ def _in_modules(name, modules):
 
 
 def _named_variables(model, module_names):
-    """Yields (PyTorch name with "_" for ".", variable) for all weights of the model's layers."""
+    """Yields (PyTorch name with "_" for ".", variable) for all weights of the layers."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from _named_variables(layer, module_names)
@@ -195,7 +193,7 @@ def _named_variables(model, module_names):
         for variable in layer.variables:
             if variable.name in _KERAS_ONLY:
                 continue
-            # A path is "<scopes>/layer/sublayer/kernel": what counts starts at the layer.
+            # A path is "<scopes>/layer/sublayer/kernel"; skip the scopes.
             parts = variable.path.split("/")
             *modules, weight = parts[parts.index(layer.name) :]
             keras_name = "_".join(modules)
@@ -204,17 +202,16 @@ def _named_variables(model, module_names):
 
 
 def _to_keras_layout(array, variable):
-    if variable.name == "kernel" and array.ndim == 2 and variable.ndim == 4:
+    if variable.name != "kernel":
+        return array
+    if array.ndim == 2 and variable.ndim == 4:
         # A dense layer over a flattened map, which is a convolution here.
         height, width, channels, _ = variable.shape
         if array.shape[1] == height * width * channels:
             array = array.reshape(-1, channels, height, width)
-    if variable.name == "kernel" and array.ndim == 4 and variable.shape[-1] == array.shape[1] == 1:
-        # Depthwise: (channels, 1, h, w) to (h, w, channels, 1).
-        return array.transpose(2, 3, 0, 1)
-    if variable.name == "kernel" and array.ndim == 4:
-        # (out, in, h, w) to (h, w, in, out); transposed: (in, out, h, w) to (h, w, out, in).
+    if array.ndim == 4 and variable.shape[-1] == array.shape[1] == 1:
+        return array.transpose(2, 3, 0, 1)  # depthwise: (channels, 1, h, w) to (h, w, channels, 1)
+    if array.ndim == 4:
+        # (out, in, h, w) to (h, w, in, out); transposed: (in, out, h, w) to (h, w, out, in)
         return array.transpose(2, 3, 1, 0)
-    if variable.name == "kernel" and array.ndim == 2:
-        return array.T
-    return array
+    return array.T if array.ndim == 2 else array

@@ -1,1 +1,1 @@
-"""Augmentation of images and their boxes, by `tf.data`."""
+"""Augmentation of images and their labels, as TensorFlow graph code for `tf.data`."""

@@ -1,21 +1,20 @@
 """Training augmentation of single-shot detectors, as TensorFlow graph code for `tf.data`.
 
-The recipe is SSD's (arXiv 1512.02325, section 2.2, and the expansion of section 3.6), which
-RefineDet took over: color distortion, zooming out, a crop that keeps a given overlap with an
-object, mirroring, and stretching to the size of the network.
+The recipe is that of SSD (arXiv 1512.02325, sections 2.2 and 3.6), which RefineDet adopted: color
+distortion, expansion, a crop that overlaps an object by a given IoU, flipping, and stretching to
+the input size of the network.
 
-Every class here is a small immutable recipe that is called on one unbatched data-set element
+Each class is an immutable callable of one unbatched dataset element
 
     {"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), "difficult": (n,)}}
 
-and a `seed`, an integer tensor of shape (2,): the same element and seed always give the same
-result. Images are RGB, 0 to 255; boxes are "xyxy" in pixels of the image they come with. Other
-keys of the element pass through untouched, and every entry of `bounding_boxes` (of length n) is
-filtered together with the boxes.
+and a `seed`, an integer tensor of shape (2,); the same element and seed give the same result.
+Images are RGB, 0 to 255; boxes are "xyxy" in pixels of their image. Other keys of the element are
+passed through, and all entries of `bounding_boxes` are filtered together.
 
-Boxes may disappear, by these rules only: padding rows (label -1) and boxes without area always;
-after a crop, boxes whose center is outside; at the end of `TrainingAugmentation`, boxes that are
-smaller than `min_box_size`. `Resize`, the evaluation's counterpart, keeps every row.
+Boxes are dropped only as follows: padding rows (label -1) and boxes without area, always; after a
+crop, boxes whose center lies outside; and by `TrainingAugmentation`, boxes smaller than
+`min_box_size`. `Resize`, used for evaluation, keeps every row.
 """
 
 import itertools
@@ -30,6 +29,8 @@ from keras_resnest.data.augmentation.geometry import (
     apply_if,
     between,
     centers_inside,
+    check_probabilities,
+    check_range,
     intersection,
     orient,
     size_of,
@@ -41,73 +42,40 @@ from keras_resnest.data.augmentation.geometry import (
 )
 
 
-def _check_range(name: str, values: tuple, low: float, high: float):
-    pair = isinstance(values, Sequence) and len(values) == 2
-    if not pair or not low <= values[0] <= values[1] <= high:
-        received = values[1] if pair and values[0] == low else values
-        raise ValueError(f"`{name}` must lie within {low} to {high}. Received: {name}={received!r}")
-
-
-def _check_probabilities(recipe, *names: str):
-    for name in names:
-        if not 0.0 <= getattr(recipe, name) <= 1.0:
-            raise ValueError(
-                f"`{name}` is a chance from 0 to 1. Received: {name}={getattr(recipe, name)!r}"
-            )
-
-
-def _check_dtype(dtype: str):
-    if dtype not in ("float32", "uint8"):
-        raise ValueError(f'`dtype` must be "float32" or "uint8". Received: dtype={dtype!r}')
-
-
 def drop_empty_boxes(element: dict) -> dict:
-    """Clips boxes to the image and drops those without area, and padding rows (label -1).
+    """Clips boxes to the image and drops padding rows (label -1) and boxes without area.
 
-    Args:
-        element: data-set element as described at the top of this module.
-
-    Returns:
-        The element with boxes of positive area inside the image; the image is untouched.
-
-    Example:
-        ```python
-        dataset = dataset.map(drop_empty_boxes)
-        ```
+    Example: `dataset = dataset.map(drop_empty_boxes)`
     """
-    annotations = element["bounding_boxes"]
+    rows = element["bounding_boxes"]
     height, width = tf.unstack(size_of(element["images"]))
     limits = tf.cast(tf.stack([width, height, width, height]), tf.float32)
-    boxes = tf.clip_by_value(annotations["boxes"], 0.0, limits)
+    boxes = tf.clip_by_value(rows["boxes"], 0.0, limits)
     has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
-    return updated(element, element["images"], boxes, has_area & (annotations["labels"] >= 0))
+    return updated(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
 
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """Random brightness, contrast, saturation, hue and order of the color channels.
+    """Randomly changes brightness, contrast, saturation, hue, and the order of color channels.
 
-    Each change happens with its own chance. Contrast comes right after brightness in half of the
-    images and last in the other half. Values are clipped to 0..255 after every step. Boxes
-    stay as they are.
+    Each change is applied with its own chance. Contrast follows brightness in half of the images
+    and comes last in the other half. Values are clipped to 0..255 after every step.
 
     Args:
-        brightness: largest amount added to or taken from all values (of 0..255).
-        contrast: (low, high) of the factor on all values.
-        saturation: (low, high) of the factor on the saturation of HSV.
-        hue: largest turn of the hue of HSV, in degrees. (SSD's Caffe code adds up to 18 to hues
-            counted in OpenCV's 0..180, so 36 degrees; its ports use 18 degrees.)
+        brightness: largest amount added to or subtracted from all values (of 0..255).
+        contrast: (low, high) of the factor applied to all values.
+        saturation: (low, high) of the factor applied to the HSV saturation.
+        hue: largest rotation of the HSV hue, in degrees. (SSD's Caffe code adds up to 18 to hues
+            in OpenCV's range of 0..180, that is 36 degrees; its ports use 18 degrees.)
         probability: chance of each of these four changes.
-        channel_probability: chance of a random order of the three channels. 0 in the code of SSD
-            and RefineDet, 0.5 in some ports; leave it 0 where color tells the classes apart.
+        channel_probability: chance of a random channel order. It is 0 in the code of SSD and
+            RefineDet and 0.5 in some ports; keep 0 if color distinguishes the classes.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
-    Example:
-        ```python
-        element = PhotometricDistortion(hue=0)(element, seed=(1, 2))
-        ```
+    Example: `element = PhotometricDistortion(hue=0)(element, seed=(1, 2))`
     """
 
     brightness: float = 32.0
@@ -118,11 +86,11 @@ class PhotometricDistortion:
     channel_probability: float = 0.0
 
     def __post_init__(self):
-        _check_range("brightness", (0.0, self.brightness), 0.0, 255.0)
-        _check_range("contrast", self.contrast, 0.0, float("inf"))
-        _check_range("saturation", self.saturation, 0.0, float("inf"))
-        _check_range("hue", (0.0, self.hue), 0.0, 180.0)
-        _check_probabilities(self, "probability", "channel_probability")
+        check_range("brightness", (0.0, self.brightness), 0.0, 255.0)
+        check_range("contrast", self.contrast, 0.0, float("inf"))
+        check_range("saturation", self.saturation, 0.0, float("inf"))
+        check_range("hue", (0.0, self.hue), 0.0, 180.0)
+        check_probabilities(self, "probability", "channel_probability")
 
     def __call__(self, element: dict, seed) -> dict:
         """Returns the element with a distorted float32 image, 0..255."""
@@ -131,9 +99,8 @@ class PhotometricDistortion:
     def distort(self, image: tf.Tensor, seed) -> tf.Tensor:
         """Distorts the colors of one image (h, w, 3), 0..255; returns float32, 0..255."""
         draws = tf.random.stateless_uniform([11], seed)
-        happens = draws[:4] < self.probability
+        happens, amount = draws[:4] < self.probability, draws[5:]
         contrast_is_first = draws[4] < 0.5
-        amount = draws[5:]
 
         def brightness(image):
             return _clip_colors(image + between(-self.brightness, self.brightness, amount[0]))
@@ -141,15 +108,14 @@ class PhotometricDistortion:
         def contrast(image):
             return _clip_colors(image * between(*self.contrast, amount[1]))
 
-        # Saturation and hue of HSV do not depend on the scale of the values: no division by 255.
+        # HSV saturation and hue do not depend on the scale of the values: no division by 255.
         def saturation(image):
-            return _clip_colors(
-                tf.image.adjust_saturation(image, between(*self.saturation, amount[2]))
-            )
+            factor = between(*self.saturation, amount[2])
+            return _clip_colors(tf.image.adjust_saturation(image, factor))
 
         def hue(image):
-            turn = between(-self.hue, self.hue, amount[3]) / 360.0
-            return _clip_colors(tf.image.adjust_hue(image, turn))
+            delta = between(-self.hue, self.hue, amount[3]) / 360.0
+            return _clip_colors(tf.image.adjust_hue(image, delta))
 
         image = tf.cast(image, tf.float32)
         image = apply_if(happens[0], brightness, image)
@@ -158,32 +124,26 @@ class PhotometricDistortion:
         image = apply_if(happens[3], hue, image)
         image = apply_if(happens[1] & ~contrast_is_first, contrast, image)
         if self.channel_probability:
-            image = apply_if(
-                amount[4] < self.channel_probability,
-                lambda image: _permute_channels(image, amount[5]),
-                image,
-            )
+            permutes = amount[4] < self.channel_probability
+            image = apply_if(permutes, lambda image: _permute_channels(image, amount[5]), image)
         return image
 
 
 @dataclass(frozen=True)
 class RandomExpand:
-    """Random zooming out: the image at a random place on a larger canvas of one color.
+    """Places the image at a random position on a larger canvas of one color ("zoom out").
 
-    SSD's way to small objects ("expansion", arXiv 1512.02325, section 3.6).
+    SSD's expansion, which creates small objects (arXiv 1512.02325, section 3.6).
 
     Args:
-        max_ratio: largest ratio of the sides of canvas and image; drawn from 1 to this.
-        probability: chance that it happens.
+        max_ratio: largest ratio of canvas side to image side, drawn from 1 to this.
+        probability: chance of an expansion.
         fill_color: (red, green, blue) of the canvas, 0..255.
 
     Raises:
-        ValueError: if `max_ratio` is below 1 or another argument is outside its range.
+        ValueError: if `max_ratio` is below 1 or another argument is out of range.
 
-    Example:
-        ```python
-        element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))
-        ```
+    Example: `element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))`
     """
 
     max_ratio: float = 4.0
@@ -191,8 +151,8 @@ class RandomExpand:
     fill_color: tuple[float, float, float] = MEAN_COLOR
 
     def __post_init__(self):
-        _check_range("max_ratio", (1.0, self.max_ratio), 1.0, float("inf"))
-        _check_probabilities(self, "probability")
+        check_range("max_ratio", (1.0, self.max_ratio), 1.0, float("inf"))
+        check_probabilities(self, "probability")
         if len(self.fill_color) != 3 or not all(0 <= value <= 255 for value in self.fill_color):
             raise ValueError(
                 "`fill_color` must be three numbers (red, green, blue) from 0 to 255. "
@@ -200,21 +160,16 @@ class RandomExpand:
             )
 
     def __call__(self, element: dict, seed) -> dict:
-        """Returns the element on its canvas: float32 image, boxes moved along."""
+        """Returns the element on its canvas: float32 image and shifted boxes."""
         element = drop_empty_boxes(element)
         window = self.window(size_of(element["images"]), seed)
         image, boxes = view(element, window, fill_color=self.fill_color)
         return updated(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
-        """Draws the canvas around an image.
+        """Draws the canvas around an image of int32 `size` (height, width).
 
-        Args:
-            size: (height, width) of the image, int32.
-            seed: integer tensor (2,).
-
-        Returns:
-            The canvas in pixels of the image: int32 (x1, y1, x2, y2), with x1, y1 <= 0.
+        Returns int32 (x1, y1, x2, y2) in pixels of the image, with x1, y1 <= 0.
         """
         draws = tf.random.stateless_uniform([4], seed)
         ratio = tf.where(draws[0] < self.probability, between(1.0, self.max_ratio, draws[1]), 1.0)
@@ -226,27 +181,24 @@ class RandomExpand:
 
 @dataclass(frozen=True)
 class RandomIoUCrop:
-    """Random crop that overlaps some object by a required IoU (SSD, section 2.2).
+    """Crops the image so that some object overlaps the crop by a required IoU (SSD, section 2.2).
 
-    As in SSD's own code, every option of `min_ious` is tried `trials` times, and one of the
-    options that succeeded is drawn. A trial succeeds when the crop reaches the required IoU with
-    at least one object and holds the center of at least one object; in an image without objects
-    every crop succeeds. Objects stay when their center is in the crop, and are clipped to it.
+    As in SSD's own code, each option of `min_ious` gets `trials` attempts, and one of the options
+    that succeeded is drawn. An attempt succeeds if the crop reaches the required IoU with an
+    object and contains the center of an object; without objects, every crop succeeds. Objects are
+    kept if their center lies in the crop, and clipped to it.
 
     Args:
-        min_ious: the options. None keeps the whole image; 0.0 asks for no overlap.
-        scale: (low, high) of the square root of the crop's share of the area.
-        aspect_ratio: (low, high) of width / height, where the image itself counts as 1.
-        trials: number of random crops for each option.
-        probability: chance that it happens.
+        min_ious: the options. None keeps the whole image; 0.0 requires no overlap.
+        scale: (low, high) of the square root of the crop's fraction of the area.
+        aspect_ratio: (low, high) of width / height, relative to that of the image.
+        trials: random crops per option.
+        probability: chance of a crop.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
-    Example:
-        ```python
-        element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))
-        ```
+    Example: `element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))`
     """
 
     min_ious: tuple[float | None, ...] = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -261,8 +213,8 @@ class RandomIoUCrop:
                 "`min_ious` must be one or more of None and numbers from 0 to 1. "
                 f"Received: min_ious={self.min_ious!r}"
             )
-        _check_range("scale", self.scale, 1e-3, 1.0)
-        _check_range("aspect_ratio", self.aspect_ratio, 1e-3, float("inf"))
+        check_range("scale", self.scale, 1e-3, 1.0)
+        check_range("aspect_ratio", self.aspect_ratio, 1e-3, float("inf"))
         if not self.aspect_ratio[0] <= 1.0 <= self.aspect_ratio[1]:
             raise ValueError(
                 "`aspect_ratio` must be (low, high) with low <= 1 <= high. "
@@ -270,10 +222,10 @@ class RandomIoUCrop:
             )
         if self.trials < 1:
             raise ValueError(f"`trials` must be at least 1. Received: trials={self.trials!r}")
-        _check_probabilities(self, "probability")
+        check_probabilities(self, "probability")
 
     def __call__(self, element: dict, seed) -> dict:
-        """Returns the cropped element (float32 image); see the class for which boxes stay."""
+        """Returns the cropped element (float32 image)."""
         element = drop_empty_boxes(element)
         size, boxes = size_of(element["images"]), element["bounding_boxes"]["boxes"]
         window = self.window(whole_window(size), size, boxes, seed)
@@ -282,30 +234,28 @@ class RandomIoUCrop:
         return updated(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
-        """Draws a crop of a canvas.
+        """Draws a crop of a canvas, which may extend beyond the image but shows a pixel of it.
 
         Args:
-            canvas: int32 (x1, y1, x2, y2) in pixels of the image, may reach beyond it.
-            size: (height, width) of the image; the crop shows at least one pixel of it.
-            boxes: (n, 4) "xyxy" pixels of the image, each with an area.
+            canvas: int32 (x1, y1, x2, y2) in pixels of the image.
+            size: (height, width) of the image.
+            boxes: (n, 4) "xyxy" in pixels of the image, each with an area.
             seed: integer tensor (2,).
 
         Returns:
-            The crop, int32 (x1, y1, x2, y2) within the canvas; the canvas itself where the
-            option None was drawn or no trial succeeded.
+            int32 (x1, y1, x2, y2); the canvas if None is drawn or no attempt succeeds.
         """
         required = [m for m in self.min_ious if m is not None]
         seeds = split_seed(seed, 2)
-        crops = self._trials(canvas, len(required), seeds[0])
+        crops = self._trials(canvas, len(required), seeds[0])  # (options, trials, 4)
         shows = intersection(crops, whole_window(size)) > 0.0
-        # An image without objects asks for nothing.
         no_objects = tf.equal(tf.shape(boxes)[0], 0)
         best = tf.reduce_max(window_iou(crops, boxes), axis=-1)
         overlaps = (best >= tf.constant(required, shape=[len(required), 1])) | no_objects
         holds = tf.reduce_any(centers_inside(boxes, crops[..., None, :]), axis=-1) | no_objects
         valid = shows & overlaps & holds  # (options, trials)
 
-        # The whole canvas is the last row: chosen by the option None, and when nothing succeeds.
+        # The canvas is the last candidate, for the option None and for no success.
         possible = tf.concat([tf.reduce_any(valid, axis=1), [None in self.min_ious]], axis=0)
         draws = tf.random.stateless_uniform([len(required) + 2], seeds[1])
         option = tf.argmax(tf.where(possible, draws[1:], [-1.0] * len(required) + [-0.5]))
@@ -317,7 +267,7 @@ class RandomIoUCrop:
         """Draws all crops at once: int32 (options, trials, 4)."""
         draws = tf.random.stateless_uniform([options, self.trials, 4], seed)
         scale = between(*self.scale, draws[..., 0])
-        # The limits keep both sides of the crop within the canvas.
+        # These limits keep both sides of the crop within the canvas.
         low = tf.maximum(self.aspect_ratio[0], scale**2)
         high = tf.minimum(self.aspect_ratio[1], 1.0 / scale**2)
         stretch = tf.sqrt(between(low, high, draws[..., 1]))
@@ -329,72 +279,64 @@ class RandomIoUCrop:
         return tf.cast(tf.concat([corner, corner + sides], axis=-1), tf.int32)
 
 
+class _Orientation:
+    """Base of the transformations that transpose and flip; a subclass draws `orientation`."""
+
+    def __call__(self, element: dict, seed) -> dict:
+        """Returns the reoriented element; the image keeps its dtype."""
+        element = drop_empty_boxes(element)
+        boxes = element["bounding_boxes"]["boxes"]
+        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
+
+
 @dataclass(frozen=True)
-class RandomFlip:
-    """Random mirroring.
+class RandomFlip(_Orientation):
+    """Randomly flips the image.
 
     Args:
-        horizontal: chance of swapping left and right.
-        vertical: chance of swapping top and bottom; for images without an up, such as those
-            of a microscope or from the air.
+        horizontal: chance of a left-right flip.
+        vertical: chance of a top-bottom flip, for images without a natural orientation, such as
+            microscope or aerial images.
 
     Raises:
-        ValueError: if a chance is not within 0 to 1.
+        ValueError: if a chance is not from 0 to 1.
 
-    Example:
-        ```python
-        element = RandomFlip(vertical=0.5)(element, seed=(1, 2))
-        ```
+    Example: `element = RandomFlip(vertical=0.5)(element, seed=(1, 2))`
     """
 
     horizontal: float = 0.5
     vertical: float = 0.0
 
     def __post_init__(self):
-        _check_probabilities(self, "horizontal", "vertical")
-
-    def __call__(self, element: dict, seed) -> dict:
-        """Returns the element, mirrored or not; the image keeps its size and data type."""
-        element = drop_empty_boxes(element)
-        boxes = element["bounding_boxes"]["boxes"]
-        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
+        check_probabilities(self, "horizontal", "vertical")
 
     def orientation(self, seed) -> tuple:
-        """Draws (transpose, flip_x, flip_y), booleans; this class never transposes."""
+        """Draws (transpose, flip_x, flip_y); a flip never transposes."""
         draws = tf.random.stateless_uniform([2], seed)
         return False, draws[0] < self.horizontal, draws[1] < self.vertical
 
 
 @dataclass(frozen=True)
-class RandomRotate90:
-    """Random rotation by 90, 180 or 270 degrees, for images without an up.
+class RandomRotate90(_Orientation):
+    """Rotates the image by 90, 180, or 270 degrees, for images without a natural orientation.
 
     Args:
-        probability: chance of a rotation; the three angles are equally likely. With 0.75, all
-            four directions are.
+        probability: chance of a rotation, with equally likely angles. At 0.75 all four
+            orientations are equally likely.
 
     Raises:
-        ValueError: if `probability` is not within 0 to 1.
+        ValueError: if `probability` is not from 0 to 1.
 
-    Example:
-        ```python
-        element = RandomRotate90()(element, seed=(1, 2))   # a (h, w, 3) image may become (w, h, 3)
-        ```
+    Example: `element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)`
     """
 
     probability: float = 0.75
 
     def __post_init__(self):
-        _check_probabilities(self, "probability")
-
-    def __call__(self, element: dict, seed) -> dict:
-        """Returns the element, rotated or not; the image keeps its data type."""
-        element = drop_empty_boxes(element)
-        boxes = element["bounding_boxes"]["boxes"]
-        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
+        check_probabilities(self, "probability")
 
     def orientation(self, seed) -> tuple:
-        """Draws (transpose, flip_x, flip_y), booleans: a quarter turn transposes, then flips."""
+        """Draws (transpose, flip_x, flip_y); a quarter turn transposes, then flips."""
         draws = tf.random.stateless_uniform([2], seed)
         turns = tf.where(draws[0] < self.probability, 1.0 + tf.floor(3.0 * draws[1]), 0.0)
         is_quarter = (turns == 1.0) | (turns == 3.0)
@@ -403,22 +345,19 @@ class RandomRotate90:
 
 @dataclass(frozen=True)
 class Resize:
-    """Stretches the image to the size of the network: what evaluation and prediction do.
+    """Stretches the image to the input size of the network, as evaluation and prediction do.
 
-    Bilinear with half-pixel centers, without keeping the aspect ratio and without antialiasing,
-    as in the RefineDet paper. Boxes are stretched along; none is clipped or dropped.
+    Bilinear with half-pixel centers, without preserving the aspect ratio and without antialiasing,
+    as in the RefineDet paper. Boxes are scaled along; none is clipped or dropped.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
     Raises:
-        ValueError: if an argument is not one of these.
+        ValueError: if an argument is invalid.
 
-    Example:
-        ```python
-        dataset = dataset.map(Resize((320, 320)))
-        ```
+    Example: `dataset = dataset.map(Resize((320, 320)))`
     """
 
     image_shape: tuple[int, ...]
@@ -429,14 +368,10 @@ class Resize:
         _check_dtype(self.dtype)
 
     def __call__(self, element: dict, seed=None, image_size=None) -> dict:
-        """Returns the stretched element; `seed` is taken, and ignored, to fit any pipeline.
-
-        `image_size`, an int32 tensor (height, width), takes the place of `image_shape`.
-        """
+        """Returns the resized element; an int32 `image_size` replaces `image_shape`."""
         height, width = _height_and_width(self.image_shape, image_size)
-        scale = tf.cast([height, width], tf.float32) / tf.cast(
-            size_of(element["images"]), tf.float32
-        )
+        size = tf.cast(size_of(element["images"]), tf.float32)
+        scale = tf.cast([height, width], tf.float32) / size
         scale = tf.stack([scale[1], scale[0], scale[1], scale[0]])
         image = tf.image.resize(element["images"], tf.stack([height, width]))
         boxes = element["bounding_boxes"]["boxes"] * scale
@@ -445,27 +380,24 @@ class Resize:
 
 @dataclass(frozen=True)
 class TrainingAugmentation:
-    """SSD's and RefineDet's training augmentation, from any image to the network's size.
+    """The training augmentation of SSD and RefineDet, from any image to the network's input size.
 
-    Expansion, crop, mirroring and stretching are drawn first and carried out in one go: only
-    the part of the image that is seen is resized, only once, and only its colors are
-    distorted (so the canvas around a zoomed-out image keeps its plain color). The seen part
-    is placed on whole output pixels, which moves its edges by at most half an output pixel; the
-    boxes follow exactly.
+    Expansion, crop, flip, and resizing are drawn first and applied in one step: only the visible
+    part of the image is resized, once, and only its colors are distorted (the canvas around an
+    expanded image keeps its plain color). The visible part is placed on whole output pixels, which
+    moves its edges by at most half an output pixel; the boxes follow exactly.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
-        photometric: color distortion, or None for none.
-        expand: zooming out, or None.
+        photometric: color distortion, or None.
+        expand: expansion, or None.
         crop: crop, or None.
-        flip: mirroring, or None.
-        rotation: rotation by quarter turns, or None (default).
-        min_box_size: boxes with a side shorter than this many output pixels are dropped, with
-            their labels. 0 keeps all.
-        antialias: average the source pixels in images that are zoomed out and shrunk to less
-            than half, where bilinear sampling would skip pixels. Images that are not zoomed
-            out are always sampled as `Resize` does, so that the network sees in training what
-            it sees in use.
+        flip: flip, or None.
+        rotation: rotation by multiples of 90 degrees, or None.
+        min_box_size: boxes with a side shorter than this many output pixels are dropped.
+        antialias: average source pixels in images that are expanded and shrunk to less than half,
+            where bilinear sampling would skip pixels. Images that are not expanded are always
+            sampled as by `Resize`, so that the network trains on what it sees in use.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
     Returns:
@@ -473,15 +405,13 @@ class TrainingAugmentation:
         `dtype`, 0..255, and (m, 4) boxes "xyxy" in its pixels, m <= n.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
     Example:
         ```python
         augmentation = TrainingAugmentation((320, 320), flip=RandomFlip(vertical=0.5))
-        seeds = tf.data.Dataset.random(1, rerandomize_each_iteration=True).batch(2)
-        dataset = tf.data.Dataset.zip(dataset, seeds).map(augmentation)
+        batches = training_batches(dataset, (320, 320), 16, augmentation)
         ```
-        `training_batches` does this, with shuffling and batching around it.
     """
 
     image_shape: tuple[int, ...]
@@ -497,13 +427,10 @@ class TrainingAugmentation:
     def __post_init__(self):
         check_image_shape(self.image_shape)
         _check_dtype(self.dtype)
-        _check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
+        check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
     def __call__(self, element: dict, seed, image_size=None) -> dict:
-        """Returns the augmented element for an integer `seed` of shape (2,).
-
-        `image_size`, an int32 tensor (height, width), takes the place of `image_shape`.
-        """
+        """Returns the augmented element; an int32 `image_size` replaces `image_shape`."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
         seeds = split_seed(seed, 5)
@@ -512,12 +439,11 @@ class TrainingAugmentation:
         transpose, flip_x, flip_y = self._orientation(seeds)
 
         height, width = _height_and_width(self.image_shape, image_size)
-        # A quarter turn comes last, so the window is shown at the size before it.
-        size = tf.where(transpose, [width, height], [height, width])
         image, boxes = view(
             element,
             window,
-            size,
+            # A quarter turn comes last, so the view has the size before it.
+            tf.where(transpose, [width, height], [height, width]),
             fill_color=self.expand.fill_color if self.expand else MEAN_COLOR,
             antialias=self.antialias,
             distort=lambda image: (
@@ -530,7 +456,7 @@ class TrainingAugmentation:
         return updated(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        """Draws the part of the plane, in pixels of the image, that the result shows."""
+        """Draws the region, in pixels of the image, that the result shows."""
         window = whole_window(size)
         if self.expand:
             window = self.expand.window(size, seeds[0])
@@ -539,17 +465,35 @@ class TrainingAugmentation:
         return window
 
     def _orientation(self, seeds: tf.Tensor) -> tuple:
-        """Draws (transpose, flip_x, flip_y): the rotation, then the mirroring."""
+        """Draws (transpose, flip_x, flip_y): the rotation, then the flip."""
         transpose, flip_x, flip_y = False, False, False
         if self.rotation:
             transpose, flip_x, flip_y = self.rotation.orientation(seeds[2])
         if self.flip:
-            _, mirror_x, mirror_y = self.flip.orientation(seeds[3])
-            flip_x, flip_y = flip_x ^ mirror_x, flip_y ^ mirror_y
+            _, also_x, also_y = self.flip.orientation(seeds[3])
+            flip_x, flip_y = flip_x ^ also_x, flip_y ^ also_y
         return transpose, flip_x, flip_y
 
 
-# Small helpers.
+#: Arguments of `TrainingAugmentation` by name. "none" only resizes; "ssd", the published
+#: augmentation, is strong and needs a long training.
+DETECTION_AUGMENTATIONS: dict[str, dict | None] = {
+    "none": None,
+    "flip": {"photometric": None, "expand": None, "crop": None},
+    "mild": {
+        "expand": RandomExpand(max_ratio=1.5, probability=0.3),
+        "crop": RandomIoUCrop(min_ious=(None, 0.5, 0.7, 0.9), scale=(0.5, 1.0)),
+    },
+    "ssd": {},
+}
+
+
+# === Helpers ===
+
+
+def _check_dtype(dtype: str):
+    if dtype not in ("float32", "uint8"):
+        raise ValueError(f'`dtype` must be "float32" or "uint8". Received: dtype={dtype!r}')
 
 
 def _clip_colors(image: tf.Tensor) -> tf.Tensor:
@@ -557,18 +501,18 @@ def _clip_colors(image: tf.Tensor) -> tf.Tensor:
 
 
 def _permute_channels(image: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
-    """One of the five other orders of the channels, as a product with a 0/1 matrix (fast)."""
+    """Applies one of the five other channel orders, as a product with a 0/1 matrix (fast)."""
     orders = tf.constant(list(itertools.permutations(range(3)))[1:])
     order = orders[tf.minimum(tf.cast(draw * 5.0, tf.int32), 4)]
     return tf.tensordot(image, tf.one_hot(order, 3, axis=0), axes=1)
 
 
 def _height_and_width(image_shape: Sequence[int], image_size: tf.Tensor | None) -> Sequence:
-    """Two integers, or two int32 tensors where the size is known only when the graph runs."""
+    """Two integers, or two int32 tensors if the size is known only when the graph runs."""
     return check_image_shape(image_shape) if image_size is None else tf.unstack(image_size, 2)
 
 
 def _cast_image(image: tf.Tensor, dtype: str, height, width) -> tf.Tensor:
-    known = isinstance(height, int)
-    image = tf.ensure_shape(image, [height, width, 3] if known else [None, None, 3])
+    is_static = isinstance(height, int)
+    image = tf.ensure_shape(image, [height, width, 3] if is_static else [None, None, 3])
     return tf.cast(tf.round(image), tf.uint8) if dtype == "uint8" else image

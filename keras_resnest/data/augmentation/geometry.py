@@ -1,28 +1,21 @@
-"""Windows, boxes and images moved together, as TensorFlow graph code.
+"""Windows, boxes, and images moved together, as TensorFlow graph code.
 
-A window is an int32 vector (x1, y1, x2, y2) in pixels of the source image. Elements are those of
-`augmentation`: `{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
+A window is an int32 vector (x1, y1, x2, y2) in pixels of the source image. Elements are
+`{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
 """
 
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+#: Mean color of ImageNet (red, green, blue, 0 to 255), which SSD uses to fill the canvas.
 MEAN_COLOR = (123.0, 117.0, 104.0)
-"""Mean color of ImageNet images (red, green, blue, 0 to 255): SSD's fill of new ground."""
 
+#: Values of the box entries in a padding row.
 PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
-"""What the box entries of a padding row hold."""
 
 
-def size_of(image: tf.Tensor) -> tf.Tensor:
-    """(height, width) of an image, int32."""
-    return tf.shape(image)[:2]
-
-
-def whole_window(size: tf.Tensor) -> tf.Tensor:
-    """The window that shows an image of `size` (height, width) completely."""
-    return tf.stack([0, 0, size[1], size[0]])
+# === Images and boxes ===
 
 
 def view(
@@ -33,25 +26,21 @@ def view(
     antialias: bool = False,
     distort: Callable = tf.identity,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Shows a window of an image at another size.
+    """Crops a window out of an image and resizes it to `size` (height, width).
 
-    Args:
-        element: data-set element.
-        window: the part to show; it may reach beyond the image but must meet it.
-        size: (height, width) of the result, int32; default: that of the window.
-        fill_color: what lies beyond the image.
-        antialias: see `TrainingAugmentation`.
-        distort: function of the seen part (float32 image at its final size).
+    The window may extend beyond the image, which shows `fill_color`, but must overlap it.
+    `distort` is applied to the visible part (float32, at its final size); for `antialias` see
+    `TrainingAugmentation`.
 
     Returns:
-        The float32 image (height, width, 3) and all boxes, clipped to the window, in its pixels.
+        The float32 image (height, width, 3), and all boxes, clipped to the window, in its pixels.
     """
     image, boxes = element["images"], element["bounding_boxes"]["boxes"]
-    picture, extent = size_of(image)[::-1], window[2:] - window[:2]  # (width, height)
+    image_extent, extent = size_of(image)[::-1], window[2:] - window[:2]  # (width, height)
     size = extent if size is None else size[::-1]
-    low, high = tf.maximum(window[:2], 0), tf.minimum(window[2:], picture)
+    low, high = tf.maximum(window[:2], 0), tf.minimum(window[2:], image_extent)
 
-    # Where the seen part lies in the result: whole pixels, so no edge has to be blended.
+    # Place the visible part on whole output pixels, so that no edge needs blending.
     scale = tf.cast(size, tf.float32) / tf.cast(extent, tf.float32)
     start = tf.round(tf.cast(low - window[:2], tf.float32) * scale)
     end = tf.round(tf.cast(high - window[:2], tf.float32) * scale)
@@ -59,10 +48,10 @@ def view(
     end = tf.maximum(tf.cast(end, tf.int32), start + 1)
 
     image = image[low[1] : high[1], low[0] : high[0]]
-    is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(picture)
-    averages = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
-    image = distort(resize(image, (end - start)[::-1], averages))
-    # Padding with zeros around image - color is padding with the color.
+    is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(image_extent)
+    use_area = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
+    image = distort(_resize(image, (end - start)[::-1], use_area))
+    # tf.pad takes a scalar only: pad `image - color` with zeros instead.
     paddings = tf.stack([start[::-1], (size - end)[::-1]], axis=1)
     image = tf.pad(image - fill_color, tf.concat([paddings, [[0, 0]]], axis=0)) + fill_color
 
@@ -72,18 +61,17 @@ def view(
     return image, boxes + tf.tile(start, [2])
 
 
-def resize(image: tf.Tensor, size: tf.Tensor, averages: tf.Tensor) -> tf.Tensor:
-    """Resizes to (height, width): the mean of the covered pixels, or bilinear samples."""
+def _resize(image: tf.Tensor, size: tf.Tensor, use_area: tf.Tensor) -> tf.Tensor:
     return tf.cond(
-        averages,
+        use_area,
         lambda: tf.image.resize(image, size, method="area"),
         lambda: tf.image.resize(image, size, method="bilinear"),
     )
 
 
 def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tuple:
-    """Transposes, then mirrors an image and its boxes, each step only where its flag is set."""
-    if transpose is not False:  # a tensor: known only when the graph runs
+    """Transposes, then flips an image and its boxes, each step only if its flag is set."""
+    if transpose is not False:  # a tensor, known only when the graph runs
         image = apply_if(transpose, lambda image: tf.transpose(image, [1, 0, 2]), image)
         boxes = tf.where(transpose, tf.gather(boxes, [1, 0, 3, 2], axis=1), boxes)
     image = tf.raw_ops.Reverse(tensor=image, dims=tf.stack([flip_y, flip_x, False]))
@@ -92,6 +80,38 @@ def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tup
     x1, x2 = tf.where(flip_x, width - x2, x1), tf.where(flip_x, width - x1, x2)
     y1, y2 = tf.where(flip_y, height - y2, y1), tf.where(flip_y, height - y1, y2)
     return image, tf.stack([x1, y1, x2, y2], axis=1)
+
+
+def updated(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
+    """Replaces the image and the boxes of an element; `keep` (n,) filters all box entries."""
+    rows = dict(element["bounding_boxes"], boxes=boxes)
+    if keep is not None:
+        rows = {name: tf.boolean_mask(values, keep) for name, values in rows.items()}
+    return dict(element, images=image, bounding_boxes=rows)
+
+
+def pad_rows(rows: dict, count: tf.Tensor, axis: int = 0) -> dict:
+    """Appends `count` padding rows to all box entries along `axis`."""
+
+    def pad(name, values):
+        paddings = [[0, 0]] * values.shape.rank
+        paddings[axis] = [0, count]
+        return tf.pad(values, paddings, constant_values=tf.cast(PADDING[name], values.dtype))
+
+    return {name: pad(name, values) for name, values in rows.items()}
+
+
+# === Windows ===
+
+
+def size_of(image: tf.Tensor) -> tf.Tensor:
+    """(height, width) of an image, int32."""
+    return tf.shape(image)[:2]
+
+
+def whole_window(size: tf.Tensor) -> tf.Tensor:
+    """The window that shows all of an image of `size` (height, width)."""
+    return tf.stack([0, 0, size[1], size[0]])
 
 
 def centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
@@ -103,32 +123,40 @@ def centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
 
 
 def intersection(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """Common area of boxes (..., 4), broadcast."""
+    """Area of the intersection of boxes (..., 4), broadcast."""
     a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
     sides = tf.minimum(a[..., 2:], b[..., 2:]) - tf.maximum(a[..., :2], b[..., :2])
     return tf.reduce_prod(tf.maximum(sides, 0.0), axis=-1)
 
 
 def window_iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
-    """IoU of windows (..., 4) and boxes (n, 4), none of them empty: (..., n)."""
+    """IoU (..., n) of nonempty windows (..., 4) and boxes (n, 4)."""
     windows = tf.cast(windows[..., None, :], tf.float32)
     common = intersection(windows, boxes)
     return common / (intersection(windows, windows) + intersection(boxes, boxes) - common)
 
 
-# Small helpers.
+# === Helpers ===
 
 
-def updated(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
-    """The element with another image and other boxes; `keep` (n,) filters all box entries."""
-    annotations = dict(element["bounding_boxes"], boxes=boxes)
-    if keep is not None:
-        annotations = {name: tf.boolean_mask(rows, keep) for name, rows in annotations.items()}
-    return dict(element, images=image, bounding_boxes=annotations)
+def check_probabilities(augmentation, *names: str) -> None:
+    """Raises ValueError if one of these attributes is not from 0 to 1."""
+    for name in names:
+        value = getattr(augmentation, name)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must be from 0 to 1. Received: {name}={value!r}")
+
+
+def check_range(name: str, values: tuple, low: float, high: float) -> None:
+    """Raises ValueError if (lower, upper) `values` are not ordered or not within low to high."""
+    is_pair = isinstance(values, Sequence) and len(values) == 2
+    if not is_pair or not low <= values[0] <= values[1] <= high:
+        received = values[1] if is_pair and values[0] == low else values
+        raise ValueError(f"`{name}` must lie within {low} to {high}. Received: {name}={received!r}")
 
 
 def split_seed(seed, count: int) -> tf.Tensor:
-    """Independent seeds (count, 2) out of one; int32 and int64 seeds give the same ones."""
+    """Splits a seed into independent ones (count, 2); int32 and int64 seeds give the same."""
     return tf.random.split(tf.cast(seed, tf.int64), count)
 
 

@@ -1,14 +1,14 @@
-"""Augmentation that mixes the images of a batch, as TensorFlow graph code for `tf.data`.
+"""Augmentation that combines the images of a batch, as TensorFlow graph code for `tf.data`.
 
-`Mosaic` and `MixUp` are small immutable recipes that are called on a batch of images of one size
+`Mosaic` and `MixUp` are callables of a batch of images of one size
 
     {"images": (B, H, W, 3), "bounding_boxes": {"boxes": (B, M, 4), "labels": (B, M), ...}}
 
-and a `seed`, an integer tensor of shape (2,): the same batch and seed always give the same result.
-Images are RGB, 0 to 255, and keep their data type; boxes are "xyxy" in pixels; rows with label -1
-are padding. The partners of an image come from its own batch, so that nothing is decoded or
-augmented twice; each image is used equally often. The result has as many rows as its fullest
-image needs, at least one. `training_batches(mosaic=..., mixup=...)` applies them.
+and a `seed`, an integer tensor of shape (2,); the same batch and seed give the same result.
+Images are RGB, 0 to 255, and keep their dtype; boxes are "xyxy" in pixels; label -1 marks padding
+rows. An image is combined with others of its batch, so nothing is decoded or augmented twice.
+The result has as many rows as its fullest image, at least one. Use them through
+`training_batches(mosaic=..., mixup=...)`.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from keras_resnest.data.augmentation.geometry import (
     PADDING,
     between,
     centers_inside,
+    check_probabilities,
+    pad_rows,
     split_seed,
     view,
 )
@@ -27,21 +29,20 @@ from keras_resnest.data.augmentation.geometry import (
 
 @dataclass(frozen=True)
 class Mosaic:
-    """Four images in one (YOLOv4, arXiv 2004.10934, section 3.3).
+    """Combines four images into one (YOLOv4, arXiv 2004.10934, section 3.3).
 
-    The image is cut into four quadrants at a random center. Each shows one image, at the
-    smallest scale that covers the quadrant without changing the aspect ratio (objects become
-    smaller, none is stretched); what does not fit is cut off at a random place. Objects stay when
-    their center is seen, and are clipped to their quadrant. With fewer than four images in the
-    batch, images are repeated.
+    A random center divides the image into four quadrants. Each shows a random crop of one image,
+    at the smallest scale that fills the quadrant without changing the aspect ratio. Objects are
+    kept if their center is visible, and clipped to their quadrant. Batches of fewer than four
+    images repeat images.
 
     Args:
-        probability: chance of each image of the batch to become a mosaic.
-        center: (low, high) of the center, as parts of height and width.
+        probability: chance that an image becomes a mosaic, 0 to 1.
+        center: (low, high) of the center, as fractions of height and width.
         min_box_size: boxes with a side shorter than this many pixels are dropped.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
     Example:
         ```python
@@ -54,9 +55,9 @@ class Mosaic:
     min_box_size: float = 1.0
 
     def __post_init__(self):
-        _check_probability(self.probability)
-        pair = isinstance(self.center, Sequence) and len(self.center) == 2
-        if not pair or not 0.0 < self.center[0] <= self.center[1] < 1.0:
+        check_probabilities(self, "probability")
+        is_pair = isinstance(self.center, Sequence) and len(self.center) == 2
+        if not is_pair or not 0.0 < self.center[0] <= self.center[1] < 1.0:
             raise ValueError(
                 "`center` must be (low, high) with 0 < low <= high < 1. "
                 f"Received: center={self.center!r}"
@@ -67,7 +68,7 @@ class Mosaic:
             )
 
     def __call__(self, batch: dict, seed) -> dict:
-        """Returns the batch with mosaics in it."""
+        """Returns the batch with some images replaced by mosaics."""
         seeds = split_seed(seed, 3)
         batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
         images, rows = batch["images"], batch["bounding_boxes"]
@@ -77,19 +78,16 @@ class Mosaic:
         happens = tf.random.stateless_uniform([count], seeds[1]) < self.probability
         member_seeds = tf.random.split(seeds[2], count)
 
-        def mosaic(number):
-            return self._mosaic(
-                tf.gather(images, members[number]),
-                {name: tf.gather(values, members[number]) for name, values in rows.items()},
-                member_seeds[number],
-            )
+        def mosaic(i):
+            own_rows = {name: tf.gather(values, members[i]) for name, values in rows.items()}
+            return self._mosaic(tf.gather(images, members[i]), own_rows, member_seeds[i])
 
-        def one(number):
-            image, new_rows = tf.cond(
-                happens[number],
-                lambda: mosaic(number),
-                lambda: (images[number], {k: _padded(v[number], k, 4) for k, v in rows.items()}),
-            )
+        def unchanged(i):
+            own_rows = {name: values[i] for name, values in rows.items()}
+            return images[i], pad_rows(own_rows, 3 * tf.shape(rows["labels"])[1])
+
+        def one(i):
+            image, new_rows = tf.cond(happens[i], lambda: mosaic(i), lambda: unchanged(i))
             return tf.ensure_shape(image, images.shape[1:]), new_rows
 
         signature = (
@@ -97,7 +95,7 @@ class Mosaic:
             {k: tf.TensorSpec([None, *v.shape[2:]], v.dtype) for k, v in rows.items()},
         )
         images, rows = tf.map_fn(one, tf.range(count), fn_output_signature=signature)
-        return dict(batch, images=images, bounding_boxes=fit_rows(rows))
+        return dict(batch, images=images, bounding_boxes=compact_rows(rows))
 
     def _mosaic(self, images: tf.Tensor, rows: dict, seed) -> tuple[tf.Tensor, dict]:
         """One image of four (4, H, W, 3), and the 4 M rows of their boxes."""
@@ -105,26 +103,24 @@ class Mosaic:
         draws = tf.random.stateless_uniform([5, 2], seed)
         center = tf.round(between(*self.center, draws[0]) * tf.cast(size, tf.float32))
         center = tf.clip_by_value(tf.cast(center, tf.int32), 1, tf.maximum(size - 1, 1))
-        tiles, parts = [], []
-        for number, (lower, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        tiles, tile_rows = [], []
+        for i, (lower, right) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             corner = center * tf.constant([lower, right])
             extent = tf.abs(tf.constant([lower, right]) * size - center)
-            element = {
-                "images": images[number],
-                "bounding_boxes": {name: values[number] for name, values in rows.items()},
-            }
-            tile, part = self._tile(element, corner, extent, draws[number + 1])
+            own_rows = {name: values[i] for name, values in rows.items()}
+            element = {"images": images[i], "bounding_boxes": own_rows}
+            tile, own_rows = self._tile(element, corner, extent, draws[i + 1])
             tiles.append(tile)
-            parts.append(part)
+            tile_rows.append(own_rows)
         upper, lower = tf.concat(tiles[:2], axis=1), tf.concat(tiles[2:], axis=1)
-        image = _as_type(tf.concat([upper, lower], axis=0), images.dtype)
-        return image, {k: tf.concat([part[k] for part in parts], axis=0) for k in rows}
+        image = _cast(tf.concat([upper, lower], axis=0), images.dtype)
+        return image, {k: tf.concat([own[k] for own in tile_rows], axis=0) for k in rows}
 
     def _tile(self, element: dict, corner, extent, draw) -> tuple[tf.Tensor, dict]:
-        """One quadrant (height, width) = `extent`, and the rows, moved to its `corner`."""
+        """One quadrant (height, width) = `extent`, and its rows, moved to its `corner`."""
         size = tf.cast(tf.shape(element["images"])[:2], tf.float32)
         wanted = tf.cast(extent, tf.float32)
-        # The largest window of the quadrant's aspect ratio, at a random place of the image.
+        # The largest window with the aspect ratio of the quadrant, at a random place.
         seen = tf.clip_by_value(tf.round(wanted / tf.reduce_max(wanted / size)), 1.0, size)
         start = tf.floor(draw * (size - seen + 1.0))
         window = tf.cast(tf.concat([start[::-1], (start + seen)[::-1]], axis=0), tf.int32)
@@ -134,25 +130,24 @@ class Mosaic:
         is_large = tf.reduce_all(boxes[:, 2:] - boxes[:, :2] >= self.min_box_size, axis=-1)
         keep = is_large & centers_inside(rows["boxes"], window) & (rows["labels"] >= 0)
         offset = tf.cast(tf.tile(corner[::-1], [2]), tf.float32)
-        moved = dict(rows, boxes=boxes + offset)
-        return image, {name: _masked(values, keep, name) for name, values in moved.items()}
+        return image, _masked(dict(rows, boxes=boxes + offset), keep)
 
 
 @dataclass(frozen=True)
 class MixUp:
-    """Two images, one shining through the other, with the boxes of both.
+    """Blends two images of a batch and keeps the boxes of both.
 
-    Detection's form of mixup (arXiv 1710.09412; arXiv 1902.04103, section 3.1): `share` of one
-    image plus `1 - share` of another one of the batch, with `share` from Beta(alpha, alpha).
-    Every object counts fully, however faint it is; the default keeps both images well visible.
+    Mixup for detection (arXiv 1710.09412; arXiv 1902.04103, section 3.1): `weight` of one image
+    plus `1 - weight` of another, with `weight` drawn from Beta(alpha, alpha). Every object counts
+    fully, however faint it is; with the default `alpha` both images stay clearly visible.
 
     Args:
-        probability: chance of each image of the batch to be mixed.
-        alpha: of the beta distribution, 0.1 or more. 1.5 in arXiv 1902.04103; large values mean
-            about half of each.
+        probability: chance that an image is blended with another one, 0 to 1.
+        alpha: parameter of the beta distribution, at least 0.1; 1.5 in arXiv 1902.04103. Large
+            values blend about half of each image.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
     Example:
         ```python
@@ -164,81 +159,62 @@ class MixUp:
     alpha: float = 32.0
 
     def __post_init__(self):
-        _check_probability(self.probability)
+        check_probabilities(self, "probability")
         # float32 gamma draws of smaller shapes are often zero.
         if not 0.1 <= self.alpha < float("inf"):
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
     def __call__(self, batch: dict, seed) -> dict:
-        """Returns the batch with mixed images in it."""
+        """Returns the batch with some images blended."""
         seeds = split_seed(seed, 3)
         batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
         images, rows = batch["images"], batch["bounding_boxes"]
         count = tf.shape(images)[0]
         partners = (tf.range(count) + _distinct_shifts(count, 1, seeds[0])) % count
-        # An image mixed with itself is itself; its boxes must not come twice.
         happens = tf.random.stateless_uniform([count], seeds[1]) < self.probability
-        happens &= partners != tf.range(count)
+        happens &= partners != tf.range(count)  # its own boxes must not come twice
         gamma = tf.random.stateless_gamma([count, 2], seeds[2], self.alpha)
-        share = tf.math.divide_no_nan(gamma[:, 0], gamma[:, 0] + gamma[:, 1])
-        share = tf.where(happens, share, 1.0)[:, None, None, None]
+        weight = tf.math.divide_no_nan(gamma[:, 0], gamma[:, 0] + gamma[:, 1])
+        weight = tf.where(happens, weight, 1.0)[:, None, None, None]
 
         as_float = tf.cast(images, tf.float32)
-        mixed = share * as_float + (1.0 - share) * tf.gather(as_float, partners)
+        mixed = weight * as_float + (1.0 - weight) * tf.gather(as_float, partners)
         added = {name: tf.gather(values, partners) for name, values in rows.items()}
         added["labels"] = tf.where(happens[:, None], added["labels"], PADDING["labels"])
         rows = {name: tf.concat([rows[name], added[name]], axis=1) for name in rows}
-        return dict(batch, images=_as_type(mixed, images.dtype), bounding_boxes=fit_rows(rows))
+        return dict(batch, images=_cast(mixed, images.dtype), bounding_boxes=compact_rows(rows))
 
 
-def fit_rows(rows: dict) -> dict:
-    """Moves padding rows to the end and cuts those that no image of the batch needs.
+def compact_rows(rows: dict) -> dict:
+    """Moves padding rows to the end and removes those that no image of the batch needs.
 
-    Args:
-        rows: `{"boxes": (B, M, 4), "labels": (B, M), ...}`; label -1 marks padding.
-
-    Returns:
-        The same keys with (B, m, ...), 1 <= m: the order of the boxes is kept, and padding rows
-        hold the values of `PADDING`.
+    Takes `{"boxes": (B, M, 4), "labels": (B, M), ...}` and returns (B, m, ...), m >= 1.
     """
     is_box = rows["labels"] >= 0
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(is_box, tf.int32), axis=1)), 1)
     order = tf.argsort(tf.cast(~is_box, tf.int32), axis=1, stable=True)[:, :longest]
-    is_box = tf.gather(is_box, order, batch_dims=1)
-    return {
-        name: _masked(tf.gather(values, order, batch_dims=1), is_box, name)
-        for name, values in rows.items()
-    }
-
-
-def _check_probability(probability: float):
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(
-            f"`probability` is a chance from 0 to 1. Received: probability={probability!r}"
-        )
+    rows = {name: tf.gather(values, order, batch_dims=1) for name, values in rows.items()}
+    return _masked(rows, tf.gather(is_box, order, batch_dims=1))
 
 
 def _distinct_shifts(count: tf.Tensor, number: int, seed) -> tf.Tensor:
-    """`number` different ways to move on in a batch of `count`, none of them standing still.
+    """`number` different shifts, none of them zero, within a batch of `count` images.
 
-    In a batch that has too few, images meet themselves.
+    In a batch too small for that, images meet themselves.
     """
-    ways = tf.maximum(count, number + 1) - 1
-    return 1 + tf.argsort(tf.random.stateless_uniform([ways], seed))[:number]
+    shifts = tf.maximum(count, number + 1) - 1
+    return 1 + tf.argsort(tf.random.stateless_uniform([shifts], seed))[:number]
 
 
-def _masked(values: tf.Tensor, keep: tf.Tensor, name: str) -> tf.Tensor:
-    """`values` (..., n) or (..., n, 4), with padding where `keep` (..., n) is False."""
-    keep = keep[..., None] if name == "boxes" else keep
-    return tf.where(keep, values, tf.cast(PADDING[name], values.dtype))
+def _masked(rows: dict, keep: tf.Tensor) -> dict:
+    """Replaces rows (..., n) by padding where `keep` (..., n) is False."""
+
+    masked = {}
+    for name, values in rows.items():
+        condition = keep[..., None] if name == "boxes" else keep
+        masked[name] = tf.where(condition, values, tf.cast(PADDING[name], values.dtype))
+    return masked
 
 
-def _padded(values: tf.Tensor, name: str, times: int) -> tf.Tensor:
-    """`values` (n, ...) with padding up to `times` n rows."""
-    missing = (times - 1) * tf.shape(values)[0]
-    paddings = [[0, missing]] + [[0, 0]] * (values.shape.rank - 1)
-    return tf.pad(values, paddings, constant_values=tf.cast(PADDING[name], values.dtype))
-
-
-def _as_type(images: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def _cast(images: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return images if dtype.is_floating else tf.cast(tf.round(images), dtype)

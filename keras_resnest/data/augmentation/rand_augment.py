@@ -1,41 +1,40 @@
-"""RandAugment and the color changes of classifiers, as TensorFlow graph code for `tf.data`.
+"""RandAugment and color changes for classifiers, as TensorFlow graph code for `tf.data`.
 
-`keras.layers.RandAugment` is another thing: at the same strength it turns images by up to 144
-degrees, to one side only, and only brightens. KerasCV's has no rotation, posterization and
-sharpness, and its draws depend on the order of the threads. The operations here are Pillow's, as
-in ResNeSt's code and torchvision's: the tests compare their pixels.
+The operations are those of Pillow, as in the code of ResNeSt and in torchvision; the tests compare
+pixels. `keras.layers.RandAugment` differs: at the same magnitude it rotates by up to 144 degrees,
+in one direction only, and only brightens. KerasCV's lacks rotation, posterization, and sharpness.
 
-Images are (h, w, 3), RGB, 0 to 255. The same image and seed always give the same result.
+Images are (h, w, 3), RGB, 0 to 255. The same image and seed give the same result.
 """
 
 from dataclasses import dataclass
 
 import tensorflow as tf
 
-# Pillow's weights of red, green and blue in a gray value.
+# Pillow's weights of red, green, and blue in a gray value.
 _GRAY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A few operations after each other, drawn at random, all of one strength.
+    """Applies randomly drawn operations, one after the other, all of the same magnitude.
 
-    The operations: nothing, shear and translation along x and y, rotation, brightness, color,
-    contrast, sharpness, posterization, solarization, automatic contrast, equalization. Those that
-    have a direction get a random one. What enters from outside is black.
+    The operations: identity, shear and translation along x and y, rotation, brightness, color,
+    contrast, sharpness, posterize, solarize, auto contrast, equalize. Those with a direction get a
+    random one. Regions outside the image are black.
 
     Args:
-        num_ops: how many operations an image goes through, N of the paper.
+        num_ops: number of operations per image, N of the paper.
         magnitude: strength from 0 to 30, M of the paper. At 30: shear 0.3, translation 0.45 of
-            the side, rotation 30 degrees, factors of colors 0.1 or 1.9, 4 bits, threshold 0.
+            the side, rotation 30 degrees, color factors 0.1 or 1.9, 4 bits, threshold 0.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> image = RandAugment(num_ops=2, magnitude=12)(image, seed=(1, 2))
 
-    Source: https://arxiv.org/abs/1909.13719; N = 2 and M = 12 are ResNeSt's.
+    Source: https://arxiv.org/abs/1909.13719; N = 2 and M = 12 as for ResNeSt.
     """
 
     num_ops: int = 2
@@ -52,18 +51,16 @@ class RandAugment:
         """Returns the augmented image: uint8, of the same size."""
         image = as_uint8(image)
         seed = tf.cast(seed, tf.int64)
-        names = list(OPERATIONS)
-        drawn = tf.random.stateless_uniform([self.num_ops], seed, 0, len(names), tf.int32)
+        drawn = tf.random.stateless_uniform([self.num_ops], seed, 0, len(OPERATIONS), tf.int32)
         signs = tf.random.stateless_uniform([self.num_ops], seed + 1, 0, 2, tf.int32) * 2 - 1
         for i in range(self.num_ops):
             image = self._apply(image, drawn[i], tf.cast(signs[i], tf.float32))
         return image
 
     def _apply(self, image, drawn, sign):
-        share = self.magnitude / 30.0
-        branches = [lambda op=op: op(image, share, sign) for op in OPERATIONS.values()]
-        result = tf.switch_case(drawn, branches)
-        return tf.ensure_shape(result, image.shape)
+        strength = self.magnitude / 30.0
+        branches = [lambda op=op: op(image, strength, sign) for op in OPERATIONS.values()]
+        return tf.ensure_shape(tf.switch_case(drawn, branches), image.shape)
 
 
 def as_uint8(image: tf.Tensor) -> tf.Tensor:
@@ -73,32 +70,32 @@ def as_uint8(image: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
 
-# --- Colors ---------------------------------------------------------------------------------
+# === Colors: a factor of 1 keeps the image; results are float32, 0..255 ===
 
 
 def brighten(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves an image from black (factor 0) over itself (1) to brighter; float32, 0..255."""
+    """Blends the image with black (factor 0)."""
     return _blend(tf.zeros_like(image, tf.float32), image, factor)
 
 
 def saturate(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves an image from gray (factor 0) over itself (1) to stronger colors; float32."""
+    """Blends the image with its gray values (factor 0)."""
     return _blend(_gray(image), image, factor)
 
 
 def contrast(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves an image from its mean gray (factor 0) over itself (1) to more contrast; float32."""
+    """Blends the image with its mean gray value (factor 0)."""
     mean = tf.round(tf.reduce_mean(_gray(image)))
     return _blend(tf.fill(tf.shape(image), mean), image, factor)
 
 
 def sharpen(image: tf.Tensor, factor) -> tf.Tensor:
-    """Moves an image from blurred (factor 0) over itself (1) to sharper; float32, 0..255."""
+    """Blends the image with a blurred copy (factor 0)."""
     image = tf.cast(image, tf.float32)
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13.0
     kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     blurred = tf.nn.depthwise_conv2d(image[None], kernel, [1, 1, 1, 1], "VALID")[0]
-    # Pillow leaves the outermost pixels as they are.
+    # Pillow leaves the outermost pixels unchanged.
     inside = tf.pad(tf.ones_like(blurred), [[1, 1], [1, 1], [0, 0]])
     blurred = tf.where(inside > 0, tf.pad(tf.round(blurred), [[1, 1], [1, 1], [0, 0]]), image)
     return _blend(blurred, image, factor)
@@ -114,12 +111,7 @@ def _blend(start, image, factor):
     return tf.clip_by_value(start + (image - start) * factor, 0.0, 255.0)
 
 
-def _enhance(change):
-    # At strength 1 the factor is 0.1 or 1.9.
-    return lambda image, share, sign: as_uint8(change(image, 1.0 + 0.9 * share * sign))
-
-
-# --- Values ----------------------------------------------------------------------------------
+# === Values ===
 
 
 def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
@@ -129,12 +121,12 @@ def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def solarize(image: tf.Tensor, threshold: float) -> tf.Tensor:
-    """Inverts the values (uint8) that are not below a threshold."""
+    """Inverts all values (uint8) from a threshold on."""
     return tf.where(tf.cast(image, tf.float32) < threshold, image, 255 - image)
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
-    """Stretches each channel (uint8) to the values 0 to 255."""
+    """Stretches each channel (uint8) to the range 0 to 255."""
     values = tf.cast(image, tf.float32)
     low = tf.reduce_min(values, axis=(0, 1))
     high = tf.reduce_max(values, axis=(0, 1))
@@ -143,7 +135,7 @@ def auto_contrast(image: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
-    """Makes all values of each channel (uint8) equally frequent, as far as that goes."""
+    """Equalizes the histogram of each channel (uint8)."""
 
     def channel(values):
         values = tf.cast(values, tf.int32)
@@ -157,32 +149,21 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     return tf.stack([channel(image[..., i]) for i in range(3)], axis=-1)
 
 
-# --- Geometry --------------------------------------------------------------------------------
+# === Geometry ===
 
 
 def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
-    """What lies at (x, y) comes from (a x + b y + c, d x + e y + f); bilinear, black outside.
+    """Samples the pixel at (x, y) from (a x + b y + c, d x + e y + f); bilinear, black outside.
 
-    Args:
-        image: image (h, w, 3), uint8.
-        a: first of the six numbers, in pixels with the corner of the image at (0, 0), as in
-            `PIL.Image.transform` with `AFFINE`.
-        b: second number.
-        c: third number.
-        d: fourth number.
-        e: fifth number.
-        f: sixth number.
-
-    Returns:
-        uint8 image of the same size.
+    The numbers are in pixels, with the corner of the image at (0, 0), as in
+    `PIL.Image.transform` with `AFFINE`. Takes and returns uint8 images of one size.
     """
-    # TensorFlow counts from the middle of the first pixel.
+    # TensorFlow counts from the center of the first pixel.
     c, f = c + 0.5 * (a + b) - 0.5, f + 0.5 * (d + e) - 0.5
     numbers = [a, b, c, d, e, f, 0.0, 0.0]
-    transform = tf.stack([tf.cast(number, tf.float32) for number in numbers])
     moved = tf.raw_ops.ImageProjectiveTransformV3(
         images=tf.cast(image[None], tf.float32),
-        transforms=transform[None],
+        transforms=tf.stack([tf.cast(number, tf.float32) for number in numbers])[None],
         output_shape=tf.shape(image)[:2],
         fill_value=0.0,
         interpolation="BILINEAR",
@@ -192,7 +173,7 @@ def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
 
 
 def rotate(image: tf.Tensor, degrees) -> tf.Tensor:
-    """Turns an image about its middle, counter-clockwise as `PIL.Image.rotate`."""
+    """Rotates an image about its center, counterclockwise as `PIL.Image.rotate`."""
     angle = -degrees * (3.141592653589793 / 180.0)
     cos, sin = tf.cos(angle), tf.sin(angle)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
@@ -200,29 +181,35 @@ def rotate(image: tf.Tensor, degrees) -> tf.Tensor:
     return affine(image, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def _translate(axis):
-    def move(image, share, sign):
-        offset = sign * share * 0.45 * tf.cast(tf.shape(image)[1 - axis], tf.float32)
-        offsets = (offset, 0.0) if axis == 0 else (0.0, offset)
-        return affine(image, 1.0, 0.0, offsets[0], 0.0, 1.0, offsets[1])
-
-    return move
+def _translate_x(image, strength, sign):
+    offset = sign * strength * 0.45 * tf.cast(tf.shape(image)[1], tf.float32)
+    return affine(image, 1.0, 0.0, offset, 0.0, 1.0, 0.0)
 
 
-# Each takes a uint8 image, a strength of 0 to 1 and a sign, and returns a uint8 image.
+def _translate_y(image, strength, sign):
+    offset = sign * strength * 0.45 * tf.cast(tf.shape(image)[0], tf.float32)
+    return affine(image, 1.0, 0.0, 0.0, 0.0, 1.0, offset)
+
+
+def _enhance(change):
+    # At strength 1 the factor is 0.1 or 1.9.
+    return lambda image, strength, sign: as_uint8(change(image, 1.0 + 0.9 * strength * sign))
+
+
+# Each takes a uint8 image, a strength of 0 to 1, and a sign, and returns a uint8 image.
 OPERATIONS = {
-    "identity": lambda image, share, sign: image,
-    "shear_x": lambda image, share, sign: affine(image, 1, sign * share * 0.3, 0, 0, 1, 0),
-    "shear_y": lambda image, share, sign: affine(image, 1, 0, 0, sign * share * 0.3, 1, 0),
-    "translate_x": _translate(0),
-    "translate_y": _translate(1),
-    "rotate": lambda image, share, sign: rotate(image, sign * share * 30.0),
+    "identity": lambda image, strength, sign: image,
+    "shear_x": lambda image, strength, sign: affine(image, 1, sign * strength * 0.3, 0, 0, 1, 0),
+    "shear_y": lambda image, strength, sign: affine(image, 1, 0, 0, sign * strength * 0.3, 1, 0),
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+    "rotate": lambda image, strength, sign: rotate(image, sign * strength * 30.0),
     "brightness": _enhance(brighten),
     "color": _enhance(saturate),
     "contrast": _enhance(contrast),
     "sharpness": _enhance(sharpen),
-    "posterize": lambda image, share, sign: posterize(image, 8 - round(4 * share)),
-    "solarize": lambda image, share, sign: solarize(image, 256.0 * (1.0 - share)),
-    "auto_contrast": lambda image, share, sign: auto_contrast(image),
-    "equalize": lambda image, share, sign: equalize(image),
+    "posterize": lambda image, strength, sign: posterize(image, 8 - round(4 * strength)),
+    "solarize": lambda image, strength, sign: solarize(image, 256.0 * (1.0 - strength)),
+    "auto_contrast": lambda image, strength, sign: auto_contrast(image),
+    "equalize": lambda image, strength, sign: equalize(image),
 }

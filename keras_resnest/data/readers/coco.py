@@ -1,7 +1,6 @@
-"""Reader of annotation files in the JSON format of COCO."""
+"""Reader of annotations in COCO's JSON format."""
 
 import collections
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,12 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     find_image,
+    known_classes,
+    locate_image,
+    normalize_path,
     number,
-    plain_path,
     stated_size,
 )
 
@@ -34,39 +36,32 @@ def read_coco(
 ) -> DetectionDataset:
     """Reads object annotations in COCO's JSON format (Lin et al., ECCV 2014).
 
-    Boxes are [x, y, width, height] in pixels. Labels go by the names of the categories, so their
-    ids may have gaps and begin anywhere. A crowd (`iscrowd`) is `difficult`: evaluation does not
-    count it. Images without annotations are kept. `image_id` is the image's `id`, as text.
+    Boxes are [x, y, width, height] in pixels. Labels follow the names of the categories, whose
+    ids may have gaps. Crowds (`iscrowd`) become `difficult`: evaluation ignores them. Images
+    without annotations are kept. `image_id` is the `id` of the image, as text.
 
-    Dropped and reported: boxes without area, with coordinates that are no numbers, wholly outside
-    their image, or repeated. Clipped and reported: boxes that cross the border by half a pixel
-    or more. Reported: a size that is not that of the image, ids of annotations that are used
-    twice (both stay), images listed twice (their annotations are joined). EXIF rotation as in
-    `read_voc`, with `width` and `height` in the place of `<size>`.
+    Degenerate and repeated boxes, and boxes outside the image, are dropped; boxes that cross the
+    border by half a pixel or more are clipped. EXIF rotation is handled as in `read_voc`. The
+    report lists all of this, and sizes that differ from the image, annotation ids used twice (both
+    are kept), and images listed twice (their annotations are joined).
 
     Args:
         annotation_file: File such as "instances_train2017.json".
-        image_folder: Folder of the images. Default: looked for beside the file, in "images", and
-            in the folder of the split (`train2017` of `instances_train2017.json`).
-        class_names: Names of the labels 0, 1, 2, ...; may be more, and in another order, than the
-            categories that the annotations use. Default: all categories, by their ids.
-        on_error: What to do with a missing or unreadable image, a category that is unknown or
-            not in `class_names`, or an annotation of an image that is not listed: "raise" a
-            ValueError naming the file, or "skip" the image with a line in the report.
-        use_difficult: Keep crowds, marked as difficult; False leaves them out.
+        image_folder: Folder of the images. Default: searched beside the file, in "images", and in
+            the folder of the split (`train2017` for `instances_train2017.json`).
+        class_names: Names of the labels 0, 1, 2, ... Default: all categories, ordered by id.
+        on_error: "raise" a ValueError for a missing or unreadable image, an unknown category, a
+            class that is not in `class_names`, or an annotation of an image that is not listed;
+            or "skip" the image and report it.
+        use_difficult: Whether to keep crowds.
 
     Returns:
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: No such file or folder, not such a JSON file, or see `on_error`.
+        ValueError: if there is no such file or folder, if it is not a COCO file, or see `on_error`.
 
-    Example:
-
-    ```python
-    train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")
-    print(train.report)
-    ```
+    Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """
     faults = Faults(on_error)
     path = Path(annotation_file)
@@ -77,18 +72,26 @@ def read_coco(
     class_names = check_class_names(class_names)
     images = _images(path, content["images"], faults)
     objects = _objects_by_image(path, content["annotations"], images, faults)
-    pictures = [
-        functools.partial(_annotation, path, folder, image, objects, names)
-        for image in _joined(path, images, objects, faults)
-    ]
-    return build_dataset(path, pictures, class_names, use_difficult, faults)
+    images = _join_repeated(path, images, objects, faults)
+
+    def parse(key):
+        image = images[key]
+        return ImageAnnotation(
+            file=normalize_path(image["file_name"]),  # more helpful than the one JSON file
+            image_id=str(key),
+            image=find_image(folder, image["file_name"], path),
+            objects=tuple(_object(path, row, names) for row in objects.get(key, [])),
+            size=stated_size(image.get("width"), image.get("height")),
+        )
+
+    return build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
-def _load(path: Path) -> dict[str, list]:
+def _load(path: Path) -> dict[str, list[dict]]:
     if not path.is_file():
         raise ValueError(f"`annotation_file` must be a JSON file. Received: {path} (no such file)")
     try:
-        content = json.loads(path.read_bytes())  # finds UTF-8 (with or without a mark) and UTF-16
+        content = json.loads(path.read_bytes())  # detects UTF-8 and UTF-16
     except (ValueError, OSError, RecursionError) as error:
         raise FileError(path, "unreadable JSON", str(error)) from error
     found = sorted(content) if isinstance(content, dict) else type(content).__name__
@@ -96,31 +99,23 @@ def _load(path: Path) -> dict[str, list]:
         isinstance(content.get(name), list) and all(isinstance(row, dict) for row in content[name])
         for name in SECTIONS
     ):
-        raise FileError(
-            path,
-            "not a COCO file of objects",
-            f"expected lists {', '.join(map(repr, SECTIONS))} of objects, found {found}",
-        )
+        wanted = ", ".join(map(repr, SECTIONS))
+        detail = f"expected lists {wanted} of objects, found {found}"
+        raise FileError(path, "not a COCO file of objects", detail)
     return content
 
 
 def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | None) -> Path:
     if given is not None:
-        if not Path(given).is_dir():
-            raise ValueError(f"`image_folder` must be a folder. Received: {given} (no such folder)")
-        return Path(given)
+        return check_folder(given, "image_folder")
     here, above = path.absolute().parent, path.absolute().parent.parent
     split = path.stem.removeprefix("instances_")
     places = [here, here / "images", here / split, above / split]
     places += [above / "images" / split, above / "images"]
-    for place in places:
-        for image in images[:20]:  # some of them may be missing
-            try:
-                find_image(place, str(image.get("file_name", "")), path)
-                return place
-            except FileError:
-                continue
-    tried = ", ".join(str(place) for place in places)
+    for place in places:  # the first images tell; some may be missing
+        if any(locate_image(place, str(image.get("file_name", ""))) for image in images[:20]):
+            return place
+    tried = ", ".join(map(str, places))
     raise ValueError(f"{path}: give `image_folder`; its images are in none of {tried}")
 
 
@@ -130,26 +125,27 @@ def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[
         key, name = _key(category.get("id")), category.get("name")
         if key is None or not isinstance(name, str) or not name.strip():
             raise FileError(path, "unreadable category", str(category)[:200])
-        if names.get(key, name.strip()) != name.strip():
+        name = name.strip()
+        if names.get(key, name) != name:
             raise FileError(path, "category id used twice", f"{key}: {names[key]!r}, {name!r}")
-        if name.strip() in names.values():
+        if name in names.values():
             faults.add(path, "repeated category name", "used as one class", name)
-        names[key] = name.strip()
+        names[key] = name
     if not names:
         raise FileError(path, "no categories")
-    by_number = all(isinstance(key, int) for key in names)
-    return {key: names[key] for key in (sorted(names) if by_number else names)}
+    are_numbers = all(isinstance(key, int) for key in names)
+    return dict(sorted(names.items())) if are_numbers else names
 
 
-def _key(value: Any) -> Any:
-    """An id as a dictionary's key: 7 and 7.0 are the same; None for what cannot be an id."""
+def _key(value: Any) -> int | str | None:
+    """An id as a dictionary key, with 7.0 as 7; None for anything that cannot be an id."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _images(path: Path, images: list[dict], faults: Faults) -> dict[Any, dict]:
-    """Entries of the images by id."""
+    """Image entries by id; ids of several files are faults."""
     found: dict[Any, dict] = {}
     ambiguous = set()
     for image in images:
@@ -157,14 +153,13 @@ def _images(path: Path, images: list[dict], faults: Faults) -> dict[Any, dict]:
         with faults.skipping_image():
             if key is None or not isinstance(image.get("file_name"), str):
                 raise FileError(path, "unreadable image entry", str(image)[:200])
-            if key not in found:
-                found[key] = image
-            elif found[key]["file_name"] == image["file_name"]:
-                faults.add(path, "repeated image entry", "used once", f"id {key}")
-            else:
+            first = found.setdefault(key, image)
+            if first["file_name"] != image["file_name"]:
                 ambiguous.add(key)
-                detail = f"{key}: {found[key]['file_name']}, {image['file_name']}"
+                detail = f"{key}: {first['file_name']}, {image['file_name']}"
                 raise FileError(path, "image id used twice", detail)
+            if first is not image:
+                faults.add(path, "repeated image entry", "used once", f"id {key}")
     return {key: image for key, image in found.items() if key not in ambiguous}
 
 
@@ -186,44 +181,28 @@ def _objects_by_image(
     return objects
 
 
-def _joined(
+def _join_repeated(
     path: Path, images: dict[Any, dict], objects: dict[Any, list[dict]], faults: Faults
-) -> list[dict]:
-    """Entries of different files; the annotations of others go to the first of the same file."""
+) -> dict[Any, dict]:
+    """Keeps the first entry of each file, and moves the annotations of the others to it."""
     first: dict[str, Any] = {}
     for key, image in images.items():
-        name = plain_path(image["file_name"])
+        name = normalize_path(image["file_name"])
         if name in first:
             faults.add(path, "image listed twice", "annotations joined", name)
             objects[first[name]] += objects.pop(key, [])
         first.setdefault(name, key)
-    return [images[key] for key in first.values()]
-
-
-def _annotation(
-    path: Path, folder: Path, image: dict, objects: dict[Any, list[dict]], names: dict[Any, str]
-) -> ImageAnnotation:
-    picture = find_image(folder, image["file_name"], path)
-    key = _key(image["id"])
-    return ImageAnnotation(
-        # Faults are told by the image: the one JSON file says little.
-        file=plain_path(image["file_name"]),
-        image_id=str(key),
-        image=picture,
-        objects=tuple(_object(path, row, names) for row in objects.get(key, [])),
-        size=stated_size(image.get("width"), image.get("height")),
-    )
+    return {key: images[key] for key in first.values()}
 
 
 def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:
     category = _key(row.get("category_id"))
     if category not in names:
-        known = ", ".join(f"{key} ({name})" for key, name in list(names.items())[:20])
-        detail = f"{row.get('category_id')!r} of annotation {row.get('id')}. Known: {known}"
-        raise FileError(path, "unknown category id", detail)
+        detail = f"{row.get('category_id')!r} of annotation {row.get('id')}"
+        raise FileError(path, "unknown category id", f"{detail}. {known_classes(names)}")
     box = row.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4
-    x, y, width, height = (number(value) for value in (box if is_box else [None] * 4))
+    x, y, width, height = map(number, box if is_box else [None] * 4)
     return AnnotatedObject(
         name=names[category],
         box=(x, y, x + width, y + height),

@@ -1,7 +1,7 @@
-"""What the readers of annotation files have in common.
+"""Steps that all readers share.
 
-Each reader brings a file format into `ImageAnnotation`s; `build_dataset` does the rest: looks at
-the images, turns, clips and judges the boxes, maps names to labels, and reports.
+A reader parses its file format into `ImageAnnotation`s. `build_dataset` reads the image headers,
+converts, checks and clips the boxes, maps class names to labels, and reports the problems.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,72 +29,44 @@ from keras_resnest.data.dataset import (
 )
 from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
 
-ROUNDING = 0.5
-"""Pixels by which a box may cross the border without a word: files hold rounded numbers."""
-
-_DROPPED = ("invalid coordinates", "degenerate box", "box outside the image")
+ROUNDING = 0.5  # pixels by which a box may cross the border unreported: files hold rounded numbers
 
 
 class FileError(ValueError):
-    """A fault that stops the reader, or costs an image with `on_error="skip"`."""
+    """A fault in a file: stops the reader, or costs an image with `on_error="skip"`."""
 
     def __init__(self, file: str | os.PathLike, what: str, detail: str = ""):
         super().__init__(f"{file}: {what}{': ' * bool(detail)}{detail}")
-        self.problem = Problem(Path(file).name, what, "image left out", detail)
+        self.problem = Problem(Path(file).name, what, "image skipped", detail)
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedObject:
-    """One object as a file has it.
-
-    Attributes:
-        name: Name of its class.
-        box: (x1, y1, x2, y2) in pixels with continuous coordinates, NaN for what is no number;
-            or as parts of the image where `ImageAnnotation.is_relative`.
-        difficult: Not to be counted by evaluation.
-        text: The box as it is written, for the report.
-        verdict: Why the box as written is unusable, where the conversion to `box` hides it.
-        hint: What to say where the box crosses the border, instead of what is always said:
-            (kind of problem, action).
-    """
+    """One object, as a file states it."""
 
     name: str
+    # (x1, y1, x2, y2), continuous pixels or fractions of the image; NaN if not a number
     box: tuple[float, float, float, float]
     difficult: bool = False
-    text: str = ""
-    verdict: str = ""
-    hint: tuple[str, str] | None = None
+    text: str = ""  # the box as written, for the report
+    # (problem, action) to report instead of the usual ones if the box crosses the border
+    border_problem: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageAnnotation:
-    """One image and its objects as a file has them.
+    """One image and its objects, as a file states them."""
 
-    Attributes:
-        file: Where it is written, for messages.
-        image_id: Name of the image, different for every image of the dataset.
-        image: Path of the image.
-        objects: Its objects.
-        size: (width, height) that the file states, in pixels, or None.
-        size_name: What the file calls `size`, for the report.
-        is_relative: Boxes are parts of the image, 0 to 1.
-    """
-
-    file: str | os.PathLike
+    file: str | os.PathLike  # annotation file, for messages
     image_id: str
     image: Path
     objects: tuple[AnnotatedObject, ...]
-    size: tuple[int, int] | None = None
-    size_name: str = "size"
-    is_relative: bool = False
+    size: tuple[int, int] | None = None  # (width, height) in pixels, if the file states it
+    is_relative: bool = False  # boxes are fractions of the image
 
 
 class Faults:
-    """Collects problems; decides whether a fault stops the reader.
-
-    Args:
-        on_error: "raise", or "skip" to leave images with faults out.
-    """
+    """Problems found so far; `on_error="raise"` or `"skip"` decides about faulty images."""
 
     def __init__(self, on_error: str):
         if on_error not in ("raise", "skip"):
@@ -103,12 +75,12 @@ class Faults:
         self.problems: list[Problem] = []
 
     def add(self, file: str | os.PathLike, what: str, action: str, detail: str = "") -> None:
-        """Notes a problem that costs no image."""
+        """Reports a problem that costs no image."""
         self.problems.append(Problem(Path(file).name, what, action, detail))
 
     @contextlib.contextmanager
     def skipping_image(self) -> Iterator[None]:
-        """A `FileError` in here is raised, or noted and then forgotten."""
+        """Raises a `FileError` of the block, or reports and suppresses it."""
         try:
             yield
         except FileError as error:
@@ -119,29 +91,27 @@ class Faults:
 
 def build_dataset(
     source: str | os.PathLike,
-    annotations: Iterable[ImageAnnotation | Callable[[], ImageAnnotation]],
+    items: Iterable,
+    parse: Callable[[Any], ImageAnnotation],
     class_names: Sequence[str],
     use_difficult: bool,
     faults: Faults,
 ) -> DetectionDataset:
-    """Makes a dataset of annotations, in their order, and warns of problems once.
+    """Builds a dataset, and warns once if there are problems.
 
     Args:
         source: Folder or file, for messages.
-        annotations: The annotations, or functions that make them and may raise a `FileError`.
+        items: One per image, in the order of the dataset.
+        parse: Returns the annotation of an item, or raises `FileError`.
         class_names: Names of the labels 0, 1, 2, ...
-        use_difficult: False leaves difficult objects out.
-        faults: The problems up to now, and what to do with faults.
-
-    Raises:
-        ValueError: No usable image, all coordinates look relative where pixels are wanted, or a
-            fault with `on_error="raise"`.
+        use_difficult: Whether to keep difficult objects.
+        faults: Problems of the files read so far.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []
-    for annotation in annotations:
+    for item in items:
         with faults.skipping_image():
-            annotation = annotation() if callable(annotation) else annotation
+            annotation = parse(item)
             records.append(_record(annotation, class_names, faults))
             if not annotation.is_relative:
                 pixel_boxes += [item.box for item in annotation.objects]
@@ -159,43 +129,69 @@ def build_dataset(
     return DetectionDataset(records, class_names, report)
 
 
+# === Parsing ===
+
+
+def check_folder(folder: str | os.PathLike, argument: str) -> Path:
+    """Returns an existing folder as a path; raises a `ValueError` that names the argument."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`{argument}` must be a folder. Received: {folder} (no such folder)")
+    return Path(folder)
+
+
+def known_classes(names: Mapping[Any, str]) -> str:
+    """The first classes by number, for messages."""
+    return "Known: " + ", ".join(f"{key} ({name})" for key, name in list(names.items())[:20])
+
+
 def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
-    """The image that a file names: relative to `folder`, or absolute, with "/" or "\\\\".
+    """Returns the image that `file` names, see `locate_image`, or raises `FileError`."""
+    path = locate_image(folder, name)
+    if path is None:
+        raise FileError(file, "missing image", f"no {name.strip()!r} in {folder}")
+    return path
 
-    An absolute path of another machine gives way to the image of that name in `folder`.
 
-    Raises:
-        FileError: There is none.
+def locate_image(folder: Path, name: str) -> Path | None:
+    r"""Returns the image of a name, relative to `folder` or absolute, with "/" or "\"; or None.
+
+    An absolute path of another machine stands for the image of that name in `folder`.
     """
-    plain = name.strip().replace("\\", "/")
-    candidates = [folder / name.strip(), folder / plain]
-    if plain.startswith("/") or re.match(r"[A-Za-z]:/", plain):
-        candidates.append(folder / plain.rsplit("/", 1)[-1])
-    for path in candidates:
-        if name.strip() and path.is_file():
-            return path
-    raise FileError(file, "missing image", f"no {name!r} in {folder}")
+    name = name.strip()
+    posix = name.replace("\\", "/")
+    candidates = [folder / name, folder / posix]
+    if re.match(r"/|[A-Za-z]:/", posix):
+        candidates.append(folder / posix.rsplit("/", 1)[-1])
+    return next((path for path in candidates if name and path.is_file()), None)
 
 
-def plain_path(name: str) -> str:
-    """A path of a file as one text for all ways to write it: "a/b.jpg" for ".\\a\\b.jpg"."""
+def normalize_path(name: str) -> str:
+    r"""Returns one spelling of a path: "a/b.jpg" for ".\a\b.jpg"."""
     return str(PurePosixPath(name.strip().replace("\\", "/")))
 
 
 def number(value: Any) -> float:
-    """A number out of a file; NaN for what is none."""
+    """Converts a value to float; NaN for anything that is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def read_text(path: Path, what: str) -> str:
-    """Text of a file in UTF-8, with or without a byte order mark; other encodings with one.
+def is_true(text: str) -> bool:
+    """Whether a text means yes."""
+    return text.lower() in ("1", "true", "yes")
 
-    Raises:
-        FileError: It cannot be read; `what` says what it was to be.
-    """
+
+def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Returns the (width, height) that a file states; None if it states none."""
+    size = number(width), number(height)
+    is_known = all(math.isfinite(side) and side >= 1 for side in size)
+    return (round(size[0]), round(size[1])) if is_known else None
+
+
+def read_text(path: Path, what: str) -> str:
+    """Reads UTF-8, with or without a byte order mark, or UTF-16; `what` describes the file."""
     try:
         encoded = path.read_bytes()
         is_utf16 = encoded[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -204,21 +200,14 @@ def read_text(path: Path, what: str) -> str:
         raise FileError(path, f"unreadable {what}", str(error)) from error
 
 
-def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
-    """(width, height) of an image as a file states it; None where it states none."""
-    size = number(width), number(height)
-    is_known = all(math.isfinite(side) and side >= 1 for side in size)
-    return (round(size[0]), round(size[1])) if is_known else None
+# === From annotation to record ===
 
 
 def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Faults) -> ImageRecord:
     for item in annotation.objects:
         if item.name not in class_names:
-            raise FileError(
-                annotation.file,
-                f"unknown class {item.name!r}",
-                f"not in `class_names`. {nearest(item.name, class_names)}",
-            )
+            hint = f"not in `class_names`. {nearest(item.name, class_names)}"
+            raise FileError(annotation.file, f"unknown class {item.name!r}", hint)
     try:
         info = read_image_info(annotation.image)
     except ValueError as error:
@@ -238,73 +227,63 @@ def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Fau
 def _usable(
     annotation: ImageAnnotation, info: ImageInfo, faults: Faults
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) in the upright image, and which of them (bool (n,)) are usable."""
-    boxes = [item.box for item in annotation.objects]
+    """Returns boxes (n, 4), clipped to the upright image, and which (n,) to keep."""
+    boxes = np.asarray([item.box for item in annotation.objects], "float64").reshape(-1, 4)
     if annotation.is_relative:
-        boxes = np.asarray(boxes, "float64").reshape(-1, 4) * ([info.width, info.height] * 2)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is dropped
-        boxes = np.asarray(boxes, "float32").reshape(-1, 4)
+        boxes = boxes * ([info.width, info.height] * 2)
+    with np.errstate(over="ignore"):  # float32 overflows to infinity, which is dropped below
+        boxes = boxes.astype("float32")
     if _is_stored_frame(annotation, info, faults):
         boxes = rotate_boxes(boxes, info)
     clipped, verdicts = usable_boxes(boxes, info.width, info.height)
     keep, seen = np.ones(len(boxes), bool), set()
-    for i, item in enumerate(annotation.objects):
-        verdict = item.verdict or verdicts[i]
-        detail, action = f"{item.name} {item.text}", "clipped"
+    for i, (item, verdict) in enumerate(zip(annotation.objects, verdicts, strict=True)):
+        key, detail = (item.name, *clipped[i].tolist()), f"{item.name} {item.text}"
+        problem, action = "", "dropped"
         if verdict == "clipped":
-            verdict = "box across the border"
+            is_rounding = np.abs(clipped[i] - boxes[i]).max() < ROUNDING
             detail += f" in {info.width} x {info.height}"
-            if item.hint:
-                (verdict, action), detail = item.hint, f"{item.name} {item.text}"
-            elif np.abs(clipped[i] - boxes[i]).max() < ROUNDING:
-                verdict = ""
-        elif not verdict and (item.name, *clipped[i].tolist()) in seen:
-            verdict = "repeated box"
-        if verdict in (*_DROPPED, "repeated box"):
-            keep[i], action = False, "dropped"
-        seen.add((item.name, *clipped[i].tolist()))
-        if verdict:
-            faults.add(annotation.file, verdict, action, detail)
+            if item.border_problem or not is_rounding:
+                problem, action = item.border_problem or ("box across the border", "clipped")
+        elif verdict or key in seen:
+            problem, keep[i] = verdict or "repeated box", False
+        seen.add(key)
+        if problem:
+            faults.add(annotation.file, problem, action, detail)
     return clipped, keep
 
 
 def _is_stored_frame(annotation: ImageAnnotation, info: ImageInfo, faults: Faults) -> bool:
-    """Whether the boxes were drawn on the image as stored, before its EXIF rotation."""
+    """Whether the boxes belong to the image as stored, before its EXIF rotation."""
     upright = (info.width, info.height)
     stored = upright[::-1] if orientation_flags(info.orientation)[0] else upright
-    file, size, name = annotation.file, annotation.size, annotation.size_name
+    file, size = annotation.file, annotation.size
     if info.orientation != 1 and size == stored != upright:
-        action = "boxes rotated with the image"
-        detail = f"{info.orientation}, and {name} is that of the image before rotation"
-        faults.add(file, "EXIF orientation", action, detail)
+        detail = f"{info.orientation}, and the stated size is that of the image before rotation"
+        faults.add(file, "EXIF orientation", "boxes rotated with the image", detail)
         return True
     if info.orientation != 1 and (size is None or stored == upright):
-        action = "boxes taken as those of the upright image"
+        action = "boxes assumed to belong to the upright image"
         faults.add(file, "EXIF orientation", action, f"{info.orientation}")
     if size is not None and size != upright:
-        action = "boxes kept as pixels of the image"
         detail = f"{size[0]} x {size[1]}, the image has {upright[0]} x {upright[1]}"
-        faults.add(file, f"wrong {name}", action, detail)
+        faults.add(file, "wrong size", "boxes kept as pixels of the image", detail)
     return False
 
 
 def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:
-    """Boxes of the stored image -> boxes of the upright image."""
+    """Converts boxes (n, 4) of the stored image to boxes of the upright image."""
     transpose, flip_columns, flip_rows = orientation_flags(info.orientation)
-    if transpose:
-        boxes = boxes[:, [1, 0, 3, 2]]
+    x1, y1, x2, y2 = boxes.T[[1, 0, 3, 2]] if transpose else boxes.T
     if flip_columns:
-        boxes = np.stack(
-            [info.width - boxes[:, 2], boxes[:, 1], info.width - boxes[:, 0], boxes[:, 3]], axis=1
-        )
+        x1, x2 = info.width - x2, info.width - x1
     if flip_rows:
-        boxes = np.stack(
-            [boxes[:, 0], info.height - boxes[:, 3], boxes[:, 2], info.height - boxes[:, 1]], axis=1
-        )
-    return boxes
+        y1, y2 = info.height - y2, info.height - y1
+    return np.stack([x1, y1, x2, y2], axis=1)
 
 
 def _check_pixels(source: str | os.PathLike, boxes: list) -> None:
+    """Raises `ValueError` if boxes in pixels all lie within 0 to 1."""
     boxes = np.asarray(boxes, "float64").reshape(-1, 4)
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     if len(boxes) and 0 < boxes.max() <= 1 and boxes.min() >= 0:

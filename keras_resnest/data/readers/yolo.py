@@ -1,7 +1,6 @@
-"""Reader of folders with YOLO's text files."""
+"""Reader of YOLO's text files."""
 
 import collections
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,14 +16,16 @@ from keras_resnest.data.readers.common import (
     FileError,
     ImageAnnotation,
     build_dataset,
+    check_folder,
     find_image,
+    known_classes,
     number,
     read_text,
 )
 from keras_resnest.images import IMAGE_SUFFIXES
 
 YAML_SUFFIXES = (".yaml", ".yml")
-_OTHER_SPLITS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
+_SYNONYMS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
 
 
 def read_yolo(
@@ -36,43 +37,36 @@ def read_yolo(
 ) -> DetectionDataset:
     """Reads a folder of images with YOLO's text files.
 
-    Each image has a file of its name with one object in each line: "class x y width height", the
-    center and sides of the box as parts of the image, 0 to 1, with classes from 0. A line
-    "class x1 y1 x2 y2 x3 y3 ..." is a polygon; its bounding box is taken. An image without such a
-    file, or with an empty one, has no objects. The format knows no difficult objects.
+    The text file of an image has one object per line: "class x y width height", with classes from
+    0, and the center and sides of the box as fractions of the image; or a polygon,
+    "class x1 y1 x2 y2 x3 y3 ...", read as its bounding box. An image whose text file is empty or
+    missing has no objects.
 
-    Where the files are: `data.yaml` says so, if the folder has one ("train:", "val:", "test:" with
-    folders or a text file of images); else "images/<split>" or "<split>/images". The text files
-    are in the folder whose path has "labels" in place of the last "images", or beside the
-    images. `image_id` is the path of the image in the folder.
+    `data.yaml`, if present, names the images ("train:", "val:", "test:": folders, or a text file
+    that lists images); otherwise they are in "images/<split>" or "<split>/images". Text files are
+    in the folder with "labels" in place of the last "images", or beside the images. `image_id` is
+    the path of the image in the folder.
 
-    Dropped, clipped and reported as in `read_coco`. Boxes are those of the upright image.
+    Boxes belong to the upright image. They are dropped, clipped and reported as in `read_coco`.
 
     Args:
         folder: Folder of the dataset, or its `data.yaml`.
         split: "train", "val", "test" or another name. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... Where the folder has names of its own, classes
-            are mapped by name; else these are the names of the classes in the files. Default: the
-            `names` of `data.yaml`, or the lines of `classes.txt`.
-        on_error: What to do with an unreadable image or text file, a text file without a
-            image, and a class without a name: "raise" a ValueError naming the file, or "skip" the
-            image with a line in the report.
-        use_difficult: Has no effect; it is here because all readers take the same arguments.
+        class_names: Names of the labels 0, 1, 2, ... If the folder has class names, classes are
+            matched by name; if not, these are its names. Default: `names` in `data.yaml`, or the
+            lines of `classes.txt`.
+        on_error: "raise" a ValueError for an unreadable image or text file, a text file without
+            image, or a class without a name; or "skip" the image and report it.
+        use_difficult: No effect: the format has no difficult objects.
 
     Returns:
         `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
-        ValueError: No such folder or split, no images, no text file at all, no class names, or
-            see `on_error`.
+        ValueError: if there is no such folder or split, if there are no images, text files or
+            class names, or see `on_error`.
 
-    Example:
-
-    ```python
-    train = read_yolo("data", "train")
-    test = read_yolo("data", "val", class_names=train.class_names)
-    print(test.report)
-    ```
+    Example: `test = read_yolo("data", "val", class_names=train.class_names)`
     """
     faults = Faults(on_error)
     source = _YoloFolder(folder)
@@ -87,55 +81,62 @@ def read_yolo(
         names = dict(enumerate(check_class_names(class_names)))
     if class_names is None:
         class_names = list(dict.fromkeys(names.values()))
-    annotations = [functools.partial(_annotation, source, path, names) for path in images]
-    annotations += source.labels_without_image(images)
-    return build_dataset(source.folder, annotations, class_names, use_difficult, faults)
+
+    def parse(path):
+        if path.suffix == ".txt":
+            raise FileError(path, "missing image", f"no image {path.stem}.*")
+        file = source.label_file(path)
+        lines = read_text(file, "text file").splitlines() if file.is_file() else []
+        rows = [(i, line.split()) for i, line in enumerate(lines, start=1) if line.strip()]
+        objects = tuple(_object(file, i, cells, names) for i, cells in rows)
+        return ImageAnnotation(file, source.image_id(path), path, objects, is_relative=True)
+
+    paths = [*images, *source.labels_without_image(images)]
+    return build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
 
 
 def yolo_splits(folder: str | os.PathLike) -> list[str]:
-    """Names of the splits that a folder or its `data.yaml` has."""
+    """Names of the splits of a folder or `data.yaml`."""
     return sorted(_YoloFolder(folder).splits())
 
 
+# === Files ===
+
+
 class _YoloFolder:
-    """Where the files of a YOLO dataset are."""
+    """The files of a YOLO dataset."""
 
     def __init__(self, folder: str | os.PathLike):
         path = Path(folder)
-        self.yaml_file: Path | None = None
-        if path.is_file() and path.suffix.lower() in YAML_SUFFIXES:
-            self.yaml_file, path = path, path.absolute().parent
-        if not path.is_dir():
-            raise ValueError(f"`folder` must be a folder. Received: {folder} (no such folder)")
-        self.folder = path
-        self.yaml_file = self.yaml_file or find_yaml(path)
+        is_yaml = path.is_file() and path.suffix.lower() in YAML_SUFFIXES
+        self.folder = path.absolute().parent if is_yaml else check_folder(folder, "folder")
+        self.yaml_file = path if is_yaml else find_yaml(path)
         self.settings = read_yaml(self.yaml_file) if self.yaml_file else {}
         self.names = self._names()
 
     def images(self, split: str | None, faults: Faults) -> list[Path]:
-        """Paths of the images of a split, or of all, each one once, in a fixed order."""
+        """Different paths of the images of a split, or of all images, in a fixed order."""
         splits = self.splits()
         if split is None:
-            found = self._all_places()
+            places = self._all_places()
         else:
-            key = next((s for s in (split, *_OTHER_SPLITS.get(split, ())) if s in splits), None)
+            key = next((s for s in (split, *_SYNONYMS.get(split, ())) if s in splits), None)
             if key is None:
                 known = f"available: {', '.join(splits)}" if splits else "there are no splits"
                 raise ValueError(
                     f"`split` must be one of those of {self.folder}. Received: {split!r}; {known}"
                 )
-            found = splits[key]
-        images: dict[Path, None] = {}
-        for place in found:
-            images.update(dict.fromkeys(self._in_place(place, faults)))
+            places = splits[key]
+        images = [path for place in places for path in self._images_in(place, faults)]
+        images = list(dict.fromkeys(images))
         if not images:
-            raise ValueError(f"No images in {', '.join(map(str, found))}")
+            raise ValueError(f"No images in {', '.join(map(str, places))}")
         if not any(self.label_file(path).is_file() for path in images):
             raise ValueError(
                 f"None of the {len(images)} images has a text file with its objects. Expected: "
-                f"{self.label_file(next(iter(images)))}"
+                f"{self.label_file(images[0])}"
             )
-        return list(images)
+        return images
 
     def label_file(self, image: Path) -> Path:
         """The text file of an image: "labels" for the last "images" in its path, or beside it."""
@@ -148,42 +149,37 @@ class _YoloFolder:
         file = Path(*parts, beside.name)
         return file if file.is_file() or not beside.is_file() else beside
 
-    def labels_without_image(self, images: list[Path]) -> list:
-        """For each text file in "labels" without an image: what tells this fault when called."""
+    def labels_without_image(self, images: list[Path]) -> list[Path]:
+        """Text files in "labels" folders that belong to no image."""
         stems: dict[Path, set[str]] = collections.defaultdict(set)
         for folder in sorted({path.parent for path in images}):
             place = self.label_file(folder / "x").parent
             if "labels" in place.parts and place.is_dir():
                 files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
                 stems[place] |= {path.stem for path in files}
-
-        def fault(path):
-            raise FileError(path, "missing image", f"no image {path.stem}.*")
-
         return [
-            functools.partial(fault, path)
-            for place, own in stems.items()
+            path
+            for place, known in stems.items()
             for path in sorted(place.glob("*.txt"))
-            if path.stem not in own and path.name != "classes.txt"
+            if path.stem not in known and path.name != "classes.txt"
         ]
 
     def image_id(self, image: Path) -> str:
         try:
             return image.relative_to(self.folder).as_posix()
-        except ValueError:  # data.yaml may name places elsewhere
+        except ValueError:  # data.yaml may name other folders
             return image.as_posix()
 
     def splits(self) -> dict[str, list[Path]]:
-        """Folders and text files of images, by the names of the splits."""
-        return self._named_places() or self._usual_places()
+        """Folders and lists of images by split, as in data.yaml or as usual."""
+        return self._yaml_places() or self._usual_places()
 
     def _all_places(self) -> list[Path]:
-        named = [path for places in self._named_places().values() for path in places]
+        places = [path for paths in self._yaml_places().values() for path in paths]
         images = [path for path in [self.folder / "images"] if path.is_dir()]
-        return named or [*images, *sorted(self.folder.glob("*/images"))] or [self.folder]
+        return places or [*images, *sorted(self.folder.glob("*/images"))] or [self.folder]
 
-    def _named_places(self) -> dict[str, list[Path]]:
-        """Folders and text files of the splits, by data.yaml."""
+    def _yaml_places(self) -> dict[str, list[Path]]:
         splits: dict[str, list[Path]] = {}
         root = self.folder / str(self.settings.get("path") or "")
         for key in ("train", "val", "test"):
@@ -195,7 +191,6 @@ class _YoloFolder:
         return splits
 
     def _usual_places(self) -> dict[str, list[Path]]:
-        """Folders of the splits, by their names."""
         images = self.folder / "images"
         inner = sorted(p for p in images.iterdir() if p.is_dir()) if images.is_dir() else []
         splits = {path.name: [path] for path in inner}
@@ -204,65 +199,57 @@ class _YoloFolder:
         return splits
 
     def _place(self, root: Path, text: str) -> Path | None:
-        """A folder or text file named by data.yaml; it may be meant from another folder."""
+        """The folder or list that data.yaml names, which may be relative to another folder."""
         text = text.strip().replace("\\", "/")
         # Exported datasets say "../train/images" and mean "train/images".
         tried = [root / text, self.folder / text, self.folder / text.removeprefix("../")]
         return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
 
-    def _in_place(self, place: Path, faults: Faults) -> Iterator[Path]:
-        if place.is_file():
-            for line in read_text(place, "list of images").splitlines():
-                image = None
-                if line.strip():
-                    with faults.skipping_image():
-                        image = find_image(place.parent, line, place)
-                if image is not None:
-                    yield Path(os.path.normpath(image))
-        elif place.is_dir():
+    def _images_in(self, place: Path, faults: Faults) -> Iterator[Path]:
+        """Images in a folder and its subfolders, or in a text file that lists them."""
+        if place.is_dir():
             files = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             yield from sorted(path for path in files if path.is_file())
+            return
+        for line in filter(str.strip, read_text(place, "list of images").splitlines()):
+            image = None
+            with faults.skipping_image():
+                image = find_image(place.parent, line, place)
+            if image is not None:
+                yield Path(os.path.normpath(image))
 
     def _names(self) -> dict[int, str] | None:
-        """Names of the classes by number, where the folder has them."""
+        """Class names by number; None if the folder has none."""
         names = self.settings.get("names")
+        if names is None:
+            files = [self.folder / "classes.txt", self.folder / "labels" / "classes.txt"]
+            file = next((file for file in files if file.is_file()), None)
+            if file is None:
+                return None
+            lines = read_text(file, "list of classes").splitlines()
+            names = [line for line in lines if line.strip()]
         if isinstance(names, list):
             names = dict(enumerate(names))
-        if names is None:
-            places = (self.folder, self.folder / "labels")
-            lists = [place / "classes.txt" for place in places if (place / "classes.txt").is_file()]
-            if not lists:
-                return None
-            lines = read_text(lists[0], "list of classes").splitlines()
-            names = dict(enumerate(line for line in lines if line.strip()))
-        if not isinstance(names, dict) or not names or not all(_is_class(key) for key in names):
-            raise FileError(
-                self.yaml_file or self.folder,
-                "unreadable class names",
-                f"expected `names: [cat, dog]` or `names: {{0: cat, 1: dog}}`, found {names!r}",
-            )
+        where = self.yaml_file or self.folder
+        if not isinstance(names, dict) or not names or not all(map(_is_class, names)):
+            detail = f"expected `names: [cat, dog]` or `names: {{0: cat, 1: dog}}`, found {names!r}"
+            raise FileError(where, "unreadable class names", detail)
         names = {int(key): str(name).strip() for key, name in names.items()}
         repeated = [n for n, count in collections.Counter(names.values()).items() if count > 1]
         if repeated:
-            raise FileError(
-                self.yaml_file or self.folder, "class name used twice", ", ".join(repeated)
-            )
+            raise FileError(where, "class name used twice", ", ".join(repeated))
         return dict(sorted(names.items()))
 
 
 def find_yaml(folder: Path) -> Path | None:
-    """`data.yaml`, or the only YAML file of a folder; None where there is none of the kind."""
+    """Returns `data.yaml` or the only YAML file of a folder; None if there is no such file."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in YAML_SUFFIXES)
     named = [path for path in files if path.stem.lower() in ("data", "dataset")]
     return (named or files)[0] if named or len(files) == 1 else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        FileError: It is not YAML, or no mapping.
-    """
+    """Reads the mapping in a YAML file, or raises `FileError`."""
     import yaml
 
     try:
@@ -270,31 +257,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise FileError(path, "unreadable YAML file", str(error)) from error
     if not isinstance(settings, dict):
-        raise FileError(
-            path, "unreadable YAML file", f"expected names and values, found {settings!r}"
-        )
+        detail = f"expected names and values, found {settings!r}"
+        raise FileError(path, "unreadable YAML file", detail)
     return settings
 
 
+# === Lines ===
+
+
 def _is_class(value: Any) -> bool:
-    key = number(value)
-    return key >= 0 and key.is_integer()
-
-
-def _annotation(source: _YoloFolder, picture: Path, names: dict[int, str]) -> ImageAnnotation:
-    file = source.label_file(picture)
-    lines = read_text(file, "text file").splitlines() if file.is_file() else []
-    return ImageAnnotation(
-        file=file,
-        image_id=source.image_id(picture),
-        image=picture,
-        objects=tuple(
-            _object(file, number_of_line, line.split(), names)
-            for number_of_line, line in enumerate(lines, start=1)
-            if line.strip()
-        ),
-        is_relative=True,
-    )
+    return number(value) >= 0 and number(value).is_integer()
 
 
 def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> AnnotatedObject:
@@ -306,13 +278,11 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         raise FileError(file, "unreadable line", f"line {line} begins with {cells[0]!r}")
     name = names.get(int(number(cells[0])))
     if name is None:
-        detail = f"class {cells[0]} in line {line}. Known: " + ", ".join(
-            f"{key} ({known})" for key, known in list(names.items())[:20]
-        )
+        detail = f"class {cells[0]} in line {line}. {known_classes(names)}"
         raise FileError(file, "class without a name", detail)
     values = np.asarray([number(cell) for cell in cells[1:]])
-    if np.nanmax(np.abs(values), initial=0.0) > 2 and np.isfinite(values).all():
-        detail = f"line {line} has pixels, not parts of the image: {' '.join(cells[1:])}"
+    if np.isfinite(values).all() and np.abs(values).max() > 2:
+        detail = f"line {line} has pixels, not fractions of the image: {' '.join(cells[1:])}"
         raise FileError(file, "coordinates above 1", detail)
     if is_polygon:
         points = values.reshape(-1, 2)
@@ -321,4 +291,4 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         x, y, width, height = values
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     text = f"[{' '.join(cells[1:5])}{' ...' * is_polygon}] in line {line}"
-    return AnnotatedObject(name=name, box=tuple(float(v) for v in box), text=text)
+    return AnnotatedObject(name=name, box=tuple(map(float, box)), text=text)

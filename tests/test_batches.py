@@ -1,18 +1,29 @@
-"""Batches for training and evaluation: order, seeds, padding, formats and plain errors."""
+"""Batches of detection: order, seeds, padding, formats, and errors."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest.data.augmentation.detection import RandomFlip, TrainingAugmentation
+from keras_resnest.data.augmentation.detection import (
+    DETECTION_AUGMENTATIONS,
+    RandomExpand,
+    RandomFlip,
+    RandomIoUCrop,
+    Resize,
+    TrainingAugmentation,
+)
 from keras_resnest.data.batches import evaluation_batches, training_batches
 
+resized_batches = functools.partial(training_batches, augmentation=None)
+
+FLIP = {"photometric": None, "expand": None, "crop": None, "flip": RandomFlip(0.5)}
+MILD = {
+    "expand": RandomExpand(max_ratio=1.5, probability=0.3),
+    "crop": RandomIoUCrop((None, 0.5, 0.7, 0.9), scale=(0.5, 1.0)),
+}
 SHAPE = (32, 48)
 SPEC = {
     "images": tf.TensorSpec((None, None, 3), tf.uint8),
@@ -26,7 +37,7 @@ SPEC = {
 
 
 def element(i, boxes=None):
-    """Image number i: of color 10 i, of its own size, with i % 4 boxes labeled 0, 1, 2."""
+    """Image i: of color 10 i, of its own size, with i % 4 boxes labeled 0, 1, 2."""
     height, width = 20 + i, 40
     boxes = [[2, 3, 12 + k, 13 + k] for k in range(i % 4)] if boxes is None else boxes
     count = len(boxes)
@@ -39,6 +50,12 @@ def element(i, boxes=None):
             "difficult": np.arange(count) == 1,
         },
     }
+
+
+def brightened(item, seed):
+    """A fast augmentation: a random brightness."""
+    item = Resize(SHAPE)(item)
+    return dict(item, images=item["images"] * tf.random.stateless_uniform([], seed))
 
 
 def make_dataset(count=8, elements=None, calls=None):
@@ -63,17 +80,15 @@ def same(a, b):
     )
 
 
-def numbers(batches):
-    """Which images came, in order (from their colors)."""
+def indices(batches):
+    """The indices of the images, in order (from their colors)."""
     return [round(float(np.mean(image)) / 10) for batch in batches for image in batch["images"]]
 
 
 class TestTraining:
     def test_seed_decides_batches_and_epochs_differ(self):
         def two_epochs(seed):
-            batches = training_batches(
-                make_dataset(), SHAPE, 2, TrainingAugmentation(SHAPE), seed=seed
-            )
+            batches = training_batches(make_dataset(), SHAPE, 2, brightened, seed=seed)
             return [flat(batches), flat(batches)]
 
         first, again, other = two_epochs(5), two_epochs(5), two_epochs(6)
@@ -84,46 +99,41 @@ class TestTraining:
         runs = []
         for _ in range(2):
             keras.utils.set_random_seed(11)
-            batches = training_batches(make_dataset(), SHAPE, 2, TrainingAugmentation(SHAPE))
+            batches = training_batches(make_dataset(), SHAPE, 2, brightened)
             runs.append(flat(batches))
         assert same(*runs)
 
     def test_every_image_once_per_epoch_in_a_new_order(self):
-        batches = training_batches(make_dataset(9), SHAPE, 2, seed=1, drop_remainder=False)
-        epochs = [numbers(batches) for _ in range(3)]
+        batches = resized_batches(make_dataset(9), SHAPE, 2, seed=1, drop_remainder=False)
+        epochs = [indices(batches) for _ in range(3)]
         assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == 3
 
     def test_dropped_remainder_changes_with_the_epoch(self):
-        batches = training_batches(make_dataset(9), SHAPE, 2, seed=1)
-        epochs = [numbers(batches) for _ in range(8)]
+        batches = resized_batches(make_dataset(9), SHAPE, 2, seed=1)
+        epochs = [indices(batches) for _ in range(8)]
         assert all(len(set(epoch)) == 8 for epoch in epochs)
         assert len({(set(range(9)) - set(epoch)).pop() for epoch in epochs}) > 2
 
     def test_augmentation_is_drawn_anew_in_every_epoch(self):
-        batches = training_batches(
-            make_dataset(), SHAPE, 4, TrainingAugmentation(SHAPE), seed=2, shuffle_buffer=0
-        )
-        first, second = flat(batches), flat(batches)
-        assert not any(
-            np.array_equal(a, b)
-            for a, b in zip(first, second, strict=True)
-            if a.shape == b.shape and a.ndim == 4
-        )
+        dataset = make_dataset(elements=[element(i) for i in range(1, 9)])  # none of them black
+        batches = training_batches(dataset, SHAPE, 4, brightened, seed=2, shuffle_buffer=0)
+        first, second = (np.concatenate([b["images"] for b in batches]) for _ in range(2))
+        assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
     @pytest.mark.parametrize(("cache", "reads"), [(True, 8), (False, 24), ("files", 8)])
     def test_cache(self, cache, reads, tmp_path):
         calls = []
         path = str(tmp_path / "images") if cache == "files" else cache
-        # A known cardinality: nothing has to be read for counting.
+        # With a known cardinality, nothing is read to count the images.
         dataset = make_dataset(calls=calls).apply(tf.data.experimental.assert_cardinality(8))
-        batches = training_batches(dataset, SHAPE, 4, cache=path)
+        batches = resized_batches(dataset, SHAPE, 4, cache=path)
         for _ in range(3):
-            assert sorted(numbers(batches)) == list(range(8))
+            assert sorted(indices(batches)) == list(range(8))
         assert len(calls) == reads
 
     def test_padding_to_the_longest_and_keys(self):
-        batches = training_batches(make_dataset(4), SHAPE, 4, seed=0, shuffle_buffer=0)
+        batches = resized_batches(make_dataset(4), SHAPE, 4, seed=0, shuffle_buffer=0)
         (batch,) = list(batches)
         assert set(batch) == {"images", "bounding_boxes"}
         assert set(batch["bounding_boxes"]) == {"boxes", "labels"}
@@ -135,10 +145,10 @@ class TestTraining:
         assert batch["images"].dtype == tf.float32 and batch["images"].shape == (4, *SHAPE, 3)
 
     def test_max_boxes(self):
-        batches = training_batches(make_dataset(4), SHAPE, 2, max_boxes=5, seed=0)
+        batches = resized_batches(make_dataset(4), SHAPE, 2, max_boxes=5, seed=0)
         assert batches.element_spec["bounding_boxes"]["boxes"].shape == (2, 5, 4)
         assert all(batch["bounding_boxes"]["labels"].shape == (2, 5) for batch in batches)
-        too_few = training_batches(make_dataset(4), SHAPE, 2, max_boxes=2, seed=0)
+        too_few = resized_batches(make_dataset(4), SHAPE, 2, max_boxes=2, seed=0)
         with pytest.raises(
             tf.errors.InvalidArgumentError, match=r"more boxes than max_boxes=2.*image3"
         ):
@@ -153,7 +163,7 @@ class TestTraining:
         boxes = [[5, 5, 5, 9], [3, 3, 9, 9], [2, 2, 30, 18]]
         dataset = make_dataset(elements=[element(1, boxes)])
         for use_difficult, wanted in [(True, [[1, 2]]), (False, [[2]])]:
-            batches = training_batches(dataset, SHAPE, 1, use_difficult=use_difficult)
+            batches = resized_batches(dataset, SHAPE, 1, use_difficult=use_difficult)
             labels = [b["bounding_boxes"]["labels"].numpy().tolist() for b in batches]
             assert labels == [wanted]
 
@@ -170,6 +180,18 @@ class TestTraining:
         epochs = [next(iter(batches))["images"].numpy() for _ in range(2)]
         assert len({image.tobytes() for epoch in epochs for image in epoch}) == 8
 
+    def test_augmentation_by_name(self):
+        for name, options in [("flip", FLIP), ("ssd", {}), ("mild", MILD)]:
+            named = TrainingAugmentation(SHAPE, **DETECTION_AUGMENTATIONS[name])
+            assert named == TrainingAugmentation(SHAPE, **options)
+
+        def epoch(*augmentation):
+            return flat(training_batches(make_dataset(4), SHAPE, 2, *augmentation, seed=1))
+
+        assert same(epoch("flip"), epoch(TrainingAugmentation(SHAPE, **FLIP)))
+        assert same(epoch(), epoch("mild"))
+        assert same(epoch("none"), epoch(Resize(SHAPE))) and same(epoch(None), epoch("none"))
+
     def test_uint8_images(self):
         augmentation = TrainingAugmentation(SHAPE, dtype="uint8")
         batches = training_batches(make_dataset(), SHAPE, 2, augmentation)
@@ -184,7 +206,7 @@ class TestEvaluation:
         for _ in range(2):
             result = list(batches)
             assert [len(batch["images"]) for batch in result] == [3, 3, 1]
-            assert numbers(result) == list(range(7))
+            assert indices(result) == list(range(7))
             last = result[-1]["bounding_boxes"]
             assert set(result[0]) == {"images", "bounding_boxes"}
             assert last["labels"].numpy().tolist() == [[0, 1, 2]]
@@ -208,7 +230,7 @@ class TestEvaluation:
     def test_padding_rows_of_the_source_are_not_boxes(self):
         item = element(3)
         item["bounding_boxes"]["labels"] = np.array([2, -1, 0], np.int32)
-        item["bounding_boxes"]["boxes"][1] = [9, 9, 1, 1]  # what lies there means nothing
+        item["bounding_boxes"]["boxes"][1] = [9, 9, 1, 1]  # to be ignored
         (batch,) = list(evaluation_batches(make_dataset(elements=[item]), SHAPE, 1))
         assert batch["bounding_boxes"]["labels"].numpy().tolist() == [[2, 0]]
 
@@ -229,8 +251,8 @@ class TestEvaluation:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (training_batches, "yxyx"),
-        (training_batches, "rel_center_xywh"),
+        (resized_batches, "yxyx"),
+        (resized_batches, "rel_center_xywh"),
         (evaluation_batches, "center_xywh"),
         (evaluation_batches, "rel_yxyx"),
     ],
@@ -261,7 +283,8 @@ def test_formats(make, name):
         ({"dataset": [1, 2]}, "`dataset` must be a tf.data.Dataset"),
         ({"augmentation": TrainingAugmentation((64, 64))}, "`augmentation` must make"),
         ({"augmentation": lambda item: item}, "`augmentation` must be a function"),
-        ({"augmentation": "flip"}, "`augmentation` must be a function"),
+        ({"augmentation": 3}, "`augmentation` must be a function"),
+        ({"augmentation": "wild"}, "one of 'none', 'flip', 'mild', 'ssd', or a function"),
         ({"batch_size": 0}, "`batch_size` must be"),
         ({"max_boxes": 0}, "`max_boxes` must be"),
         ({"shuffle_buffer": -1}, "`shuffle_buffer` must be"),
@@ -275,6 +298,19 @@ def test_errors_before_training(arguments, message):
         training_batches(**{**defaults, **arguments})
 
 
+def test_batches_carry_class_names_and_an_epoch_counter():
+    class Named:
+        class_names = ["cat", "dog", "emu"]
+
+        def as_dataset(self):
+            return make_dataset(4)
+
+    for make in (resized_batches, evaluation_batches):
+        assert make(Named(), SHAPE, 2).class_names == Named.class_names
+        assert make(make_dataset(8), SHAPE).class_names is None
+        assert hasattr(make(make_dataset(8), SHAPE), "epoch_counter")
+
+
 def test_evaluation_without_images():
     with pytest.raises(ValueError, match="at least 1 image"):
         evaluation_batches(make_dataset(0), SHAPE, 4)
@@ -283,8 +319,8 @@ def test_evaluation_without_images():
 @pytest.mark.parametrize(
     ("make", "boxes", "message"),
     [
-        (training_batches, [[12, 3, 4, 9]], "x1 <= x2"),
-        (training_batches, [[0.1, 0.2, 0.5, 0.9]], "within 0 to 1"),
+        (resized_batches, [[12, 3, 4, 9]], "x1 <= x2"),
+        (resized_batches, [[0.1, 0.2, 0.5, 0.9]], "within 0 to 1"),
         (evaluation_batches, [[1, 2, float("nan"), 9]], "x1 <= x2"),
     ],
 )
@@ -294,49 +330,17 @@ def test_errors_of_boxes_name_the_image(make, boxes, message):
         list(make(dataset, SHAPE, 1))
 
 
-def test_endless_data_set_without_cache():
-    batches = training_batches(
+def test_endless_dataset_without_cache():
+    batches = resized_batches(
         make_dataset(4).repeat(), SHAPE, 4, cache=False, shuffle_buffer=4, max_boxes=3
     )
     assert len(list(batches.take(5))) == 5
 
 
-def test_image_of_another_size_from_an_own_function_is_an_error():
+def test_image_of_wrong_size_from_own_augmentation_is_an_error():
     batches = training_batches(make_dataset(4), SHAPE, 2, lambda item, seed: item)
     with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible with expected shape"):
         list(batches)
-
-
-DISTRIBUTED = """
-import sys
-import numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-sys.path.insert(0, {tests!r})
-from test_pipeline import SHAPE, make_dataset, numbers, training_batches
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-batches = training_batches(make_dataset(8), SHAPE, 4, seed=3, max_boxes=3)
-seen = []
-for batch in strategy.experimental_distribute_dataset(batches):
-    parts = strategy.experimental_local_results(batch["images"])
-    assert [part.shape[0] for part in parts] == [2, 2]
-    seen += [n for part in parts for n in numbers([{{"images": part}}])]
-assert sorted(seen) == list(range(8)), seen
-print("all seen")
-"""
-
-
-def test_two_replicas_share_each_batch():
-    tests = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-c", DISTRIBUTED.format(tests=str(tests))],
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "all seen" in result.stdout, result.stderr[-3000:]
 
 
 def test_flips_happen_in_the_pipeline():

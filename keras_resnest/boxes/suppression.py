@@ -1,0 +1,240 @@
+"""Non-maximum suppression (NMS) of a batch, and of the detections of one image with NumPy."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnest.boxes.overlap import pairwise_iou
+
+# === A batch, in the graph ===
+
+
+def suppress_batch(
+    boxes,
+    confidence,
+    confidence_threshold: float,
+    iou_threshold: float,
+    pre_nms_top_k: int,
+    max_detections: int,
+    portable: bool = False,
+):
+    """Applies greedy NMS to each class of each image of a batch.
+
+    Args:
+        boxes: `"xyxy"` boxes of shape `(batch, anchors, 4)`.
+        confidence: tensor of shape `(batch, anchors, classes)`.
+        confidence_threshold: lowest confidence of a detection, exclusive.
+        iou_threshold: a box is dropped if its IoU with a more confident box of its class
+            exceeds this.
+        pre_nms_top_k: number of most confident boxes per class that enter NMS.
+        max_detections: number of detections per image, over all classes.
+        portable: whether to use elementary operations, which every runtime has, instead of
+            TensorFlow's NMS operation. The results are equal.
+
+    Returns:
+        Boxes `(batch, max_detections, 4)`, confidence and int32 labels
+        `(batch, max_detections)`, by falling confidence, and the number of detections
+        `(batch,)`. The values of further rows are arbitrary.
+    """
+    k = min(pre_nms_top_k, confidence.shape[1])
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if on_tensorflow and portable:
+        boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
+    boxes, confidence = _top_k_per_class(boxes, confidence, k)
+    suppress = _suppress_native if on_tensorflow and not portable else _suppress_portable
+    return suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detections)
+
+
+def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
+    """Keeps the anchors that are candidates of any image and class, padded to at least k.
+
+    For TensorFlow graphs in other runtimes, which sort slowly: sorting all anchors took three
+    quarters of OpenVINO's time for decoding and NMS.
+    """
+    import tensorflow as tf
+
+    chosen = tf.where(tf.reduce_any(confidence > confidence_threshold, axis=(0, 2)))[:, 0]
+    missing = [[0, 0], [0, tf.maximum(k - tf.shape(chosen)[0], 0)], [0, 0]]
+    return [tf.pad(tf.gather(x, chosen, axis=1), missing) for x in (boxes, confidence)]
+
+
+def _top_k_per_class(boxes, confidence, k: int):
+    """The k most confident boxes of every class: (B, C, k, 4) and (B, C, k)."""
+    num_classes = confidence.shape[2]
+    values, index = ops.top_k(ops.transpose(confidence, (0, 2, 1)), k)  # (B, C, k)
+    flat = ops.reshape(index, (-1, num_classes * k, 1))
+    chosen = ops.take_along_axis(boxes, flat, axis=1)
+    return ops.reshape(chosen, (-1, num_classes, k, 4)), values
+
+
+def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """Uses TensorFlow's batched NMS: fast, and part of every TensorFlow Serving."""
+    import tensorflow as tf
+
+    boxes, confidence, labels, count = tf.image.combined_non_max_suppression(
+        tf.transpose(boxes, (0, 2, 1, 3)),  # (B, k, C, 4)
+        tf.transpose(confidence, (0, 2, 1)),  # (B, k, C)
+        max_output_size_per_class=boxes.shape[2],
+        max_total_size=max_detections,
+        iou_threshold=iou_threshold,
+        score_threshold=confidence_threshold,
+        pad_per_class=False,
+        clip_boxes=False,
+    )
+    return boxes, confidence, tf.cast(labels, "int32"), count
+
+
+def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+    """Uses elementary operations, for other backends and runtimes."""
+    num_classes, k = confidence.shape[1:]
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    survivors = _survivors_by_matrix if on_tensorflow else _survivors_by_loop
+    alive = survivors(boxes, confidence > confidence_threshold, iou_threshold)
+    confidence = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
+    missing = max(0, max_detections - num_classes * k)
+    confidence, index = ops.top_k(confidence, max_detections - missing)
+    boxes = ops.take_along_axis(ops.reshape(boxes, (-1, num_classes * k, 4)), index[..., None], 1)
+    labels = ops.cast(index // k, "int32")
+    count = ops.sum(ops.cast(confidence > confidence_threshold, "int32"), axis=1)
+    boxes = ops.pad(boxes, [[0, 0], [0, missing], [0, 0]])
+    confidence, labels = (ops.pad(x, [[0, 0], [0, missing]]) for x in (confidence, labels))
+    return boxes, confidence, labels, count
+
+
+def _survivors_by_loop(boxes, candidates, iou_threshold):
+    """Greedy NMS, one box at a time: needs little memory.
+
+    `boxes` (B, C, k, 4) and `candidates` (B, C, k) are sorted by falling confidence.
+    """
+    k = candidates.shape[2]
+    position = ops.arange(k, dtype="int32")
+
+    def drop_neighbors(i, alive):
+        box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
+        iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
+        is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
+        return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
+
+    return ops.fori_loop(0, k, drop_neighbors, candidates)
+
+
+def _survivors_by_matrix(boxes, candidates, iou_threshold):
+    """The same in a few large steps, for runtimes in which every step is slow. TensorFlow only.
+
+    Repeats "a candidate survives if no survivor suppresses it" until nothing changes. After n
+    rounds the first n boxes of a class are final; in practice all are after a few.
+    """
+    import tensorflow as tf
+
+    num_classes, k = candidates.shape[1:]
+    # LiteRT slices only tensors of few axes, so images and classes share one.
+    boxes, candidates = tf.reshape(boxes, (-1, k, 4)), tf.reshape(candidates, (-1, k))
+    # Only ranks with a candidate of any class matter. They are gathered, not sliced: OpenVINO
+    # keeps everything a slice depends on, the whole network, in float32.
+    ranks = tf.range(k)
+    chosen = tf.where(tf.reduce_any(candidates, axis=0) | (ranks == 0))[:, 0]
+    boxes, candidates = (tf.gather(x, chosen, axis=1) for x in (boxes, candidates))
+    comes_later = chosen[None, :] > chosen[:, None]
+    suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
+    suppresses = tf.cast(suppresses, tf.float32)  # (B * C, chosen, chosen)
+
+    def settle(alive, _):
+        suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], suppresses)[:, 0] > 0.5
+        return candidates & ~suppressed, alive
+
+    def changed(alive, before):
+        return tf.reduce_any(tf.not_equal(alive, before))
+
+    alive, _ = tf.while_loop(
+        changed, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
+    )
+    places = tf.cast(chosen[:, None] == tf.cast(ranks, chosen.dtype)[None], tf.float32)
+    alive = tf.matmul(tf.cast(alive, tf.float32), places) > 0.5
+    return tf.reshape(alive, (-1, num_classes, k))
+
+
+# === The detections of one image, with NumPy ===
+
+
+def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np.ndarray:
+    """Applies greedy NMS to each class of the detections of one image.
+
+    Args:
+        boxes: `"xyxy"` boxes of shape `(n, 4)`.
+        confidence: array of shape `(n,)`.
+        labels: int array of shape `(n,)`; rows of label -1 are padding and never kept.
+        iou_threshold: a box is dropped if its IoU with a more confident box of its class
+            exceeds this.
+
+    Returns:
+        Indices of the kept rows, by falling confidence.
+
+    Example:
+
+    >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
+    array([1])
+    """
+    boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    kept = []
+    for label in np.unique(labels[labels >= 0]):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.argsort(-confidence[rows], kind="stable")]
+        while len(rows):
+            kept.append(rows[0])
+            iou = pairwise_iou(boxes[rows[:1]], boxes[rows[1:]])[0]
+            rows = rows[1:][iou <= iou_threshold]
+    kept = np.array(kept, int)
+    return kept[np.argsort(-confidence[kept], kind="stable")]
+
+
+def vote_boxes(
+    kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
+) -> np.ndarray:
+    """Replaces each box that survived NMS by the mean of its neighbors ("box voting").
+
+    The mean is weighted by confidence, over all boxes of the same class whose IoU with the kept
+    box is at least `voting_iou`, including the box itself.
+
+    Args:
+        kept_boxes: `"xyxy"` boxes of shape `(k, 4)` that survived NMS.
+        kept_labels: int array of shape `(k,)`; rows of label -1 are padding and do not change.
+        boxes: `"xyxy"` boxes of shape `(n, 4)` before NMS.
+        confidence: array of shape `(n,)`, not negative.
+        labels: int array of shape `(n,)`; rows of label -1 are padding and have no vote.
+        voting_iou: lowest IoU of a voter, 0 to 1.
+
+    Returns:
+        float64 boxes of shape `(k, 4)`. A box without voters does not change.
+
+    Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
+    segmentation-aware CNN model" (arXiv 1505.01749) section 5. RefineDet's `bbox_vote` has both
+    thresholds at 0.45 and lets a box vote only for its most confident neighbor.
+
+    Example:
+
+    >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
+    array([[0. , 0. , 8. , 8.5]])
+    """
+    boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    kept_boxes = np.asarray(kept_boxes, "float64").reshape(-1, 4)
+    kept_labels = np.asarray(kept_labels)
+    voted = kept_boxes.copy()
+    for label in np.unique(kept_labels[kept_labels >= 0]):
+        kept, voters = kept_labels == label, labels == label
+        iou = pairwise_iou(kept_boxes[kept], boxes[voters])
+        weights = (iou >= voting_iou) * confidence[voters]
+        total = weights.sum(axis=1, keepdims=True)
+        mean = weights @ boxes[voters] / np.where(total > 0, total, 1.0)
+        voted[kept] = np.where(total > 0, mean, kept_boxes[kept])
+    return voted
+
+
+def _as_arrays(boxes, confidence, labels):
+    boxes = np.asarray(boxes, "float64").reshape(-1, 4)
+    confidence, labels = np.asarray(confidence, "float64"), np.asarray(labels)
+    if not confidence.shape == labels.shape == (len(boxes),):
+        raise ValueError(
+            "`boxes`, `confidence` and `labels` must have the same number of rows. Received: "
+            f"{len(boxes)} boxes, confidence {confidence.shape}, labels {labels.shape}"
+        )
+    return boxes, confidence, labels

@@ -1,0 +1,115 @@
+"""Labeled images: what the readers of classification data return.
+
+`ClassificationDataset.as_dataset()` is a `tf.data.Dataset` of
+
+    {"images": uint8 (h, w, 3), "image_id": string, "labels": int32 scalar}
+
+Images are RGB, 0 to 255, of any size; labels are 0 to num_classes - 1.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from keras_resnest.checks import check_class_names
+from keras_resnest.data.dataset import ImageDataset, Problem, count_problems, image_reader
+from keras_resnest.images import ImageInfo
+
+
+@dataclasses.dataclass(slots=True)
+class LabeledImage:
+    """One image and its class.
+
+    Attributes:
+        image: Path, encoded bytes, or array of the image, as `load_image` takes them.
+        image_id: Unique name of the image.
+        label: 0 to num_classes - 1.
+        info: Size and orientation of the image.
+    """
+
+    image: Any
+    image_id: str
+    label: int
+    info: ImageInfo
+
+
+@dataclasses.dataclass
+class ClassificationReport:
+    """Counts and problems of a dataset; print it before training.
+
+    Attributes:
+        class_counts: Images per class name, in the order of the labels.
+        problems: List of `Problem`.
+    """
+
+    class_counts: dict[str, int]
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return sum(self.class_counts.values())
+
+    def __str__(self) -> str:
+        counts = self.class_counts
+        lines = [f"{self.num_images} images, {len(counts)} classes"]
+        lines += [f"  {name}  {count}" for name, count in list(counts.items())[:20]]
+        if len(counts) > 20:
+            lines.append(f"  ... {min(counts.values())} to {max(counts.values())} images per class")
+        lines += [f"  {problem}" for problem in self.problems[:20]]
+        if len(self.problems) > 20:
+            lines.append(f"  ... {count_problems(self.problems)}, see `report.problems`")
+        return "\n".join(lines)
+
+
+class ClassificationDataset(ImageDataset):
+    """A classification dataset: labels in memory, images read on demand.
+
+    Args:
+        records: List of `LabeledImage`, at least one.
+        class_names: Names of the labels 0, 1, 2, ...
+        report: `ClassificationReport`. Default: counted from the records.
+
+    Raises:
+        ValueError: if there is no record, or a label has no class name.
+
+    Example:
+        ```python
+        record = LabeledImage("cat.jpg", "cat", 0, read_image_info("cat.jpg"))
+        dataset = ClassificationDataset([record], class_names=["cat", "dog"])
+        ```
+    """
+
+    def __init__(
+        self,
+        records: Sequence[LabeledImage],
+        class_names: Sequence[str],
+        report: ClassificationReport | None = None,
+    ):
+        self.records, self.class_names = list(records), check_class_names(class_names)
+        if not self.records:
+            raise ValueError("A dataset needs at least one image. Received: no records")
+        labels = collections.Counter(record.label for record in self.records)
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
+        if wrong:
+            raise ValueError(
+                f"Labels must be 0 to {self.num_classes - 1} ({self.num_classes} class names). "
+                f"Received: {wrong}"
+            )
+        counts = {name: labels[i] for i, name in enumerate(self.class_names)}
+        self.report = report or ClassificationReport(counts)
+
+    def element_loader(self):
+        """Returns a function from the index of an image (int64 tensor) to its element."""
+        import tensorflow as tf
+
+        with tf.device("CPU:0"):  # keep these tables off the GPU
+            image_ids = tf.constant([record.image_id for record in self.records])
+            labels = tf.constant([record.label for record in self.records], tf.int32)
+        read_image = image_reader(self.records)
+        return lambda index: {
+            "images": read_image(index),
+            "image_id": image_ids[index],
+            "labels": labels[index],
+        }

@@ -1,0 +1,58 @@
+"""What layers of feature maps have in common: the data format and the layers inside them."""
+
+import keras
+
+from keras_resnest.layers.convolution import GroupedConv2D
+from keras_resnest.layers.normalization import BatchNormalization
+
+
+class FeatureMapLayer(keras.layers.Layer):
+    """Base of layers on feature maps in either data format."""
+
+    def __init__(self, data_format: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.data_format = keras.config.image_data_format() if data_format is None else data_format
+
+    @property
+    def _channel_axis(self) -> int:
+        return -1 if self.data_format == "channels_last" else 1
+
+    @property
+    def _spatial_axes(self) -> tuple[int, int]:
+        return (1, 2) if self.data_format == "channels_last" else (2, 3)
+
+    def _with_channels(self, shape, channels: int) -> tuple:
+        """Returns `shape` with another number of channels."""
+        shape = list(shape)
+        shape[self._channel_axis] = channels
+        return tuple(shape)
+
+    def _pooled_shape(self, channels: int) -> tuple:
+        """Returns the shape of a globally pooled map: `(None, 1, 1, channels)`."""
+        return self._with_channels((None, 1, 1, 1), channels)
+
+    def _convolution(self, filters: int, kernel_size, name: str, **options) -> GroupedConv2D:
+        options = {"data_format": self.data_format, "dtype": self.dtype_policy, **options}
+        return GroupedConv2D(filters, kernel_size, name=name, **options)
+
+    def _batch_norm(self, name: str) -> BatchNormalization:
+        return BatchNormalization(
+            axis=self._channel_axis,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "data_format": self.data_format}
+
+
+def check_positive(**arguments) -> None:
+    """Raises `ValueError` if an argument is not above zero."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value}")

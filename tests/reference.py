@@ -1,0 +1,152 @@
+"""Brute-force definitions of what the package computes, in float64.
+
+Independent of the package: slow, short and easy to check against the papers.
+"""
+
+import numpy as np
+
+
+def iou(boxes1, boxes2):
+    """Intersection over union of every pair of "xyxy" boxes, (M, N); 0 without overlap."""
+    boxes1 = np.reshape(boxes1, (-1, 1, 4)).astype("float64")
+    boxes2 = np.reshape(boxes2, (1, -1, 4)).astype("float64")
+    sides = np.minimum(boxes1[..., 2:], boxes2[..., 2:]) - np.maximum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    overlap = np.maximum(sides, 0).prod(axis=-1)
+    area1, area2 = ((boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) for boxes in (boxes1, boxes2))
+    union = area1 + area2 - overlap
+    return np.divide(overlap, union, out=np.zeros_like(union), where=overlap > 0)
+
+
+def match_greedily(iou):
+    """Takes the pair of highest IoU, again and again; each object and anchor once.
+
+    Of equal pairs the first object, then the first anchor wins. Pairs of IoU 0 are not taken.
+    Returns the object of each anchor, or -1.
+    """
+    iou = np.array(iou)
+    matches = np.full(iou.shape[1], -1)
+    while iou.size and iou.max() > 0:
+        best_object, anchor = np.unravel_index(iou.argmax(), iou.shape)
+        matches[anchor] = best_object
+        iou[best_object], iou[:, anchor] = 0, 0
+    return matches
+
+
+def match(iou, valid=True, threshold=0.5, force_match=True):
+    """The object of each anchor, or -1, from the IoU (objects, anchors) of one image."""
+    iou = np.array(iou) * np.reshape(valid, (-1, 1))
+    if not len(iou):
+        return np.full(iou.shape[1], -1)
+    matches = np.where(iou.max(axis=0) >= threshold, iou.argmax(axis=0), -1)
+    forced = match_greedily(iou)
+    return np.where(forced >= 0, forced, matches) if force_match else matches
+
+
+def centers_and_sizes(boxes):
+    """Centers and sizes of "xyxy" boxes, both (..., 2)."""
+    boxes = np.asarray(boxes, "float64")
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+
+
+def encode(boxes, anchors, variances=(0.1, 0.2), epsilon=1e-5):
+    """Offsets (..., 4) from anchors to boxes: SSD, equation 2."""
+    centers, sizes = centers_and_sizes(boxes)
+    anchor_centers, anchor_sizes = centers_and_sizes(anchors)
+    offsets = (centers - anchor_centers) / anchor_sizes / variances[0]
+    return np.concatenate([offsets, np.log(sizes / anchor_sizes + epsilon) / variances[1]], -1)
+
+
+def decode(offsets, anchors, variances=(0.1, 0.2)):
+    """Boxes (..., 4) from offsets and anchors; a box is at most 62.5 times its anchor."""
+    offsets = np.asarray(offsets, "float64")
+    centers, sizes = centers_and_sizes(anchors)
+    centers = centers + offsets[..., :2] * variances[0] * sizes
+    sizes = sizes * np.minimum(np.exp(offsets[..., 2:] * variances[1]), 62.5)
+    return np.concatenate([centers - sizes / 2, centers + sizes / 2], -1)
+
+
+def softmax(logits):
+    """Probabilities over the last axis."""
+    logits = np.asarray(logits, "float64")
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def suppress(boxes, confidence, labels, iou_threshold):
+    """Greedy non-maximum suppression within each class: kept rows, most confident first."""
+    overlaps, kept = iou(boxes, boxes), []
+    for i in np.argsort(-np.asarray(confidence), kind="stable").tolist():
+        rivals = [k for k in kept if labels[k] == labels[i]]
+        if all(overlaps[k, i] <= iou_threshold for k in rivals):
+            kept.append(i)
+    return kept
+
+
+def decode_detections(
+    outputs,
+    anchors,
+    objectness_threshold=0.01,
+    confidence_threshold=0.01,
+    iou_threshold=0.45,
+    pre_nms_top_k=400,
+    max_detections=200,
+):
+    """Detections of one image: rows of (confidence, label, box), most confident first.
+
+    `outputs` maps the names of the raw outputs to arrays (anchors, ...) of one image.
+    """
+    boxes = decode(outputs["odm_boxes"], decode(outputs["arm_boxes"], anchors))
+    confidence = softmax(outputs["odm_logits"])[:, 1:]
+    confidence[softmax(outputs["arm_objectness"])[:, 1] <= objectness_threshold] = 0
+    detections = []
+    for label, column in enumerate(confidence.T):
+        order = np.argsort(-column, kind="stable")
+        order = order[column[order] > confidence_threshold][:pre_nms_top_k]
+        kept = suppress(boxes[order], column[order], np.zeros(len(order)), iou_threshold)
+        detections += [(column[a], label, boxes[a].tolist()) for a in order[kept]]
+    return sorted(detections, reverse=True)[:max_detections]
+
+
+def average_precision(ground_truth, detections, label, threshold=0.5, interpolation="every_point"):
+    """PASCAL VOC average precision, true positives and false positives of one class.
+
+    `ground_truth` holds one {"boxes", "labels", "difficult"} per image, `detections` one
+    {"boxes", "labels", "confidence"}. `interpolation` is "every_point" or "eleven_point".
+    The average precision of a class without objects is None.
+    """
+    rows = [
+        (-confidence, image, row)
+        for image, found in enumerate(detections)
+        for row, confidence in enumerate(found["confidence"])
+        if found["labels"][row] == label
+    ]
+    taken, hits = set(), []
+    for _, image, row in sorted(rows):  # equal confidence: in the order of images and rows
+        truth, box = ground_truth[image], detections[image]["boxes"][row]
+        overlaps = iou(box, truth["boxes"])[0] * (np.array(truth["labels"]) == label)
+        if not len(overlaps) or overlaps.max() == 0 or overlaps.max() < threshold:
+            hits.append(0)
+            continue
+        best = int(overlaps.argmax())
+        if not truth["difficult"][best]:  # detections of difficult objects do not count
+            hits.append(int((image, best) not in taken))
+            taken.add((image, best))
+    num_objects = sum(
+        int(own == label and not difficult)
+        for truth in ground_truth
+        for own, difficult in zip(truth["labels"], truth["difficult"], strict=True)
+    )
+    found = np.cumsum(hits).tolist()
+    num_found = found[-1] if found else 0
+    if num_objects == 0:
+        return None, 0, len(hits)
+    points = [(tp, tp / rank) for rank, tp in enumerate(found, 1)]
+    if interpolation == "eleven_point":
+        wanted = [[p for tp, p in points if 10 * tp >= k * num_objects] for k in range(11)]
+        area = sum(max(precisions, default=0.0) for precisions in wanted) / 11
+    else:
+        wanted = [[p for tp, p in points if tp >= k] for k in range(1, num_found + 1)]
+        area = sum(max(precisions) for precisions in wanted) / num_objects
+    return area, num_found, len(hits) - num_found
