@@ -14,6 +14,7 @@ to the end of the training. A run takes minutes.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -113,7 +114,7 @@ def read_data(arguments):
     return train, test
 
 
-def build(arguments, train, switches: dict, steps: int) -> kr.RefineDet:
+def build(arguments, train, switches: dict, steps_per_epoch: int) -> kr.RefineDet:
     """The compiled detector with one set of switches."""
     shape = (arguments.image_size, arguments.image_size, 3)
     generator = kr.detection.AnchorGenerator()
@@ -132,7 +133,15 @@ def build(arguments, train, switches: dict, steps: int) -> kr.RefineDet:
         decoder=kr.detection.DetectionDecoder(**stages),
         dtype=arguments.dtype,
     )
-    model.compile(kr.training.adamw_with_warmup(arguments.learning_rate, steps))
+    recipe = dataclasses.replace(
+        kr.recipes.RECIPES["detector_from_scratch"],
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+    )
+    recipe = recipe.scaled(arguments.batch_size, steps_per_epoch, arguments.epochs)
+    # Rounded down, as in the trainings whose results are published.
+    recipe = dataclasses.replace(recipe, warmup=max(1, recipe.duration // 20))
+    model.compile(recipe.optimizer())
     return model
 
 
@@ -148,7 +157,7 @@ def train_and_measure(arguments, train, test, switches: dict, seed: int) -> dict
     keras.utils.set_random_seed(seed)
     start, cpu_start = time.perf_counter(), time.process_time()
     steps_per_epoch = max(1, len(train) // arguments.batch_size)
-    model = build(arguments, train, switches, arguments.epochs * steps_per_epoch)
+    model = build(arguments, train, switches, steps_per_epoch)
     shape = model.image_shape
     augmentation = kr.data.TrainingAugmentation(
         shape,

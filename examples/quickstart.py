@@ -12,6 +12,7 @@ Everything is written to runs/quickstart (--output).
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def read_data(arguments):
     return sets["train"].class_names, train, validation, test
 
 
-def build_model(class_names, arguments, steps: int) -> kr.RefineDet:
+def build_model(class_names, arguments, steps_per_epoch: int, epochs: int) -> kr.RefineDet:
     side = arguments.size
     model = kr.builders.refinedet_tiny(
         num_classes=len(class_names),
@@ -83,7 +84,12 @@ def build_model(class_names, arguments, steps: int) -> kr.RefineDet:
             sizes=(side / 8, side / 4, side / 2, side * 3 / 4)
         ),
     )
-    model.compile(kr.training.adamw_with_warmup(arguments.learning_rate, steps))
+    recipe = dataclasses.replace(
+        kr.recipes.RECIPES["detector_from_scratch"],
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+    )
+    model.compile(recipe.scaled(arguments.batch_size, steps_per_epoch, epochs).optimizer())
     return model
 
 
@@ -112,7 +118,7 @@ def main() -> None:
     epochs = 2 if arguments.fast else arguments.epochs
 
     class_names, train, validation, test = read_data(arguments)
-    model = build_model(class_names, arguments, epochs * len(train))
+    model = build_model(class_names, arguments, len(train), epochs)
     print(f"RefineDet with {model.count_params():,} parameters for {', '.join(class_names)}")
     evaluation = kr.callbacks.DetectionEvaluation(validation, frequency=2)
     history = model.fit(train, epochs=epochs, callbacks=[evaluation])

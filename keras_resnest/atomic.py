@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Folders that appear complete or not at all."""
 
 import contextlib
 import os
@@ -8,17 +8,18 @@ import tempfile
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike):
-    """Gives a folder to write into; at the end it is moved to `path` in one step.
+def atomic_folder(path: str | os.PathLike, markers=("saved_model.pb", "assets.extra")):
+    """Yields a temporary folder to write into, then renames it to `path`.
 
-    The folder lies beside `path`, under a name that no model server takes for a version. If
-    something fails, nothing is left of it, and what was at `path` stays as it was.
+    The temporary folder is hidden and lies beside `path`, so no model server takes it for a
+    version. If the body fails, the temporary folder is removed and `path` stays unchanged.
 
     Args:
-        path: folder to be made or replaced. Folders above it are made.
+        path: folder to create or replace; its parents are created.
+        markers: an existing folder is replaced only if it is empty or contains one of these.
 
     Raises:
-        ValueError: if `path` is a file, or a folder that holds something else than a model.
+        ValueError: if `path` is a file, or a folder with other content.
 
     Example:
 
@@ -26,7 +27,7 @@ def atomic_folder(path: str | os.PathLike):
     ...     (folder / "model.json").write_text("{}")
     """
     path = pathlib.Path(os.path.abspath(path))
-    _check_target(path)
+    _check_replaceable(path, markers)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -40,11 +41,11 @@ def atomic_folder(path: str | os.PathLike):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_target(path: pathlib.Path) -> None:
+def _check_replaceable(path: pathlib.Path, markers) -> None:
     if path.is_file():
         raise ValueError(f"`filepath` must be a folder. Received: the file {path}")
-    known = ("saved_model.pb", "assets.extra")
-    if path.is_dir() and any(path.iterdir()) and not any((path / k).exists() for k in known):
+    is_marked = any((path / name).exists() for name in markers)
+    if path.is_dir() and any(path.iterdir()) and not is_marked:
         raise ValueError(
             f"`filepath` must be a new or empty folder, or one with a SavedModel. Received: {path}"
         )

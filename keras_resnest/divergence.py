@@ -1,7 +1,8 @@
-"""Stops a training whose loss is no number any more, and says why."""
+"""Stop training when the loss becomes NaN or infinite, or diverges."""
 
 import collections
 import os
+import threading
 from pathlib import Path
 
 import keras
@@ -9,39 +10,38 @@ import numpy as np
 
 from keras_resnest.replicas import is_chief
 
-# No network of this package starts above this, whatever its first batch holds. A first loss
-# below counts as this one, so that an easy first batch, or one without objects, sets no trap.
-LEAST_FIRST_LOSS = 10.0
-FLOAT32_ROUNDING = 2.0**-21  # of a sum and a quotient, with a margin
+# Lower bound of the reference loss. The networks of this package start below it, so an easy
+# first batch, for instance one without objects, does not set the limit too low.
+MIN_FIRST_LOSS = 10.0
+FLOAT32_ROUNDING = 2.0**-21  # relative error of a float32 sum and quotient, with a margin
 
 
 class TerminateOnDivergence(keras.callbacks.Callback):
-    """Ends a training that cannot recover, with a sentence and the last finite weights.
+    """Stops training when the loss becomes NaN or infinite, or stays far above its start.
 
-    Keras' `TerminateOnNaN` stops too, but by then NaN is in every weight. The models of this
-    package, on TensorFlow, replace a gradient that is not finite by zeros, so that their
-    weights stay finite; `RefineDet.fit` adds this callback by itself. On JAX and PyTorch the
-    training stops as well, but the weights may be lost: keep checkpoints.
-
-    A loss that stays far above where it began is reported too: it will not come back. A short
-    peak is left alone, since a training may recover from it.
+    On TensorFlow, the models of this package replace non-finite gradients by zeros, so the
+    weights are still finite when training stops; with `keras.callbacks.TerminateOnNaN` they are
+    not. `RefineDet.fit` adds this callback itself. On JAX and PyTorch the weights may be lost:
+    save checkpoints. A short peak of the loss does not stop training.
 
     Args:
-        filepath: where the last finite weights go, a `.weights.h5` file; None leaves them
-            in the model.
-        max_growth: the loss may be this many times that of the first step (of 10, where the
-            first step had less); None never looks.
-        patience: number of steps; the training ends when half of the last so many are above.
+        filepath: where to save the last finite weights, a `.weights.h5` file. By default
+            they only stay in the model.
+        max_growth: limit of the loss, as a multiple of the first step's loss (at least 10).
+            None disables this check.
+        patience: training stops when the median loss of this many steps exceeds the limit.
 
     Raises:
-        FloatingPointError: out of `fit`; says which loss became what at which step, and
-            what to change.
+        FloatingPointError: from `fit`; names the loss and the step, and suggests a remedy.
 
     Example:
 
     >>> guard = kr.callbacks.TerminateOnDivergence("runs/last_finite.weights.h5")
     >>> model.fit(train_ds, callbacks=[guard])
     """
+
+    # On JAX and PyTorch Keras may call `on_train_batch_end` from other threads, out of order.
+    async_safe = True
 
     def __init__(
         self,
@@ -61,52 +61,76 @@ class TerminateOnDivergence(keras.callbacks.Callback):
         self.filepath = None if filepath is None else Path(filepath)
         self.max_growth = max_growth
         self.patience = int(patience)
+        self._lock = threading.Lock()
         self.on_train_begin()
 
     def on_train_begin(self, logs=None):
-        self._first = None
-        self._recent = collections.deque(maxlen=self.patience)
+        self._first_loss = None
+        self._recent_losses = collections.deque(maxlen=self.patience)
+        self._failure = None  # (step, reason)
+        self._training_thread = threading.get_ident()
         self.on_epoch_begin(0)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._steps, self._sum = 0, 0.0
+        self._steps, self._loss_sum = 0, 0.0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._raise_failure()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._raise_failure()
 
     def on_train_batch_end(self, batch, logs=None):
         losses = {
-            name: float(keras.ops.convert_to_numpy(value))
+            name: float(value)
             for name, value in (logs or {}).items()
             if name == "loss" or name.endswith("_loss")
         }
-        where = f"at step {batch + 1} of epoch {self._epoch + 1}"
-        if not all(np.isfinite(value) for value in losses.values()):
-            self._stop(f"{_culprits(losses)} {where}")
-        if "loss" in losses and self.max_growth is not None:
-            self._check_growth(batch + 1, losses, where)
+        step = batch + 1
+        with self._lock:
+            reason = self._check(step, losses)
+            if reason and (self._failure is None or step < self._failure[0]):
+                self._failure = (step, reason)
+        # Another thread must not touch the model: the next step may be running.
+        if threading.get_ident() == self._training_thread:
+            self._raise_failure()
 
-    def _check_growth(self, steps: int, losses: dict, where: str) -> None:
-        # Keras logs the mean since the epoch began; the loss of the last steps is wanted.
-        taken, total = max(steps - self._steps, 1), losses["loss"] * steps
-        rounding = FLOAT32_ROUNDING * abs(total)  # after a wild batch it exceeds other losses
-        loss = (total - self._sum - rounding) / taken
-        self._steps, self._sum = steps, total
-        if self._first is None:
-            self._first = loss
-        self._recent.extend([loss] * taken)
-        limit = self.max_growth * max(self._first, LEAST_FIRST_LOSS)
-        middle = float(np.median(self._recent))
-        if len(self._recent) == self.patience and middle > limit:
-            self._stop(
-                f"`loss` has grown from {self._first:.4g} at the first step to {middle:.4g}, the "
-                f"median of the last {self.patience} steps, {where}{_largest(losses)}"
-            )
+    def _check(self, step: int, losses: dict) -> str | None:
+        """Why training must stop, or None."""
+        where = f"at step {step} of epoch {self._epoch + 1}"
+        if not np.isfinite(list(losses.values())).all():
+            return f"{_describe_nonfinite(losses)} {where}"
+        # A later step may have been first: the running mean covered this one too.
+        if "loss" not in losses or self.max_growth is None or step <= self._steps:
+            return None
+        return self._check_growth(step, losses, where)
 
-    def _stop(self, what: str):
-        model = self.model
-        advice = " ".join([f"Training stopped: {what}.", _advice(model), self._keep_weights(model)])
-        raise FloatingPointError(advice)
+    def _check_growth(self, step: int, losses: dict, where: str) -> str | None:
+        # Keras logs the mean since the start of the epoch; recover the loss of the last steps.
+        num_steps, loss_sum = step - self._steps, losses["loss"] * step
+        rounding = FLOAT32_ROUNDING * abs(loss_sum)  # large after a single huge batch
+        loss = (loss_sum - self._loss_sum - rounding) / num_steps
+        self._steps, self._loss_sum = step, loss_sum
+        if self._first_loss is None:
+            self._first_loss = loss
+        self._recent_losses.extend([loss] * num_steps)
+        limit = self.max_growth * max(self._first_loss, MIN_FIRST_LOSS)
+        median = float(np.median(self._recent_losses))
+        if len(self._recent_losses) < self.patience or median <= limit:
+            return None
+        return (
+            f"`loss` has grown from {self._first_loss:.4g} at the first step to {median:.4g}, the "
+            f"median of the last {self.patience} steps, {where}{_describe_largest(losses)}"
+        )
 
-    def _keep_weights(self, model) -> str:
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            (_, reason), model = self._failure, self.model
+            advice, weights = _advice(model.optimizer), self._save_weights(model)
+            raise FloatingPointError(f"Training stopped: {reason}. {advice} {weights}")
+
+    def _save_weights(self, model) -> str:
         if not all(np.isfinite(value).all() for value in model.get_weights()):
             return "The weights are not finite either: go back to the last checkpoint."
         if self.filepath is None:
@@ -117,30 +141,29 @@ class TerminateOnDivergence(keras.callbacks.Callback):
         return f"The last finite weights are in {self.filepath}."
 
 
-def _culprits(losses: dict) -> str:
-    """The single losses that became NaN or infinite; the gradient, where only their sum did."""
+def _describe_nonfinite(losses: dict) -> str:
+    """Names the losses that are NaN or infinite; the gradient if only their sum is."""
     parts = {name: value for name, value in losses.items() if name != "loss"}
-    faulty = {name: value for name, value in parts.items() if not np.isfinite(value)}
-    if faulty:
-        return ", ".join(f"`{name}` became {value}" for name, value in faulty.items())
-    return f"`loss` or its gradient became NaN or infinite{_largest(losses)}"
+    nonfinite = {name: value for name, value in parts.items() if not np.isfinite(value)}
+    if nonfinite:
+        return ", ".join(f"`{name}` became {value}" for name, value in nonfinite.items())
+    return f"`loss` or its gradient became NaN or infinite{_describe_largest(losses)}"
 
 
-def _largest(losses: dict) -> str:
+def _describe_largest(losses: dict) -> str:
     parts = {name: value for name, value in losses.items() if name != "loss"}
     if not parts:
         return ""
     name = max(parts, key=parts.get)
-    return f" (its largest part is `{name}`, {parts[name]:.4g} in the mean of this epoch)"
+    return f" (its largest part is `{name}`, with a mean of {parts[name]:.4g} in this epoch)"
 
 
-def _advice(model) -> str:
-    optimizer = model.optimizer
+def _advice(optimizer) -> str:
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
     rate = float(keras.ops.convert_to_numpy(inner.learning_rate))
-    ways = ["a tenth of it", "a longer warm-up"]
+    remedies = ["a tenth of it", "a longer warm-up"]
     if not any((inner.clipnorm, inner.global_clipnorm, inner.clipvalue)):
-        ways.append("clipped gradients (`global_clipnorm=10` of the optimizer)")
+        remedies.append("gradient clipping (`global_clipnorm=10` of the optimizer)")
     if inner is not optimizer:
-        ways.append('"mixed_bfloat16", whose numbers reach further, instead of "mixed_float16"')
-    return f"The learning rate is {rate:.3g}: try {', '.join(ways[:-1])} or {ways[-1]}."
+        remedies.append('"mixed_bfloat16", which has a larger range than "mixed_float16"')
+    return f"The learning rate is {rate:.3g}: try {', '.join(remedies[:-1])} or {remedies[-1]}."

@@ -1,10 +1,10 @@
-"""Replicas of `tf.distribute`: how many there are, sums over them, batches without rows."""
+"""Helpers for `tf.distribute`: counting replicas, reducing over them, empty batches."""
 
 import keras
 
 
 def num_replicas() -> int:
-    """Replicas that train in step under the current `tf.distribute` strategy, else 1."""
+    """Number of replicas of the current `tf.distribute` strategy; 1 on other backends."""
     if keras.backend.backend() != "tensorflow":
         return 1
     import tensorflow as tf
@@ -13,7 +13,7 @@ def num_replicas() -> int:
 
 
 def sum_over_replicas(value):
-    """Sum of a tensor over the replicas of a `tf.distribute` strategy, inside a step."""
+    """Sums a tensor over all replicas. Call it inside a replica's step."""
     if num_replicas() == 1:
         return value
     import tensorflow as tf
@@ -22,7 +22,7 @@ def sum_over_replicas(value):
 
 
 def is_multi_worker(strategy=None) -> bool:
-    """Whether a strategy, by default the current one, spans several processes."""
+    """Whether a strategy (default: the current one) spans several processes."""
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -33,7 +33,7 @@ def is_multi_worker(strategy=None) -> bool:
 
 
 def is_chief(strategy=None) -> bool:
-    """Whether this process is the one of all workers of a strategy that writes files."""
+    """Whether this process is the worker that writes files; True with a single process."""
     if keras.backend.backend() != "tensorflow":
         return True
     import tensorflow as tf
@@ -45,8 +45,8 @@ def is_chief(strategy=None) -> bool:
     return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
 
 
-def run_everywhere(strategy, function):
-    """What a function without arguments gives on every replica, as one compiled step."""
+def run_on_replicas(strategy, function):
+    """Runs a function without arguments on every replica, as one compiled step."""
     import tensorflow as tf
 
     function = tf.autograph.experimental.do_not_convert(function)
@@ -54,23 +54,22 @@ def run_everywhere(strategy, function):
 
 
 def call_with_rows(function, x):
-    """`function(x)`, also where `x` has no rows.
+    """Calls `function(x)` with at least one row; an empty batch is padded and cut again.
 
-    TensorFlow's oneDNN convolutions give an empty batch a wrong shape: one row of zeros is sent
-    in its place, and its result is taken away again.
+    TensorFlow's oneDNN convolutions return a wrong shape for an empty batch.
 
     Args:
-        function: takes a structure of tensors, returns one, batch first in all of them.
-        x: tensors of a batch, of which there may be none.
+        function: maps a structure of tensors to another; the batch is the first axis.
+        x: tensors of a batch of any size.
 
     Returns:
-        What `function` returns, with as many rows as `x`.
+        The outputs, with as many rows as `x`.
     """
     import tensorflow as tf
 
     count = tf.shape(keras.tree.flatten(x)[0])[0]
-    lacking = tf.maximum(0, 1 - count)
+    padding = tf.maximum(0, 1 - count)
     padded = keras.tree.map_structure(
-        lambda part: tf.pad(part, [[0, lacking]] + [[0, 0]] * (len(part.shape) - 1)), x
+        lambda part: tf.pad(part, [[0, padding]] + [[0, 0]] * (len(part.shape) - 1)), x
     )
     return keras.tree.map_structure(lambda part: part[:count], function(padded))

@@ -1,6 +1,6 @@
-"""What training on several devices and machines needs beyond Keras, on `tf.distribute`.
+"""Distributed training beyond what Keras offers, on `tf.distribute`.
 
-Nothing here matters on one device, except that a gradient that is not finite becomes zeros.
+On a single device only one thing changes: non-finite gradients become zeros.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas
 
 
 def same_arguments_as(method):
-    """Decorates an override of a Keras method, which then takes the same arguments.
+    """Decorates an override of a Keras method, to take the same arguments.
 
-    The override receives those that were passed, all by keyword. `help` shows the signature of
-    Keras, and its docstring unless the override has one.
+    The override receives the arguments that were passed, all by keyword. `help` shows Keras'
+    signature, and its docstring unless the override has one.
 
     Args:
         method: the method of `keras.Model`.
@@ -33,7 +33,8 @@ def same_arguments_as(method):
         @functools.wraps(override if override.__doc__ else method)
         def wrapper(*args, **kwargs):
             arguments = signature.bind(*args, **kwargs).arguments
-            return override(**{**arguments, **arguments.pop("kwargs", {})})
+            extra = arguments.pop("kwargs", {})
+            return override(**arguments, **extra)
 
         wrapper.__signature__ = signature
         return wrapper
@@ -42,26 +43,22 @@ def same_arguments_as(method):
 
 
 class DistributedTraining:
-    """Mix-in of a `keras.Model` that trains on many devices as it would on one.
+    """Mix-in for a `keras.Model` that trains on many devices as it does on one.
 
-    With TensorFlow it changes these points of Keras 3.15; each would be better mended in
-    Keras itself:
+    With TensorFlow it changes Keras 3.15 in these points, which belong in Keras itself:
 
-    - Gradients are clipped after they are added up over the replicas. Keras clips those of
-      each replica, so that the step depends on the number of replicas.
-    - A gradient that is not finite, or whose norm is not, is replaced by zeros, so that all
-      weights stay finite, and shows as a `loss` of NaN; see `TerminateOnDivergence`. Loss
-      scaling, which skips such steps itself, is left alone.
+    - Gradients are clipped after they are summed over the replicas. Keras clips those of each
+      replica, so the step depends on the number of replicas.
+    - If a gradient or its norm is not finite, all gradients become zeros and the `loss` becomes
+      NaN; see `TerminateOnDivergence`. Loss scaling skips such steps itself and stays unchanged.
     - `fit` and `evaluate` run under `tf.distribute.MultiWorkerMirroredStrategy` (Keras issue
-      20585). Keras reduces a whole batch over the workers to learn its shapes, and takes a
-      mean over axis 0 of logs that have no axis. Here the shapes come from the dataset's
-      own description, and the logs get an axis.
-    - A replica that gets no row of a last, small batch of `evaluate` or `predict` predicts an
-      empty batch. TensorFlow's oneDNN convolution gives that a wrong shape, and the mean over
-      its rows is no number.
+      20585). Keras reduces a whole batch over the workers to learn its shapes, and averages over
+      axis 0 of logs that have no axis. Here shapes come from the dataset's element spec, and
+      logs get an axis.
+    - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
+      oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
-    A batch that the replicas cannot share evenly, and a worker that is lost, end with a
-    plain sentence.
+    Uneven batches and lost workers raise an error that names the cause.
 
     Example:
 
@@ -69,29 +66,34 @@ class DistributedTraining:
     ...     pass
     """
 
-    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
-        """As `keras.Model.fit`."""
+    @same_arguments_as(keras.Model.fit)
+    def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
         strategy = getattr(self, "_distribute_strategy", None)
         if strategy is not None:
             sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
             check_global_batch(sizes, strategy.num_replicas_in_sync)
         if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
-            kwargs["callbacks"] = [_EpochOfData(x), *_as_list(kwargs.get("callbacks"))]
-        if hasattr(x, "element_spec"):  # Keras warns that it cannot shuffle these
-            kwargs.setdefault("shuffle", False)
-        with lost_workers(strategy):
-            return super().fit(x, y, batch_size, *args, **kwargs)
+            callbacks = [_SetEpoch(x.epoch_counter), *keras.tree.flatten(callbacks or [])]
+        if hasattr(x, "element_spec"):
+            kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
+        with report_lost_workers(strategy):
+            return super().fit(x, batch_size=batch_size, callbacks=callbacks, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        """As `keras.Model.evaluate`."""
-        with lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().evaluate(x, y, *args, **kwargs)
+    @same_arguments_as(keras.Model.evaluate)
+    def evaluate(self, **kwargs):
+        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().evaluate(**kwargs)
+
+    @same_arguments_as(keras.Model.predict)
+    def predict(self, **kwargs):
+        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().predict(**kwargs)
 
     def train_step(self, *args):
-        """One step; the batch is the last argument on every backend."""
+        """Runs one step; the batch is the last argument on every backend."""
         if keras.backend.backend() != "tensorflow":
             return super().train_step(*args)
-        return self._with_axis(self._tensorflow_step(*args))
+        return self._add_worker_axis(self._tensorflow_step(*args))
 
     def _tensorflow_step(self, data):
         import tensorflow as tf
@@ -102,8 +104,8 @@ class DistributedTraining:
             loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.trainable_weights)
-        gradients = _clipped_as_one(gradients, self.optimizer)
-        gradients, loss = _finite_or_zero(gradients, loss, self.optimizer)
+        gradients = _clip_summed_gradients(gradients, self.optimizer)
+        gradients, loss = _zero_nonfinite_gradients(gradients, loss, self.optimizer)
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
         self._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch)
         if self.trainable_weights:
@@ -113,7 +115,7 @@ class DistributedTraining:
     def test_step(self, *args):
         if num_replicas() == 1:
             return super().test_step(*args)
-        return self._with_axis(self._replica_test_step(*args))
+        return self._add_worker_axis(self._replica_test_step(*args))
 
     def _replica_test_step(self, data):
         import tensorflow as tf
@@ -127,26 +129,26 @@ class DistributedTraining:
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def predict_step(self, *args):
-        """As that of Keras, also for a replica without a row."""
+        """Runs one step, also on a replica without rows."""
         if num_replicas() == 1:
             return super().predict_step(*args)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
         return call_with_rows(functools.partial(self, training=False), x)
 
     @staticmethod
-    def _with_axis(logs):
-        """Logs as Keras can take their mean over all workers: with an axis to take it over."""
+    def _add_worker_axis(logs):
+        """Adds the axis over which Keras averages the logs of all workers."""
         if not is_multi_worker():
             return logs
         return keras.tree.map_structure(lambda value: value[None], logs)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Builds what Keras builds before training, without drawing a batch for it."""
+        """Builds from the element spec, without drawing a batch."""
         if getattr(self, "_distribute_strategy", None) is None:
             return super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
             spec = iterator.data_adapter.get_tf_dataset().element_spec
-            # Of a dataset that is distributed already: what the first replica gets.
+            # A distributed dataset has one spec per replica: take the first.
             data_batch = keras.tree.map_structure(
                 lambda part: getattr(part, "_value_specs", (part,))[0], spec
             )
@@ -154,14 +156,14 @@ class DistributedTraining:
 
 
 def check_global_batch(sizes, replicas: int) -> None:
-    """Checks that replicas can share batches evenly, before a training begins.
+    """Checks that the replicas can share every batch evenly.
 
     Args:
-        sizes: numbers of rows of the batches; None is an unknown one.
+        sizes: batch sizes; None if unknown.
         replicas: number of replicas, `strategy.num_replicas_in_sync`.
 
     Raises:
-        ValueError: if one of the sizes is no multiple of `replicas`, or unknown.
+        ValueError: if a size is unknown or not a multiple of `replicas`.
 
     Example:
 
@@ -171,9 +173,8 @@ def check_global_batch(sizes, replicas: int) -> None:
         return
     if None in sizes:
         raise ValueError(
-            f"The {replicas} replicas must be able to share every batch evenly, but the number of "
-            "rows is not known beforehand. Give a tf.data.Dataset, made with "
-            "batch(..., drop_remainder=True)"
+            f"The {replicas} replicas must share every batch evenly, but the batch size is not "
+            "known beforehand. Pass a tf.data.Dataset made with batch(..., drop_remainder=True)"
         )
     uneven = [size for size in sizes if size % replicas]
     if uneven:
@@ -184,17 +185,17 @@ def check_global_batch(sizes, replicas: int) -> None:
 
 
 def batch_size_of(dataset) -> int | None:
-    """Rows of every batch of a `tf.data.Dataset`; None where the last one may be smaller."""
+    """Batch size of a `tf.data.Dataset`; None if the last batch may be smaller."""
     return keras.tree.flatten(dataset.element_spec)[0].shape[0]
 
 
 def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
-    """Numbers of rows of the batches that `fit` makes of `x`; None is an unknown one."""
+    """Batch sizes that `fit` makes of `x`; None if unknown."""
     if isinstance(x, keras.utils.PyDataset):
         last = (x.num_batches or 0) - 1
         return {len(keras.tree.flatten(x[i])[0]) for i in (0, last)} if last >= 0 else {None}
     if hasattr(x, "element_spec"):
-        # A dataset that is distributed already does not tell: see `distribute_batches`.
+        # A distributed dataset was checked by `distribute_batches`.
         import tensorflow as tf
 
         return {batch_size_of(x)} if isinstance(x, tf.data.Dataset) else set()
@@ -206,28 +207,21 @@ def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
     return {min(batch_size, rows), rows % batch_size or batch_size}
 
 
-class _EpochOfData(keras.callbacks.Callback):
-    """Keeps the epochs of training and of data together, whoever looked into the data."""
+class _SetEpoch(keras.callbacks.Callback):
+    """Sets the epoch of the data, which may have been iterated before."""
 
-    def __init__(self, batches):
+    def __init__(self, epoch_counter):
         super().__init__()
-        self.batches = batches
+        self.epoch_counter = epoch_counter
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.batches.epoch_counter.set_epoch(epoch)
+        self.epoch_counter.set_epoch(epoch)
 
 
-def _as_list(callbacks) -> list:
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+def _clip_summed_gradients(gradients: list, optimizer) -> list:
+    """Clips the sum of the gradients over the replicas; each replica returns an equal part.
 
-
-def _clipped_as_one(gradients: list, optimizer) -> list:
-    """Gradients that add up, over the replicas, to their clipped sum.
-
-    The optimizer clips what each replica brings and adds it up. Each brings the same part of
-    the clipped sum here, which is too small for the optimizer to clip again.
+    The optimizer clips each part again, without effect, and sums them up.
     """
     replicas = num_replicas()
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
@@ -249,8 +243,8 @@ def _clipped_as_one(gradients: list, optimizer) -> list:
     return [None if g is None else next(clipped) / replicas for g in gradients]
 
 
-def _finite_or_zero(gradients: list, loss, optimizer):
-    """Zeros, and a loss of NaN, where a gradient of any replica is not finite."""
+def _zero_nonfinite_gradients(gradients: list, loss, optimizer):
+    """Returns zeros and a loss of NaN if a gradient of any replica is not finite."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return gradients, loss
     import tensorflow as tf
@@ -265,14 +259,14 @@ def _finite_or_zero(gradients: list, loss, optimizer):
 
 
 @contextlib.contextmanager
-def lost_workers(strategy):
-    """Turns what TensorFlow raises when another worker is gone into one plain sentence."""
+def report_lost_workers(strategy):
+    """Raises one `RuntimeError` for the errors of TensorFlow that mean a lost worker."""
     if strategy is None or not is_multi_worker(strategy):
         yield
         return
     import tensorflow as tf
 
-    gone = (
+    lost = (
         tf.errors.UnavailableError,
         tf.errors.AbortedError,
         tf.errors.CancelledError,
@@ -281,9 +275,9 @@ def lost_workers(strategy):
     )
     try:
         yield
-    except gone as error:
+    except lost as error:
         text = " ".join(str(error).split())[-300:]
         raise RuntimeError(
-            "Another worker of this training was lost or cannot be reached. Start all workers "
-            f"again with the same command: they go on from the last checkpoint. TensorFlow: {text}"
+            "Another worker of this training was lost or cannot be reached. To resume from the "
+            f"last checkpoint, restart all workers with the same command. TensorFlow: {text}"
         ) from None

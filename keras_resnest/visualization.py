@@ -1,8 +1,7 @@
-"""Images with boxes, loss curves and precision-recall curves, drawn with matplotlib.
+"""Plots with matplotlib: images with boxes, training history, precision-recall curves.
 
-Every function returns a `matplotlib.figure.Figure` that belongs to no global state:
-a notebook shows it as the last value of a cell, `path=` writes it to a file, and it
-works without a display.
+Every function returns a `matplotlib.figure.Figure` outside pyplot's global state: a notebook shows
+it as the last value of a cell, `path=` writes it to a file, and no display is needed.
 """
 
 import colorsys
@@ -14,37 +13,20 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
+from keras_resnest.checks import check_box_dictionary, unpack_batch
 from keras_resnest.images import load_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
 GAP = 10  # pixels between the images of a grid
-MAX_LABELS = 40  # in one image; more would hide it
+MAX_LABELS = 40  # per image; more would hide it
 LABEL_PADDING = 0.2  # around the text of a label, in font sizes
 TITLE_HEIGHT = 24  # pixels above an image with a title
-FOOTER_HEIGHT = 22  # pixels below the images for the meaning of the lines
+FOOTER_HEIGHT = 22  # pixels below the images, for the legend
 
-# Strong, well separated colors that show on pale and on dark images.
-COLORS = (
-    "#e6194b",
-    "#1f77ff",
-    "#18b24b",
-    "#ff9f00",
-    "#b13ee6",
-    "#00c8d7",
-    "#f25cc8",
-    "#8a5a2b",
-    "#c6e000",
-    "#3a3aa8",
-    "#ff6f61",
-    "#00806b",
-    "#20f020",
-    "#733359",
-    "#1010ff",
-    "#006699",
-    "#e8c34a",
-    "#597300",
-    "#00ffcc",
-    "#ff2600",
+# Saturated, well separated colors that show on light and dark images.
+COLORS = bytes.fromhex(
+    "e6194b 1f77ff 18b24b ff9f00 b13ee6 00c8d7 f25cc8 8a5a2b c6e000 3a3aa8"
+    "ff6f61 00806b 20f020 733359 1010ff 006699 e8c34a 597300 00ffcc ff2600"
 )
 
 LEGEND = {"fontsize": 8, "edgecolor": "none", "framealpha": 0.8, "loc": "best"}
@@ -59,18 +41,17 @@ LOSSES = (
 
 
 def class_color(label: int) -> tuple[float, float, float]:
-    """Color of a class, red, green, blue in 0..1; the same for a label in every plot."""
-    if label < len(COLORS):
-        value = COLORS[label]
-        return tuple(int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    # Steps of the golden ratio spread any number of hues; brightness and
-    # saturation take turns, so that neighboring hues still differ.
-    step = label - len(COLORS)
+    """Returns the color of a class in all plots: red, green, blue in 0..1."""
+    if 3 * label < len(COLORS):
+        return tuple(value / 255 for value in COLORS[3 * label : 3 * label + 3])
+    # Steps of the golden ratio spread any number of hues; saturation and brightness alternate,
+    # so that similar hues still differ.
+    step = label - len(COLORS) // 3
     hue = (0.05 + 0.6180339887 * step) % 1.0
     return colorsys.hsv_to_rgb(hue, (0.95, 0.55, 0.8)[step % 3], (0.95, 0.95, 0.6)[step % 3])
 
 
-# --- Images with boxes --------------------------------------------------------------------
+# === Images with boxes ===
 
 
 def plot_detections(
@@ -89,26 +70,23 @@ def plot_detections(
 ):
     """Draws boxes with class and confidence into one image or a grid of images.
 
-    The 40 most confident boxes of each image get a label, all others only their
-    class's color.
+    The 40 most confident boxes of each image get a label, the others only a color.
 
     Args:
-        image: one image, array (H, W, 3) or (H, W), 0 to 255, or a file name; or
-            several, as a list or an array (B, H, W, 3).
-        detections: of one image a dictionary with `"boxes"` (n, 4), `"labels"` (n,)
-            and, if known, `"confidence"` (n,) and `"class_names"` (n names), as
-            `RefineDet.detect` gives it; for several images a list of these, or the
-            arrays of `predict` with images as first axis. Rows with label -1 are
-            padding.
-        class_names: names in the order of the labels; where there are none, those in
-            `detections`, else the numbers, are shown.
-        ground_truth: the true `"boxes"` and `"labels"` in the same form, drawn dashed.
-        confidence_threshold: detections below are not drawn.
+        image: one image, array (H, W, 3) or (H, W), 0 to 255, or a file name; or several, as a
+            list or an array (B, H, W, 3).
+        detections: for one image a dictionary with `"boxes"` (n, 4), `"labels"` (n,) and
+            optionally `"confidence"` (n,) and `"class_names"` (n names), as returned by
+            `RefineDet.detect`; for several images a list of these, or the arrays of `predict`
+            with images as first axis. Rows with label -1 are padding.
+        class_names: names in the order of the labels; default those in `detections`, else the
+            labels.
+        ground_truth: true `"boxes"` and `"labels"` in the same form, drawn dashed.
+        confidence_threshold: lowest confidence of the drawn detections.
         bounding_box_format: format of all boxes, in pixels of the image or `"rel_*"`.
-        columns: images side by side in a grid.
-        size: wanted length of the longer side of each image in pixels of the figure,
-            640 for one image and 400 in a grid by default. Small images are
-            enlarged by a whole factor, without blur, so that labels stay legible.
+        columns: number of columns of the grid.
+        size: longer side of each image in pixels of the figure, default 640 for one image and
+            400 in a grid. Small images are enlarged by an integer factor, without blur.
         titles: one line above each image.
         ax: matplotlib axes to draw into, for one image only.
         path: file to write, `.png`, `.pdf`, `.svg`, ...
@@ -117,7 +95,7 @@ def plot_detections(
         The `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: if images, boxes or their numbers do not fit together.
+        ValueError: if images, boxes or their numbers do not match.
 
     Example:
 
@@ -140,21 +118,20 @@ def plot_detections(
         size = size or (640 if len(images) == 1 else 400)
         title = 0 if titles is None else TITLE_HEIGHT
         footer = 0 if ground_truth is None else FOOTER_HEIGHT
-        figure, all_axes = _grid(images, columns, size, title, footer)
+        figure, all_axes = _grid([i.shape[:2] for i in images], columns, size, title, footer)
     else:
         figure, all_axes = ax.figure, [ax]
-    for number, (axes, picture) in enumerate(zip(all_axes, images, strict=True)):
-        _show_image(axes, picture, exact=ax is None)
+    for i, (axes, pixels) in enumerate(zip(all_axes, images, strict=True)):
+        _show_image(axes, pixels, exact=ax is None)
         if titles is not None:
-            axes.set_title(str(titles[number]), fontsize=9, pad=4, parse_math=False)
-        source = (class_names, bounding_box_format, picture.shape)
-        boxes, labels, texts = _select(found[number], *source, confidence_threshold)
+            axes.set_title(str(titles[i]), fontsize=9, pad=4, parse_math=False)
+        options = (class_names, bounding_box_format, pixels.shape)
+        boxes, labels, texts = _select(found[i], *options, confidence_threshold)
         _draw_boxes(axes, boxes, labels, dashed=False)
-        if truths[number] is not None:
-            _draw_boxes(axes, *_select(truths[number], *source)[:2], dashed=True)
-        most = slice(MAX_LABELS)
-        _draw_labels(axes, texts[most], boxes[most], labels[most])
-    return _finish(figure, path)
+        if truths[i] is not None:
+            _draw_boxes(axes, *_select(truths[i], *options)[:2], dashed=True)
+        _draw_labels(axes, texts[:MAX_LABELS], boxes[:MAX_LABELS], labels[:MAX_LABELS])
+    return _save(figure, path)
 
 
 def plot_dataset(
@@ -167,15 +144,15 @@ def plot_dataset(
     size: int = 320,
     path: str | os.PathLike | None = None,
 ):
-    """Draws the first images of a dataset with their boxes: the first thing to look at.
+    """Draws the first images of a dataset with their boxes.
 
     Args:
         dataset: a `tf.data.Dataset` or other iterable of `{"images", "bounding_boxes":
-            {"boxes", "labels"}}` or `(images, {"boxes", "labels"})`, batched or not; or
-            a dataset object with `.as_dataset()` and `.class_names`.
-        class_names: names in the order of the labels, by default those of the dataset.
-        rows: images one above the other.
-        columns: images side by side.
+            {"boxes", "labels"}}` or `(images, {"boxes", "labels"})`, batched or not; or an
+            object with `.as_dataset()` and `.class_names`.
+        class_names: names in the order of the labels; default those of the dataset.
+        rows: number of rows of the grid.
+        columns: number of columns.
         bounding_box_format: format of the boxes.
         size: as in `plot_detections`.
         path: file to write.
@@ -209,17 +186,10 @@ def plot_dataset(
 
 
 def _images_of(dataset):
-    """Single `(image, boxes)` pairs of batched or unbatched elements."""
+    """Yields single `(image, boxes)` pairs of batched or unbatched elements."""
     for element in dataset:
-        if isinstance(element, Mapping):
-            images, boxes = element.get("images"), element.get("bounding_boxes")
-        else:
-            images, boxes = element[:2] if isinstance(element, tuple | list) else (None, None)
-        if images is None or not isinstance(boxes, Mapping) or not {"boxes", "labels"} <= {*boxes}:
-            raise ValueError(
-                "`dataset` must yield {'images', 'bounding_boxes': {'boxes', 'labels'}} or "
-                f"(images, {{'boxes', 'labels'}}). Received: {type(element).__name__}"
-            )
+        images, boxes, _ = unpack_batch(element)
+        check_box_dictionary(boxes)
         boxes = {name: boxes[name] for name in ("boxes", "labels")}
         if len(images.shape) == 3:
             yield images, boxes
@@ -235,20 +205,15 @@ def _load_images(image) -> list[np.ndarray]:
     elif isinstance(image, str | os.PathLike):
         images = [image]
     else:
-        array = image if hasattr(image, "ndim") else np.asarray(image)
-        images = list(array) if len(array.shape) == 4 else [array]
+        array = ops.convert_to_numpy(image) if hasattr(image, "shape") else np.asarray(image)
+        images = list(array) if array.ndim == 4 else [array]
     if not images:
         raise ValueError("`image` must be at least one image. Received: an empty list")
-    return [load_image(_as_array(picture)) for picture in images]
-
-
-def _as_array(image):
-    """Tensors as arrays; paths and the rest as they are."""
-    return ops.convert_to_numpy(image) if hasattr(image, "shape") else image
+    return [load_image(ops.convert_to_numpy(i) if hasattr(i, "shape") else i) for i in images]
 
 
 def _boxes_of_images(boxes, argument: str, num_images: int) -> list[Mapping]:
-    """One dictionary per image from any of the accepted forms."""
+    """One dictionary per image, from any accepted form."""
     if isinstance(boxes, Mapping):
         missing = {"boxes", "labels"} - set(boxes)
         if missing:
@@ -270,14 +235,14 @@ def _boxes_of_images(boxes, argument: str, num_images: int) -> list[Mapping]:
 
 
 def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshold: float = 0.0):
-    """What is to be drawn, most confident first: `(boxes "xyxy", labels, texts)`."""
+    """What to draw, by decreasing confidence: `("xyxy" boxes, labels, texts)`."""
     coordinates = np.asarray(boxes["boxes"], dtype="float32").reshape(-1, 4)
     labels = np.asarray(boxes["labels"], dtype=int).reshape(-1)
     confidence, own_names = boxes.get("confidence"), boxes.get("class_names")
     for name, column in (("boxes", coordinates), ("confidence", confidence)):
         if column is not None and len(column) != len(labels):
             raise ValueError(
-                f"`{name}` and `labels` of an image must be of the same number. "
+                f"An image must have as many `{name}` as `labels`. "
                 f"Received: {len(column)} {name} and {len(labels)} labels"
             )
     if source != "xyxy":
@@ -300,31 +265,33 @@ def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshol
     return coordinates[rows], labels[rows], texts
 
 
-def _grid(images, columns: int | None, size: int, title: int, footer: int):
-    """A figure in which every image is shown pixel by pixel, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
-    shown = [_shown_size(image.shape[:2], size) for image in images]
+def _grid(shapes, columns: int | None, size: int, title: int, footer: int):
+    """A figure with axes for images of these shapes, shown pixel by pixel."""
+    columns = min(columns or int(np.ceil(np.sqrt(len(shapes)))), len(shapes))
+    shown = [_shown_size(shape, size) for shape in shapes]
     cell_width = max(width for _, width in shown)
     row_heights = [
         max(height for height, _ in shown[i : i + columns]) for i in range(0, len(shown), columns)
     ]
-    gap = GAP if len(images) > 1 else 0
+    gap = GAP if len(shapes) > 1 else 0
     width = columns * cell_width + (columns + 1) * gap
     height = sum(row_heights) + len(row_heights) * (title + gap) + gap + footer
-    # The number of pixels is rounded down, so a little more than wanted, never less.
+    # Matplotlib rounds the number of pixels down: ask for slightly more.
     full = np.array([width, height]) + 0.01
-    figure = Figure(figsize=full / DPI, dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(*full / DPI)
     if footer:
-        text = "solid: detections    dashed: ground truth"
-        place = {"horizontalalignment": "center", "verticalalignment": "center"}
-        figure.text(0.5, 0.5 * footer / height, text, fontsize=8, color="0.3", **place)
+        figure.text(
+            0.5,
+            0.5 * footer / height,
+            "solid: detections    dashed: ground truth",
+            fontsize=8,
+            color="0.3",
+            horizontalalignment="center",
+            verticalalignment="center",
+        )
     all_axes = []
-    for number, (own_height, own_width) in enumerate(shown):
-        row, column = divmod(number, columns)
+    for i, (own_height, own_width) in enumerate(shown):
+        row, column = divmod(i, columns)
         left = gap + column * (cell_width + gap) + (cell_width - own_width) // 2
         top = gap + title + sum(row_heights[:row]) + row * (title + gap)
         top += (row_heights[row] - own_height) // 2
@@ -335,14 +302,14 @@ def _grid(images, columns: int | None, size: int, title: int, footer: int):
 
 
 def _show_image(axes, image: np.ndarray, exact: bool) -> None:
-    """Fills the axes with an image, if `exact` pixel by pixel."""
+    """Fills the axes with an image, pixel by pixel if `exact`."""
     from PIL import Image
 
-    # Pixel i reaches from i to i + 1, as the continuous coordinates of the boxes say.
+    # Pixel i extends from i to i + 1, as in the coordinates of the boxes.
     extent = (0, image.shape[1], image.shape[0], 0)
     frame = axes.get_window_extent()
     shown = (round(frame.width), round(frame.height))
-    if exact and shown[0] < image.shape[1]:  # Pillow reduces without faded borders
+    if exact and shown[0] < image.shape[1]:  # Pillow does not fade the borders
         image = np.asarray(Image.fromarray(image).resize(shown, Image.Resampling.LANCZOS))
     if exact:
         axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
@@ -352,7 +319,7 @@ def _show_image(axes, image: np.ndarray, exact: bool) -> None:
 
 
 def _shown_size(shape, size: int) -> tuple[int, int]:
-    """Height and width on the figure: a whole multiple, or reduced to `size` if larger."""
+    """Height and width in the figure: an integer multiple, or reduced to `size` if larger."""
     longer = max(shape)
     if longer <= size:
         factor = round(size / longer)
@@ -364,13 +331,13 @@ def _shown_size(shape, size: int) -> tuple[int, int]:
 
 
 def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> None:
-    """Outlines in the colors of the classes, the first box on top."""
+    """Draws outlines in the colors of the classes, the first box on top."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     linewidth = 1.4 if dashed else 1.8 if len(boxes) <= MAX_LABELS else 0.9
-    # A solid line has a dark rim, a dashed one lies on a white line, so that each
-    # shows on any image, and the dashed one also upon a solid one.
+    # A dark rim around solid lines and a white one around dashed lines keep both visible on any
+    # image, and dashed lines on solid ones.
     rim = withStroke(
         linewidth=linewidth + 1.4, foreground=(1, 1, 1, 0.9) if dashed else (0, 0, 0, 0.35)
     )
@@ -389,10 +356,10 @@ def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> No
 
 
 def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) -> None:
-    """Writes each text at a corner of its box, where it hides the fewest other texts."""
-    axes.apply_aspect()  # so that data and figure coordinates fit together
+    """Writes each text at the corner of its box where it hides least of the other texts."""
+    axes.apply_aspect()  # updates transData
     to_figure, bounds = axes.transData, axes.get_window_extent()
-    placed = np.zeros((0, 4))  # left, bottom, right, top in pixels of the figure, y upwards
+    placed = np.zeros((0, 4))  # left, bottom, right, top in pixels, y upwards
     for text, box, label in zip(texts, boxes, labels, strict=True):
         color = class_color(int(label))
         brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
@@ -422,7 +389,7 @@ def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) 
 
 
 def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) -> np.ndarray:
-    """Lower left corner of a text of a box, all in pixels of the figure, y upwards."""
+    """Lower left corner for the text of a box; all in pixels of the figure, y upwards."""
     width, height = size
     xs = np.array([left, left, left, left, right - width, right - width, right - width])
     ys = np.array([top, top - height, bottom - height, bottom, top, top - height, bottom])
@@ -433,30 +400,28 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
         across = np.minimum(xs + width, other[2]) - np.maximum(xs, other[0])
         down = np.minimum(inside + height, other[3]) - np.maximum(inside, other[1])
         hidden += np.maximum(across, 0) * np.maximum(down, 0)
-    # Places outside the image last; of equally good ones the first.
+    # Places outside the image come last; ties go to the first.
     cost = hidden + width * height * (np.abs(inside - ys) > 1)
     best = int(np.argmin(cost))
     return np.array([xs[best], inside[best]])
 
 
-# --- Curves ---------------------------------------------------------------------------------
+# === Curves ===
 
 
 def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: bool = False):
     """Draws the losses of a training and, beside them, the average precision.
 
-    Training losses are solid, validation losses dashed. `val_mAP...` is a thick line,
-    `val_AP.../<class name>` are thin ones. Epochs without a value (None or nan) are
-    skipped.
+    Training losses are solid, validation losses dashed; `val_mAP...` is thick and
+    `val_AP.../<class name>` thin. Epochs without a value (None or nan) are skipped.
 
     Args:
-        history: what `model.fit` returns, a dictionary of lists (with an optional list
-            `"epoch"`, counted from 0), a `DetectionEvaluation` callback, or a list of
-            these. A Keras `History` does not know in which epochs a value that was not
-            computed in every epoch belongs; such values are spread evenly up to the
-            last epoch. `[history, evaluation]` sets them at the right epochs.
+        history: the result of `model.fit`, a dictionary of lists (optionally with `"epoch"`,
+            from 0), a `DetectionEvaluation` callback, or a list of these. A Keras `History` does
+            not store the epochs of values that are computed in some epochs only: they are spread
+            evenly up to the last epoch. `[history, evaluation]` places them correctly.
         path: file to write.
-        log_scale: logarithmic axis for the losses.
+        log_scale: whether the axis of the losses is logarithmic.
 
     Returns:
         The `matplotlib.figure.Figure`.
@@ -481,7 +446,7 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
             f"`history` must hold losses ({', '.join(LOSSES)}) or val_mAP values. "
             f"Received: {', '.join(curves) or 'no values'}"
         )
-    figure = _figure(6.4 * len(panels), 4.2)
+    figure = _new_figure(6.4 * len(panels), 4.2, layout="constrained")
     for number, names in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         if names is losses:
@@ -491,22 +456,22 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
         axes.set_xlabel("epoch")
         axes.margins(x=0.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _clean(axes)
-    return _finish(figure, path)
+        _style_axes(axes)
+    return _save(figure, path)
 
 
 def plot_precision_recall(
     result, path: str | os.PathLike | None = None, *, iou_threshold: float | None = None
 ):
-    """Draws precision over recall of every class that has objects.
+    """Draws precision over recall of every class with objects.
 
-    The solid line is the highest precision at this or any higher recall, of which
-    the average precision is the area; the faint one is the measured precision.
+    The solid line is the highest precision at this or any higher recall, whose area is the
+    average precision; the faint line is the measured precision.
 
     Args:
         result: an `AveragePrecision`.
         path: file to write.
-        iou_threshold: which of the thresholds of `result`, if it has several.
+        iou_threshold: one of the thresholds of `result`; required if it has several.
 
     Returns:
         The `matplotlib.figure.Figure`.
@@ -516,7 +481,7 @@ def plot_precision_recall(
     >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
     """
     per_class = result.per_class(iou_threshold)
-    figure = _figure(6.4, 4.8)
+    figure = _new_figure(6.4, 4.8, layout="constrained")
     axes = figure.add_subplot()
     for label, (name, numbers) in enumerate(per_class.items()):
         if numbers["average_precision"] is None:
@@ -524,7 +489,7 @@ def plot_precision_recall(
         curve = result.curve(name, iou_threshold)
         recall, precision = curve["recall"], curve["precision"]
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        last = recall[-1:]  # beyond the highest recall precision is 0
+        last = recall[-1:]  # precision is 0 beyond the highest recall
         axes.plot(
             np.concatenate([[0.0], recall, last]),
             np.concatenate([envelope[:1] if len(envelope) else [0.0], envelope, 0 * last]),
@@ -539,21 +504,21 @@ def plot_precision_recall(
     mean = result.at(threshold).mAP
     mean = "undefined, no objects" if np.isnan(mean) else f"{mean:.3f}"
     axes.set_title(f"IoU {threshold:g}: mAP {mean}", fontsize=10, loc="left")
-    _clean(axes)
+    _style_axes(axes)
     num_curves = len(axes.get_legend_handles_labels()[0])
     if num_curves:
         figure.legend(
             loc="outside right upper", fontsize=8, frameon=False, ncols=-(-num_curves // 24)
         )
-    return _finish(figure, path)
+    return _save(figure, path)
 
 
 def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{name: (epochs counted from 1, values)}` of one of the accepted histories."""
+    """`{name: (epochs from 1, values)}` of one history, in any accepted form."""
     values = getattr(part, "history", part)
     if not isinstance(values, Mapping):
         raise ValueError(
-            "`history` must be what `model.fit` returns or a dictionary of lists. "
+            "`history` must be the result of `model.fit` or a dictionary of lists. "
             f"Received: {type(part).__name__}"
         )
     series = {
@@ -566,7 +531,7 @@ def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     epochs = np.asarray(list(given)) + 1
     curves = {}
     for name, column in series.items():
-        # With fewer values than epochs they are spread evenly, the last at the end.
+        # Spread fewer values than epochs evenly, the last one at the end.
         at = np.ceil((np.arange(len(column)) + 1) * len(epochs) / max(len(column), 1)) - 1
         known = ~np.isnan(column)
         if known.any():
@@ -575,15 +540,16 @@ def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _draw_losses(axes, curves, losses, log_scale: bool) -> None:
+    dashes = (0, (4, 2))
     for name in losses:
         color = "black" if name == "loss" else class_color(LOSSES.index(name) - 1)
-        label = name  # once, for the solid and the dashed line
-        for prefix, linestyle in (("", "solid"), ("val_", (0, (4, 2)))):
+        label = name  # only once, not for the dashed line too
+        for prefix, linestyle in (("", "solid"), ("val_", dashes)):
             if prefix + name in curves:
                 _draw_curve(axes, curves[prefix + name], label, color, linestyle)
                 label = None
     if any(f"val_{name}" in curves for name in losses):
-        axes.plot([], [], color="0.4", linestyle=(0, (4, 2)), label="validation")
+        axes.plot([], [], color="0.4", linestyle=dashes, label="validation")
     axes.set_ylabel("loss")
     axes.set_yscale("log" if log_scale else "linear")
     axes.legend(**LEGEND)
@@ -591,7 +557,7 @@ def _draw_losses(axes, curves, losses, log_scale: bool) -> None:
 
 def _draw_precisions(axes, curves, means, classes) -> None:
     for label, name in enumerate(classes):
-        # More names than this would hide the curves.
+        # More than 10 names would hide the curves.
         shown = name.split("/", 1)[1] if len(classes) <= 10 else None
         _draw_curve(axes, curves[name], shown, class_color(label), "solid", linewidth=1.0)
     for name, linestyle in zip(means, itertools.cycle(["solid", "dashed", "dotted"]), strict=False):
@@ -601,38 +567,29 @@ def _draw_precisions(axes, curves, means, classes) -> None:
 
 
 def _draw_curve(axes, curve, label, color, linestyle, linewidth: float = 1.6) -> None:
-    epochs, values = curve
-    marker = "o" if len(epochs) <= 20 else None  # a single point would not show as a line
-    axes.plot(
-        epochs,
-        values,
-        label=label,
-        color=color,
-        linestyle=linestyle,
-        linewidth=linewidth,
-        marker=marker,
-        markersize=3,
-    )
+    marker = "o" if len(curve[0]) <= 20 else None  # makes a single point visible
+    style = {"color": color, "linestyle": linestyle, "linewidth": linewidth}
+    axes.plot(*curve, label=label, marker=marker, markersize=3, **style)
 
 
-def _figure(width: float, height: float):
+def _new_figure(width: float, height: float, **options):
+    """A figure of this size in inches, without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", **options)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _clean(axes) -> None:
+def _style_axes(axes) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure, path):
+def _save(figure, path):
     if path is not None:
-        folder = os.path.dirname(os.fspath(path))
-        os.makedirs(folder or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
         figure.savefig(path, dpi=figure.dpi)
     return figure

@@ -1,8 +1,8 @@
-"""Program of the tests of distribution: five SGD steps on fixed batches, weights to a file.
+"""Program of test_distribution: five SGD steps on fixed batches, weights to a file.
 
     python tests/distributed_training.py OUTPUT --model detector --batch-norm frozen --replicas 2
 
-With TF_CONFIG set it is one worker of several.
+With TF_CONFIG set, it is one of several workers.
 """
 
 import argparse
@@ -14,11 +14,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from detectors import rectangles, small_detector
+from detectors import CLASS_NAMES, rectangles, small_detector
 
 from keras_resnest.backbones import ResNet
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.training.callbacks import ResumeTraining
+from keras_resnest.training.strategies import distribute_batches
 
 STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
 
@@ -61,7 +62,7 @@ def classifier(batch_norm: str):
 
 
 def batches(kind: str):
-    """The second half of every batch, so the last replicas, has no objects."""
+    """The second half of every batch, which the last replicas get, has no objects."""
     images, truth = rectangles(STEPS * GLOBAL_BATCH, SHAPE, objects=2)
     if kind == "classifier":
         return tf.data.Dataset.from_tensor_slices((images, truth["labels"][:, 0])).batch(
@@ -74,8 +75,26 @@ def batches(kind: str):
     )
 
 
+def check_classes_of_distributed_batches(model):
+    """`distribute_batches` keeps the class names of the data, so `fit` compares them."""
+
+    def make_batches(num_workers, worker, batch_size):
+        data = batches("detector").unbatch().shard(num_workers, worker)
+        data = data.batch(batch_size, drop_remainder=True)
+        data.class_names = [*CLASS_NAMES[1:], "black"]
+        return data
+
+    data = distribute_batches(model.distribute_strategy, make_batches, GLOBAL_BATCH)
+    try:
+        model.fit(data, verbose=0)
+    except ValueError as error:
+        assert "same classes" in str(error), error
+    else:
+        raise AssertionError("fit accepted data of other classes")
+
+
 class Kill(keras.callbacks.Callback):
-    """SIGKILL of the second worker at a step."""
+    """Sends SIGKILL to the second worker at a step."""
 
     def __init__(self, step):
         super().__init__()
@@ -92,6 +111,8 @@ def train(arguments, strategy) -> dict:
         model = {"detector": detector, "classifier": classifier}[arguments.model](
             arguments.batch_norm
         )
+    if arguments.model == "detector" and "TF_CONFIG" in os.environ:
+        check_classes_of_distributed_batches(model)
     callbacks = [Kill(arguments.kill_at)]
     if arguments.checkpoint:
         callbacks.append(ResumeTraining(arguments.checkpoint))

@@ -1,4 +1,4 @@
-"""Program of the tests of resuming: trains a small detector, or is killed in the middle.
+"""Program of test_resume: trains a small detector, and kills itself if told to.
 
 python tests/resumable_training.py FOLDER OUTPUT.npz --kill-at 7
 """
@@ -21,7 +21,7 @@ EPOCHS, SHAPE = 3, (64, 128, 3)
 
 
 class Kill(keras.callbacks.Callback):
-    """SIGKILL: nothing can be tidied up."""
+    """Sends SIGKILL, which allows no cleanup."""
 
     def __init__(self, step):
         super().__init__()
@@ -49,7 +49,7 @@ def main():
     )
     augmentation = TrainingAugmentation(SHAPE, flip=RandomFlip(), expand=None)
     batches = training_batches(data, SHAPE, 2, augmentation, seed=5)
-    # Random numbers inside of the network must come back too.
+    # The random numbers of DropBlock must be restored too.
     model = small_detector(SHAPE, backbone=small_backbone(dropblock_rate=0.2))
     model.compile(steps_per_execution=arguments.steps_per_execution)
     resume = ResumeTraining(arguments.folder, every_steps=arguments.every_steps)

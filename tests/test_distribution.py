@@ -1,5 +1,6 @@
-"""Many devices and many processes train what one device trains."""
+"""Training on many devices and processes equals training on one device."""
 
+import inspect
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnest import trainer as distribution
+from keras_resnest import trainer
 from keras_resnest.cli.workers import free_addresses
 
 PROGRAM = Path(__file__).with_name("distributed_training.py")
@@ -37,7 +38,7 @@ def run(*arguments, config=None, wait=True):
 
 
 def run_workers(count, *arguments, outputs):
-    """Return codes and printed texts of workers that run side by side."""
+    """Return codes and outputs of workers that run in parallel."""
     addresses = free_addresses(count)
     processes = [
         run(
@@ -74,68 +75,15 @@ def assert_same_training(one, many):
     ],
 )
 def test_replicas_train_as_one_device(tmp_path, model, batch_norm, replicas):
-    """In the detector's batches the last replicas have no object."""
+    """In the detector's batches the last replicas have no objects."""
     run(tmp_path / "w", "--model", model, "--batch-norm", batch_norm, "--replicas", 1, *replicas)
     for count in replicas:
         assert_same_training(tmp_path / "w_1.npz", tmp_path / f"w_{count}.npz")
 
 
-CLIPPING = """
-import sys
-import keras, numpy as np, tensorflow as tf
-from keras_resnest.training.strategies import DistributedTraining
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
-
-class Model(DistributedTraining, keras.Model):
-    pass
-
-x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
-y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
-y[4:] *= 9  # the second replica has the larger gradient
-
-def weights(strategy, scaled, **clipping):
-    with strategy.scope():
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((3,))
-        model = Model(inputs, keras.layers.Dense(2)(inputs))
-        optimizer = keras.optimizers.SGD(1.0, **clipping)
-        if scaled:
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
-        model.compile(optimizer, "mse", jit_compile=False)
-    start = model.get_weights()
-    model.fit(tf.data.Dataset.from_tensors((x, y)).unbatch().batch(8, True), verbose=0)
-    gradient = [a - b for a, b in zip(start, model.get_weights())]
-    return start, gradient
-
-def truth(start, clipping):
-    "The gradient of the mean over the global batch by hand, then clipped."
-    kernel, bias = start
-    error = 2.0 * (x @ kernel + bias - y) / y.size
-    g = [x.T @ error, error.sum(axis=0)]
-    (kind, limit), = clipping.items()
-    if kind == "clipvalue":
-        return [np.clip(v, -limit, limit) for v in g]
-    norms = [np.linalg.norm(v) for v in g]
-    if kind == "global_clipnorm":
-        norms = [np.linalg.norm(norms)] * 2
-    assert min(norms) > limit
-    return [v * limit / n for v, n in zip(g, norms)]
-
-for clipping in ({"clipnorm": 0.05}, {"global_clipnorm": 0.05}, {"clipvalue": 0.02}):
-    for strategy in (tf.distribute.get_strategy(), two):
-        for scaled in (False, True):
-            start, gradient = weights(strategy, scaled, **clipping)
-            for got, want in zip(gradient, truth(start, clipping)):
-                np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str((clipping, scaled)))
-"""
-
-
-def test_gradients_are_clipped_after_they_are_added_up():
-    """Against the formula; every kind of clipping, with and without loss scaling."""
-    done = subprocess.run([sys.executable, "-c", CLIPPING], capture_output=True, text=True)
+def test_gradients_are_clipped_after_they_are_summed():
+    program = PROGRAM.with_name("clipped_gradients.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -150,8 +98,8 @@ def test_two_processes_train_as_one(tmp_path, model):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "detector"])
-def test_a_replica_without_a_row_is_no_matter(kind):
-    """`evaluate`, `predict` and validation on two replicas give what they give on one device."""
+def test_replicas_may_receive_no_rows(kind):
+    """`evaluate`, `predict` and validation on two replicas equal those on one device."""
     program = PROGRAM.with_name("uneven_batches.py")
     done = subprocess.run([sys.executable, str(program), kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -159,7 +107,7 @@ def test_a_replica_without_a_row_is_no_matter(kind):
 
 
 class Batches(keras.utils.PyDataset):
-    """Of 8, 8 and `last` rows."""
+    """Batches of 8, 8 and `last` rows."""
 
     def __init__(self, last):
         super().__init__()
@@ -195,17 +143,58 @@ TEN = np.zeros((10, 3), "float32")
     ],
 )
 def test_batches_that_two_replicas_cannot_share(data, batch_size, split, message):
-    sizes = distribution._batch_sizes(data, batch_size, split)
-    distribution.check_global_batch(sizes, 1)
+    sizes = trainer._batch_sizes(data, batch_size, split)
+    trainer.check_global_batch(sizes, 1)
     if message is None:
-        distribution.check_global_batch(sizes, 2)
+        trainer.check_global_batch(sizes, 2)
         return
     with pytest.raises(ValueError, match=message):
-        distribution.check_global_batch(sizes, 2)
+        trainer.check_global_batch(sizes, 2)
 
 
-def test_a_worker_says_for_whom_it_waits():
-    """The other one never comes, and TensorFlow would wait in silence."""
+class Model(trainer.DistributedTraining, keras.Model):
+    """The trainer without a detector."""
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_signatures_are_those_of_keras(method):
+    own = inspect.signature(getattr(Model, method)).parameters
+    assert list(own.values()) == list(
+        inspect.signature(getattr(keras.Model, method)).parameters.values()
+    )
+
+
+class EpochCounter:
+    """Records the epochs that `fit` sets."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+def test_positional_arguments():
+    """The sixth argument of `fit` is `callbacks`, to which the trainer adds its own."""
+    inputs = keras.Input((3,))
+    model = Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    batches = ROWS.batch(8)
+    batches.epoch_counter = EpochCounter()
+    seen = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))
+    model.fit(batches, None, None, 3, 0, [callback], 0.0, None, True, None, None, 1)
+    assert seen == [1, 2] and batches.epoch_counter.epochs == [1, 2]
+    model.fit(TEN, TEN[:, :1], 2, 1, 0, callback)
+    assert seen == [1, 2, 0]
+    history = model.fit(TEN, TEN[:, :1], verbose=0, validation_data=(TEN, TEN[:, :1])).history
+    assert set(history) == {"loss", "val_loss"}  # Keras passes an extra argument to `evaluate`
+    loss = model.evaluate(TEN, TEN[:, :1], 5, 0)
+    assert loss == pytest.approx(np.mean(model.predict(TEN, 3, 0) ** 2), abs=1e-6)
+
+
+def test_a_worker_prints_for_whom_it_waits():
+    """The other worker never starts; TensorFlow would wait silently."""
     addresses = free_addresses(2)
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
     code = "import keras_resnest as kr; kr.training.create_strategy()"
@@ -221,10 +210,10 @@ def test_a_worker_says_for_whom_it_waits():
     finally:
         process.kill()
         process.wait()
-    assert "Waiting until all workers are there" in line and addresses[1] in line
+    assert "Waiting for all workers" in line and addresses[1] in line
 
 
-def test_a_lost_worker_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):
+def test_a_lost_worker_ends_the_run_which_resumes_from_its_checkpoint(tmp_path):
     options = ["--model", "classifier", "--epochs", 2]
     run(tmp_path / "w", *options, "--replicas", 1)
     outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]

@@ -1,10 +1,11 @@
-"""A training ends with a sentence, and finite weights, before NaN is in them."""
+"""Training stops with an explanation, and with finite weights, when it diverges."""
 
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -17,16 +18,16 @@ from keras_resnest.trainer import DistributedTraining
 from keras_resnest.training.callbacks import TerminateOnDivergence
 
 needs_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="gradients are mended on TensorFlow alone"
+    keras.backend.backend() != "tensorflow", reason="gradients are checked on TensorFlow only"
 )
 
 
 class Network(DistributedTraining, keras.Model):
-    """Of DistributedTraining, without a detector around it."""
+    """The training step without a detector."""
 
 
 def linear(optimizer, **compile_options):
-    """y = w * x, with w = 1 at first; the loss is the squared error."""
+    """y = w * x, starting from w = 1; the loss is the squared error."""
     x = keras.Input((1,))
     dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
     model = Network(x, dense(x))
@@ -47,7 +48,7 @@ def weights_are_finite(model):
 def test_an_infinite_gradient_leaves_the_last_finite_weights(tmp_path):
     path = tmp_path / "new folder" / "last.weights.h5"
     model = linear(keras.optimizers.SGD(0.25))
-    # Step 1: w = 1 - 0.25 * 2 * (1 * 1 - 3) * 1 = 2. Step 2: 2e20 squared is no float32.
+    # Step 1: w = 1 - 0.25 * 2 * (1 * 1 - 3) * 1 = 2. Step 2: 2e20 squared overflows float32.
     with pytest.raises(FloatingPointError) as error:
         fit(model, [1, 1e20, 1], [3, 0, 3], TerminateOnDivergence(path))
     assert model.get_weights()[0].item() == 2.0
@@ -60,7 +61,7 @@ def test_an_infinite_gradient_leaves_the_last_finite_weights(tmp_path):
 
 @needs_tensorflow
 def test_a_finite_loss_with_an_infinite_gradient_is_reported():
-    # The loss is 1e36; the derivative for w, 2 * 1e18 * 1e18 * 1e3, is beyond float32.
+    # The loss is 1e36; its derivative by w, 2 * 1e18 * 1e18 * 1e3, overflows float32.
     x = keras.Input((1,))
     inner = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")(x)
     model = Network(x, inner * 1e3 - x * 999.0)
@@ -70,7 +71,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_reported():
             data = np.full((1, 1), pixel, "float32")
             guard = [TerminateOnDivergence()]
             model.fit(data, data * 0, epochs=epoch + 1, initial_epoch=epoch, callbacks=guard)
-    assert "clip" not in str(e.value)  # it is clipped already
+    assert "clip" not in str(e.value)  # already clipped
     assert model.get_weights()[0].item() == 1.0
 
 
@@ -84,7 +85,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_reported():
     ],
     ids=["plain", "clipvalue", "global_clipnorm"],
 )
-def test_a_training_that_explodes_stops_with_finite_weights(optimizer):
+def test_exploding_training_stops_with_finite_weights(optimizer):
     model = linear(optimizer)
     ones = np.ones(400)
     with pytest.raises(FloatingPointError, match="The model holds the last finite weights"):
@@ -93,19 +94,19 @@ def test_a_training_that_explodes_stops_with_finite_weights(optimizer):
 
 
 @needs_tensorflow
-def test_a_weight_out_of_range_stops_the_detector(tmp_path):
+def test_huge_weights_stop_the_detector(tmp_path):
     path = tmp_path / "last.weights.h5"
     model = small_detector((64, 64, 3))
     model.compile(keras.optimizers.SGD(1e-3))
     kernel = model.get_layer("arm").box_convolutions[0].kernel
-    kernel.assign(kernel * 0 + 1e30)  # its offsets make a loss of infinity, or gradients of it
+    kernel.assign(kernel * 0 + 1e30)  # its offsets make the loss or its gradients infinite
     stem = next(w for w in model.backbone.trainable_variables if w.name == "kernel")
-    stem.assign(stem * 0 + 3e37)  # so do sums in the first batch normalization
+    stem.assign(stem * 0 + 3e37)  # so do the sums in the first batch normalization
     before = model.get_weights()
     images, truth = rectangles(2, (64, 64, 3), objects=1)
     with pytest.raises(FloatingPointError) as error:
         model.fit(images, truth, verbose=0, callbacks=[TerminateOnDivergence(path)])
-    # Which of both it is depends on the order in which the processor adds.
+    # Which of the two depends on the order in which the processor adds.
     assert re.search("_loss` became|`loss` or its gradient became .*_loss`", str(error.value))
     for part in ("at step 1 of epoch 1", "learning rate is 0.001", str(path)):
         assert part in str(error.value)
@@ -122,18 +123,17 @@ def test_a_weight_out_of_range_stops_the_detector(tmp_path):
 
 
 def losses_of(curve, guard, epochs=1, **compile_options):
-    """Runs a training whose losses are those of `curve`: w stays 1, x = 0, y is their root."""
+    """Trains so that the losses are those of `curve`: w stays 1, x = 0, y is their root."""
     model = linear(keras.optimizers.SGD(0.0), **compile_options)
     return fit(model, np.zeros(len(curve)), np.sqrt(curve), guard, epochs)
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 5])
 @pytest.mark.parametrize(
-    "low, first_high, stops_at",
+    "low, first_high, stops_at, steps_per_execution",
     [
-        (12.0, 200, 250),  # half of the last 100 steps are above 120
-        (12.0, 5, 100),  # not before 100 steps were seen
-        (0.0, 200, 250),
+        (12.0, 200, 250, 1),  # half of the last 100 steps are above 120
+        (12.0, 5, 100, 1),  # not before step 100
+        (0.0, 200, 250, 5),
     ],
 )
 def test_a_loss_that_stays_high_stops(low, first_high, stops_at, steps_per_execution):
@@ -150,19 +150,19 @@ STEPS = np.arange(300)
     "curve",
     [
         pytest.param(np.zeros(300), id="no objects at all"),
-        pytest.param(np.where(STEPS < 150, 0.0, 60.0), id="images without objects come first"),
+        pytest.param(np.where(STEPS < 150, 0.0, 60.0), id="images without objects first"),
         pytest.param(np.minimum(1e-3 * 1.05**STEPS, 30.0), id="fine-tuning with a warm-up"),
         pytest.param(np.where(STEPS % 100 < 40, 1e6, 5.0), id="peaks it recovers from"),
         pytest.param(np.where(STEPS == 150, 1e12, 5.0), id="one wild batch"),
         pytest.param(1e5 / (1 + STEPS), id="a bad start"),
     ],
 )
-def test_a_training_that_may_recover_goes_on(curve):
+def test_training_that_may_recover_continues(curve):
     history = losses_of(curve, TerminateOnDivergence(), epochs=2).history["loss"]
     np.testing.assert_allclose(history, np.mean(curve), rtol=1e-3)
 
 
-def test_growth_is_looked_for_across_epochs_and_can_be_switched_off():
+def test_growth_is_checked_across_epochs_and_can_be_disabled():
     curve = [20.0] + 29 * [900.0]
     with pytest.raises(FloatingPointError, match="at step 10 of epoch 4"):
         losses_of(curve, TerminateOnDivergence(), epochs=5)
@@ -170,7 +170,7 @@ def test_growth_is_looked_for_across_epochs_and_can_be_switched_off():
     losses_of(curve, TerminateOnDivergence(max_growth=50), epochs=5)
 
 
-def test_a_metric_that_is_no_number_stops_nothing():
+def test_a_metric_of_nan_does_not_stop_training():
     def undefined(y, y_pred):
         return keras.ops.sum(y_pred) * float("nan")
 
@@ -201,7 +201,7 @@ def test_extreme_boxes_stay_finite_with_their_gradients():
             decode_boxes(np.full((3, 4), offset, "float32"), anchors)
         )
         assert np.isfinite(boxes).all()
-        center = 16 + offset * 0.1 * 32  # the size: 62.5 times the anchor's, or nothing
+        center = 16 + offset * 0.1 * 32  # the size is 62.5 times the anchor's, or 0
         side = 32 * 62.5 if offset > 0 else 0.0
         want = [center - side / 2] * 2 + [center + side / 2] * 2
         np.testing.assert_allclose(boxes[0], want, rtol=1e-5)
@@ -211,20 +211,32 @@ def test_extreme_boxes_stay_finite_with_their_gradients():
     np.testing.assert_allclose(offsets[0, 0, 2:], np.log(1e-5) / 0.2, rtol=1e-5)
 
 
-# === Other backends ===
+# === Threads and backends ===
 
-PROGRAM = """
-import keras, numpy as np
-from keras_resnest.training.callbacks import TerminateOnDivergence
-layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
-model = keras.Sequential([keras.Input((1,)), layer])
-model.compile(keras.optimizers.SGD(0.25), "mse")
-x = np.array([[1.0], [1e20], [1.0]], "float32")
-try:
-    model.fit(x, x, batch_size=1, shuffle=False, verbose=0, callbacks=[TerminateOnDivergence()])
-except FloatingPointError as error:
-    print(keras.backend.backend(), error)
-"""
+
+def end_step_in_a_thread(guard, batch, loss):
+    thread = threading.Thread(target=guard.on_train_batch_end, args=(batch, {"loss": loss}))
+    thread.start()
+    thread.join()
+
+
+def test_steps_reported_by_other_threads_in_any_order():
+    """As Keras dispatches callbacks on JAX. Only the training thread touches the model."""
+    guard = TerminateOnDivergence(patience=4)
+    guard.set_model(linear("sgd"))
+    guard.on_train_begin()
+    for batch in (2, 0, 1):
+        end_step_in_a_thread(guard, batch, 1.0)
+    guard.on_train_batch_begin(3)
+    for batch in (4, 3, 5):
+        end_step_in_a_thread(guard, batch, float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 4 of epoch 1"):
+        guard.on_train_batch_begin(6)
+    guard.on_train_begin()
+    for batch in (0, 9, 5):  # running means: the losses of the steps are 1, then 1000
+        end_step_in_a_thread(guard, batch, (1.0 + batch * 1000.0) / (batch + 1))
+    with pytest.raises(FloatingPointError, match=r"from 1 at .* to 1000, .* at step 10 of epoch 1"):
+        guard.on_epoch_end(0)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -232,13 +244,9 @@ def test_stops_on_other_backends(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
+    program = Path(__file__).with_name("diverging_training.py")
     printed = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        check=True,
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
+        [sys.executable, str(program)], check=True, env=environment, capture_output=True, text=True
     ).stdout
     assert f"{backend} Training stopped: `loss` or its gradient became NaN" in printed
     assert "at step 2 of epoch 1" in printed and "go back to the last checkpoint" in printed

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import keras_resnest as kr
-from keras_resnest.training.recipes import RECIPES, AdamW, LinearWarmup, Recipe, SGDWithL2
+from keras_resnest.training.optimizers import AdamW, LinearWarmup, SGDWithL2
+from keras_resnest.training.recipes import RECIPES, Recipe
 
 
 def rates(recipe, steps):
@@ -16,7 +17,7 @@ def rates(recipe, steps):
     return np.array([float(schedule(step)) for step in steps])
 
 
-# --- Schedules -------------------------------------------------------------------------------
+# === Schedules ===
 
 
 def test_refinedet_rates_by_the_scripts_numbers():
@@ -62,7 +63,19 @@ def test_resnest_rates_by_the_authors_formula(batch_size):
     assert float(recipe.learning_rate_schedule()(total)) == pytest.approx(0.0, abs=1e-8)
 
 
-def test_final_share_is_the_last_rate():
+def test_detector_from_scratch_by_the_formula():
+    """AdamW, a twentieth of all steps of warm-up, then a cosine to 1 %; clipped at norm 10."""
+    recipe = RECIPES["detector_from_scratch"]
+    recipe = dataclasses.replace(recipe, learning_rate=4e-3, batch_size=16).scaled(16, 100, 12)
+    optimizer = recipe.optimizer()
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, decay_steps=1140, alpha=0.01, warmup_target=4e-3, warmup_steps=60
+    )
+    expected = AdamW(schedule, weight_decay=0.05, global_clipnorm=10.0, name=optimizer.name)
+    assert optimizer.get_config() == expected.get_config()
+
+
+def test_final_ratio_is_the_last_rate():
     recipe = RECIPES["detector_from_scratch"].scaled(8, steps_per_epoch=10)
     assert rates(recipe, [30, 600]) == pytest.approx([1e-3, 1e-5], rel=1e-5)
 
@@ -99,7 +112,7 @@ def test_other_epochs_compress_in_proportion():
     assert voc.boundaries == (round(24 * 517 * 2 / 3), round(24 * 517 * 5 / 6))
 
 
-def test_tiny_trainings_have_a_schedule():
+def test_trainings_of_one_step_have_a_schedule():
     for recipe in RECIPES.values():
         scaled = recipe.scaled(4, steps_per_epoch=1, epochs=1)
         assert (scaled.duration, scaled.epochs) == (1, 1)
@@ -115,7 +128,7 @@ def test_schedules_survive_saving():
         assert [float(again(s)) for s in steps] == [float(schedule(s)) for s in steps]
 
 
-# --- What goes wrong -------------------------------------------------------------------------
+# === Errors ===
 
 
 @pytest.mark.parametrize(
@@ -129,14 +142,14 @@ def test_schedules_survive_saving():
         ({"algorithm": "lion"}, "`algorithm`"),
     ],
 )
-def test_impossible_recipes(change, words):
+def test_invalid_recipes(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(RECIPES["refinedet_voc"], **change)
 
 
-def test_what_scaling_needs():
+def test_arguments_of_scaled():
     imagenet = RECIPES["resnest_imagenet"]
-    with pytest.raises(ValueError, match="`steps_per_epoch` or `dataset_size`"):
+    with pytest.raises(ValueError, match="`steps_per_epoch` or `dataset_size` is required"):
         imagenet.scaled(64)
     with pytest.raises(ValueError, match="Only one of"):
         imagenet.scaled(64, steps_per_epoch=3, dataset_size=3)
@@ -144,16 +157,16 @@ def test_what_scaling_needs():
         imagenet.scaled(0, steps_per_epoch=3)
     with pytest.raises(ValueError, match="use `scaled"):
         imagenet.optimizer()
-    with pytest.raises(ValueError, match="was not told"):
+    with pytest.raises(ValueError, match="needs the `steps_per_epoch`"):
         _ = RECIPES["refinedet_voc"].epochs
     with pytest.raises(ValueError, match="`warmup_steps`"):
         LinearWarmup(keras.optimizers.schedules.ExponentialDecay(1.0, 2, 0.5), 0)
 
 
-# --- Networks --------------------------------------------------------------------------------
+# === Networks ===
 
 
-def test_what_differs_for_single_networks():
+def test_values_of_single_networks():
     recipe = RECIPES["resnest_imagenet"]
     sizes = {name: recipe.for_network(f"ResNeSt{name}").crop_size for name in (50, 101, 200, 269)}
     assert sizes == {50: 224, 101: 256, 200: 320, 269: 416}
@@ -168,7 +181,7 @@ def test_what_differs_for_single_networks():
         recipe.network_arguments("resnest51")
 
 
-def test_a_network_of_the_recipe_drops_blocks_late_and_starts_as_its_shortcuts():
+def test_network_arguments_set_dropblock_and_zero_gammas():
     arguments = RECIPES["resnest_imagenet"].network_arguments("resnest14_tiny")
     model = kr.create_backbone("resnest14_tiny", classes=5, **arguments)
     dropping = {layer.name for layer in model.layers if isinstance(layer, kr.layers.DropBlock2D)}
@@ -179,7 +192,7 @@ def test_a_network_of_the_recipe_drops_blocks_late_and_starts_as_its_shortcuts()
     assert splits["layer2_0_conv2"].dropblock_rate == 0.0
     gammas = [layer.gamma for layer in model.layers if layer.name.endswith("_bn3")]
     assert len(gammas) == 4 and all(not np.any(gamma.numpy()) for gamma in gammas)
-    # With branches of zero every block passes on the positive part of its shortcut.
+    # With zero branches, every block outputs the positive part of its shortcut.
     images = np.random.default_rng(0).uniform(0, 255, (1, 64, 64, 3)).astype("float32")
     shortcut, block = keras.Model(
         model.input,
@@ -188,7 +201,7 @@ def test_a_network_of_the_recipe_drops_blocks_late_and_starts_as_its_shortcuts()
     np.testing.assert_array_equal(block, np.maximum(shortcut, 0))
 
 
-# --- The optimizers --------------------------------------------------------------------------
+# === Optimizers ===
 
 
 def minimal(optimizer, names=("kernel", "bias"), value=1.0):
@@ -198,7 +211,7 @@ def minimal(optimizer, names=("kernel", "bias"), value=1.0):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_is_that_of_the_papers(nesterov):
+def test_sgd_by_the_formula(nesterov):
     """Against PyTorch's rule: v = m v + (g + wd w); w -= lr v, or lr (g + wd w + m v)."""
     rng = np.random.default_rng(0)
     lr, m, wd = 0.1, 0.9, 0.05
@@ -234,8 +247,8 @@ def test_sgd_equals_pytorch():
     np.testing.assert_allclose(kernel.numpy(), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_decay_of_keras_sgd_is_another():
-    """The reason for `SGDWithL2`: without gradients, Keras' decay bypasses the momentum."""
+def test_keras_sgd_decays_a_tenth_as_much():
+    """The reason for `SGDWithL2`: Keras' decay bypasses the momentum."""
     shrunk = {}
     for optimizer_class in (keras.optimizers.SGD, SGDWithL2):
         kernel = minimal(optimizer := optimizer_class(0.1, momentum=0.9, weight_decay=1e-3))[0]
@@ -246,7 +259,7 @@ def test_the_decay_of_keras_sgd_is_another():
     assert 9 < shrunk[SGDWithL2] / shrunk[keras.optimizers.SGD] < 10
 
 
-def test_gradients_are_clipped_together_before_the_decay():
+def test_gradients_are_clipped_before_the_decay():
     lr, wd = 0.5, 0.1
     kernel, bias = minimal(optimizer := SGDWithL2(lr, weight_decay=wd, global_clipnorm=1.0))
     gradients = [np.array([30.0, 0.0], "float32"), np.array([0.0, 40.0], "float32")]
@@ -267,10 +280,10 @@ def test_exclusions_survive_saving_and_compare_whole_names(optimizer_class):
 
 
 def decayed(model, optimizer):
-    """Names of the variables that a step with gradients of zero changes."""
+    """Paths of the variables that a step with zero gradients changes."""
     optimizer.build(model.trainable_variables)
     before = [v.numpy().copy() for v in model.trainable_variables]
-    # What starts at zero could not shrink.
+    # Variables of zero could not shrink.
     for v in model.trainable_variables:
         v.assign(np.ones(v.shape, "float32"))
     zeros = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
@@ -281,10 +294,15 @@ def decayed(model, optimizer):
     return changed
 
 
-@pytest.mark.parametrize("name", ["refinedet_voc", "detector_from_scratch"])
-def test_kernels_decay_and_nothing_else(name):
+@pytest.fixture(scope="module")
+def detector():
     backbone = kr.create_backbone("resnest14_tiny", include_top=False)
-    model = kr.RefineDet(3, backbone=backbone, image_shape=(64, 64, 3))
+    return kr.RefineDet(3, backbone=backbone, image_shape=(64, 64, 3))
+
+
+@pytest.mark.parametrize("name", ["refinedet_voc", "detector_from_scratch"])
+def test_kernels_decay_and_nothing_else(detector, name):
+    model = detector
     recipe = dataclasses.replace(RECIPES[name], warmup=0).scaled(8, steps_per_epoch=9)
     paths = {v.path for v in model.trainable_variables}
     kernels = {path for path in paths if path.split("/")[-1].endswith("kernel")}
@@ -294,7 +312,7 @@ def test_kernels_decay_and_nothing_else(name):
 
 
 def test_decay_goes_by_name_inside_a_strategy():
-    """There a step gets TensorFlow's variables, whose names Keras does not choose."""
+    """There the optimizer gets TensorFlow's variables, whose names Keras does not choose."""
     import tensorflow as tf
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
@@ -310,7 +328,7 @@ def test_decay_goes_by_name_inside_a_strategy():
     np.testing.assert_array_equal(bias.numpy(), [1.0, 1.0])
 
 
-def test_loss_scaling_changes_nothing_and_skips_infinite_gradients():
+def test_loss_scaling_has_no_effect_and_skips_infinite_gradients():
     def trained(wrap):
         inner = SGDWithL2(0.1, momentum=0.9, weight_decay=0.05, global_clipnorm=1.0)
         optimizer = keras.optimizers.LossScaleOptimizer(inner, 1024.0) if wrap else inner
@@ -357,7 +375,7 @@ def test_mixed_float16_trains_with_loss_scaling():
     np.testing.assert_allclose(weights["mixed_float16"], weights["float32"], atol=0.02)
 
 
-def test_a_saved_model_goes_on_with_its_recipe(tmp_path):
+def test_a_saved_model_resumes_its_recipe(tmp_path):
     images, labels = np.ones((4, 8, 8, 3), "float32"), np.eye(2)[[0, 1, 0, 1]]
     recipe = RECIPES["refinedet_voc"].scaled(4, dataset_size=4, epochs=4)
     model = small_classifier()
@@ -374,9 +392,9 @@ def test_a_saved_model_goes_on_with_its_recipe(tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_every_row_of_the_table_says_where_it_is_from():
+def test_every_recipe_has_a_source():
     assert set(RECIPES) >= {"refinedet_voc", "refinedet_coco", "resnest_imagenet"}
     for name, recipe in RECIPES.items():
         assert isinstance(recipe, Recipe) and recipe.name == name and recipe.source
-        assert recipe.warmup and recipe.global_clipnorm  # by default, against NaN
+        assert recipe.warmup and recipe.global_clipnorm  # against NaN
         hash(recipe)

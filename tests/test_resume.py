@@ -1,4 +1,4 @@
-"""A training that was killed ends where an uninterrupted one ends."""
+"""A resumed training ends with the same weights as an uninterrupted one."""
 
 import json
 import shutil
@@ -10,10 +10,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from detectors import small_detector
 
 from keras_resnest.detection import AnchorGenerator, BoxMatcher
 from keras_resnest.training.callbacks import ResumeTraining
+from keras_resnest.training.strategies import create_strategy, read_tf_config
 
 PROGRAM = Path(__file__).with_name("resumable_training.py")
 
@@ -31,9 +33,9 @@ def uninterrupted(tmp_path_factory):
     return dict(np.load(folder / "result.npz"))
 
 
-# Five steps in an epoch: step 8 is inside of the second one.
+# Five steps per epoch: step 8 is inside the second one.
 @pytest.mark.parametrize("every_steps", [pytest.param(None, marks=pytest.mark.slow), 2])
-def test_killed_and_started_again_is_bitwise_the_same(tmp_path, uninterrupted, every_steps):
+def test_resumed_run_is_bitwise_the_same(tmp_path, uninterrupted, every_steps):
     options = [] if every_steps is None else ["--every-steps", every_steps]
     killed = run(tmp_path / "checkpoint", tmp_path / "result.npz", "--kill-at", 8, *options)
     assert killed.returncode == -signal.SIGKILL
@@ -70,7 +72,7 @@ def weights_after(epochs):
     return model.get_weights()
 
 
-def test_goes_on_after_complete_epochs(tmp_path):
+def test_resumes_after_complete_epochs(tmp_path):
     fit(small_model(), ResumeTraining(tmp_path), 2)
     resume = ResumeTraining(tmp_path)
     assert resume.initial_epoch == 2
@@ -93,7 +95,7 @@ class Crash(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("every_steps", [None, 1])
 def test_metrics_of_compile_come_back(tmp_path, every_steps):
-    """They do not exist before the first batch. Four steps in an epoch: 6 is inside the second."""
+    """They do not exist before the first batch. Four steps per epoch: 6 is inside the second."""
 
     def train(folder, crash_at):
         model = small_model()
@@ -132,7 +134,7 @@ def test_memory_of_other_callbacks(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "without state", "half written"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+def test_the_previous_checkpoint_replaces_a_damaged_one(tmp_path, damage):
     fit(small_model(), ResumeTraining(tmp_path), 3)
     newest = sorted(tmp_path.glob("epoch_*"))[-1]
     assert newest.name.startswith("epoch_000003")
@@ -142,17 +144,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
     elif damage == "without state":
         (newest / "state.json").unlink()
     else:
-        newest.rename(newest.with_suffix(".tmp"))
+        newest.rename(newest.with_name(f".{newest.name}.1a2b"))
     resume = ResumeTraining(tmp_path)
     assert resume.initial_epoch == 2
     model = small_model()
     fit(model, resume, 4)
     for one, other in zip(weights_after(4), model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_no_more_than_two_checkpoints_stay(tmp_path):
+def test_only_two_checkpoints_are_kept(tmp_path):
     fit(small_model(), ResumeTraining(tmp_path, every_steps=1), 3)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -173,6 +175,23 @@ def test_a_checkpoint_of_other_classes(tmp_path):
         fit(small_model(), resume("dog", "cat"), 3)
 
 
+def begin_detector_training(folder, **options):
+    model, resume = small_detector(**options), ResumeTraining(folder)
+    model.compile(keras.optimizers.SGD(0.1))
+    model.history = keras.callbacks.History()  # as in `fit`
+    resume.set_model(model)
+    resume.on_train_begin()
+    return resume
+
+
+@pytest.fixture(scope="module")
+def detector_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detector")
+    begin_detector_training(folder).on_epoch_end(0)
+    assert begin_detector_training(folder).initial_epoch == 1
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -183,21 +202,10 @@ def test_a_checkpoint_of_other_classes(tmp_path):
         ("matcher", {"matcher": BoxMatcher(iou_threshold=0.6)}),
     ],
 )
-def test_a_checkpoint_of_another_detector(tmp_path, name, options):
-    """All of these have the same weights."""
-
-    def start(**options):
-        model, resume = small_detector(**options), ResumeTraining(tmp_path)
-        model.compile(keras.optimizers.SGD(0.1))
-        model.history = keras.callbacks.History()  # as `fit` does
-        resume.set_model(model)
-        resume.on_train_begin()
-        return resume
-
-    start().on_epoch_end(0)
-    assert start().initial_epoch == 1
+def test_a_checkpoint_of_another_detector(detector_checkpoint, name, options):
+    """All of these have weights of the same shapes."""
     with pytest.raises(ValueError, match=f"checkpoint of another model. Its {name}: "):
-        start(**options)
+        begin_detector_training(detector_checkpoint, **options)
 
 
 def test_an_unwritable_folder_is_reported_at_the_start(tmp_path):
@@ -217,10 +225,10 @@ def test_a_full_disk_is_reported_at_the_start(tmp_path, monkeypatch):
         fit(small_model(), ResumeTraining(tmp_path), 1)
 
 
-def test_no_more_than_every_steps_are_lost_when_several_run_together(tmp_path):
+def test_every_steps_with_steps_per_execution(tmp_path):
     model = small_model()
     model.compile(keras.optimizers.SGD(0.01), "mse", steps_per_execution=2)
-    # Eight steps, that end by twos: the first at least three after the last checkpoint is 4.
+    # Eight steps, two per execution: the first one at least three after a checkpoint is 4.
     fit(model, ResumeTraining(tmp_path, every_steps=3), 1, batch_size=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["epoch_000000_step_00000008", "epoch_000001_step_00000000"]
@@ -264,7 +272,7 @@ def config(address, index):
             json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}),
             "must be one of the cluster",
         ),
-        *((config("a:1", index), "no whole number") for index in (0.7, True, "first")),
+        *((config("a:1", index), "not a whole number") for index in (0.7, True, "first")),
         (config("a:1", -1), "must be one of the cluster"),
         *(
             (config(address, 0), "ports of 1 to 65535")
@@ -278,27 +286,19 @@ def config(address, index):
         ),
     ],
 )
-def test_a_faulty_tf_config_is_named(monkeypatch, text, message):
-    from keras_resnest.training.strategies import create_strategy
-
+def test_an_invalid_tf_config_is_reported(monkeypatch, text, message):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ValueError, match=message):
         create_strategy("auto")
 
 
-def test_digits_are_an_index(monkeypatch):
-    from keras_resnest.training.strategies import read_tf_config
-
+def test_an_index_may_be_text(monkeypatch):
     text = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": "1"}}'
     monkeypatch.setenv("TF_CONFIG", text)
     assert read_tf_config()["task"]["index"] == 1
 
 
 def test_strategies(monkeypatch):
-    import tensorflow as tf
-
-    from keras_resnest.training.strategies import create_strategy
-
     monkeypatch.delenv("TF_CONFIG", raising=False)
     assert isinstance(create_strategy("mirrored"), tf.distribute.MirroredStrategy)
     assert create_strategy("none").num_replicas_in_sync == 1

@@ -1,8 +1,8 @@
-"""Program of the tests of distribution: `evaluate` and `predict` where a replica gets no row.
+"""Program of test_distribution: `evaluate` and `predict` where a replica gets no rows.
 
     python tests/uneven_batches.py detector
 
-Ends with an error if two replicas do not give what one device gives.
+Fails unless two replicas return what one device returns.
 """
 
 import os
@@ -16,7 +16,7 @@ import tensorflow as tf
 from detectors import rectangles, small_detector
 from distributed_training import SHAPE, classifier
 
-ROWS = 5  # the last batch of four has one
+ROWS = 5  # the last batch, of four, has one
 
 
 def batches(kind: str, size: int = 4):
@@ -43,7 +43,7 @@ def results(kind: str, strategy) -> dict:
     if strategy.num_replicas_in_sync > 1:
         images, y = next(iter(batches(kind, ROWS)))
         refuses(lambda: model.fit(data, verbose=0), "drop_remainder=True")
-        refuses(lambda: model.fit(images.numpy(), y, ROWS), "a batch of 5")  # by its place
+        refuses(lambda: model.fit(images.numpy(), y, ROWS), "a batch of 5")  # positional batch_size
     return {**evaluated, **validated, **leaves}
 
 
@@ -53,7 +53,7 @@ def refuses(train, message: str) -> None:
     except ValueError as error:
         assert message in str(error), error
     else:
-        raise AssertionError("was trained")
+        raise AssertionError("fit accepted uneven batches")
 
 
 def main():

@@ -1,13 +1,8 @@
-"""Measures of detections."""
+"""Average precision of detections."""
 
-from keras_resnest.evaluation.average_precision import (
-    AveragePrecision,
-    COCOAveragePrecision,
-    coco_average_precision,
-    collect_detections,
-    evaluate_detections,
-    voc_average_precision,
-)
+from keras_resnest.evaluation.coco import COCOAveragePrecision, coco_average_precision
+from keras_resnest.evaluation.collect import collect_detections, evaluate_detections
+from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
 __all__ = [
     "AveragePrecision",

@@ -3,9 +3,8 @@
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.replicas import is_chief, num_replicas
 from keras_resnest.trainer import DistributedTraining, check_global_batch
-from keras_resnest.training import callbacks, recipes
+from keras_resnest.training import callbacks, optimizers, recipes
 from keras_resnest.training.strategies import (
-    adamw_with_warmup,
     create_strategy,
     distribute_batches,
     read_tf_config,
@@ -14,13 +13,13 @@ from keras_resnest.training.strategies import (
 
 __all__ = [
     "DistributedTraining",
-    "adamw_with_warmup",
     "callbacks",
     "check_global_batch",
     "create_strategy",
     "distribute_batches",
     "is_chief",
     "num_replicas",
+    "optimizers",
     "read_tf_config",
     "recipes",
     "set_batch_norm",

@@ -1,8 +1,7 @@
-"""Callbacks that measure and show a detector while it is trained.
+"""Callbacks that evaluate and plot a detector during training.
 
-A learning rate that warms up needs nothing of our own:
-`keras.optimizers.schedules.CosineDecay(0.0, decay_steps, warmup_target=1e-3,
-warmup_steps=500)` rises linearly to 1e-3 in 500 steps and then decays.
+For a learning rate with warm-up, use Keras: `keras.optimizers.schedules.CosineDecay(0.0,
+decay_steps, warmup_target=1e-3, warmup_steps=500)`.
 """
 
 import os
@@ -13,65 +12,58 @@ import keras
 import numpy as np
 
 from keras_resnest.divergence import TerminateOnDivergence
-from keras_resnest.evaluation.average_precision import (
-    AveragePrecision,
-    classes_of,
-    coco_average_precision,
+from keras_resnest.evaluation.coco import coco_average_precision
+from keras_resnest.evaluation.collect import (
     collect_detections,
-    unpack_batch,
-    voc_average_precision,
+    resolve_class_names,
+    unpack_labeled_batch,
 )
+from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 from keras_resnest.training.resume import ResumeTraining
 from keras_resnest.visualization import plot_detections
 
 __all__ = ["DetectionEvaluation", "DetectionPlot", "ResumeTraining", "TerminateOnDivergence"]
 
-CLASSES_ON_ONE_LINE = 5  # more are printed as a table
+MAX_CLASSES_PER_LINE = 5  # more are printed as a table
 TABLE_WIDTH = 100  # characters
 
 
 class DetectionEvaluation(keras.callbacks.Callback):
     """Measures average precision at the end of epochs and adds it to the logs.
 
-    The logs get `val_mAP50` and `val_AP50/<class name>` (50 stands for the IoU
-    threshold 0.5), so History, the progress bar, `TensorBoard`, `CSVLogger`,
-    `ModelCheckpoint(monitor="val_mAP50", mode="max")` and `EarlyStopping` see them. Place
-    those callbacks *after* this one in the list: Keras calls callbacks in order.
+    The logs get `val_mAP50` and `val_AP50/<class name>` (50 stands for IoU threshold 0.5), for
+    History, the progress bar, `TensorBoard`, `CSVLogger`, `EarlyStopping` and
+    `ModelCheckpoint(monitor="val_mAP50", mode="max")`. Put those callbacks *after* this one:
+    Keras calls callbacks in order.
 
-    Ground truth and predictions are read in one pass over the data, with the model's
-    compiled predict function, which is not traced again from epoch to epoch. Undefined
-    values (a class without objects, no objects at all) stay out of the logs: `nan` as a
-    first value would remain the best one of `ModelCheckpoint` for ever.
+    Undefined values (of a class without objects) are not logged, because `ModelCheckpoint` would
+    keep a first value of `nan` as the best one.
 
     Args:
         validation_data: evaluation batches as for `evaluate_detections`; objects marked
-            `"difficult"` are ignored as in VOC. May be the dataset given to `fit` as
-            `validation_data`.
-        class_names: names of the classes, by default `model.class_names`.
-        iou_threshold: lowest IoU of a true positive, or several; each gives its own
+            `"difficult"` are ignored as in VOC. May be the `validation_data` of `fit`.
+        class_names: names of the classes; default `model.class_names`.
+        iou_threshold: lowest IoU of a true positive, or several; each gets its own
             `val_mAP...`.
         interpolation: `"every_point"` or `"eleven_point"`, see `voc_average_precision`.
-        frequency: evaluate at the end of every so many epochs. The first and the last
-            epoch of a training are evaluated too: `CSVLogger` knows only the columns it
-            sees first, and the last value is the result.
-        coco: whether to add COCO's twelve numbers as `val_COCO/AP`, `val_COCO/AP50`, ...
-            (small and large objects in pixels as `collect_detections` says).
-        per_class: whether `val_AP50/<class name>` goes into the logs; False keeps the
-            progress bar short with many classes.
-        bounding_box_format: format of the boxes in `validation_data`, by default
-            that of the model.
-        steps: number of batches; needed for a dataset without end.
-        verbose: 0 prints nothing, 1 one line for each evaluation, or a table with more
-            than five classes.
+        frequency: interval in epochs. The first and the last epoch are always evaluated:
+            `CSVLogger` writes only the columns of the first, and the last one is the result.
+        coco: whether to add COCO's twelve metrics as `val_COCO/AP`, `val_COCO/AP50`, ...
+            See `collect_detections` for the sizes of small and large objects.
+        per_class: whether to log `val_AP50/<class name>`.
+        bounding_box_format: format of the boxes in `validation_data`; default the model's.
+        steps: number of batches; required for an infinite dataset.
+        verbose: 0 is silent, 1 prints a line per evaluation, or a table for more than five
+            classes.
 
     Attributes:
         result: the latest `AveragePrecision`, None before the first evaluation.
         coco_result: the latest `COCOAveragePrecision`, if `coco`.
-        epoch: epochs evaluated, counted from 0.
-        history: `{name: list of values}`, one value per entry of `epoch`.
+        epoch: the evaluated epochs, from 0.
+        history: `{name: list of values}`; an undefined value has no entry.
 
     Raises:
-        ValueError: if an argument or the structure of the data is not as described.
+        ValueError: if an argument or the structure of the data is invalid.
 
     Example:
 
@@ -95,7 +87,11 @@ class DetectionEvaluation(keras.callbacks.Callback):
         verbose: int = 1,
     ):
         super().__init__()
-        _check_reusable(validation_data, "validation_data")
+        if isinstance(validation_data, Iterator):
+            raise ValueError(
+                "`validation_data` is read once per evaluation, so it must not be an iterator or "
+                f"generator. Received: {type(validation_data).__name__}"
+            )
         self.validation_data = validation_data
         self.class_names = class_names
         self.iou_threshold = iou_threshold
@@ -110,15 +106,15 @@ class DetectionEvaluation(keras.callbacks.Callback):
         self.coco_result = None
         self.epoch = []
         self.history = {}
-        # A wrong argument shows here, not after the first epoch.
+        # Raises for invalid arguments now, not after the first epoch.
         voc_average_precision(
             [], [], num_classes=1, iou_threshold=iou_threshold, interpolation=interpolation
         )
 
     def on_train_begin(self, logs=None):
         self.epoch, self.history = [], {}
-        # Data that do not fit must not come to light after a long first epoch.
-        classes_of(self.model, self.class_names, self.validation_data)
+        # Raises for invalid data now, not after the first epoch.
+        resolve_class_names(self.model, self.class_names, self.validation_data)
         next(_first_batches(self.validation_data, 1), None)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -132,12 +128,12 @@ class DetectionEvaluation(keras.callbacks.Callback):
         for name, value in values.items():
             self.history.setdefault(name, []).append(value)
         if self.verbose:
-            text = _describe(self.result, time.perf_counter() - start)
-            # Begins below the unfinished line of the progress bar.
+            text = _summary(self.result, time.perf_counter() - start)
+            # Start below the unfinished line of the progress bar.
             print(f"\nEpoch {epoch + 1}: {text}", flush=True)
 
     def _evaluate(self) -> dict[str, float]:
-        class_names = classes_of(self.model, self.class_names)
+        class_names = resolve_class_names(self.model, self.class_names)
         ground_truth, detections = collect_detections(
             self.model,
             self.validation_data,
@@ -159,21 +155,19 @@ class DetectionEvaluation(keras.callbacks.Callback):
 
 
 class DetectionPlot(keras.callbacks.Callback):
-    """Writes an image of the detections on a few validation images, every so many epochs.
+    """Plots the detections in a few validation images at the end of epochs.
 
-    The files are `epoch_0001.png`, `epoch_0002.png`, ...; detections are solid, ground
-    truth is dashed. The images are read once, at the start, so that all files show the
-    same ones.
+    Writes `epoch_0001.png`, `epoch_0002.png`, ... with solid detections and dashed ground truth.
+    All files show the same images.
 
     Args:
         dataset: evaluation batches as for `evaluate_detections`.
-        folder: where the files go; created if needed.
-        class_names: names of the classes, by default `model.class_names`.
-        frequency: a file at the end of every so many epochs; the first and the last
-            epoch of a training get one too.
-        num_images: number of images in each file, the first ones of `dataset`.
-        confidence_threshold: detections below are not drawn.
-        bounding_box_format: format of the boxes in `dataset`, by default the model's.
+        folder: folder of the files; created if needed.
+        class_names: names of the classes; default `model.class_names`.
+        frequency: interval in epochs. The first and the last epoch are always plotted.
+        num_images: number of images per file, the first ones of `dataset`.
+        confidence_threshold: lowest confidence of the plotted detections.
+        bounding_box_format: format of the boxes in `dataset`; default the model's.
 
     Example:
 
@@ -214,14 +208,14 @@ class DetectionPlot(keras.callbacks.Callback):
         ground_truth, detections = collect_detections(
             self.model, self._batches, bounding_box_format=self.bounding_box_format
         )
-        images = [image for batch in self._batches for image in np.asarray(batch[0])]
-        names = self.class_names
-        shown = slice(self.num_images)
+        class_names = self.class_names
+        if class_names is None:
+            class_names = getattr(self.model, "class_names", None)
         plot_detections(
-            images[shown],
-            detections[shown],
-            getattr(self.model, "class_names", None) if names is None else names,
-            ground_truth=ground_truth[shown],
+            [image for images, _ in self._batches for image in images],
+            detections,
+            class_names,
+            ground_truth=ground_truth,
             confidence_threshold=self.confidence_threshold,
             path=os.path.join(self.folder, f"epoch_{epoch + 1:04d}.png"),
         )
@@ -229,7 +223,7 @@ class DetectionPlot(keras.callbacks.Callback):
 
 
 def _is_due(epoch: int, frequency: int, params: dict | None, first: bool) -> bool:
-    """Every `frequency`-th epoch, the first one of this training and the last planned one."""
+    """Every `frequency`-th epoch, the first of this training and the last one planned."""
     last = (params or {}).get("epochs")
     return first or (epoch + 1) % frequency == 0 or epoch + 1 == last
 
@@ -240,18 +234,10 @@ def _check_frequency(frequency: int) -> int:
     return int(frequency)
 
 
-def _check_reusable(dataset, argument: str) -> None:
-    if isinstance(dataset, Iterator):
-        raise ValueError(
-            f"`{argument}` is read once per evaluation, so it must not be an iterator or "
-            f"generator. Received: {type(dataset).__name__}"
-        )
-
-
 def _first_batches(dataset, num_images: int):
-    """`(images, boxes)` batches with `num_images` images at most, as arrays in memory."""
+    """Yields `(images, boxes)` batches of arrays with `num_images` images at most in total."""
     for batch in dataset:
-        images, boxes = unpack_batch(batch)
+        images, boxes = unpack_labeled_batch(batch)
         count = min(num_images, len(images))
         yield (
             np.asarray(images)[:count],
@@ -273,16 +259,17 @@ def _log_values(result: AveragePrecision, per_class: bool) -> dict[str, float]:
     return values
 
 
-def _describe(result: AveragePrecision, seconds: float) -> str:
-    """One line; with many classes a table below it. Classes at the first IoU threshold."""
-    if not result.num_objects.sum():
+def _summary(result: AveragePrecision, seconds: float) -> str:
+    """One line, with a table below it for many classes; classes at the first IoU threshold."""
+    num_objects = result.num_objects.sum()
+    if not num_objects:
         return f"the validation data have no objects, so mAP is undefined ({seconds:.1f} s)"
     means = _log_values(result, per_class=False)
     text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-    text = f"{text} ({seconds:.1f} s, {result.num_objects.sum()} objects)"
+    text = f"{text} ({seconds:.1f} s, {num_objects} objects)"
     names = [name.replace("\n", " ") for name in result.class_names]
     values = ["-" if np.isnan(v) else f"{v:.3f}" for v in result.average_precision[0]]
-    if len(names) <= CLASSES_ON_ONE_LINE:
+    if len(names) <= MAX_CLASSES_PER_LINE:
         return f"{text}: " + ", ".join(map(" ".join, zip(names, values, strict=True)))
     width = max(map(len, names))
     entries = [f"{n:{width}} {v:>5}" for n, v in zip(names, values, strict=True)]

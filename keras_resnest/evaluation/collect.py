@@ -1,0 +1,186 @@
+"""Run a detector over a dataset and measure its detections."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnest.boxes.formats import check_box_format, convert_boxes
+from keras_resnest.checks import check_box_dictionary, check_same_classes, unpack_batch
+from keras_resnest.evaluation.box_table import check_classes
+from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
+
+
+def collect_detections(
+    model,
+    dataset: Iterable,
+    *,
+    bounding_box_format: str | None = None,
+    steps: int | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """Runs a detector over batches and returns ground truth and detections of each image.
+
+    Reads the dataset once, so it may reshuffle in each pass. Uses the model's compiled predict
+    function, which is not traced again for later passes.
+
+    Args:
+        model: a `RefineDet`, or any Keras model whose `predict_on_batch(images)` returns
+            `{"boxes", "confidence", "labels"}`, padded with label -1. Its attribute
+            `bounding_box_format` is the format of these boxes (default `"xyxy"`).
+        dataset: batches `{"images": (B, H, W, 3), "bounding_boxes": {"boxes", "labels"}}` or
+            `(images, {"boxes", "labels"})`; `"difficult"`, `"iscrowd"` and `"area"` beside the
+            boxes are passed on. A dictionary may also hold `"image_size"` (B, 2), height and
+            width before resizing.
+        bounding_box_format: format of the boxes in `dataset`; default that of the model, as in
+            training.
+        steps: number of batches; required for an infinite dataset.
+
+    Returns:
+        `(ground_truth, detections)`: lists with one dictionary of arrays per image, without
+        padding. Boxes are `"xyxy"` in pixels of the batch's images, or of the original images if
+        the batch has `"image_size"`, which matters only for COCO's small, medium and large
+        objects.
+
+    Raises:
+        ValueError: if a batch has another structure, or the dataset is infinite or empty.
+
+    Example:
+
+    >>> ground_truth, detections = collect_detections(model, validation_dataset)
+    >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
+    """
+    _check_finite(dataset, steps)
+    predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
+    given_format = check_box_format(bounding_box_format or predicted_format)
+    ground_truth, detections = [], []
+    for batch in itertools.islice(dataset, steps):
+        images, boxes = unpack_labeled_batch(batch)
+        size = tuple(images.shape[1:3])
+        original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
+        predicted = _predict(model, images)
+        ground_truth += _split_images(boxes, given_format, size, original_sizes)
+        detections += _split_images(predicted, predicted_format, size, original_sizes)
+    if not detections:
+        raise ValueError(
+            "`dataset` must yield at least one batch (an iterator can be read only once). "
+            "Received: no batch"
+        )
+    return ground_truth, detections
+
+
+def evaluate_detections(
+    model,
+    dataset: Iterable,
+    class_names: Sequence[str] | None = None,
+    *,
+    iou_threshold: float | Sequence[float] = 0.5,
+    interpolation: str = "every_point",
+    plus_one: bool = False,
+    bounding_box_format: str | None = None,
+    steps: int | None = None,
+) -> AveragePrecision:
+    """Measures the VOC average precision of a detector on a dataset.
+
+    Calls `collect_detections` and `voc_average_precision`. IoU is measured in the batch's images
+    and equals that in the original ones, because stretching an image does not change IoU.
+
+    Args:
+        model: as in `collect_detections`.
+        dataset: as in `collect_detections`.
+        class_names: names of the classes; default `model.class_names`, or the numbers 0 to
+            `model.num_classes` - 1.
+        iou_threshold: as in `voc_average_precision`.
+        interpolation: as in `voc_average_precision`.
+        plus_one: as in `voc_average_precision`.
+        bounding_box_format: as in `collect_detections`.
+        steps: as in `collect_detections`.
+
+    Returns:
+        `AveragePrecision`; printing it shows a table.
+
+    Raises:
+        ValueError: also if `dataset`, one of `keras_resnest.data`, has other classes than the
+            model, or in another order.
+
+    Example:
+
+    >>> print(evaluate_detections(model, validation_dataset))
+    """
+    class_names = resolve_class_names(model, class_names, dataset)
+    ground_truth, detections = collect_detections(
+        model, dataset, bounding_box_format=bounding_box_format, steps=steps
+    )
+    return voc_average_precision(
+        ground_truth,
+        detections,
+        class_names,
+        iou_threshold=iou_threshold,
+        interpolation=interpolation,
+        plus_one=plus_one,
+    )
+
+
+def resolve_class_names(model, class_names: Sequence[str] | None, dataset=None) -> tuple[str, ...]:
+    """Returns the names of the classes, by default the model's; checks those of the dataset."""
+    own_names = getattr(model, "class_names", None)
+    check_same_classes(dataset, own_names or class_names)
+    class_names = own_names if class_names is None else class_names
+    num_classes = getattr(model, "num_classes", None)
+    if class_names is None and num_classes is None:
+        raise ValueError(
+            "`class_names` must be given for a model that has neither `class_names` nor "
+            f"`num_classes`. Received: model={model}"
+        )
+    return check_classes(class_names, num_classes)
+
+
+def unpack_labeled_batch(batch) -> tuple:
+    """Returns (images, boxes) of a batch in either layout, checked."""
+    images, boxes, _ = unpack_batch(batch)
+    check_box_dictionary(boxes)
+    if len(images.shape) != 4:
+        raise ValueError(
+            "`dataset` must yield batches of images, shape (batch, height, width, 3). "
+            f"Received: images of shape {tuple(images.shape)}; use dataset.batch(...)"
+        )
+    return images, boxes
+
+
+def _predict(model, images) -> dict[str, np.ndarray]:
+    """Padded detections of one batch."""
+    images = np.asarray(images)  # JAX does not accept the tensors of tf.data
+    strategy = getattr(model, "distribute_strategy", None)
+    overridden = type(model).predict_on_batch is not keras.Model.predict_on_batch
+    if overridden or strategy is None or strategy.num_replicas_in_sync == 1:
+        predicted = model.predict_on_batch(images)
+    else:  # Keras' `predict_on_batch` would send the whole batch to every replica
+        predicted = model.predict(images, batch_size=len(images), verbose=0)
+    if not isinstance(predicted, Mapping):
+        raise ValueError(
+            "`model` must predict a dictionary of boxes, confidence and labels. "
+            f"Received: {type(predicted).__name__}"
+        )
+    return {name: predicted[name] for name in ("boxes", "confidence", "labels")}
+
+
+def _check_finite(dataset, steps: int | None) -> None:
+    cardinality = getattr(dataset, "cardinality", None)  # a tf.data.Dataset; -1: infinite
+    if steps is None and cardinality is not None and int(cardinality()) == -1:
+        raise ValueError("`steps` must be given for an infinite dataset. Received: steps=None")
+
+
+def _split_images(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:
+    """One dictionary per image, with "xyxy" boxes and without padding."""
+    arrays = {name: np.asarray(values) for name, values in batch.items()}
+    if source != "xyxy":
+        boxes = convert_boxes(arrays["boxes"], source, "xyxy", height=size[0], width=size[1])
+        arrays["boxes"] = ops.convert_to_numpy(boxes)
+    if original_sizes is not None:
+        scale = (np.asarray(original_sizes, "float32") / np.asarray(size))[:, None, [1, 0, 1, 0]]
+        arrays["boxes"] = arrays["boxes"] * scale
+    return [
+        {name: values[image][keep] for name, values in arrays.items()}
+        for image, keep in enumerate(arrays["labels"] != -1)
+    ]
