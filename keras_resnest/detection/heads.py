@@ -33,8 +33,7 @@ class RefineDetHeads:
         use_residual_blocks: whether a residual block makes P6 and one of (`filters`, `filters`,
             `4 * filters`) channels precedes every pair of heads, as in the authors' ResNet-101
             models.
-        use_transfer_connection: whether the ODM reads the TCBs; otherwise it reads the maps of
-            the ARM. Switches off what table 3 of the paper switches off.
+        use_transfer_connection: whether the ODM reads the TCBs, or the ARM's maps (table 3).
 
     Raises:
         ValueError: if `filters` or `extra_filters` is not positive.

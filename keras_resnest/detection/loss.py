@@ -23,20 +23,18 @@ class RefineDetLoss:
     """The two-stage loss of RefineDet.
 
     Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
-    positives and mined negatives. The Anchor Refinement Module (ARM) separates objects from
-    background on the regular anchors. The Object Detection Module (ODM) learns classes and offsets
-    on the anchors that the ARM has refined; no gradient flows through them. Both losses of a stage
-    are divided by its number of positives in the global batch, and by 1 if there is none.
+    positives and mined negatives, both divided by its positives in the global batch. The ARM
+    separates objects from background on the regular anchors; the ODM learns classes and offsets
+    on the anchors that the ARM has refined. No gradient flows through the refined anchors.
 
     Args:
         matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
         negative_ratio: hard negatives per positive, for each image.
         objectness_threshold: anchors with an ARM objectness up to this are not mined as negatives
             of the ODM, between 0 and 1.
-        negative_anchor_filtering: whether `objectness_threshold` applies.
-        two_step_regression: whether the ODM starts from the refined anchors; otherwise it starts
-            from the regular ones. This and the previous argument switch off what table 3 of the
-            paper switches off, together with those of `DetectionDecoder`.
+        negative_anchor_filtering: whether `objectness_threshold` applies (table 3 of the paper).
+        two_step_regression: whether the ODM starts from the refined anchors, or from the regular
+            ones (table 3). `DetectionDecoder` must have the same.
         variances: scale of center offsets and of log sizes, see `encode_boxes`.
 
     Raises:

@@ -43,35 +43,30 @@ INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detecto
 class RefineDet(DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 
-    The Anchor Refinement Module (ARM) separates objects from background and moves the anchors;
-    Transfer Connection Blocks (TCB) carry features top-down; the Object Detection Module (ODM)
-    classifies the refined anchors and moves them again.
+    The Anchor Refinement Module (ARM) finds anchors with objects and moves them; Transfer
+    Connection Blocks (TCB) carry features top-down; the Object Detection Module (ODM) classifies
+    the refined anchors and moves them again.
 
-    `model(images)` returns raw outputs, `predict` detections in the pixels of the model's input,
-    `detect` detections in images of any size. The two-stage loss is built in: compile with an
-    optimizer alone and `fit` on batches of `(images, {"boxes", "labels"})` or
-    `{"images", "bounding_boxes": {"boxes", "labels"}}`. Labels are 0 to `num_classes - 1`; rows
-    with label -1 are padding.
+    `model(images)` returns raw outputs, `predict` detections, `detect` detections in images of any
+    size. The two-stage loss is built in: compile with an optimizer alone and `fit` on batches of
+    `(images, {"boxes", "labels"})` or `{"images", "bounding_boxes": {"boxes", "labels"}}`. Labels
+    are 0 to `num_classes - 1`; rows with label -1 are padding.
 
     Args:
         num_classes: number of classes, without background; by default that of `class_names`.
-        backbone: a name for `create_backbone`, or a model with `pyramid_outputs` `"P3"`, `"P4"`,
-            `"P5"` at strides 8, 16 and 32.
-        image_shape: (height, width, 3) of the images, sides multiples of 64. Images are RGB, 0 to
-            255, uint8 or float.
+        backbone: a name for `create_backbone`, or a model with `pyramid_outputs` P3, P4 and P5.
+        image_shape: (height, width, 3), sides multiples of 64. Images are RGB, 0 to 255.
         bounding_box_format: format of ground truth and detections, as in
             `keras.utils.bounding_boxes`; `"xyxy"` is in pixels of `image_shape`.
         class_names: names of the classes; saved with the model.
         anchor_generator: `AnchorGenerator` for strides 8, 16, 32, 64.
-        heads: `RefineDetHeads`, the layers after the backbone and their widths.
+        heads: `RefineDetHeads`, the layers after the backbone.
         detection_loss: `RefineDetLoss` of both stages.
-        decoder: `DetectionDecoder`. May be replaced at any time.
+        decoder: `DetectionDecoder`; may be replaced at any time.
         freeze_batch_norm: whether all batch normalization, including the backbone's, keeps its
             statistics, scale and offset: for small batches on top of pretrained weights.
-        synchronized_batch_norm: whether batch normalization takes its statistics over all
-            replicas of `tf.distribute`.
-        dtype: precision of the layers, for instance `"mixed_bfloat16"`. Loss and boxes are always
-            float32.
+        synchronized_batch_norm: whether batch statistics are taken over all replicas.
+        dtype: precision of the layers, such as `"mixed_bfloat16"`. Loss and boxes are float32.
         name: name of the model.
 
     Raises:
@@ -157,17 +152,13 @@ class RefineDet(DistributedTraining, keras.Model):
 
         Args:
             optimizer: a Keras optimizer. By default the paper's SGD, learning rate 1e-3 and
-                momentum 0.9, with a warm-up of 500 steps and clipped gradients;
-                `keras_resnest.recipes` has whole schedules. Under `"mixed_float16"` its loss is
-                scaled unless `auto_scale_loss=False`.
-            **kwargs: as in `keras.Model.compile`. On TensorFlow `jit_compile="auto"` means no XLA:
-                it compiles for minutes, again for every new shape of images or ground truth, and
-                leaves out the checks of each batch. `jit_compile=True` compiles training and
-                evaluation, but not `predict`, since NMS is not an XLA operation.
+                momentum 0.9, with a warm-up of 500 steps and clipped gradients.
+            **kwargs: as in `keras.Model.compile`. On TensorFlow `jit_compile="auto"` means no XLA,
+                which takes minutes for every new shape and omits the checks of each batch;
+                `True` compiles training and evaluation, but not `predict`.
 
         Raises:
-            ValueError: if `loss` or `metrics` are given. For mean average precision use the
-                `DetectionEvaluation` callback.
+            ValueError: if `loss` or `metrics` are given.
         """
         for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
             if kwargs.get(name) is not None:
@@ -260,15 +251,12 @@ class RefineDet(DistributedTraining, keras.Model):
         return self.anchor_generator((height, width))
 
     def decode(self, outputs: dict, image_shape=None, portable: bool = False) -> dict:
-        """Turns raw outputs into detections, see `DetectionDecoder`.
+        """Turns raw outputs into detections, as `predict` returns them.
 
         Args:
             outputs: what `model(images)` returns.
             image_shape: (height, width) of these images, the model's by default.
             portable: see `DetectionDecoder`.
-
-        Returns:
-            As `predict`, boxes in `bounding_box_format` and pixels of the images.
         """
         shape = self.image_shape if image_shape is None else image_shape
         anchors = self.anchors_for(shape)
@@ -312,14 +300,7 @@ class RefineDet(DistributedTraining, keras.Model):
             return super().predict(x, **kwargs)
 
     def predict_on_batch(self, x) -> dict:
-        """Detects in one batch in this process alone, whatever strategy the model trains under.
-
-        Args:
-            x: images (batch, height, width, 3) of the model's size, RGB, 0 to 255.
-
-        Returns:
-            As `predict`.
-        """
+        """Detects in one batch, in this process alone under any strategy; see `predict`."""
         images = np.asarray(x)
         self._check_arrays(images)
         with value_errors():
@@ -371,23 +352,18 @@ class RefineDet(DistributedTraining, keras.Model):
     def replace_classes(self, class_names, mapping=None, **kwargs) -> "RefineDet":
         """Returns a new model for other classes that starts from the weights of this one.
 
-        Backbone, ARM, TCBs, boxes and background are copied. A class that this model knows by
-        name, by one of the other names that VOC and COCO have for it ("sofa" and "couch"), or by
-        `mapping`, keeps its rows of the class head, so its logits stay the same. Other classes
-        start at random. This is how VOC starts from COCO.
+        A class that this model knows, by name or by `mapping`, keeps its logits; other classes
+        start at random. All other weights are copied. This is how VOC starts from COCO.
 
         Args:
             class_names: names of the new classes.
-            mapping: for some new classes the name of the class here, or None to start afresh;
+            mapping: for some new classes the name of the class here, or None to start at random;
                 see `keras_resnest.detection.class_sources`.
             **kwargs: further arguments of `RefineDet` that differ, such as `image_shape`.
 
-        Returns:
-            A `RefineDet` with weights of its own, not compiled.
-
         Raises:
             ValueError: if this model has no `class_names`, `mapping` has an unknown name, or
-                the other arguments make a network of another shape.
+                the other arguments change the network.
 
         Example:
 
@@ -414,11 +390,6 @@ class RefineDet(DistributedTraining, keras.Model):
             format: `"tf_saved_model"`, `"onnx"`, `"openvino"` or `"litert"`.
             verbose: whether to print what was written.
             **kwargs: `precision`, `decode` and others: see `keras_resnest.serving.export_model`.
-
-        Example:
-
-        >>> model.export("serving/1", precision="bfloat16")
-        >>> model.export("detector.onnx", format="onnx")
         """
         from keras_resnest.serving.export import export_model
 
@@ -443,11 +414,7 @@ class RefineDet(DistributedTraining, keras.Model):
         }
 
     def training_config(self) -> dict:
-        """Returns what decides, beside the weights' shapes, what this model learns.
-
-        `ResumeTraining` compares it: a run must not resume with other classes, another image size,
-        other anchors or another loss.
-        """
+        """Returns what must not change when `ResumeTraining` resumes a run, beside the weights."""
         config = self.get_config()
         for name in ("backbone", "decoder", "dtype", "name"):  # a backbone's layers have own names
             del config[name]
