@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from detectors import small_detector
 
-from keras_resnest.detection import AnchorGenerator, BoxMatcher
+from keras_resnest.detection import AnchorGenerator, BoxMatcher, RefineDetLoss
 from keras_resnest.training.callbacks import ResumeTraining
 from keras_resnest.training.strategies import create_strategy, read_tf_config
 
@@ -199,7 +199,7 @@ def detector_checkpoint(tmp_path_factory):
         ("image_shape", {"image_shape": (128, 64, 3)}),
         ("anchor_generator", {"anchor_generator": AnchorGenerator(sizes=(24, 48, 96, 192))}),
         ("detection_loss", {"switches": {"two_step_regression": False}}),
-        ("matcher", {"matcher": BoxMatcher(iou_threshold=0.6)}),
+        ("detection_loss", {"detection_loss": RefineDetLoss(BoxMatcher(iou_threshold=0.6))}),
     ],
 )
 def test_a_checkpoint_of_another_detector(detector_checkpoint, name, options):
