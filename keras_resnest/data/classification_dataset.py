@@ -1,6 +1,6 @@
-"""Labeled images: what the readers of classification data return.
+"""Datasets of labeled images, as the readers of classification data return them.
 
-`ClassificationDataset.as_dataset()` is a `tf.data.Dataset` of
+`ClassificationDataset.as_dataset()` returns a `tf.data.Dataset` of
 
     {"images": uint8 (h, w, 3), "image_id": string, "labels": int32 scalar}
 
@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import ImageDataset, Problem, count_problems, image_reader
 from keras_resnest.images import ImageInfo
 
@@ -22,7 +21,7 @@ class LabeledImage:
     """One image and its class.
 
     Attributes:
-        image: Path, encoded bytes, or array of the image, as `load_image` takes them.
+        image: Path, encoded bytes, or array, as for `load_image`.
         image_id: Unique name of the image.
         label: 0 to num_classes - 1.
         info: Size and orientation of the image.
@@ -87,9 +86,7 @@ class ClassificationDataset(ImageDataset):
         class_names: Sequence[str],
         report: ClassificationReport | None = None,
     ):
-        self.records, self.class_names = list(records), check_class_names(class_names)
-        if not self.records:
-            raise ValueError("A dataset needs at least one image. Received: no records")
+        super().__init__(records, class_names)
         labels = collections.Counter(record.label for record in self.records)
         wrong = [label for label in labels if not 0 <= label < self.num_classes]
         if wrong:

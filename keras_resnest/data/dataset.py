@@ -1,12 +1,12 @@
-"""Annotated images: what every reader returns.
+"""Datasets of annotated images, as the readers return them.
 
-`DetectionDataset.as_dataset()` is a `tf.data.Dataset` of
+`DetectionDataset.as_dataset()` returns a `tf.data.Dataset` of
 
     {"images": uint8 (h, w, 3), "image_id": string,
      "bounding_boxes": {"boxes": float32 (n, 4), "labels": int32 (n,), "difficult": bool (n,)}}
 
 Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width; the box of the whole
-image is [0, 0, w, h]); labels are 0 to num_classes - 1. All boxes lie inside their image and have
+image is [0, 0, w, h]); labels are 0 to num_classes - 1. All boxes are inside their image and have
 an area; the `AnnotationReport` lists what the readers clipped or dropped.
 """
 
@@ -24,7 +24,7 @@ from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A fault in the annotations and how the reader handled it.
+    """A fault in the annotations, and how the reader handled it.
 
     Attributes:
         file: Name of the file, or id of the image.
@@ -50,7 +50,7 @@ class AnnotationReport:
         num_images: Number of images.
         num_boxes: Number of boxes.
         class_counts: Boxes per class name, in the order of the labels.
-        num_difficult: Boxes that are marked as difficult.
+        num_difficult: Boxes marked as difficult.
         num_empty_images: Images without boxes.
         problems: List of `Problem`.
     """
@@ -89,8 +89,8 @@ class ImageRecord:
     """One image and its boxes.
 
     Args:
-        image: Path, encoded bytes, or array of the image, as `load_image` takes them. None for an
-            image in a TFDS file, which needs `info`.
+        image: Path, encoded bytes, or array, as for `load_image`. None for an image in a TFDS
+            file, which needs `info`.
         image_id: Unique name of the image.
         boxes: (n, 4), "xyxy" in pixels of the upright image; stored as float32.
         labels: (n,), 0 to num_classes - 1; stored as int32.
@@ -119,9 +119,10 @@ class ImageRecord:
             self.difficult = np.zeros(len(self.boxes))
         self.difficult = np.asarray(self.difficult, bool)
         if not self.labels.shape == self.difficult.shape == (len(self.boxes),):
+            shapes = f"{len(self.boxes)} boxes, {self.labels.shape}, {self.difficult.shape}"
             raise ValueError(
-                f"{self.image_id!r} needs as many labels (and `difficult`) as boxes. Received: "
-                f"{len(self.boxes)} boxes, {self.labels.shape} labels, {self.difficult.shape}"
+                f"{self.image_id!r} needs as many labels and `difficult` as boxes. "
+                f"Received: {shapes}"
             )
         if self.info is None:
             if isinstance(self.image, str | bytes):
@@ -141,9 +142,14 @@ class ImageRecord:
 
 
 class ImageDataset:
-    """Base of the datasets. A subclass has `records`, `class_names`, and `element_loader`."""
+    """Base class of the datasets. A subclass adds a `report` and `element_loader`."""
 
     _smallest_shard: int | None = None
+
+    def __init__(self, records: Sequence, class_names: Sequence[str]):
+        self.records, self.class_names = list(records), check_class_names(class_names)
+        if not self.records:
+            raise ValueError("A dataset needs at least one image. Received: no records")
 
     @property
     def num_classes(self) -> int:
@@ -166,17 +172,17 @@ class ImageDataset:
         num_shards: int = 1,
         shard_index: int = 0,
     ):
-        """Returns the images and their annotations as a `tf.data.Dataset` of single elements.
+        """Returns a `tf.data.Dataset` of single images and their annotations.
 
         TensorFlow decodes JPEG and PNG in parallel, to the same pixels as `load_image`; Pillow
-        decodes the files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats). EXIF
-        orientation is applied. A corrupt file raises a TensorFlow error when it is reached.
+        decodes what TensorFlow gets wrong (alpha, CMYK, 16 bits) or cannot read. EXIF orientation
+        is applied. A corrupt file raises a TensorFlow error when it is reached.
 
         Args:
-            shuffle: Shuffle the images, in a new order in every epoch.
+            shuffle: Whether to shuffle the images, in a new order in every epoch.
             seed: Integer that makes the order repeatable.
-            num_shards: Number of shards of which to return one, see `shard`.
-            shard_index: Index of that shard, 0 to `num_shards - 1`.
+            num_shards: As in `shard`.
+            shard_index: As in `shard`.
         """
         import tensorflow as tf
 
@@ -190,22 +196,28 @@ class ImageDataset:
         """Returns one of several disjoint shards, for training on several machines.
 
         The shards are the same in every run, cover all images, differ in size by at most one
-        image, and keep all class names.
+        image, and keep all class names. Their `report` omits the problems. All shards yield the
+        same number of training batches.
 
         Args:
             num_shards: Number of shards, at most the number of images.
             shard_index: Index of the shard, 0 to `num_shards - 1`.
-
-        Returns:
-            A dataset with its own `report`, without the problems of the whole. All shards yield
-            the same number of training batches.
 
         Raises:
             ValueError: if an argument is out of range.
 
         Example: `train.shard(num_shards=4, shard_index=worker)`
         """
-        check_shard(num_shards, shard_index, len(self))
+        if not 0 <= shard_index < num_shards:
+            raise ValueError(
+                "`shard_index` must be 0 to `num_shards - 1`. "
+                f"Received: num_shards={num_shards}, shard_index={shard_index}"
+            )
+        if num_shards > len(self):
+            raise ValueError(
+                f"`num_shards` must be at most the number of images, {len(self)}. "
+                f"Received: num_shards={num_shards}"
+            )
         if num_shards == 1:
             return self
         part = self._part(num_shards, shard_index)
@@ -215,7 +227,7 @@ class ImageDataset:
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
         """Splits off a random part of the images, e.g. for testing.
 
-        If each image has one label, the part holds the same fraction of every class.
+        For classification, the part holds the same fraction of every class.
 
         Args:
             fraction: Fraction of the images to split off, above 0 and below 1.
@@ -225,17 +237,15 @@ class ImageDataset:
             (the remaining images, the images split off), both with all class names.
 
         Raises:
-            ValueError: if `fraction` is out of range, a part would be empty, or the images are in
-                TFDS, which has splits such as "train[:80%]".
+            ValueError: if `fraction` is out of range, a part would be empty, or the dataset is
+                from TFDS.
 
         Example: `train, test = dataset.hold_out(0.2, seed=1)`
         """
         if not 0 < fraction < 1:
-            raise ValueError(
-                f"`fraction` must be above 0 and below 1. Received: fraction={fraction}"
-            )
+            raise ValueError(f"`fraction` must be above 0 and below 1. Received: {fraction}")
         if self.element_loader() is None:
-            raise ValueError('Split a TFDS dataset by its splits, such as "train[:80%]"')
+            raise ValueError('For TFDS, use splits such as "train[:80%]" and "train[80%:]"')
         remaining, held_out = [], []
         seen = collections.Counter()
         for i in np.random.default_rng(seed).permutation(len(self)):
@@ -246,15 +256,12 @@ class ImageDataset:
             is_held_out = round((count + 1) * fraction) > round(count * fraction)
             (held_out if is_held_out else remaining).append(record)
         if not (remaining and held_out):
-            raise ValueError(
-                f"There are too few images to hold out a fraction of {fraction:g}. "
-                f"Received: {len(self)}"
-            )
+            raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
         return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
 
     @property
     def smallest_shard(self) -> int:
-        """Images in the smallest shard of the whole dataset; `len(self)` if this is no shard."""
+        """Number of images in the smallest shard; `len(self)` for an unsharded dataset."""
         return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
@@ -274,7 +281,6 @@ class DetectionDataset(ImageDataset):
             extends beyond its image.
 
     Example:
-
     ```python
     records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
     dataset = DetectionDataset(records, class_names=["cat"])
@@ -289,10 +295,7 @@ class DetectionDataset(ImageDataset):
         class_names: Sequence[str],
         report: AnnotationReport | None = None,
     ):
-        self.records = list(records)
-        self.class_names = check_class_names(class_names)
-        if not self.records:
-            raise ValueError("A dataset needs at least one image. Received: no records")
+        super().__init__(records, class_names)
         for record in self.records:
             if np.any((record.labels < 0) | (record.labels >= self.num_classes)):
                 raise ValueError(
@@ -305,7 +308,7 @@ class DetectionDataset(ImageDataset):
     def element_loader(self):
         """Returns a function from the index of an image (int64 tensor) to its element.
 
-        None if images can only be read one after the other.
+        Returns None for a dataset that can only be read sequentially.
         """
         import tensorflow as tf
 
@@ -334,19 +337,6 @@ class DetectionDataset(ImageDataset):
         return load
 
 
-def check_shard(num_shards: int, shard_index: int, num_images: int) -> None:
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(
-            "`shard_index` must be 0 to `num_shards - 1`. "
-            f"Received: num_shards={num_shards}, shard_index={shard_index}"
-        )
-    if num_shards > num_images:
-        raise ValueError(
-            f"`num_shards` must be at most the number of images, {num_images}, so that no "
-            f"shard is empty. Received: num_shards={num_shards}"
-        )
-
-
 def _check_boxes(records: Sequence[ImageRecord]) -> None:
     counts = [len(record.boxes) for record in records]
     boxes = np.concatenate([record.boxes for record in records])
@@ -356,7 +346,7 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
         worst = int(np.argmin(good.all(axis=1)))
         record = records[np.repeat(np.arange(len(records)), counts)[worst]]
         raise ValueError(
-            'Boxes must be "xyxy" in pixels, have an area, and lie inside their image. Received: '
+            'Boxes must be "xyxy" in pixels, have an area, and be inside their image. Received: '
             f"{boxes[worst].tolist()} in {record.image_id!r} of {record.width} x {record.height}"
         )
 
@@ -394,8 +384,8 @@ def decode_plain_image(encoded):
     """
     import tensorflow as tf
 
-    # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up to
-    # 7 gray levels off Pillow, and so off `load_image` and `detect`.
+    # The op reads PNG too. TensorFlow's default for JPEG, a fast inverse cosine transform, differs
+    # from Pillow, and so from `load_image` and `detect`, by up to 7 gray levels.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     return tf.ensure_shape(image, (None, None, 3))
 
@@ -438,13 +428,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, list[str]]:
-    """Clips boxes (n, 4) "xyxy" to the image and judges them.
-
-    Width and height of the image are in the unit of the boxes.
+    """Clips boxes (n, 4) "xyxy" to an image of `width` and `height` in the same unit.
 
     Returns:
-        The clipped boxes (n, 4), and a verdict for each: "" (fine), "clipped", or the reason to
-        drop it.
+        The clipped boxes (n, 4), and for each "" (unchanged), "clipped", or the reason to drop it.
     """
     clipped = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
     verdicts = []
@@ -462,12 +449,8 @@ def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.nda
 
 def without_difficult(record: ImageRecord) -> ImageRecord:
     keep = ~record.difficult
-    return dataclasses.replace(
-        record,
-        boxes=record.boxes[keep],
-        labels=record.labels[keep],
-        difficult=record.difficult[keep],
-    )
+    rows = {name: getattr(record, name)[keep] for name in ("boxes", "labels", "difficult")}
+    return dataclasses.replace(record, **rows)
 
 
 def count_problems(problems: list[Problem]) -> str:
