@@ -36,27 +36,24 @@ def read_coco(
 ) -> DetectionDataset:
     """Reads object annotations in COCO's JSON format (Lin et al., ECCV 2014).
 
-    Boxes are [x, y, width, height] in pixels. Labels follow the names of the categories, whose
-    ids may have gaps. Crowds (`iscrowd`) become `difficult`: evaluation ignores them. Images
-    without annotations are kept. `image_id` is the `id` of the image, as text.
+    Boxes are [x, y, width, height] in pixels. Category ids may have gaps. Crowds (`iscrowd`) become
+    `difficult`: evaluation ignores them. Images without annotations are kept. `image_id` is the
+    `id` of the image, as text.
 
-    Degenerate and repeated boxes, and boxes outside the image, are dropped; boxes that cross the
+    Degenerate and repeated boxes and boxes outside the image are dropped; boxes that cross the
     border by half a pixel or more are clipped. EXIF rotation is handled as in `read_voc`. The
-    report lists all of this, and sizes that differ from the image, annotation ids used twice (both
-    are kept), and images listed twice (their annotations are joined).
+    `report` lists all of this, wrong image sizes, annotation ids used twice (both are kept), and
+    images listed twice (their annotations are joined).
 
     Args:
         annotation_file: File such as "instances_train2017.json".
-        image_folder: Folder of the images. Default: searched beside the file, in "images", and in
-            the folder of the split (`train2017` for `instances_train2017.json`).
+        image_folder: Folder of the images. Default: the folder of the file, "images", or the folder
+            of the split (`train2017` for `instances_train2017.json`).
         class_names: Names of the labels 0, 1, 2, ... Default: all categories, ordered by id.
         on_error: "raise" a ValueError for a missing or unreadable image, an unknown category, a
-            class that is not in `class_names`, or an annotation of an image that is not listed;
-            or "skip" the image and report it.
+            class that is not in `class_names`, or an annotation of an unlisted image; or "skip" the
+            image and report it.
         use_difficult: Whether to keep crowds.
-
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
         ValueError: if there is no such file or folder, if it is not a COCO file, or see `on_error`.
@@ -94,13 +91,11 @@ def _load(path: Path) -> dict[str, list[dict]]:
         content = json.loads(path.read_bytes())  # detects UTF-8 and UTF-16
     except (ValueError, OSError, RecursionError) as error:
         raise FileError(path, "unreadable JSON", str(error)) from error
-    found = sorted(content) if isinstance(content, dict) else type(content).__name__
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), list) and all(isinstance(row, dict) for row in content[name])
-        for name in SECTIONS
-    ):
-        wanted = ", ".join(map(repr, SECTIONS))
-        detail = f"expected lists {wanted} of objects, found {found}"
+    is_dict = isinstance(content, dict)
+    lists = [content.get(name) if is_dict else None for name in SECTIONS]
+    if not all(isinstance(x, list) and all(isinstance(row, dict) for row in x) for x in lists):
+        found = sorted(content) if is_dict else type(content).__name__
+        detail = f"expected lists {', '.join(map(repr, SECTIONS))} of objects, found {found}"
         raise FileError(path, "not a COCO file of objects", detail)
     return content
 
@@ -110,13 +105,13 @@ def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | Non
         return check_folder(given, "image_folder")
     here, above = path.absolute().parent, path.absolute().parent.parent
     split = path.stem.removeprefix("instances_")
-    places = [here, here / "images", here / split, above / split]
-    places += [above / "images" / split, above / "images"]
-    for place in places:  # the first images tell; some may be missing
-        if any(locate_image(place, str(image.get("file_name", ""))) for image in images[:20]):
-            return place
-    tried = ", ".join(map(str, places))
-    raise ValueError(f"{path}: give `image_folder`; its images are in none of {tried}")
+    folders = [here, here / "images", here / split, above / split]
+    folders += [above / "images" / split, above / "images"]
+    for folder in folders:  # check several images, as some may be missing
+        if any(locate_image(folder, str(image.get("file_name", ""))) for image in images[:20]):
+            return folder
+    tried = ", ".join(map(str, folders))
+    raise ValueError(f"{path}: give `image_folder`; the images are in none of {tried}")
 
 
 def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[Any, str]:
@@ -138,14 +133,14 @@ def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[
 
 
 def _key(value: Any) -> int | str | None:
-    """An id as a dictionary key, with 7.0 as 7; None for anything that cannot be an id."""
+    """An id as a dictionary key, with 7.0 as 7; None if it is not a number or text."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _images(path: Path, images: list[dict], faults: Faults) -> dict[Any, dict]:
-    """Image entries by id; ids of several files are faults."""
+    """Image entries by id; an id with several files is a fault."""
     found: dict[Any, dict] = {}
     ambiguous = set()
     for image in images:
@@ -171,7 +166,7 @@ def _objects_by_image(
     for row in annotations:
         key, own = _key(row.get("image_id")), _key(row.get("id"))
         if own is not None and own in seen:
-            faults.add(path, "annotation id used twice", "both kept", f"{own}")
+            faults.add(path, "annotation id used twice", "both kept", str(own))
         seen.add(own)
         with faults.skipping_image():
             if key not in images:

@@ -34,34 +34,29 @@ def read_voc(
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
     The folder has the VOC layout (`JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`), or
-    images and XML files side by side. An image belongs to the XML file of the same stem. VOC
-    coordinates are 1-based and inclusive: [xmin, ymin, xmax, ymax] becomes
-    [xmin - 1, ymin - 1, xmax, ymax].
+    images and XML files side by side. Images and XML files have the same stem. VOC coordinates are
+    1-based and inclusive: [xmin, ymin, xmax, ymax] becomes [xmin - 1, ymin - 1, xmax, ymax].
 
-    Degenerate boxes, and boxes outside the image, are dropped; boxes that cross the border are
+    Degenerate boxes and boxes outside the image are dropped; boxes that cross the border are
     clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image, they
-    are rotated with it. The report lists all of this, and each `<size>` that differs from the
-    image; one `UserWarning` announces it.
+    are rotated with it. The dataset's `report` lists all of this and each wrong `<size>`; one
+    `UserWarning` summarizes it.
 
     Args:
         folder: Folder of the dataset.
-        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are not
-            in the split. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... Default: all names in all XML files of the
-            folder, sorted, so that all splits agree.
+        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are
+            excluded. Default: all images.
+        class_names: Names of the labels 0, 1, 2, ... Default: all names in the XML files of all
+            splits, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image or XML file, or a class
             that is not in `class_names`; or "skip" the image and report it.
         use_difficult: Whether to keep objects marked as difficult.
         one_based_coordinates: False for files with 0-based coordinates, which are not shifted.
 
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
-
     Raises:
         ValueError: if there is no such folder or split, if there are no images, or see `on_error`.
 
     Example:
-
     ```python
     train = read_voc("VOCdevkit/VOC2007", split="trainval")
     test = read_voc("VOCdevkit/VOC2007", split="test", class_names=train.class_names)
@@ -104,7 +99,7 @@ class _VocFolder:
         self.image_folder = self.folder / "JPEGImages" if has_voc_layout else self.folder
         files = sorted(xml_folder.iterdir())
         self.xml_files = {path.stem: path for path in files if path.suffix.lower() == ".xml"}
-        # VOCdevkit was given instead of VOCdevkit/VOC2007?
+        # Maybe `folder` is VOCdevkit instead of VOCdevkit/VOC2007.
         inner = sorted([*self.folder.glob("*/Annotations"), *self.folder.glob("*/*/Annotations")])
         if not self.xml_files and inner:
             raise ValueError(f"No XML files in {folder}. Did you mean {inner[0].parent}?")
@@ -123,9 +118,7 @@ class _VocFolder:
         if not path.is_file():
             splits = voc_splits(self.folder)
             known = f"available: {', '.join(splits)}" if splits else f"no .txt in {split_folder}"
-            raise ValueError(
-                f"`split` must be a file in ImageSets/Main. Received: {split!r}; {known}"
-            )
+            raise ValueError(f"`split` must be in ImageSets/Main. Received: {split!r}; {known}")
         image_ids: dict[str, None] = {}
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             image_id = self._image_id(line.strip())
@@ -138,14 +131,14 @@ class _VocFolder:
         return list(image_ids)
 
     def _image_id(self, line: str) -> str:
-        """Id in a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
+        """Id from a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
         if line not in self.xml_files and (match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)):
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
         return stem if suffix.lower() in (".xml", *IMAGE_SUFFIXES) else line
 
     def image_file(self, image_id: str, xml: "_VocXml") -> Path:
-        """The image of the same stem as the XML file, else the one that the file names."""
+        """The image with the stem of the XML file, or else the one named in the file."""
         candidates = self.image_files.get(image_id, [])
         if candidates:
             return next((path for path in candidates if path.name == xml.filename), candidates[0])
@@ -183,7 +176,7 @@ def _parse_all(
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """Refuses document types, whose entities can expand to gigabytes or read files."""
+    """Rejects document types, whose entities can expand to gigabytes or read files."""
 
     def doctype(self, name, pubid, system):
         raise ValueError("document types and entities are not allowed")
@@ -212,7 +205,7 @@ def _object(path: Path, node: ElementTree.Element, one_based: bool) -> Annotated
     corners = [_text(node, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
     x1, y1, x2, y2 = map(number, corners)
     border_problem = None
-    # A degenerate box stays as written: shifted, it would be one pixel wide.
+    # A degenerate box is not shifted: it would become one pixel wide.
     if one_based and x1 < x2 and y1 < y2:
         if min(x1, y1) == 0:
             action = "clipped (for 0-based files, set one_based_coordinates=False)"

@@ -38,7 +38,7 @@ def read_yolo(
     """Reads a folder of images with YOLO's text files.
 
     The text file of an image has one object per line: "class x y width height", with classes from
-    0, and the center and sides of the box as fractions of the image; or a polygon,
+    0 and the center and sides of the box as fractions of the image; or a polygon,
     "class x1 y1 x2 y2 x3 y3 ...", read as its bounding box. An image whose text file is empty or
     missing has no objects.
 
@@ -52,19 +52,15 @@ def read_yolo(
     Args:
         folder: Folder of the dataset, or its `data.yaml`.
         split: "train", "val", "test" or another name. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... If the folder has class names, classes are
-            matched by name; if not, these are its names. Default: `names` in `data.yaml`, or the
-            lines of `classes.txt`.
+        class_names: Names of the labels 0, 1, 2, ... Classes are matched by name if the folder has
+            class names. Default: `names` in `data.yaml`, or the lines of `classes.txt`.
         on_error: "raise" a ValueError for an unreadable image or text file, a text file without
             image, or a class without a name; or "skip" the image and report it.
         use_difficult: No effect: the format has no difficult objects.
 
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
-
     Raises:
-        ValueError: if there is no such folder or split, if there are no images, text files or
-            class names, or see `on_error`.
+        ValueError: if there is no such folder or split, there are no images, text files or class
+            names, or see `on_error`.
 
     Example: `test = read_yolo("data", "val", class_names=train.class_names)`
     """
@@ -115,7 +111,7 @@ class _YoloFolder:
         self.names = self._names()
 
     def images(self, split: str | None, faults: Faults) -> list[Path]:
-        """Different paths of the images of a split, or of all images, in a fixed order."""
+        """Unique paths of the images of a split, or of all images, in a fixed order."""
         splits = self.splits()
         if split is None:
             places = self._all_places()
@@ -123,30 +119,25 @@ class _YoloFolder:
             key = next((s for s in (split, *_SYNONYMS.get(split, ())) if s in splits), None)
             if key is None:
                 known = f"available: {', '.join(splits)}" if splits else "there are no splits"
-                raise ValueError(
-                    f"`split` must be one of those of {self.folder}. Received: {split!r}; {known}"
-                )
+                raise ValueError(f"`split` must be in {self.folder}. Received: {split!r}; {known}")
             places = splits[key]
         images = [path for place in places for path in self._images_in(place, faults)]
         images = list(dict.fromkeys(images))
         if not images:
             raise ValueError(f"No images in {', '.join(map(str, places))}")
         if not any(self.label_file(path).is_file() for path in images):
-            raise ValueError(
-                f"None of the {len(images)} images has a text file with its objects. Expected: "
-                f"{self.label_file(images[0])}"
-            )
+            expected = self.label_file(images[0])
+            raise ValueError(f"None of the {len(images)} images has a text file like {expected}")
         return images
 
     def label_file(self, image: Path) -> Path:
-        """The text file of an image: "labels" for the last "images" in its path, or beside it."""
+        """Text file of an image: in "labels" instead of the last "images", or beside it."""
         beside = image.with_suffix(".txt")
-        parts = list(image.parts[:-1])
-        if "images" not in parts:
+        reversed_parts = list(beside.parts[-2::-1])
+        if "images" not in reversed_parts:
             return beside
-        last = len(parts) - 1 - parts[::-1].index("images")
-        parts[last] = "labels"
-        file = Path(*parts, beside.name)
+        reversed_parts[reversed_parts.index("images")] = "labels"
+        file = Path(*reversed_parts[::-1], beside.name)
         return file if file.is_file() or not beside.is_file() else beside
 
     def labels_without_image(self, images: list[Path]) -> list[Path]:
@@ -171,7 +162,7 @@ class _YoloFolder:
             return image.as_posix()
 
     def splits(self) -> dict[str, list[Path]]:
-        """Folders and lists of images by split, as in data.yaml or as usual."""
+        """Folders and lists of images by split, from data.yaml or the usual layout."""
         return self._yaml_places() or self._usual_places()
 
     def _all_places(self) -> list[Path]:
@@ -199,9 +190,9 @@ class _YoloFolder:
         return splits
 
     def _place(self, root: Path, text: str) -> Path | None:
-        """The folder or list that data.yaml names, which may be relative to another folder."""
+        """Finds a folder or list from data.yaml, which may be relative to another folder."""
         text = text.strip().replace("\\", "/")
-        # Exported datasets say "../train/images" and mean "train/images".
+        # In exported datasets, "../train/images" means "train/images".
         tried = [root / text, self.folder / text, self.folder / text.removeprefix("../")]
         return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
 
@@ -226,8 +217,7 @@ class _YoloFolder:
             file = next((file for file in files if file.is_file()), None)
             if file is None:
                 return None
-            lines = read_text(file, "list of classes").splitlines()
-            names = [line for line in lines if line.strip()]
+            names = list(filter(str.strip, read_text(file, "list of classes").splitlines()))
         if isinstance(names, list):
             names = dict(enumerate(names))
         where = self.yaml_file or self.folder
@@ -257,8 +247,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise FileError(path, "unreadable YAML file", str(error)) from error
     if not isinstance(settings, dict):
-        detail = f"expected names and values, found {settings!r}"
-        raise FileError(path, "unreadable YAML file", detail)
+        raise FileError(path, "unreadable YAML file", f"expected a mapping, found {settings!r}")
     return settings
 
 
