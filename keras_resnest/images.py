@@ -143,7 +143,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
         ValueError: if `image` has another rank, or a size is not a positive integer.
     """
     if min(height, width) < 1 or int(height) != height or int(width) != width:
-        raise ValueError(f"The size must be positive integers. Received: {height} x {width}")
+        raise ValueError(f"`height, width` must be positive integers. Received: {height}, {width}")
     image = np.asarray(image, "float32")  # Keras rounds a resized uint8 image
     if image.ndim not in (3, 4) or 0 in image.shape:
         raise ValueError(f"`image` must be (H, W, 3) or (B, H, W, 3). Received: {image.shape}")

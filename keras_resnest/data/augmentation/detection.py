@@ -4,7 +4,8 @@ The recipe is SSD's (arXiv 1512.02325, sections 2.2 and 3.6), which RefineDet ad
 distortion, expansion, a crop that overlaps an object by a given IoU, flipping, and stretching to
 the input size of the network.
 
-Each class is an immutable callable of one unbatched dataset element
+Each class is an immutable callable, checks its arguments (ValueError), and takes one unbatched
+dataset element
 
     {"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), "difficult": (n,)}}
 
@@ -72,9 +73,6 @@ class PhotometricDistortion:
         channel_probability: probability of a random channel order, 0 in the code of SSD and
             RefineDet and 0.5 in some ports; keep 0 if color distinguishes the classes.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
     Example: `element = PhotometricDistortion(hue=0)(element, seed=(1, 2))`
     """
 
@@ -140,9 +138,6 @@ class RandomExpand:
         probability: probability of an expansion.
         fill_color: (red, green, blue) of the canvas, 0..255.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
     Example: `element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))`
     """
 
@@ -194,9 +189,6 @@ class RandomIoUCrop:
         aspect_ratio: (low, high) of width / height, relative to that of the image.
         trials: random crops per option.
         probability: probability of a crop.
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     Example: `element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))`
     """
@@ -298,9 +290,6 @@ class RandomFlip(_Orientation):
         vertical: probability of a top-bottom flip, for images without a natural orientation, such
             as microscope or aerial images.
 
-    Raises:
-        ValueError: if a probability is not within 0 to 1.
-
     Example: `element = RandomFlip(vertical=0.5)(element, seed=(1, 2))`
     """
 
@@ -322,9 +311,6 @@ class RandomRotate90(_Orientation):
 
     Args:
         probability: probability of a rotation; at 0.75, all four orientations are equally likely.
-
-    Raises:
-        ValueError: if `probability` is not within 0 to 1.
 
     Example: `element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)`
     """
@@ -352,9 +338,6 @@ class Resize:
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
         dtype: "float32", or "uint8" (rounded) to save memory.
-
-    Raises:
-        ValueError: if an argument is invalid.
 
     Example: `dataset = dataset.map(Resize((320, 320)))`
     """
@@ -399,14 +382,7 @@ class TrainingAugmentation:
             `Resize`, so that the network trains on what it sees in use.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        augmentation = TrainingAugmentation((320, 320), flip=RandomFlip(vertical=0.5))
-        batches = training_batches(dataset, (320, 320), 16, augmentation)
-        ```
+    Example: `element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))`
     """
 
     image_shape: tuple[int, ...]

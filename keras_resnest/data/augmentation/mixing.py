@@ -1,6 +1,6 @@
 """Augmentation that combines the images of a batch, as TensorFlow graph code for `tf.data`.
 
-`Mosaic` and `MixUp` are callables of a batch of images of one size
+`Mosaic` and `MixUp` check their arguments (ValueError) and take a batch of images of one size
 
     {"images": (B, H, W, 3), "bounding_boxes": {"boxes": (B, M, 4), "labels": (B, M), ...}}
 
@@ -40,13 +40,7 @@ class Mosaic:
         center: (low, high) of the center, as fractions of height and width.
         min_box_size: boxes with a side shorter than this many pixels are dropped.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(probability=0.5))
-        ```
+    Example: `batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(0.5))`
     """
 
     probability: float = 0.5
@@ -144,13 +138,7 @@ class MixUp:
         alpha: parameter of the beta distribution, at least 0.1; 1.5 in arXiv 1902.04103. Large
             values blend about half of each image.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(probability=0.15))
-        ```
+    Example: `batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(0.15))`
     """
 
     probability: float = 0.15

@@ -9,20 +9,8 @@ from typing import Any
 
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    known_classes,
-    locate_image,
-    normalize_path,
-    number,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 SECTIONS = ("images", "annotations", "categories")
 
@@ -74,14 +62,14 @@ def read_coco(
     def parse(key):
         image = images[key]
         return ImageAnnotation(
-            file=normalize_path(image["file_name"]),  # more helpful than the one JSON file
+            file=common.normalize_path(image["file_name"]),  # more helpful than the one JSON file
             image_id=str(key),
-            image=find_image(folder, image["file_name"], path),
+            image=common.find_image(folder, image["file_name"], path),
             objects=tuple(_object(path, row, names) for row in objects.get(key, [])),
-            size=stated_size(image.get("width"), image.get("height")),
+            size=common.stated_size(image.get("width"), image.get("height")),
         )
 
-    return build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
 def _load(path: Path) -> dict[str, list[dict]]:
@@ -102,13 +90,14 @@ def _load(path: Path) -> dict[str, list[dict]]:
 
 def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | None) -> Path:
     if given is not None:
-        return check_folder(given, "image_folder")
+        return common.check_folder(given, "image_folder")
     here, above = path.absolute().parent, path.absolute().parent.parent
     split = path.stem.removeprefix("instances_")
     folders = [here, here / "images", here / split, above / split]
     folders += [above / "images" / split, above / "images"]
-    for folder in folders:  # check several images, as some may be missing
-        if any(locate_image(folder, str(image.get("file_name", ""))) for image in images[:20]):
+    names = [str(image.get("file_name", "")) for image in images[:20]]  # some may be missing
+    for folder in folders:
+        if any(common.locate_image(folder, name) for name in names):
             return folder
     tried = ", ".join(map(str, folders))
     raise ValueError(f"{path}: give `image_folder`; the images are in none of {tried}")
@@ -182,7 +171,7 @@ def _join_repeated(
     """Keeps the first entry of each file, and moves the annotations of the others to it."""
     first: dict[str, Any] = {}
     for key, image in images.items():
-        name = normalize_path(image["file_name"])
+        name = common.normalize_path(image["file_name"])
         if name in first:
             faults.add(path, "image listed twice", "annotations joined", name)
             objects[first[name]] += objects.pop(key, [])
@@ -194,10 +183,10 @@ def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:
     category = _key(row.get("category_id"))
     if category not in names:
         detail = f"{row.get('category_id')!r} of annotation {row.get('id')}"
-        raise FileError(path, "unknown category id", f"{detail}. {known_classes(names)}")
+        raise FileError(path, "unknown category id", f"{detail}. {common.known_classes(names)}")
     box = row.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4
-    x, y, width, height = map(number, box if is_box else [None] * 4)
+    x, y, width, height = map(common.number, box if is_box else [None] * 4)
     return AnnotatedObject(
         name=names[category],
         box=(x, y, x + width, y + height),

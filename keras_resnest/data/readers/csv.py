@@ -4,23 +4,12 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset, nearest
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    is_true,
-    normalize_path,
-    number,
-    read_text,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a header
 _SYNONYMS = {
@@ -71,10 +60,10 @@ def read_csv(
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
-    folder = None if image_folder is None else check_folder(image_folder, "image_folder")
+    folder = None if image_folder is None else common.check_folder(image_folder, "image_folder")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(path):
-        images.setdefault(normalize_path(row["image"]), []).append((line, row))
+        images.setdefault(common.normalize_path(row["image"]), []).append((line, row))
     if not images:
         raise ValueError(f"{path}: no rows")
     folder = folder or _usual_folder(path, images)
@@ -90,12 +79,12 @@ def read_csv(
         return ImageAnnotation(
             file=name,
             image_id=name,
-            image=find_image(folder, row["image"], path),
+            image=common.find_image(folder, row["image"], path),
             objects=tuple(item for item in objects if item is not None),
-            size=stated_size(row.get("width"), row.get("height")),
+            size=common.stated_size(row.get("width"), row.get("height")),
         )
 
-    return build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
 def has_known_columns(path: Path) -> bool:
@@ -115,7 +104,7 @@ def _usual_folder(path: Path, names: Iterable[str]) -> Path:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, cells by column); rows of wrong length have only image and fault."""
-    text = read_text(path, "CSV file")
+    text = common.read_text(path, "CSV file")
     first = next(iter(text.strip().splitlines()), "")
     delimiter = max(",;\t", key=first.count)
     lines = io.StringIO(text, newline="")
@@ -145,11 +134,9 @@ def _header(path: Path, cells: list[str]) -> list[str] | None:
     if not missing:
         # The first synonym counts, e.g. of "filename" and "path".
         return [n if n not in names[:i] else f"other {i}" for i, n in enumerate(names)]
-    looks_like_data = len(cells) == len(COLUMNS) and all(
-        cell == "" or number(cell) == number(cell) or cell.lower() in ("nan", "inf", "-inf")
-        for cell in cells[1:5]
-    )
-    if looks_like_data:
+    corners = [cell.lower() for cell in cells[1:5]]
+    are_numbers = all(cell in ("", "nan") or not isnan(common.number(cell)) for cell in corners)
+    if len(cells) == len(COLUMNS) and are_numbers:
         return None
     expected = f"expected rows of {', '.join(COLUMNS)}, or a header with these names in any order"
     received = f"Received: {', '.join(cells)}. For {missing[0]!r}: {nearest(missing[0], found)}"
@@ -167,7 +154,7 @@ def _object(path: Path, line: int, row: dict[str, str]) -> AnnotatedObject | Non
         raise FileError(path, "unreadable row", f"line {line} has a box without a label")
     return AnnotatedObject(
         name=row["label"],
-        box=tuple(map(number, corners)),
-        difficult=is_true(row.get("difficult", "")),
+        box=tuple(map(common.number, corners)),
+        difficult=common.is_true(row.get("difficult", "")),
         text=f"[{', '.join(corner or 'missing' for corner in corners)}] in line {line}",
     )

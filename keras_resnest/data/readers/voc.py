@@ -9,17 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    is_true,
-    number,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 from keras_resnest.images import IMAGE_SUFFIXES, find_images
 
 
@@ -78,7 +69,7 @@ def read_voc(
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
     usable = [image_id for image_id in image_ids if image_id in annotations]
-    return build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
+    return common.build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
 
 
 def voc_splits(folder: str | os.PathLike) -> list[str]:
@@ -93,7 +84,7 @@ class _VocFolder:
     """The files of a VOC dataset."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = check_folder(folder, "folder")
+        self.folder = common.check_folder(folder, "folder")
         has_voc_layout = (self.folder / "Annotations").is_dir()
         xml_folder = self.folder / "Annotations" if has_voc_layout else self.folder
         self.image_folder = self.folder / "JPEGImages" if has_voc_layout else self.folder
@@ -193,7 +184,7 @@ def _parse_xml(path: Path, one_based: bool) -> _VocXml:
     return _VocXml(
         path=path,
         filename=_text(root, "filename"),
-        size=stated_size(_text(root, "size/width"), _text(root, "size/height")),
+        size=common.stated_size(_text(root, "size/width"), _text(root, "size/height")),
         objects=tuple(_object(path, node, one_based) for node in root.findall("object")),
     )
 
@@ -203,7 +194,7 @@ def _object(path: Path, node: ElementTree.Element, one_based: bool) -> Annotated
     if not name:
         raise FileError(path, "unreadable XML", "an <object> without <name>")
     corners = [_text(node, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
-    x1, y1, x2, y2 = map(number, corners)
+    x1, y1, x2, y2 = map(common.number, corners)
     border_problem = None
     # A degenerate box is not shifted: it would become one pixel wide.
     if one_based and x1 < x2 and y1 < y2:
@@ -214,7 +205,7 @@ def _object(path: Path, node: ElementTree.Element, one_based: bool) -> Annotated
     return AnnotatedObject(
         name=name,
         box=(x1, y1, x2, y2),
-        difficult=is_true(_text(node, "difficult")),
+        difficult=common.is_true(_text(node, "difficult")),
         text=f"[{', '.join(corner or 'missing' for corner in corners)}]",
         border_problem=border_problem,
     )

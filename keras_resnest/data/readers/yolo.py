@@ -10,18 +10,8 @@ import numpy as np
 
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    known_classes,
-    number,
-    read_text,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 from keras_resnest.images import IMAGE_SUFFIXES
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -82,13 +72,13 @@ def read_yolo(
         if path.suffix == ".txt":
             raise FileError(path, "missing image", f"no image {path.stem}.*")
         file = source.label_file(path)
-        lines = read_text(file, "text file").splitlines() if file.is_file() else []
+        lines = common.read_text(file, "text file").splitlines() if file.is_file() else []
         rows = [(i, line.split()) for i, line in enumerate(lines, start=1) if line.strip()]
         objects = tuple(_object(file, i, cells, names) for i, cells in rows)
         return ImageAnnotation(file, source.image_id(path), path, objects, is_relative=True)
 
     paths = [*images, *source.labels_without_image(images)]
-    return build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
+    return common.build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
 
 
 def yolo_splits(folder: str | os.PathLike) -> list[str]:
@@ -105,7 +95,7 @@ class _YoloFolder:
     def __init__(self, folder: str | os.PathLike):
         path = Path(folder)
         is_yaml = path.is_file() and path.suffix.lower() in YAML_SUFFIXES
-        self.folder = path.absolute().parent if is_yaml else check_folder(folder, "folder")
+        self.folder = path.absolute().parent if is_yaml else common.check_folder(folder, "folder")
         self.yaml_file = path if is_yaml else find_yaml(path)
         self.settings = read_yaml(self.yaml_file) if self.yaml_file else {}
         self.names = self._names()
@@ -202,10 +192,10 @@ class _YoloFolder:
             files = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             yield from sorted(path for path in files if path.is_file())
             return
-        for line in filter(str.strip, read_text(place, "list of images").splitlines()):
+        for line in filter(str.strip, common.read_text(place, "list of images").splitlines()):
             image = None
             with faults.skipping_image():
-                image = find_image(place.parent, line, place)
+                image = common.find_image(place.parent, line, place)
             if image is not None:
                 yield Path(os.path.normpath(image))
 
@@ -217,7 +207,7 @@ class _YoloFolder:
             file = next((file for file in files if file.is_file()), None)
             if file is None:
                 return None
-            names = list(filter(str.strip, read_text(file, "list of classes").splitlines()))
+            names = list(filter(str.strip, common.read_text(file, "list of classes").splitlines()))
         if isinstance(names, list):
             names = dict(enumerate(names))
         where = self.yaml_file or self.folder
@@ -243,7 +233,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(read_text(path, "YAML file"))
+        settings = yaml.safe_load(common.read_text(path, "YAML file"))
     except yaml.YAMLError as error:
         raise FileError(path, "unreadable YAML file", str(error)) from error
     if not isinstance(settings, dict):
@@ -255,7 +245,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _is_class(value: Any) -> bool:
-    return number(value) >= 0 and number(value).is_integer()
+    return common.number(value) >= 0 and common.number(value).is_integer()
 
 
 def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> AnnotatedObject:
@@ -265,11 +255,11 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         raise FileError(file, "unreadable line", detail)
     if not _is_class(cells[0]):
         raise FileError(file, "unreadable line", f"line {line} begins with {cells[0]!r}")
-    name = names.get(int(number(cells[0])))
+    name = names.get(int(common.number(cells[0])))
     if name is None:
-        detail = f"class {cells[0]} in line {line}. {known_classes(names)}"
+        detail = f"class {cells[0]} in line {line}. {common.known_classes(names)}"
         raise FileError(file, "class without a name", detail)
-    values = np.asarray([number(cell) for cell in cells[1:]])
+    values = np.asarray([common.number(cell) for cell in cells[1:]])
     if np.isfinite(values).all() and np.abs(values).max() > 2:
         detail = f"line {line} has pixels, not fractions of the image: {' '.join(cells[1:])}"
         raise FileError(file, "coordinates above 1", detail)
