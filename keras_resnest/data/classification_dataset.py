@@ -18,31 +18,19 @@ from keras_resnest.images import ImageInfo
 
 @dataclasses.dataclass(slots=True)
 class LabeledImage:
-    """One image and its class.
+    """One image and its class."""
 
-    Attributes:
-        image: Path, encoded bytes, or array, as for `load_image`.
-        image_id: Unique name of the image.
-        label: 0 to num_classes - 1.
-        info: Size and orientation of the image.
-    """
-
-    image: Any
-    image_id: str
-    label: int
-    info: ImageInfo
+    image: Any  # path, encoded bytes, or array, as for `load_image`
+    image_id: str  # unique name of the image
+    label: int  # 0 to num_classes - 1
+    info: ImageInfo  # size and orientation of the image
 
 
 @dataclasses.dataclass
 class ClassificationReport:
-    """Counts and problems of a dataset; print it before training.
+    """Counts and problems of a dataset; print it before training."""
 
-    Attributes:
-        class_counts: Images per class name, in the order of the labels.
-        problems: List of `Problem`.
-    """
-
-    class_counts: dict[str, int]
+    class_counts: dict[str, int]  # images per class name, in the order of the labels
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     @property
@@ -73,11 +61,7 @@ class ClassificationDataset(ImageDataset):
     Raises:
         ValueError: if there is no record, or a label has no class name.
 
-    Example:
-        ```python
-        record = LabeledImage("cat.jpg", "cat", 0, read_image_info("cat.jpg"))
-        dataset = ClassificationDataset([record], class_names=["cat", "dog"])
-        ```
+    Example: `train, test = ClassificationDataset(records, class_names=["cat", "dog"]).hold_out()`
     """
 
     def __init__(
@@ -88,12 +72,8 @@ class ClassificationDataset(ImageDataset):
     ):
         super().__init__(records, class_names)
         labels = collections.Counter(record.label for record in self.records)
-        wrong = [label for label in labels if not 0 <= label < self.num_classes]
-        if wrong:
-            raise ValueError(
-                f"Labels must be 0 to {self.num_classes - 1} ({self.num_classes} class names). "
-                f"Received: {wrong}"
-            )
+        if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
+            raise ValueError(f"Labels must be 0 to {self.num_classes - 1}. Received: {wrong}")
         counts = {name: labels[i] for i, name in enumerate(self.class_names)}
         self.report = report or ClassificationReport(counts)
 

@@ -24,19 +24,12 @@ from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A fault in the annotations, and how the reader handled it.
+    """A fault in the annotations, and how the reader handled it."""
 
-    Attributes:
-        file: Name of the file, or id of the image.
-        what: Kind of fault, e.g. "degenerate box".
-        action: What the reader did, e.g. "dropped".
-        detail: The box, numbers, or text in question.
-    """
-
-    file: str
-    what: str
-    action: str
-    detail: str = ""
+    file: str  # name of the file, or id of the image
+    what: str  # kind of fault, e.g. "degenerate box"
+    action: str  # what the reader did, e.g. "dropped"
+    detail: str = ""  # the box, numbers, or text in question
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}{' ' * bool(self.detail)}{self.detail} - {self.action}"
@@ -44,22 +37,13 @@ class Problem:
 
 @dataclasses.dataclass
 class AnnotationReport:
-    """Counts and problems of a dataset; print it before training.
-
-    Attributes:
-        num_images: Number of images.
-        num_boxes: Number of boxes.
-        class_counts: Boxes per class name, in the order of the labels.
-        num_difficult: Boxes marked as difficult.
-        num_empty_images: Images without boxes.
-        problems: List of `Problem`.
-    """
+    """Counts and problems of a dataset; print it before training."""
 
     num_images: int
     num_boxes: int
-    class_counts: dict[str, int]
-    num_difficult: int = 0
-    num_empty_images: int = 0
+    class_counts: dict[str, int]  # boxes per class name, in the order of the labels
+    num_difficult: int = 0  # boxes marked as difficult
+    num_empty_images: int = 0  # images without boxes
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     @property
@@ -160,10 +144,8 @@ class ImageDataset:
         return len(self.records)
 
     def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__.strip('_')}: {len(self)} images, "
-            f"{self.num_classes} classes: {', '.join(self.class_names[:10])}>"
-        )
+        classes = f"{self.num_classes} classes: {', '.join(self.class_names[:10])}"
+        return f"<{type(self).__name__.strip('_')}: {len(self)} images, {classes}>"
 
     def as_dataset(
         self,
@@ -299,8 +281,8 @@ class DetectionDataset(ImageDataset):
         for record in self.records:
             if np.any((record.labels < 0) | (record.labels >= self.num_classes)):
                 raise ValueError(
-                    f"Labels must be 0 to {self.num_classes - 1} ({self.num_classes} class names). "
-                    f"Received: {record.labels.tolist()} in {record.image_id!r}"
+                    f"Labels must be 0 to {self.num_classes - 1}. Received: "
+                    f"{record.labels.tolist()} in {record.image_id!r}"
                 )
         _check_boxes(self.records)
         self.report = report or summarize(self.records, self.class_names, [])

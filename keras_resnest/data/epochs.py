@@ -15,13 +15,7 @@ class EpochCounter:
     Args:
         initial_epoch: epoch of the first pass, from 0.
 
-    Example:
-        ```python
-        counter = EpochCounter(3)
-        counter.next_epoch(), counter.next_epoch()  # 3, 4
-        counter.set_epoch(7)
-        counter.next_epoch(), counter.next_epoch()  # 7, 7
-        ```
+    Example: `EpochCounter(3).next_epoch()` returns 3, then 4; after `set_epoch(7)`, always 7.
     """
 
     def __init__(self, initial_epoch: int = 0):
@@ -80,17 +74,11 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 def epoch_passes(
     stored: tf.data.Dataset, counter: EpochCounter, seed: int, shuffle_buffer: int
 ) -> tf.data.Dataset:
-    """Returns a dataset whose passes shuffle stored items anew in every epoch.
+    """Returns a dataset that shuffles `stored`, of any items, anew in each pass.
 
-    Args:
-        stored: dataset of any items. It is built once, so its cache lasts.
-        counter: numbers the passes.
-        seed: seed of all random numbers.
-        shuffle_buffer: number of items among which the next one is drawn; 0 or 1 keeps the order.
-
-    Returns:
-        Dataset of (epoch seed (2,) int64, position in the epoch, index of the item, item), with
-        the cardinality of `stored` if that is known.
+    Its elements are (epoch seed (2,) int64, position in the epoch, index of the item, item), with
+    the cardinality of `stored` if that is known. `stored` is built once, so its cache lasts. A
+    `shuffle_buffer` of 0 or 1 keeps the order.
     """
     stored = stored.enumerate()
 

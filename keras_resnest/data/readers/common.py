@@ -96,15 +96,9 @@ def build_dataset(
     use_difficult: bool,
     faults: Faults,
 ) -> DetectionDataset:
-    """Builds a dataset, and warns once if there are problems.
+    """Builds a dataset of one image per item, and warns once if there are problems.
 
-    Args:
-        source: Folder or file, for messages.
-        items: One per image, in the order of the dataset.
-        parse: Returns the annotation of an item, or raises `FileError`.
-        class_names: Names of the labels 0, 1, 2, ...
-        use_difficult: Whether to keep difficult objects.
-        faults: Problems found so far.
+    `parse` returns the annotation of an item, or raises `FileError`. `source` is for messages.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []

@@ -14,7 +14,7 @@ from keras_resnest.data.classification_dataset import (
     LabeledImage,
 )
 from keras_resnest.data.dataset import count_problems, nearest
-from keras_resnest.data.readers.common import Faults, FileError
+from keras_resnest.data.readers.common import Faults, FileError, check_folder
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -71,9 +71,7 @@ def read_image_folder(
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
-    if not folder.is_dir():
-        kind = "it is a file" if folder.exists() else "no such folder"
-        raise ValueError(f"`folder` must be a folder. Received: {folder} ({kind})")
+    check_folder(folder, "folder")
     if split is None:
         return folder
     if not (folder / split).is_dir():

@@ -296,13 +296,27 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
 
     def _examples(self, shuffle: bool = False, seed: int | None = None):
         """Encoded images, ids, relative yxyx boxes, labels and difficult."""
+        import tensorflow as tf
+
         features = self._builder.info.features
         objects = features["objects"].feature
         difficult = next((key for key in ("is_difficult", "is_crowd") if key in objects), None)
         id_keys = ("image/filename", "filename", "image/id", "image_id", "id")
         id_key = next((key for key in id_keys if key in features), "tfds_id")
-        examples = super()._examples(shuffle, seed)
-        return examples.map(lambda example: _select(example, id_key, difficult))
+
+        def select(example):
+            image_id, rows = example[id_key], example["objects"]
+            is_text = image_id.dtype == tf.string
+            hard = rows[difficult] if difficult else tf.zeros_like(rows["label"])
+            return {
+                "image": example["image"],
+                "image_id": image_id if is_text else tf.strings.as_string(image_id),
+                "bbox": rows["bbox"],
+                "label": rows["label"],
+                "difficult": tf.cast(hard, tf.bool),
+            }
+
+        return super()._examples(shuffle, seed).map(select)
 
     def _to_element(self, example):
         import tensorflow as tf
@@ -352,20 +366,6 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
             info=ImageInfo(height, width),
         )
         return record if self._use_difficult else without_difficult(record)
-
-
-def _select(example: dict, id_key: str, difficult_key: str | None) -> dict:
-    import tensorflow as tf
-
-    image_id, objects = example[id_key], example["objects"]
-    difficult = objects[difficult_key] if difficult_key else tf.zeros_like(objects["label"])
-    return {
-        "image": example["image"],
-        "image_id": image_id if image_id.dtype == tf.string else tf.strings.as_string(image_id),
-        "bbox": objects["bbox"],
-        "label": objects["label"],
-        "difficult": tf.cast(difficult, tf.bool),
-    }
 
 
 def read_shapes(
