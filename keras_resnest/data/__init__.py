@@ -6,12 +6,14 @@ Names that need TensorFlow or TensorFlow Datasets are imported on first use.
 import importlib
 from typing import TYPE_CHECKING
 
-from keras_resnest.data.classification_dataset import (
+from keras_resnest.data.dataset import (
+    AnnotationReport,
     ClassificationDataset,
     ClassificationReport,
+    DetectionDataset,
+    ImageRecord,
     LabeledImage,
 )
-from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
 from keras_resnest.data.readers.detect_format import find_splits, read_detection, read_train_test

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from keras_resnest.checks import check_class_names
-from keras_resnest.data.classification_dataset import (
+from keras_resnest.data.dataset import (
     ClassificationDataset,
     ClassificationReport,
     LabeledImage,
+    count_problems,
+    nearest,
 )
-from keras_resnest.data.dataset import count_problems, nearest
 from keras_resnest.data.readers.common import Faults, FileError, check_folder
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
 

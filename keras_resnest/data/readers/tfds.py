@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from keras_resnest.checks import check_class_names
-from keras_resnest.data.classification_dataset import (
-    ClassificationDataset,
-    ClassificationReport,
-    LabeledImage,
-)
 from keras_resnest.data.dataset import (
     AnnotationReport,
+    ClassificationDataset,
+    ClassificationReport,
     DetectionDataset,
     ImageRecord,
+    LabeledImage,
     Problem,
     decode_plain_image,
     nearest,
