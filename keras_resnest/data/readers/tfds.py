@@ -1,6 +1,7 @@
 """Readers of TensorFlow Datasets, for detection and classification."""
 
 import collections
+import contextlib
 import functools
 import os
 import re
@@ -85,10 +86,6 @@ def read_tfds_classification(
         class_names: as in `read_tfds`.
         data_dir: as in `read_tfds`.
         download: as in `read_tfds`.
-
-    Raises:
-        ValueError: as in `read_tfds`.
-        ConnectionError: as in `read_tfds`.
 
     Example: `train = read_tfds_classification("cifar10", split="train")`
     """
@@ -185,11 +182,9 @@ def _check_hosts(builder) -> None:
     if not hosts or urllib.request.getproxies():  # a proxy resolves names itself
         return
     for host in sorted(hosts):
-        try:
+        with contextlib.suppress(OSError):
             socket.getaddrinfo(host, None)
             return
-        except OSError:
-            continue
     raise ConnectionError(
         f"{builder.info.full_name} is not in {builder.data_dir} and cannot be downloaded: no "
         f"address found for {', '.join(sorted(hosts))}. Check the network"
