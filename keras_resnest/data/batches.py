@@ -186,8 +186,7 @@ def evaluation_batches(
         format is relative, and also `"difficult": (B, M) bool`.
 
     Raises:
-        ValueError: if an argument is invalid or the dataset has no image.
-        tf.errors.InvalidArgumentError: as in `training_batches`.
+        ValueError, tf.errors.InvalidArgumentError: as in `training_batches`.
 
     Example: `model.evaluate(evaluation_batches(dataset, (320, 320), 16))`
     """

@@ -133,10 +133,9 @@ class ImageRecord:
             self.difficult = np.zeros(len(self.boxes))
         self.difficult = np.asarray(self.difficult, bool)
         if not self.labels.shape == self.difficult.shape == (len(self.boxes),):
-            shapes = f"{len(self.boxes)} boxes, {self.labels.shape}, {self.difficult.shape}"
             raise ValueError(
-                f"{self.image_id!r} needs as many labels and `difficult` as boxes. "
-                f"Received: {shapes}"
+                f"{self.image_id!r} needs as many labels and `difficult` as boxes. Received: "
+                f"{len(self.boxes)} boxes, {self.labels.shape} labels, {self.difficult.shape}"
             )
         if self.info is None:
             if isinstance(self.image, str | bytes):

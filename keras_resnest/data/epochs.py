@@ -74,7 +74,7 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 def epoch_passes(
     stored: tf.data.Dataset, counter: EpochCounter, seed: int, shuffle_buffer: int
 ) -> tf.data.Dataset:
-    """Returns a dataset that shuffles `stored`, of any items, anew in each pass.
+    """Returns a dataset that reshuffles `stored`, of any items, in each pass.
 
     Its elements are (epoch seed (2,) int64, position in the epoch, index of the item, item), with
     the cardinality of `stored` if that is known. `stored` is built once, so its cache lasts. A

@@ -270,7 +270,7 @@ def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:
 
 
 def _check_pixels(source: str | os.PathLike, boxes: list) -> None:
-    """Raises `ValueError` if boxes in pixels all lie within 0 to 1."""
+    """Raises `ValueError` if all boxes in pixels are within 0 to 1."""
     boxes = np.asarray(boxes, "float64").reshape(-1, 4)
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     if len(boxes) and 0 < boxes.max() <= 1 and boxes.min() >= 0:
