@@ -1,8 +1,8 @@
 """Images from files, bytes and arrays to RGB arrays; image headers; resizing.
 
-Everywhere, an image is a uint8 array (height, width, 3), RGB, 0 to 255, upright (EXIF orientation
-applied). TensorFlow's decoders ignore EXIF, drop alpha and round JPEG differently:
-`read_image_info` tells which files they decode correctly.
+An image is a uint8 array (height, width, 3), RGB, 0 to 255, upright (EXIF orientation applied).
+TensorFlow's decoders ignore EXIF, drop alpha and round JPEG differently; `ImageInfo.plain` marks
+the files that they decode correctly.
 """
 
 import contextlib
@@ -33,16 +33,13 @@ class ImageInfo:
     height: int
     width: int
     orientation: int = 1  # EXIF orientation, 1 to 8; 1 is upright
-    # Whether tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE") returns the pixels
-    # of Pillow, apart from the orientation: 8-bit RGB or gray JPEG, PNG without alpha
+    # Whether tf.io.decode_jpeg(..., channels=3, dct_method="INTEGER_ACCURATE") returns the same
+    # pixels as Pillow, except for orientation: 8-bit RGB or gray JPEG, PNG without alpha
     plain: bool = False
 
 
 def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
-    """Returns which steps turn a stored image upright: transpose, flip columns, flip rows.
-
-    `orientation` is the EXIF orientation, 1 to 8 (TIFF 6.0, tag 0x0112).
-    """
+    """Returns whether to transpose, flip columns, and flip rows for an EXIF orientation, 1 to 8."""
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
 
@@ -65,7 +62,6 @@ def load_image(source: Any) -> np.ndarray:
             array has a wrong shape, NaN, or values outside 0 to 255.
 
     Example:
-
     >>> load_image(np.zeros((4, 5), "uint8")).shape
     (4, 5, 3)
     """
@@ -81,10 +77,10 @@ def load_image(source: Any) -> np.ndarray:
 
 
 def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
-    """Reads the header of an image file, given as a path or its bytes, without decoding it.
+    """Reads the header of an image file, given as a path or bytes.
 
-    Files without an end marker are decoded to detect truncation. Raises `ValueError` as
-    `load_image` does.
+    Decodes only files without an end marker, to detect truncation. Raises ValueError as
+    `load_image`.
     """
     with _open(source) as image:
         modes, end = (), b""
@@ -106,7 +102,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     """Returns the paths of the images directly in a folder, sorted by name.
 
     Args:
-        folder: The folder; images are recognized by their suffix (`IMAGE_SUFFIXES`, any case).
+        folder: Folder of images, recognized by their suffixes (`IMAGE_SUFFIXES`, in any case).
 
     Raises:
         ValueError: if there is no such folder, or no image in it.
@@ -147,10 +143,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
         ValueError: if `image` has another rank, or a size is not a positive integer.
     """
     if min(height, width) < 1 or int(height) != height or int(width) != width:
-        raise ValueError(
-            "`height` and `width` must be positive integers. "
-            f"Received: height={height}, width={width}"
-        )
+        raise ValueError(f"`height, width` must be positive integers. Received: {height}, {width}")
     image = np.asarray(image, "float32")  # Keras rounds a resized uint8 image
     if image.ndim not in (3, 4) or 0 in image.shape:
         raise ValueError(f"`image` must be (H, W, 3) or (B, H, W, 3). Received: {image.shape}")
@@ -162,17 +155,14 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def center_crop_image(
-    image: np.ndarray,
-    crop_size: int,
-    crop_ratio: float = 0.875,
-    interpolation: str = "bilinear",
+    image: np.ndarray, crop_size: int, crop_ratio: float = 0.875, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Resizes the shorter side of an image and crops its center, as classifiers are evaluated.
+    """Resizes the shorter side of an image and crops its center, as in evaluating classifiers.
 
     Args:
         image: uint8 array (height, width, 3), RGB.
         crop_size: Side of the result in pixels.
-        crop_ratio: Crop as a fraction of the resized shorter side, above 0, at most 1.
+        crop_ratio: Ratio of the crop to the resized shorter side, above 0, at most 1.
         interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
@@ -182,7 +172,6 @@ def center_crop_image(
         ValueError: if an argument is out of range.
 
     Example:
-
     >>> center_crop_image(load_image("photo.jpg"), 224).shape
     (224, 224, 3)
     """
@@ -196,7 +185,7 @@ def center_crop_image(
             f"crop_ratio={crop_ratio}, interpolation={interpolation!r}"
         )
     height, width = image.shape[:2]
-    # Rounded as torchvision does, with which the published accuracies were measured.
+    # Rounded as in torchvision, which the published accuracies were measured with.
     short = max(int(crop_size / crop_ratio), crop_size)
     long = int(short * max(height, width) / min(height, width))
     size = (short, long) if height > width else (long, short)
@@ -210,29 +199,27 @@ def center_crop_image(
 
 @contextlib.contextmanager
 def _open(source):
-    """Opens a path or bytes with Pillow; all errors in the block name the file."""
+    """Opens a path or bytes with Pillow; errors in the block name the file."""
     from PIL import Image, UnidentifiedImageError
 
     is_bytes = isinstance(source, bytes | bytearray | memoryview)
     source = bytes(source) if is_bytes else os.fspath(source)
     with _naming(f"{len(source)} bytes" if is_bytes else source):
         if not (is_bytes or os.path.isfile(source)):
-            is_folder = os.path.isdir(source)
-            raise ValueError("it is a folder, not a file" if is_folder else "no such file")
+            raise ValueError("it is a folder" if os.path.isdir(source) else "no such file")
         if not (source if is_bytes else os.path.getsize(source)):
             raise ValueError("it is empty (0 bytes)")
         try:
             image = Image.open(io.BytesIO(source) if is_bytes else source, formats=_FORMATS)
         except UnidentifiedImageError as error:
-            expected = ", ".join(_FORMATS)
-            raise ValueError(f"it is not an image. Expected: {expected}") from error
+            raise ValueError(f"it is not an image ({', '.join(_FORMATS)})") from error
         with image:
             yield image
 
 
 @contextlib.contextmanager
 def _naming(image: str):
-    """Turns errors of damaged images into a `ValueError` that names the image."""
+    """Turns Pillow's errors for damaged images into a `ValueError` that names the image."""
     try:
         yield
     except _pillow_errors() as error:
@@ -261,7 +248,7 @@ def _orientation(image) -> int:
     from PIL import Image
 
     try:
-        # Of the base class: the method for PNG would decode the whole file.
+        # The method of the base class, as the PNG one would decode the whole file.
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except _pillow_errors():
         return 1
@@ -294,10 +281,7 @@ def _to_rgb(image) -> np.ndarray:
         gray = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
         return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (Pillow mode {image.mode}) of unknown range. Save it "
-            "with 8 or 16 bits"
-        )
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range: use 8 or 16 bits")
     if _has_alpha(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -357,7 +341,6 @@ def _check_range(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"Images are 0 to 255. Received: values from {low:g} to {high:g}")
     if high <= 1.0 and not np.array_equal(array, np.rint(array)):
         raise ValueError(
-            f"Images are 0 to 255. Received: values from {low:g} to {high:g}, which look like "
-            "0 to 1. Multiply the image by 255"
+            f"Images are 0 to 255. Received: 0 to 1 ({low:g} to {high:g}). Multiply by 255"
         )
     return array.clip(0.0, 255.0)

@@ -6,17 +6,19 @@ Names that need TensorFlow or TensorFlow Datasets are imported on first use.
 import importlib
 from typing import TYPE_CHECKING
 
-from keras_resnest.data.classification_dataset import (
+from keras_resnest.data.dataset import (
+    AnnotationReport,
     ClassificationDataset,
     ClassificationReport,
+    DetectionDataset,
+    ImageRecord,
     LabeledImage,
 )
-from keras_resnest.data.dataset import AnnotationReport, DetectionDataset, ImageRecord
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
 from keras_resnest.data.readers.detect_format import find_splits, read_detection, read_train_test
-from keras_resnest.data.readers.image_folder import read_image_folder, read_tfds_classification
-from keras_resnest.data.readers.tfds import read_shapes, read_tfds
+from keras_resnest.data.readers.image_folder import read_image_folder
+from keras_resnest.data.readers.tfds import read_shapes, read_tfds, read_tfds_classification
 from keras_resnest.data.readers.voc import read_voc
 from keras_resnest.data.readers.yolo import read_yolo
 from keras_resnest.images import center_crop_image, find_images, load_image, resize_image

@@ -1,6 +1,6 @@
-"""From a dataset of annotated images to batches for training and evaluation.
+"""Batches of annotated images for training and evaluation.
 
-One pipeline serves detection and classification. Elements are, as the readers give them,
+One pipeline serves detection and classification. Its elements, as the readers return them, are
 
     detection:       {"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,)}}
     classification:  {"images": (h, w, 3), "labels": ()}
@@ -30,12 +30,12 @@ from keras_resnest.data.augmentation.detection import (
     TrainingAugmentation,
     drop_empty_boxes,
 )
-from keras_resnest.data.augmentation.geometry import PADDING, pad_rows
+from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, updated
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
 from keras_resnest.images import center_crop_image
 
-# Shapes of the elements, and their ranks.
+# Shapes in the elements, and their ranks.
 _DETECTION = {"images": "(h, w, 3)", "bounding_boxes": {"boxes": "(n, 4)", "labels": "(n,)"}}
 _CLASSIFICATION = {"images": "(h, w, 3)", "labels": "()"}
 _RANKS = {"()": 0, "(n,)": 1, "(n, 4)": 2, "(h, w, 3)": 3}
@@ -66,45 +66,43 @@ def training_batches(
     num_parallel_calls: int = tf.data.AUTOTUNE,
     deterministic: bool = True,
 ) -> tf.data.Dataset:
-    """Returns batches for training a detector, shuffled and augmented anew in every epoch.
+    """Returns batches for training a detector, newly shuffled and augmented in every epoch.
 
-    Order and augmentation of epoch k depend only on `seed`, k, and the images. A training resumed
+    The order and augmentation of epoch k depend only on `seed`, k, and the images. Training resumed
     with `initial_epoch=k` (within an epoch: `.skip(steps)`) therefore sees, bit for bit, what an
-    uninterrupted one would; see also `set_epoch`.
+    uninterrupted run would; see also `set_epoch`.
 
-    All shards of a dataset (`DetectionDataset.shard`) yield as many batches as the smallest one
-    can fill, so that no worker waits for another. Boxes without area are dropped; for other boxes
-    see `augmentation` and `mosaic`.
+    All shards of a dataset (`DetectionDataset.shard`) yield as many batches as the smallest one can
+    fill, so that no worker waits for another. Boxes without area are dropped.
 
     Args:
-        dataset: a `DetectionDataset`, or a `tf.data.Dataset` of unbatched elements (see the top of
+        dataset: a `DetectionDataset`, a `tf.data.Dataset` of unbatched elements (see the top of
             this module), or an object whose `as_dataset()` returns one.
         image_shape: (height, width) or (height, width, 3) of the network.
         batch_size: images per batch, over all replicas of a distributed dataset.
         augmentation: a name in `DETECTION_AUGMENTATIONS`, a `TrainingAugmentation`, or a function
-            of an element and a seed (int64 tensor of shape (2,)) that returns an element with an
-            image of `image_shape`. None only resizes.
+            of an element and a seed (int64 tensor (2,)) that returns an element with an image of
+            `image_shape`. None only resizes.
         mosaic: a `Mosaic`, to combine four images of the batch.
         mixup: a `MixUp`, to blend two images of the batch, after `mosaic`.
-        image_sizes: for multi-scale training, the (height, width) in pixels of which one is drawn
-            for each batch, instead of `image_shape`. `augmentation` is then called with a third
-            argument `image_size`, an int32 tensor (height, width).
-        shuffle_buffer: number of images among which the next one is drawn; 0 keeps the order.
-            Default: all if they are cached in memory or are files that are read anew in each
-            epoch, else 512.
-        seed: start of all random numbers. Default: drawn from Python's `random`, which
+        image_sizes: for multi-scale training, the (height, width) from which one is drawn for each
+            batch, instead of `image_shape`. `augmentation` then gets a third argument
+            `image_size`, an int32 tensor (height, width).
+        shuffle_buffer: number of images from which the next one is drawn; 0 keeps the order.
+            Default: all if they are cached in memory or are files and not cached, else 512.
+        seed: seed of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
         cache: True keeps decoded images in memory (height x width x 3 bytes each), a path keeps
             them in files with this prefix, False decodes them in every epoch.
-        drop_remainder: drop the last, smaller batch of an epoch. The dropped images differ from
-            epoch to epoch.
-        max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default:
-            the most boxes of the batch, at least 1. Set it if every new shape costs a compilation
-            (`jit_compile=True`).
+        drop_remainder: whether to drop the last, smaller batch of an epoch. The dropped images
+            differ from epoch to epoch.
+        max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default: the
+            most boxes in the batch, at least 1. Set it for `jit_compile=True`, which compiles for
+            each new shape.
         bounding_box_format: format of the returned boxes, as in
             `keras.utils.bounding_boxes.convert_format`.
-        use_difficult: False drops boxes marked as difficult.
+        use_difficult: whether to keep boxes marked as difficult.
         num_parallel_calls: number of images augmented in parallel.
         deterministic: False lets images overtake each other: slightly faster, but not reproducible
             and not possible with `image_sizes`.
@@ -115,16 +113,11 @@ def training_batches(
         rows have label -1. With `image_sizes`, the static height and width are None.
 
     Raises:
-        ValueError: if an argument is invalid, or the dataset has no image, or fewer than
-            `batch_size` with `drop_remainder`.
+        ValueError: if an argument is invalid, or the dataset does not fill one batch.
         tf.errors.InvalidArgumentError: while iterating, if boxes have x1 > x2 or y1 > y2 or look
             like relative coordinates, or an image has more than `max_boxes`.
 
-    Example:
-        ```python
-        batches = training_batches(dataset, (320, 320), 16, "ssd", seed=1)
-        model.fit(batches, epochs=10)
-        ```
+    Example: `model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)`
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
@@ -135,7 +128,9 @@ def training_batches(
 
     def clean(element):
         element = drop_empty_boxes(_check_boxes(element))
-        return element if use_difficult else _drop_difficult(element)
+        rows = element["bounding_boxes"]
+        keep = None if use_difficult else ~rows["difficult"]
+        return updated(element, element["images"], rows["boxes"], keep)
 
     stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 
@@ -143,16 +138,15 @@ def training_batches(
         element = load(item) if load else item
         name = tf.strings.to_hash_bucket_fast(element["image_id"], 2**62)
         own_seed = fold_in(epoch_seed, index, name)
-        sizes = draw_size(epoch_seed, position) if draw_size else ()
-        return dict(augmentation(element, own_seed, *sizes), seed=own_seed)
+        image_size = [draw_size(epoch_seed, position)] if draw_size else []
+        return dict(augmentation(element, own_seed, *image_size), seed=own_seed)
 
     counter = EpochCounter(initial_epoch)
     buffer = _shuffle_buffer(shuffle_buffer, stored, None if cache is True or load else 512)
     elements = epoch_passes(stored, counter, _seed(seed), buffer).map(augment, num_parallel_calls)
-    static_size, rows = (None, None) if image_sizes else size, None if mixes else max_boxes
-    batches = _padded_batches(
-        elements, static_size, batch_size, drop_remainder, rows, ("boxes", "labels"), ("seed",)
-    )
+    static_size, num_rows = (None, None) if image_sizes else size, None if mixes else max_boxes
+    keys = ("boxes", "labels"), ("seed",)
+    batches = _padded_batches(elements, static_size, batch_size, drop_remainder, num_rows, *keys)
     batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
@@ -173,8 +167,7 @@ def evaluation_batches(
 ) -> tf.data.Dataset:
     """Returns batches for evaluating a detector: every image once, in order, only resized.
 
-    Every box is kept, including difficult ones and those without area. The last batch may be
-    smaller.
+    All boxes are kept, even difficult ones and those without area. The last batch may be smaller.
 
     Args:
         dataset: as in `training_batches`.
@@ -184,24 +177,18 @@ def evaluation_batches(
         max_boxes: as in `training_batches`.
         bounding_box_format: as in `training_batches`.
         dtype: of the images, "float32" or "uint8" (rounded; a quarter of the bytes).
-        include_source: add "image_id" (B,) and "image_size" (B, 2), the int32 height and width of
-            the original image, to convert detections back to its pixels.
+        include_source: whether to add "image_id" (B,) and "image_size" (B, 2), the int32 height and
+            width of the original image, to convert detections back to its pixels.
         num_parallel_calls: number of images resized in parallel.
 
     Returns:
-        Dataset of `{"images": (B, height, width, 3), "bounding_boxes": {"boxes": (B, M, 4)
-        float32, "labels": (B, M) int32, "difficult": (B, M) bool}}`, boxes in pixels of the
-        resized image unless the format is relative. Padding rows have label -1.
+        Dataset as from `training_batches`, with boxes in pixels of the resized image unless the
+        format is relative, and also `"difficult": (B, M) bool`.
 
     Raises:
-        ValueError: if an argument is invalid or the dataset has no image.
-        tf.errors.InvalidArgumentError: as in `training_batches`.
+        ValueError, tf.errors.InvalidArgumentError: as in `training_batches`.
 
-    Example:
-        ```python
-        batches = evaluation_batches(validation_dataset, (320, 320), 16)
-        model.evaluate(batches)
-        ```
+    Example: `model.evaluate(evaluation_batches(dataset, (320, 320), 16))`
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
@@ -213,10 +200,8 @@ def evaluation_batches(
 
     elements = _cached(source.map(_check_boxes, num_parallel_calls), cache)
     elements = elements.map(prepare, num_parallel_calls)
-    extra_keys = ("image_id", "image_size") if include_source else ()
-    batches = _padded_batches(
-        elements, size, batch_size, False, max_boxes, tuple(PADDING), extra_keys
-    )
+    keys = tuple(PADDING), ("image_id", "image_size") if include_source else ()
+    batches = _padded_batches(elements, size, batch_size, False, max_boxes, *keys)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     return _finish(batches, dataset, EpochCounter())
 
@@ -233,21 +218,25 @@ def _check_mixes(mosaic: Mosaic | None, mixup: MixUp | None) -> list:
     for name, value, kind in (("mosaic", mosaic, Mosaic), ("mixup", mixup, MixUp)):
         if value is not None and not isinstance(value, kind):
             raise ValueError(
-                f"`{name}` must be None or a {kind.__name__}, such as `{kind.__name__}()`. "
-                f"Received: {name}={value!r}"
+                f"`{name}` must be None or a {kind.__name__}. Received: {name}={value!r}"
             )
     return [mix for mix in (mosaic, mixup) if mix]
 
 
 def _check_max_boxes(max_boxes: int | None):
-    if max_boxes is not None and (not isinstance(max_boxes, int) or max_boxes < 1):
+    if max_boxes is not None:
+        _check_integer("max_boxes", max_boxes, 1)
+
+
+def _check_integer(name: str, value: int, minimum: int):
+    if not isinstance(value, int) or value < minimum:
         raise ValueError(
-            f"`max_boxes` must be None or a positive integer. Received: max_boxes={max_boxes!r}"
+            f"`{name}` must be an integer of at least {minimum}. Received: {name}={value!r}"
         )
 
 
 def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable | None:
-    """Returns a function that draws the size of the batch of an image, as a tuple of one."""
+    """Returns a function that draws the size of the batch that an image belongs to."""
     if image_sizes is None:
         return None
     if not isinstance(image_sizes, Sequence) or not image_sizes:
@@ -257,21 +246,21 @@ def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable 
         )
     if not deterministic:
         raise ValueError(
-            "`image_sizes` needs `deterministic=True`: an image that overtakes another one "
-            "would end up in a batch of another size. Received: deterministic=False"
+            "`image_sizes` needs `deterministic=True`, which keeps images in batches of their size."
+            " Received: deterministic=False"
         )
     sizes = tf.constant([check_image_shape(size) for size in image_sizes])
 
     def draw(epoch_seed, position):
         seed = fold_in(epoch_seed, -1, position // batch_size)  # no image has the index -1
         choice = tf.random.stateless_uniform([], seed, 0, len(image_sizes), tf.int32)
-        return (sizes[choice],)
+        return sizes[choice]
 
     return draw
 
 
 def _check_boxes(element: dict) -> dict:
-    """Returns the element with all keys and their dtypes, without padding rows; checks boxes."""
+    """Checks the boxes; returns the element with all keys and dtypes, without padding rows."""
     image, rows = element["images"], element["bounding_boxes"]
     image.set_shape([None, None, 3])
     labels = tf.cast(tf.ensure_shape(rows["labels"], [None]), tf.int32)
@@ -282,34 +271,19 @@ def _check_boxes(element: dict) -> dict:
     rows = {name: tf.boolean_mask(values, labels >= 0) for name, values in rows.items()}
 
     boxes = rows["boxes"]
-    _assert(
-        tf.reduce_all(boxes[:, 2:] >= boxes[:, :2]),
-        "`dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and y1 <= y2. "
-        "Received (image_id, boxes):",
-        image_id,
-        boxes,
-    )
+    is_ordered = tf.reduce_all(boxes[:, 2:] >= boxes[:, :2])
+    message = "`dataset` must have boxes (x1, y1, x2, y2) in pixels with x1 <= x2 and y1 <= y2. "
+    _assert(is_ordered, message + "Received (image_id, boxes):", image_id, boxes)
     largest = tf.reduce_max(boxes)  # -inf without boxes
     is_relative = (largest > 0.0) & (largest <= 1.0)
-    is_tiny = tf.reduce_max(tf.shape(image)) <= 16  # all boxes may lie in the first pixel
-    _assert(
-        ~is_relative | is_tiny,
-        "`dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
-        "(image_id, boxes):",
-        image_id,
-        boxes,
-    )
+    is_tiny = tf.reduce_max(tf.shape(image)) <= 16  # the first pixel may contain all boxes
+    message = "`dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
+    _assert(~is_relative | is_tiny, message + "(image_id, boxes):", image_id, boxes)
     return {"images": image, "image_id": image_id, "bounding_boxes": rows}
 
 
 def _assert(condition: tf.Tensor, message: str, *values) -> None:
     tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
-
-
-def _drop_difficult(element: dict) -> dict:
-    rows = element["bounding_boxes"]
-    easy = {name: tf.boolean_mask(values, ~rows["difficult"]) for name, values in rows.items()}
-    return dict(element, bounding_boxes=easy)
 
 
 def _padded_batches(
@@ -319,9 +293,9 @@ def _padded_batches(
     drop_remainder: bool,
     max_boxes: int | None,
     box_keys: tuple[str, ...],
-    extra_keys: tuple[str, ...] = (),
+    extra_keys: tuple[str, ...],
 ) -> tf.data.Dataset:
-    """Selects the keys of a batch, pads the boxes to one number of rows, and batches."""
+    """Selects the keys of a batch, pads all boxes to the same number of rows, and batches."""
 
     def select(element):
         rows = {name: element["bounding_boxes"][name] for name in box_keys}
@@ -336,7 +310,7 @@ def _padded_batches(
         }
 
     elements = elements.map(select)
-    # The number of boxes is the only open dimension; None pads it to the longest of the batch.
+    # The number of boxes is the only unknown dimension; None pads it to the batch's maximum.
     padded_shapes = tf.nest.map_structure(
         lambda spec: [max_boxes if length is None else length for length in spec.shape],
         elements.element_spec,
@@ -398,8 +372,8 @@ def classification_batches(
 ) -> tf.data.Dataset:
     """Returns batches for training or evaluating a classifier.
 
-    For training, epochs and shards behave as with `training_batches`. For evaluation, every image
-    comes once, in order, resized and cropped as by `center_crop_image`.
+    For training, epochs and shards behave as in `training_batches`. For evaluation, every image
+    appears once, in order, resized and cropped as by `center_crop_image`.
 
     Args:
         dataset: a `ClassificationDataset`, or a `tf.data.Dataset` of unbatched elements
@@ -408,17 +382,17 @@ def classification_batches(
         batch_size: images per batch.
         training: whether the batches are for training or for evaluation.
         augmentation: for training, a name in `CLASSIFICATION_AUGMENTATIONS`, a
-            `ClassificationAugmentation`, or a function of an image and a seed (int64 tensor of
-            shape (2,)) that returns an image of `image_shape`.
+            `ClassificationAugmentation`, or a function of an image and a seed (int64 tensor (2,))
+            that returns an image of `image_shape`.
         mixup: for training, `alpha` of `mix_up`; 0 for none.
         num_classes: number of classes. Default: that of `dataset`.
         seed: as in `training_batches`.
         initial_epoch: as in `training_batches`.
         crop_ratio: for evaluation, ratio of the crop to the resized shorter side.
         interpolation: for evaluation, `"bilinear"` or `"bicubic"`.
-        cache: True keeps images in memory, a path keeps them in files with this prefix; for
-            evaluation, after the crop. Default: in memory if that takes at most 1 GB.
-        drop_remainder: drop the last, smaller batch. Default: for training.
+        cache: as in `training_batches`; for evaluation, of cropped images. Default: in memory if
+            that takes at most 1 GB.
+        drop_remainder: as in `training_batches`. Default: for training.
         num_parallel_calls: number of images read and augmented in parallel.
         deterministic: as in `training_batches`.
 
@@ -429,9 +403,7 @@ def classification_batches(
     Raises:
         ValueError: if an argument is invalid, or an epoch would have no batch.
 
-    Example:
-        >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
-        >>> model.fit(batches, epochs=10)
+    Example: `batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)`
     """
     side = check_square(image_shape)
     num_classes = num_classes or getattr(dataset, "num_classes", None)
@@ -520,10 +492,7 @@ def _num_bytes(dataset) -> float:
 def _source(
     dataset, layout: dict, batch_size: int, whole_batch: bool
 ) -> tuple[tf.data.Dataset, Callable | None]:
-    """Returns the elements of a dataset that has the given layout and fills a batch.
-
-    Also returns the function from the index of an image to its element, if there is one.
-    """
+    """Checks a dataset; returns its elements and, if any, the function that loads one by index."""
     load = getattr(dataset, "element_loader", lambda: None)()
     if load is not None:
         dataset = tf.data.Dataset.range(len(dataset)).map(load, tf.data.AUTOTUNE)
@@ -534,10 +503,7 @@ def _source(
             "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
             f"Received: dataset={dataset!r}"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
-        )
+    _check_integer("batch_size", batch_size, 1)
     if not _has_layout(dataset.element_spec, layout):
         raise ValueError(
             f"`dataset` must give unbatched elements {layout}. "
@@ -549,9 +515,8 @@ def _source(
         count = sum(1 for _ in dataset.take(needed))
     if 0 <= count < needed:
         raise ValueError(
-            f"`dataset` must have at least {needed} image(s): with fewer, an epoch would have "
-            f"no batch (batch_size={batch_size}, drop_remainder={whole_batch}). "
-            f"Received: a dataset of {count} image(s)"
+            f"`dataset` must have at least {needed} image(s) to fill a batch (batch_size="
+            f"{batch_size}, drop_remainder={whole_batch}). Received: a dataset of {count} image(s)"
         )
     return dataset, load
 
@@ -567,9 +532,9 @@ def _has_layout(spec, layout: dict | str) -> bool:
 def _augmentation(
     augmentation, table: dict, named: Callable, size: tuple[int, int], arguments: tuple[str, ...]
 ) -> Callable:
-    """Returns the function of `arguments` that a name, a function, or None ("none") stands for.
+    """Returns the augmentation, a function of `arguments`, for a name, a function, or None.
 
-    `named` makes it of the options in the `table` of names.
+    `named` creates it from the options of a name in `table`; None is "none".
     """
     if augmentation is None or isinstance(augmentation, str):
         name = augmentation or "none"
@@ -582,16 +547,14 @@ def _augmentation(
     try:
         inspect.signature(augmentation).bind(*arguments)
     except TypeError:
-        names = ", ".join(arguments)
         raise ValueError(
-            f"`augmentation` must be a function of {names}, such as `lambda {names}: ...`. "
+            f"`augmentation` must be a function of {', '.join(arguments)}. "
             f"Received: augmentation={augmentation!r}"
         ) from None
     own_shape = getattr(augmentation, "image_shape", None)
     if own_shape is not None and check_image_shape(own_shape) != size:
         raise ValueError(
-            f"`augmentation` must make images of image_shape={size}. "
-            f"Received: augmentation.image_shape={own_shape}"
+            f"`augmentation` must make images of image_shape={size}. Received: {own_shape}"
         )
     return augmentation
 
@@ -599,10 +562,10 @@ def _augmentation(
 def _stored(
     source: tf.data.Dataset, load: Callable | None, clean: Callable, cache: bool | str, calls: int
 ) -> tuple[tf.data.Dataset, Callable | None]:
-    """Returns the dataset to shuffle, and the function that loads one of its items.
+    """Returns the dataset to shuffle, and the function that loads an element from its items.
 
-    Indices are shuffled, and images loaded later, if nothing is cached and single images can be
-    loaded. Otherwise whole elements are shuffled, and the function is None.
+    Without a cache, indices are shuffled if single images can be loaded. Otherwise, whole elements
+    are shuffled and the function is None.
     """
     if cache or load is None:
         return _cached(source.map(clean, calls), cache), None
@@ -614,8 +577,7 @@ def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
         return elements
     if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            "`cache` must be False for an endless dataset (one with `repeat()`). "
-            f"Received: cache={cache!r}"
+            f"`cache` must be False for an infinite dataset (`repeat()`). Received: cache={cache!r}"
         )
     return elements.cache() if cache is True else elements.cache(str(cache))
 
@@ -627,11 +589,7 @@ def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, limit: int | No
         if count <= 0:  # unknown
             return limit or 100_000
         return min(count, limit or count)
-    if not isinstance(buffer, int) or buffer < 0:
-        raise ValueError(
-            "`shuffle_buffer` must be None or an integer of at least 0. "
-            f"Received: shuffle_buffer={buffer!r}"
-        )
+    _check_integer("shuffle_buffer", buffer, 0)
     return buffer
 
 
@@ -649,8 +607,8 @@ def _take_smallest_shard(
     steps = images // batch_size if drop_remainder else -(-images // batch_size)
     if not steps:
         raise ValueError(
-            f"`dataset` must have at least {batch_size} images in each shard (batch_size="
-            f"{batch_size}, drop_remainder=True). Received: a smallest shard of {images}"
+            f"`dataset` must have at least {batch_size} images in each shard to fill a batch. "
+            f"Received: a smallest shard of {images}"
         )
     return batches.take(steps)
 
@@ -658,7 +616,7 @@ def _take_smallest_shard(
 def _finish(
     batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True
 ) -> tf.data.Dataset:
-    """Prefetches, and attaches what `fit` needs."""
+    """Prefetches, and attaches the attributes that `fit` reads."""
     options = tf.data.Options()
     options.deterministic = deterministic
     # One thread per image: faster than all threads on one image, and leaves cores to `fit`.

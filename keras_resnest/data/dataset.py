@@ -1,12 +1,15 @@
-"""Annotated images: what every reader returns.
+"""Datasets of annotated images, as the readers return them.
 
-`DetectionDataset.as_dataset()` is a `tf.data.Dataset` of
+`as_dataset()` returns a `tf.data.Dataset` of
 
     {"images": uint8 (h, w, 3), "image_id": string,
      "bounding_boxes": {"boxes": float32 (n, 4), "labels": int32 (n,), "difficult": bool (n,)}}
 
+for detection, and with an int32 scalar "labels" instead of "bounding_boxes" for classification.
+Images are RGB, 0 to 255, of any size.
+
 Boxes are "xyxy" in pixels with continuous coordinates (x2 - x1 is the width; the box of the whole
-image is [0, 0, w, h]); labels are 0 to num_classes - 1. All boxes lie inside their image and have
+image is [0, 0, w, h]); labels are 0 to num_classes - 1. All boxes are inside their image and have
 an area; the `AnnotationReport` lists what the readers clipped or dropped.
 """
 
@@ -15,28 +18,24 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_resnest.checks import check_class_names
 from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_image_info
 
+# === Reports and records ===
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A fault in the annotations and how the reader handled it.
+    """A fault in the annotations, and how the reader handled it."""
 
-    Attributes:
-        file: Name of the file, or id of the image.
-        what: Kind of fault, e.g. "degenerate box".
-        action: What the reader did, e.g. "dropped".
-        detail: The box, numbers, or text in question.
-    """
-
-    file: str
-    what: str
-    action: str
-    detail: str = ""
+    file: str  # name of the file, or id of the image
+    what: str  # kind of fault, e.g. "degenerate box"
+    action: str  # what the reader did, e.g. "dropped"
+    detail: str = ""  # the box, numbers, or text in question
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}{' ' * bool(self.detail)}{self.detail} - {self.action}"
@@ -44,22 +43,13 @@ class Problem:
 
 @dataclasses.dataclass
 class AnnotationReport:
-    """Counts and problems of a dataset; print it before training.
-
-    Attributes:
-        num_images: Number of images.
-        num_boxes: Number of boxes.
-        class_counts: Boxes per class name, in the order of the labels.
-        num_difficult: Boxes that are marked as difficult.
-        num_empty_images: Images without boxes.
-        problems: List of `Problem`.
-    """
+    """Counts and problems of a dataset; print it before training."""
 
     num_images: int
     num_boxes: int
-    class_counts: dict[str, int]
-    num_difficult: int = 0
-    num_empty_images: int = 0
+    class_counts: dict[str, int]  # boxes per class name, in the order of the labels
+    num_difficult: int = 0  # boxes marked as difficult
+    num_empty_images: int = 0  # images without boxes
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     @property
@@ -84,13 +74,37 @@ class AnnotationReport:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass
+class ClassificationReport:
+    """Counts and problems of a dataset; print it before training."""
+
+    class_counts: dict[str, int]  # images per class name, in the order of the labels
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return sum(self.class_counts.values())
+
+    def __str__(self) -> str:
+        counts = self.class_counts
+        lines = [f"{self.num_images} images, {len(counts)} classes"]
+        lines += [f"  {name}  {count}" for name, count in list(counts.items())[:20]]
+        if len(counts) > 20:
+            lines.append(f"  ... {min(counts.values())} to {max(counts.values())} images per class")
+        lines += [f"  {problem}" for problem in self.problems[:20]]
+        if len(self.problems) > 20:
+            lines.append(f"  ... {count_problems(self.problems)}, see `report.problems`")
+        return "\n".join(lines)
+
+
 @dataclasses.dataclass(eq=False)
 class ImageRecord:
     """One image and its boxes.
 
     Args:
-        image: Path, encoded bytes, or array of the image, as `load_image` takes them. None for an
-            image in a TFDS file, which needs `info`.
+        image: Path, encoded bytes, or array, as for `load_image`. None for an image in a TFDS
+            file, which needs `info`.
         image_id: Unique name of the image.
         boxes: (n, 4), "xyxy" in pixels of the upright image; stored as float32.
         labels: (n,), 0 to num_classes - 1; stored as int32.
@@ -120,7 +134,7 @@ class ImageRecord:
         self.difficult = np.asarray(self.difficult, bool)
         if not self.labels.shape == self.difficult.shape == (len(self.boxes),):
             raise ValueError(
-                f"{self.image_id!r} needs as many labels (and `difficult`) as boxes. Received: "
+                f"{self.image_id!r} needs as many labels and `difficult` as boxes. Received: "
                 f"{len(self.boxes)} boxes, {self.labels.shape} labels, {self.difficult.shape}"
             )
         if self.info is None:
@@ -140,10 +154,28 @@ class ImageRecord:
         return self.info.width
 
 
+@dataclasses.dataclass(slots=True)
+class LabeledImage:
+    """One image and its class."""
+
+    image: Any  # path, encoded bytes, or array, as for `load_image`
+    image_id: str  # unique name of the image
+    label: int  # 0 to num_classes - 1
+    info: ImageInfo  # size and orientation of the image
+
+
+# === Datasets ===
+
+
 class ImageDataset:
-    """Base of the datasets. A subclass has `records`, `class_names`, and `element_loader`."""
+    """Base class of the datasets. A subclass adds a `report` and `element_loader`."""
 
     _smallest_shard: int | None = None
+
+    def __init__(self, records: Sequence, class_names: Sequence[str]):
+        self.records, self.class_names = list(records), check_class_names(class_names)
+        if not self.records:
+            raise ValueError("A dataset needs at least one image. Received: no records")
 
     @property
     def num_classes(self) -> int:
@@ -154,10 +186,8 @@ class ImageDataset:
         return len(self.records)
 
     def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__.strip('_')}: {len(self)} images, "
-            f"{self.num_classes} classes: {', '.join(self.class_names[:10])}>"
-        )
+        classes = f"{self.num_classes} classes: {', '.join(self.class_names[:10])}"
+        return f"<{type(self).__name__.strip('_')}: {len(self)} images, {classes}>"
 
     def as_dataset(
         self,
@@ -166,17 +196,17 @@ class ImageDataset:
         num_shards: int = 1,
         shard_index: int = 0,
     ):
-        """Returns the images and their annotations as a `tf.data.Dataset` of single elements.
+        """Returns a `tf.data.Dataset` of single images and their annotations.
 
         TensorFlow decodes JPEG and PNG in parallel, to the same pixels as `load_image`; Pillow
-        decodes the files that TensorFlow gets wrong (alpha, CMYK, 16 bits, other formats). EXIF
-        orientation is applied. A corrupt file raises a TensorFlow error when it is reached.
+        decodes what TensorFlow gets wrong (alpha, CMYK, 16 bits) or cannot read. EXIF orientation
+        is applied. A corrupt file raises a TensorFlow error when it is reached.
 
         Args:
-            shuffle: Shuffle the images, in a new order in every epoch.
+            shuffle: Whether to shuffle the images, in a new order in every epoch.
             seed: Integer that makes the order repeatable.
-            num_shards: Number of shards of which to return one, see `shard`.
-            shard_index: Index of that shard, 0 to `num_shards - 1`.
+            num_shards: As in `shard`.
+            shard_index: As in `shard`.
         """
         import tensorflow as tf
 
@@ -190,22 +220,28 @@ class ImageDataset:
         """Returns one of several disjoint shards, for training on several machines.
 
         The shards are the same in every run, cover all images, differ in size by at most one
-        image, and keep all class names.
+        image, and keep all class names. Their `report` omits the problems. All shards yield the
+        same number of training batches.
 
         Args:
             num_shards: Number of shards, at most the number of images.
             shard_index: Index of the shard, 0 to `num_shards - 1`.
-
-        Returns:
-            A dataset with its own `report`, without the problems of the whole. All shards yield
-            the same number of training batches.
 
         Raises:
             ValueError: if an argument is out of range.
 
         Example: `train.shard(num_shards=4, shard_index=worker)`
         """
-        check_shard(num_shards, shard_index, len(self))
+        if not 0 <= shard_index < num_shards:
+            raise ValueError(
+                "`shard_index` must be 0 to `num_shards - 1`. "
+                f"Received: num_shards={num_shards}, shard_index={shard_index}"
+            )
+        if num_shards > len(self):
+            raise ValueError(
+                f"`num_shards` must be at most the number of images, {len(self)}. "
+                f"Received: num_shards={num_shards}"
+            )
         if num_shards == 1:
             return self
         part = self._part(num_shards, shard_index)
@@ -215,7 +251,7 @@ class ImageDataset:
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
         """Splits off a random part of the images, e.g. for testing.
 
-        If each image has one label, the part holds the same fraction of every class.
+        For classification, the part holds the same fraction of every class.
 
         Args:
             fraction: Fraction of the images to split off, above 0 and below 1.
@@ -225,17 +261,15 @@ class ImageDataset:
             (the remaining images, the images split off), both with all class names.
 
         Raises:
-            ValueError: if `fraction` is out of range, a part would be empty, or the images are in
-                TFDS, which has splits such as "train[:80%]".
+            ValueError: if `fraction` is out of range, a part would be empty, or the dataset is
+                from TFDS.
 
         Example: `train, test = dataset.hold_out(0.2, seed=1)`
         """
         if not 0 < fraction < 1:
-            raise ValueError(
-                f"`fraction` must be above 0 and below 1. Received: fraction={fraction}"
-            )
+            raise ValueError(f"`fraction` must be above 0 and below 1. Received: {fraction}")
         if self.element_loader() is None:
-            raise ValueError('Split a TFDS dataset by its splits, such as "train[:80%]"')
+            raise ValueError('For TFDS, use splits such as "train[:80%]" and "train[80%:]"')
         remaining, held_out = [], []
         seen = collections.Counter()
         for i in np.random.default_rng(seed).permutation(len(self)):
@@ -246,15 +280,12 @@ class ImageDataset:
             is_held_out = round((count + 1) * fraction) > round(count * fraction)
             (held_out if is_held_out else remaining).append(record)
         if not (remaining and held_out):
-            raise ValueError(
-                f"There are too few images to hold out a fraction of {fraction:g}. "
-                f"Received: {len(self)}"
-            )
+            raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
         return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
 
     @property
     def smallest_shard(self) -> int:
-        """Images in the smallest shard of the whole dataset; `len(self)` if this is no shard."""
+        """Number of images in the smallest shard; `len(self)` for an unsharded dataset."""
         return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
@@ -274,7 +305,6 @@ class DetectionDataset(ImageDataset):
             extends beyond its image.
 
     Example:
-
     ```python
     records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
     dataset = DetectionDataset(records, class_names=["cat"])
@@ -289,15 +319,12 @@ class DetectionDataset(ImageDataset):
         class_names: Sequence[str],
         report: AnnotationReport | None = None,
     ):
-        self.records = list(records)
-        self.class_names = check_class_names(class_names)
-        if not self.records:
-            raise ValueError("A dataset needs at least one image. Received: no records")
+        super().__init__(records, class_names)
         for record in self.records:
             if np.any((record.labels < 0) | (record.labels >= self.num_classes)):
                 raise ValueError(
-                    f"Labels must be 0 to {self.num_classes - 1} ({self.num_classes} class names). "
-                    f"Received: {record.labels.tolist()} in {record.image_id!r}"
+                    f"Labels must be 0 to {self.num_classes - 1}. Received: "
+                    f"{record.labels.tolist()} in {record.image_id!r}"
                 )
         _check_boxes(self.records)
         self.report = report or summarize(self.records, self.class_names, [])
@@ -305,7 +332,7 @@ class DetectionDataset(ImageDataset):
     def element_loader(self):
         """Returns a function from the index of an image (int64 tensor) to its element.
 
-        None if images can only be read one after the other.
+        Returns None for a dataset that can only be read sequentially.
         """
         import tensorflow as tf
 
@@ -334,17 +361,46 @@ class DetectionDataset(ImageDataset):
         return load
 
 
-def check_shard(num_shards: int, shard_index: int, num_images: int) -> None:
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(
-            "`shard_index` must be 0 to `num_shards - 1`. "
-            f"Received: num_shards={num_shards}, shard_index={shard_index}"
-        )
-    if num_shards > num_images:
-        raise ValueError(
-            f"`num_shards` must be at most the number of images, {num_images}, so that no "
-            f"shard is empty. Received: num_shards={num_shards}"
-        )
+class ClassificationDataset(ImageDataset):
+    """A classification dataset: labels in memory, images read on demand.
+
+    Args:
+        records: List of `LabeledImage`, at least one.
+        class_names: Names of the labels 0, 1, 2, ...
+        report: `ClassificationReport`. Default: counted from the records.
+
+    Raises:
+        ValueError: if there is no record, or a label has no class name.
+
+    Example: `train, test = ClassificationDataset(records, class_names=["cat", "dog"]).hold_out()`
+    """
+
+    def __init__(
+        self,
+        records: Sequence[LabeledImage],
+        class_names: Sequence[str],
+        report: ClassificationReport | None = None,
+    ):
+        super().__init__(records, class_names)
+        labels = collections.Counter(record.label for record in self.records)
+        if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
+            raise ValueError(f"Labels must be 0 to {self.num_classes - 1}. Received: {wrong}")
+        counts = {name: labels[i] for i, name in enumerate(self.class_names)}
+        self.report = report or ClassificationReport(counts)
+
+    def element_loader(self):
+        """Returns a function from the index of an image (int64 tensor) to its element."""
+        import tensorflow as tf
+
+        with tf.device("CPU:0"):  # keep these tables off the GPU
+            image_ids = tf.constant([record.image_id for record in self.records])
+            labels = tf.constant([record.label for record in self.records], tf.int32)
+        read_image = image_reader(self.records)
+        return lambda index: {
+            "images": read_image(index),
+            "image_id": image_ids[index],
+            "labels": labels[index],
+        }
 
 
 def _check_boxes(records: Sequence[ImageRecord]) -> None:
@@ -356,9 +412,12 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
         worst = int(np.argmin(good.all(axis=1)))
         record = records[np.repeat(np.arange(len(records)), counts)[worst]]
         raise ValueError(
-            'Boxes must be "xyxy" in pixels, have an area, and lie inside their image. Received: '
+            'Boxes must be "xyxy" in pixels, have an area, and be inside their image. Received: '
             f"{boxes[worst].tolist()} in {record.image_id!r} of {record.width} x {record.height}"
         )
+
+
+# === Reading images ===
 
 
 def image_reader(records: Sequence[ImageRecord]):
@@ -394,8 +453,8 @@ def decode_plain_image(encoded):
     """
     import tensorflow as tf
 
-    # The op reads PNG too. TensorFlow's default for JPEG is a fast inverse cosine transform, up to
-    # 7 gray levels off Pillow, and so off `load_image` and `detect`.
+    # The op reads PNG too. TensorFlow's default for JPEG, a fast inverse cosine transform, differs
+    # from Pillow, and so from `load_image` and `detect`, by up to 7 gray levels.
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     return tf.ensure_shape(image, (None, None, 3))
 
@@ -438,13 +497,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, list[str]]:
-    """Clips boxes (n, 4) "xyxy" to the image and judges them.
-
-    Width and height of the image are in the unit of the boxes.
+    """Clips boxes (n, 4) "xyxy" to an image of `width` and `height` in the same unit.
 
     Returns:
-        The clipped boxes (n, 4), and a verdict for each: "" (fine), "clipped", or the reason to
-        drop it.
+        The clipped boxes (n, 4), and for each "" (unchanged), "clipped", or the reason to drop it.
     """
     clipped = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
     verdicts = []
@@ -462,12 +518,8 @@ def usable_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.nda
 
 def without_difficult(record: ImageRecord) -> ImageRecord:
     keep = ~record.difficult
-    return dataclasses.replace(
-        record,
-        boxes=record.boxes[keep],
-        labels=record.labels[keep],
-        difficult=record.difficult[keep],
-    )
+    rows = {name: getattr(record, name)[keep] for name in ("boxes", "labels", "difficult")}
+    return dataclasses.replace(record, **rows)
 
 
 def count_problems(problems: list[Problem]) -> str:

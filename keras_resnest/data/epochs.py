@@ -1,7 +1,6 @@
-"""Order and random numbers of each epoch, as functions of seed, epoch, and image only.
+"""Order and random numbers of each epoch, which depend only on seed, epoch, and image.
 
-Epoch k is the same after k earlier epochs and after resuming there, whatever the global seeds of
-TensorFlow are.
+Epoch k is the same in an uninterrupted run and after resuming, whatever TensorFlow's global seeds.
 """
 
 import threading
@@ -11,18 +10,12 @@ import tensorflow as tf
 
 
 class EpochCounter:
-    """Tells each pass over a dataset its epoch: the next one, or one that was set.
+    """Numbers the passes over a dataset: the next epoch, or a fixed one after `set_epoch`.
 
     Args:
         initial_epoch: epoch of the first pass, from 0.
 
-    Example:
-        ```python
-        counter = EpochCounter(3)
-        counter.next_epoch(), counter.next_epoch()  # 3, 4
-        counter.set_epoch(7)
-        counter.next_epoch(), counter.next_epoch()  # 7, 7
-        ```
+    Example: `EpochCounter(3).next_epoch()` returns 3, then 4; after `set_epoch(7)`, always 7.
     """
 
     def __init__(self, initial_epoch: int = 0):
@@ -37,30 +30,30 @@ class EpochCounter:
         return np.int64(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes every pass one of `epoch`, until the next call."""
+        """Fixes the epoch of every pass until the next call."""
         with self._lock:
             self._epoch, self._step = _check_epoch("epoch", epoch), 0
 
     def as_tensor(self) -> tf.Tensor:
         """`next_epoch()` in a `tf.data` graph: an int64 scalar, drawn when the graph runs."""
-        # A Python state, because a tf.Variable would be mirrored in the scope of a strategy.
+        # Python state: a tf.Variable would be mirrored in the scope of a strategy.
         return tf.ensure_shape(tf.numpy_function(self.next_epoch, [], tf.int64), [])
 
 
 def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
-    """Makes every following pass over training batches one of `epoch`, until the next call.
+    """Fixes the epoch of all following passes over training batches, until the next call.
 
     By default, the passes over `training_batches` are epochs 0, 1, 2, ... (from `initial_epoch`).
-    However, `fit` may iterate over a dataset before and between its epochs, as it does under a
-    `tf.distribute.Strategy`. A callback that calls `set_epoch` at the start of each epoch keeps
-    both in step, so that a resumed training sees what an uninterrupted one would.
+    However, `fit` may also iterate before and between its epochs, as under a
+    `tf.distribute.Strategy`. Call `set_epoch` at the start of each epoch to keep both in step, so
+    that a resumed training sees what an uninterrupted one would.
 
     Args:
         batches: the dataset that `training_batches` returned, not one derived from it.
         epoch: from 0.
 
     Raises:
-        ValueError: if `batches` is another dataset, or `epoch` is not an integer of at least 0.
+        ValueError: if `batches` is another dataset, or `epoch` is not a nonnegative integer.
 
     Example:
         ```python
@@ -81,17 +74,11 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 def epoch_passes(
     stored: tf.data.Dataset, counter: EpochCounter, seed: int, shuffle_buffer: int
 ) -> tf.data.Dataset:
-    """Returns a dataset whose passes shuffle stored items anew in every epoch.
+    """Returns a dataset that reshuffles `stored`, of any items, in each pass.
 
-    Args:
-        stored: dataset of anything. It is built once, so its cache lasts.
-        counter: tells the epoch of a pass.
-        seed: start of all random numbers.
-        shuffle_buffer: number of items among which the next one is drawn; 0 or 1 keeps the order.
-
-    Returns:
-        Dataset of (epoch seed (2,) int64, position in the epoch, index of the item, item), with
-        the cardinality of `stored` if that is known.
+    Its elements are (epoch seed (2,) int64, position in the epoch, index of the item, item), with
+    the cardinality of `stored` if that is known. `stored` is built once, so its cache lasts. A
+    `shuffle_buffer` of 0 or 1 keeps the order.
     """
     stored = stored.enumerate()
 
@@ -102,13 +89,9 @@ def epoch_passes(
         if shuffle_buffer > 1:
             # Set in this graph only; `shuffle` would mix the global seed into its own.
             tf.random.set_seed(1)
-            order = tf.random.stateless_uniform(
-                [], order_seed, minval=0, maxval=tf.int64.max, dtype=tf.int64
-            )
+            order = tf.random.stateless_uniform([], order_seed, 0, tf.int64.max, tf.int64)
             items = items.shuffle(shuffle_buffer, seed=order, reshuffle_each_iteration=False)
-        return items.enumerate().map(
-            lambda position, indexed: (epoch_seed, position, indexed[0], indexed[1])
-        )
+        return items.enumerate().map(lambda position, item: (epoch_seed, position, *item))
 
     passes = tf.data.Dataset.from_tensors(0).flat_map(one_pass)
     count = int(stored.cardinality())
@@ -118,7 +101,7 @@ def epoch_passes(
 
 
 def fold_in(seed: tf.Tensor, *numbers: tf.Tensor) -> tf.Tensor:
-    """Derives a seed (2,) int64 from integers: equal for equal ones, else independent."""
+    """Derives an int64 seed (2,) from integers; different integers give independent seeds."""
     for number in numbers:
         seed = tf.random.fold_in(seed, tf.cast(number, tf.int64))  # int64 in, 64 random bits out
     return seed

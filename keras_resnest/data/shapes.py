@@ -1,10 +1,10 @@
-"""Shapes: a synthetic detection dataset, drawn instead of downloaded.
+"""Shapes: a synthetic detection dataset, which needs no download.
 
 Six kinds of figures, rotated, stretched and overlapping, each kind in its range of hues, on
 textured grayish backgrounds. It is drawn in seconds and trains a detector on a CPU in minutes.
 
-`draw_scene(plan_scene(seed))` draws one image. `Shapes` is the TFDS builder, which importing this
-module registers for `tfds.load("shapes")`. `keras_resnest.data.read_shapes` draws and reads it.
+`draw_scene(plan_scene(seed))` draws one image. `Shapes` is the TFDS builder; importing this module
+registers it for `tfds.load("shapes")`. `keras_resnest.data.read_shapes` draws and reads it.
 """
 
 import colorsys
@@ -21,7 +21,7 @@ CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPLITS = ("train", "validation", "test")
 
 _HUE_SPREAD = 0.07  # standard deviation of the hue of a class; classes are 1 / 6 apart
-_SUPERSAMPLING = 4  # draws figures this many times larger, for smooth edges
+_SUPERSAMPLING = 4  # for smooth edges
 _MIN_VISIBLE = 0.4  # visible fraction below which a figure is moved or omitted
 _DIFFICULT_BELOW = 0.6  # visible fraction below which a figure is difficult
 
@@ -37,7 +37,7 @@ class Figure:
     # float32 (n, 2), corners (x, y) in pixels, possibly outside the image; a ring has two outlines
     outlines: tuple[np.ndarray, ...]
     color: np.ndarray  # float32 (3,), RGB, 0 to 255
-    seed: int  # of the light and grain on the figure
+    seed: int  # of light and grain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,8 +56,7 @@ class Scene:
 
     @property
     def boxes(self) -> np.ndarray:
-        """float32 (n, 4), "xyxy" in pixels: extents of the figures inside the image, ignoring
-        occlusion."""
+        """float32 (n, 4), "xyxy" in pixels: extents inside the image, ignoring occlusion."""
         inside = [_clip(figure.outlines[0], self.size) for figure in self.figures]
         corners = [(*points.min(axis=0), *points.max(axis=0)) for points in inside]
         return np.asarray(corners, "float32").reshape(-1, 4)
@@ -66,10 +65,10 @@ class Scene:
 def plan_scene(seed, size: int = 192) -> Scene:
     """Plans a random scene.
 
-    One image in 25 is empty, the others have 1 to 6 figures. The longer side of a figure is 12 to
+    One image in 25 is empty; the others have 1 to 6 figures. The longer side of a figure is 12 to
     60 % of the image; one figure in six is small (from 16 pixels to 12 %). A figure may cross the
-    border by a quarter of its sides, and may hide others as long as 40 % of each (of its part
-    inside the image) stays visible.
+    border by a quarter of its sides, and may hide others if 40 % of each (of its part inside the
+    image) stays visible.
 
     Args:
         seed: Integer or sequence of integers.
@@ -173,30 +172,27 @@ def _polygon(radii: np.ndarray) -> np.ndarray:
 def _contrasting_color(
     rng: np.random.Generator, label: int, others: list[np.ndarray]
 ) -> np.ndarray:
-    """Returns, of four colors of a class, the one farthest from all others.
+    """Draws four colors of a class and returns the one farthest from all others.
 
-    Each class has a typical hue, but the hues of neighboring classes overlap: color helps, shape
-    decides.
+    The hues of neighboring classes overlap: color helps, shape decides.
     """
     hues = label / len(CLASS_NAMES) + rng.normal(0.0, _HUE_SPREAD, 4)
     strengths = rng.uniform((0.55, 0.45), 1.0, (4, 2))  # saturation, value
-    candidates = np.asarray(
-        [colorsys.hsv_to_rgb(h % 1.0, *sv) for h, sv in zip(hues, strengths, strict=True)]
-    )
+    pairs = zip(hues, strengths, strict=True)
+    candidates = np.asarray([colorsys.hsv_to_rgb(h % 1.0, *sv) for h, sv in pairs])
     candidates = (255 * candidates).astype("float32")
     distances = np.linalg.norm(candidates[:, None] - np.asarray(others)[None], axis=-1)
     return candidates[distances.min(axis=1).argmax()]
 
 
 # === Drawing ===
-# Images are float32 with channels first, (3, h, w), which NumPy processes faster.
+# Images are float32 with channels first, (3, h, w), which is faster in NumPy.
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
     """Draws a scene as a uint8 array (size, size, 3), RGB.
 
-    Background and figures have seeds of their own: without a figure, the rest of the image does
-    not change.
+    Background and figures have separate seeds: removing a figure changes nothing else.
     """
     image = _background(scene.seed, scene.size)
     for figure in scene.figures:
@@ -210,7 +206,7 @@ def draw_scene(scene: Scene) -> np.ndarray:
 
 
 def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Fraction (h, w) of each pixel that a figure covers, and the (x, y) of the first pixel."""
+    """Fraction (h, w) of each pixel that a figure covers, and (x, y) of the first pixel."""
     from PIL import Image, ImageDraw
 
     outline = figure.outlines[0]
@@ -219,7 +215,7 @@ def _coverage(figure: Figure, size: int, supersampling: int) -> tuple[np.ndarray
     canvas = Image.new("L", (supersampling * (right - left), supersampling * (bottom - top)))
     draw = ImageDraw.Draw(canvas)
     for points, fill in zip(figure.outlines, (255, 0), strict=False):
-        # Pillow measures from the center of a pixel, boxes from its border.
+        # Pillow's coordinates start at the center of a pixel, box coordinates at its border.
         corners = (points - (left, top)) * supersampling - 0.5
         draw.polygon(corners.ravel().tolist(), fill=fill)
     if supersampling > 1:
@@ -245,7 +241,7 @@ def _surface(figure: Figure, height: int, width: int) -> np.ndarray:
 
 
 def _background_colors(rng: np.random.Generator) -> np.ndarray:
-    """The two colors (2, 3) of a background; must be the first draw of its generator."""
+    """The two colors (2, 3) of a background; must be the first draw from `rng`."""
     first, second = rng.uniform(40, 215, 2)[:, None] + rng.uniform(-25, 25, (2, 3))
     second = first + (second - first) * rng.uniform(0.2, 0.6)
     return np.stack([first, second]).clip(0, 255).astype("float32")
@@ -290,7 +286,7 @@ def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], amplitude: float) -> np.ndarray:
-    """Uniform noise within +-amplitude; raw bytes are the fastest random numbers."""
+    """Uniform noise within +-amplitude, from raw bytes, which are drawn fastest."""
     noise = np.frombuffer(rng.bytes(math.prod(shape)), "int8").reshape(shape)
     return noise * np.float32(amplitude / 128)
 
@@ -304,7 +300,7 @@ def _add_speckles(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Draws a few thin lines that belong to no figure."""
+    """Draws a few thin lines as distractors."""
     from PIL import Image, ImageDraw
 
     size = image.shape[-1]
@@ -322,9 +318,9 @@ def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
 class ShapesConfig(tfds.core.BuilderConfig):
     """Size of the images and number of images of a Shapes dataset."""
 
-    name: str = ""  # default: derived from the numbers, so that datasets never mix
+    name: str = ""  # default: derived from the other values, so that datasets never mix
     size: int = 192  # side of the images in pixels
-    num_train: int = 1600  # images of the split "train"; 0 omits a split
+    num_train: int = 1600  # images in "train"; 0 omits a split
     num_validation: int = 200
     num_test: int = 200
     seed: int = 0  # of all random numbers
@@ -344,14 +340,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """TFDS dataset of drawn figures: circle, square, triangle, star, cross, ring.
 
     Predefined configurations: "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
-    images), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16). Others are
-    given as a `ShapesConfig`. Images are JPEG (quality 95).
+    images), "medium" (320 x 320; as many images) and "tiny" (96 x 96; 48, 16, 16). Pass a
+    `ShapesConfig` for others. Images are JPEG (quality 95).
 
     Features of an example: `image`, `image_id` ("train_00000"), and `objects` with `bbox` (relative
     yxyx, see `Scene.boxes`), `label` and `is_difficult` (see `Scene.difficult`).
 
     Example:
-
     ```python
     train = tfds.load("shapes", split="train")
     builder = Shapes(config=ShapesConfig(size=256, num_train=500), data_dir="data")
@@ -380,11 +375,9 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             "image_id": tfds.features.Text(),
             "objects": tfds.features.Sequence(objects),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Drawn figures on textured backgrounds.",
-            features=tfds.features.FeaturesDict(features),
-        )
+        description = "Drawn figures on textured backgrounds."
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, description=description, features=features)
 
     def _split_generators(self, dl_manager):
         counts = {name: getattr(self.builder_config, f"num_{name}") for name in SPLITS}
@@ -392,30 +385,18 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(name, n) for name, n in counts.items() if n}
 
     def _generate_examples(self, split: str, count: int):
+        from PIL import Image
+
         config = self.builder_config
-        split_number = SPLITS.index(split)
         for index in range(count):
-            scene = plan_scene((config.seed, split_number, index), config.size)
+            scene = plan_scene((config.seed, SPLITS.index(split), index), config.size)
             boxes = scene.boxes[:, [1, 0, 3, 2]] / config.size  # relative yxyx
-            rows = zip(boxes.tolist(), scene.labels, scene.difficult, strict=True)
-            example = {
-                "image": io.BytesIO(_encode_jpeg(draw_scene(scene))),
-                "image_id": f"{split}_{index:05d}",
-                "objects": [
-                    {
-                        "bbox": tfds.features.BBox(*box),
-                        "label": int(label),
-                        "is_difficult": bool(difficult),
-                    }
-                    for box, label, difficult in rows
-                ],
-            }
-            yield index, example
-
-
-def _encode_jpeg(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=95, subsampling=0)
-    return stream.getvalue()
+            rows = zip(boxes.tolist(), scene.labels.tolist(), scene.difficult.tolist(), strict=True)
+            objects = [
+                {"bbox": tfds.features.BBox(*box), "label": label, "is_difficult": difficult}
+                for box, label, difficult in rows
+            ]
+            jpeg = io.BytesIO()
+            Image.fromarray(draw_scene(scene)).save(jpeg, "JPEG", quality=95, subsampling=0)
+            jpeg.seek(0)
+            yield index, {"image": jpeg, "image_id": f"{split}_{index:05d}", "objects": objects}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_resnest.checks import check_image_shape
+from keras_resnest.data.augmentation.geometry import check_probabilities
 from keras_resnest.data.augmentation.rand_augment import (
     RandAugment,
     as_uint8,
@@ -28,17 +29,16 @@ _COLOR_VECTORS = (
 class ClassificationAugmentation:
     """Randomly crops, flips, and recolors an image.
 
-    Called with an image (h, w, 3), uint8, and a `seed`, an integer tensor of shape (2,); the same
-    image and seed give the same result.
+    Call it with a uint8 image (h, w, 3) and a `seed`, an integer tensor (2,); the same image and
+    seed give the same result.
 
     Args:
         image_shape: (side, side) or (side, side, 3) of the result in pixels.
-        area: (low, high) of the crop's fraction of the area.
+        area: (low, high) of the crop's area, as a fraction of the image.
         aspect_ratio: (low, high) of the crop's width / height.
-        flip: chance of a left-right flip.
+        flip: probability of a left-right flip.
         rand_augment: a `RandAugment`, or None.
-        color_jitter: brightness, contrast, and saturation change by factors of 1 plus or minus at
-            most this.
+        color_jitter: largest deviation from 1 of the brightness, contrast, and saturation factors.
         lighting: standard deviation of AlexNet's noise along the principal colors of ImageNet.
 
     Raises:
@@ -48,8 +48,8 @@ class ClassificationAugmentation:
         >>> augmentation = ClassificationAugmentation((224, 224), color_jitter=0.4)
         >>> image = augmentation(load_image("photo.jpg"), seed=(1, 2))
 
-    Source: the crop of GoogLeNet (arXiv 1409.4842, section 6), drawn as torchvision's
-    `RandomResizedCrop`; the order of the steps is that of torchvision's reference training.
+    Source: the crop of GoogLeNet (arXiv 1409.4842, section 6), drawn as by torchvision's
+    `RandomResizedCrop`; the steps are in the order of torchvision's reference training.
     """
 
     image_shape: tuple[int, ...]
@@ -62,18 +62,13 @@ class ClassificationAugmentation:
 
     def __post_init__(self):
         check_square(self.image_shape)
+        check_probabilities(self, "flip", "color_jitter")
         low, high = self.area
         narrow, wide = self.aspect_ratio
-        if not 0 < low <= high <= 1 or not 0 < narrow <= wide:
+        if not 0 < low <= high <= 1 or not 0 < narrow <= wide or self.lighting < 0:
             raise ValueError(
-                "`area` must lie within 0 to 1, `aspect_ratio` above 0, lower bound first. "
-                f"Received: area={self.area}, aspect_ratio={self.aspect_ratio}"
-            )
-        if not 0 <= self.flip <= 1 or not 0 <= self.color_jitter <= 1 or self.lighting < 0:
-            raise ValueError(
-                "`flip` and `color_jitter` must lie within 0 to 1, `lighting` must not be "
-                f"negative. Received: flip={self.flip}, color_jitter={self.color_jitter}, "
-                f"lighting={self.lighting}"
+                "`area` must be (low, high) within 0 to 1, `aspect_ratio` (low, high) above 0, and "
+                f"`lighting` at least 0. Received: {self}"
             )
 
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
@@ -82,7 +77,7 @@ class ClassificationAugmentation:
         seeds = tf.unstack(tf.random.split(tf.cast(seed, tf.int64), 5))
         top, left, height, width = tf.unstack(self.window(tf.shape(image)[:2], seeds[0]))
         image = image[top : top + height, left : left + width]
-        # Antialiased, as evaluation shrinks its images.
+        # Antialiased, as in evaluation.
         image = tf.image.resize(image, self.image_shape[:2], antialias=True)
         flips = tf.random.stateless_uniform([], seeds[1]) < self.flip
         image = tf.cond(flips, lambda: image[:, ::-1], lambda: image)
@@ -100,8 +95,8 @@ class ClassificationAugmentation:
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
         """Draws the crop of an image of int32 `size` (height, width).
 
-        Returns int32 (top, left, height, width) in pixels. If none of ten draws fits into the
-        image, it is the largest central crop that `aspect_ratio` allows.
+        Returns int32 (top, left, height, width) in pixels; if none of ten draws fits into the
+        image, the largest central crop that `aspect_ratio` allows.
         """
         height, width = tf.unstack(tf.cast(size, tf.float32))
         draws = tf.random.stateless_uniform([10, 4], seed)
@@ -122,7 +117,7 @@ class ClassificationAugmentation:
         return tf.cast(tf.concat([corner, sizes[chosen]], axis=0), tf.int32)
 
 
-#: Arguments of `ClassificationAugmentation` by name. "none" crops as evaluation does.
+#: Arguments of `ClassificationAugmentation` by name. "none" crops as in evaluation.
 CLASSIFICATION_AUGMENTATIONS: dict[str, dict | None] = {
     "none": None,
     "mild": {"area": (0.5, 1.0)},
@@ -132,24 +127,21 @@ CLASSIFICATION_AUGMENTATIONS: dict[str, dict | None] = {
 
 
 def mix_up(images: tf.Tensor, labels: tf.Tensor, alpha: float, seed) -> tuple:
-    """Blends each image of a batch with the one before it, and their labels alike.
+    """Blends each image and label of a batch with those before them; returns both.
 
-    Unlike those of `keras.layers.MixUp`, its draws depend on the seed alone, not on the batches
-    that came before, so that a resumed training repeats them.
+    Unlike with `keras.layers.MixUp`, the draws depend only on the seed, not on earlier batches, so
+    that resumed training repeats them.
 
     Args:
         images: (B, h, w, 3), float.
         labels: (B, classes), float, one-hot.
-        alpha: parameter of the beta distribution; each image draws its own weight.
+        alpha: parameter of the beta distribution; a weight is drawn for each image.
         seed: integer tensor (2,).
-
-    Returns:
-        Mixed images and labels.
 
     Source: https://arxiv.org/abs/1710.09412
     """
     count = tf.shape(images)[0]
-    # In float64: with a small alpha both gamma variables may be tiny.
+    # float64, because both gamma variables may be tiny for a small alpha.
     alpha = tf.cast(alpha, tf.float64)
     gammas = tf.random.stateless_gamma([count, 2], seed, alpha, dtype="float64")
     weights = gammas[:, 0] / tf.maximum(tf.reduce_sum(gammas, axis=1), 1e-300)
@@ -166,8 +158,5 @@ def check_square(image_shape: Sequence[int]) -> int:
     """Returns the side of a square `image_shape`; raises ValueError if it is not square."""
     height, width = check_image_shape(image_shape)
     if height != width:
-        raise ValueError(
-            "`image_shape` must be (side, side) or (side, side, 3) in pixels. "
-            f"Received: image_shape={image_shape!r}"
-        )
+        raise ValueError(f"`image_shape` must be square. Received: image_shape={image_shape!r}")
     return height

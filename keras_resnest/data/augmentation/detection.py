@@ -1,20 +1,21 @@
 """Training augmentation of single-shot detectors, as TensorFlow graph code for `tf.data`.
 
-The recipe is that of SSD (arXiv 1512.02325, sections 2.2 and 3.6), which RefineDet adopted: color
+The recipe is SSD's (arXiv 1512.02325, sections 2.2 and 3.6), which RefineDet adopted: color
 distortion, expansion, a crop that overlaps an object by a given IoU, flipping, and stretching to
 the input size of the network.
 
-Each class is an immutable callable of one unbatched dataset element
+Each class is an immutable callable, checks its arguments (ValueError), and takes one unbatched
+dataset element
 
     {"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), "difficult": (n,)}}
 
-and a `seed`, an integer tensor of shape (2,); the same element and seed give the same result.
-Images are RGB, 0 to 255; boxes are "xyxy" in pixels of their image. Other keys of the element are
-passed through, and all entries of `bounding_boxes` are filtered together.
+and a `seed`, an integer tensor (2,); the same element and seed give the same result. Images are
+RGB, 0 to 255; boxes are "xyxy" in pixels. Other keys are passed through, and all entries of
+`bounding_boxes` are filtered together.
 
-Boxes are dropped only as follows: padding rows (label -1) and boxes without area, always; after a
-crop, boxes whose center lies outside; and by `TrainingAugmentation`, boxes smaller than
-`min_box_size`. `Resize`, used for evaluation, keeps every row.
+Padding rows (label -1) and boxes without area are always dropped, a crop drops boxes whose center
+is outside, and `TrainingAugmentation` drops boxes smaller than `min_box_size`. `Resize`, used for
+evaluation, keeps every row.
 """
 
 import itertools
@@ -59,8 +60,8 @@ def drop_empty_boxes(element: dict) -> dict:
 class PhotometricDistortion:
     """Randomly changes brightness, contrast, saturation, hue, and the order of color channels.
 
-    Each change is applied with its own chance. Contrast follows brightness in half of the images
-    and comes last in the other half. Values are clipped to 0..255 after every step.
+    Contrast follows brightness in half of the images and comes last in the other half. Values are
+    clipped to 0..255 after every step.
 
     Args:
         brightness: largest amount added to or subtracted from all values (of 0..255).
@@ -68,12 +69,9 @@ class PhotometricDistortion:
         saturation: (low, high) of the factor applied to the HSV saturation.
         hue: largest rotation of the HSV hue, in degrees. (SSD's Caffe code adds up to 18 to hues
             in OpenCV's range of 0..180, that is 36 degrees; its ports use 18 degrees.)
-        probability: chance of each of these four changes.
-        channel_probability: chance of a random channel order. It is 0 in the code of SSD and
+        probability: probability of each of these four changes, independently.
+        channel_probability: probability of a random channel order, 0 in the code of SSD and
             RefineDet and 0.5 in some ports; keep 0 if color distinguishes the classes.
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     Example: `element = PhotometricDistortion(hue=0)(element, seed=(1, 2))`
     """
@@ -97,7 +95,7 @@ class PhotometricDistortion:
         return dict(element, images=self.distort(element["images"], seed))
 
     def distort(self, image: tf.Tensor, seed) -> tf.Tensor:
-        """Distorts the colors of one image (h, w, 3), 0..255; returns float32, 0..255."""
+        """Distorts one image (h, w, 3), 0..255; returns float32, 0..255."""
         draws = tf.random.stateless_uniform([11], seed)
         happens, amount = draws[:4] < self.probability, draws[5:]
         contrast_is_first = draws[4] < 0.5
@@ -136,12 +134,9 @@ class RandomExpand:
     SSD's expansion, which creates small objects (arXiv 1512.02325, section 3.6).
 
     Args:
-        max_ratio: largest ratio of canvas side to image side, drawn from 1 to this.
-        probability: chance of an expansion.
+        max_ratio: largest ratio of canvas side to image side.
+        probability: probability of an expansion.
         fill_color: (red, green, blue) of the canvas, 0..255.
-
-    Raises:
-        ValueError: if `max_ratio` is below 1 or another argument is out of range.
 
     Example: `element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))`
     """
@@ -155,7 +150,7 @@ class RandomExpand:
         check_probabilities(self, "probability")
         if len(self.fill_color) != 3 or not all(0 <= value <= 255 for value in self.fill_color):
             raise ValueError(
-                "`fill_color` must be three numbers (red, green, blue) from 0 to 255. "
+                "`fill_color` must be (red, green, blue) from 0 to 255. "
                 f"Received: fill_color={self.fill_color!r}"
             )
 
@@ -183,20 +178,17 @@ class RandomExpand:
 class RandomIoUCrop:
     """Crops the image so that some object overlaps the crop by a required IoU (SSD, section 2.2).
 
-    As in SSD's own code, each option of `min_ious` gets `trials` attempts, and one of the options
-    that succeeded is drawn. An attempt succeeds if the crop reaches the required IoU with an
-    object and contains the center of an object; without objects, every crop succeeds. Objects are
-    kept if their center lies in the crop, and clipped to it.
+    As in SSD's code, each option of `min_ious` gets `trials` attempts, and one of the successful
+    options is drawn. An attempt succeeds if the crop reaches the required IoU with an object and
+    contains the center of an object; without objects, every crop succeeds. Objects are kept if
+    their center is in the crop, and clipped to it.
 
     Args:
         min_ious: the options. None keeps the whole image; 0.0 requires no overlap.
-        scale: (low, high) of the square root of the crop's fraction of the area.
+        scale: (low, high) of the square root of the crop's area, as a fraction of the image.
         aspect_ratio: (low, high) of width / height, relative to that of the image.
         trials: random crops per option.
-        probability: chance of a crop.
-
-    Raises:
-        ValueError: if an argument is out of range.
+        probability: probability of a crop.
 
     Example: `element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))`
     """
@@ -234,7 +226,7 @@ class RandomIoUCrop:
         return updated(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
-        """Draws a crop of a canvas, which may extend beyond the image but shows a pixel of it.
+        """Draws a crop of a canvas, which may extend beyond the image but always overlaps it.
 
         Args:
             canvas: int32 (x1, y1, x2, y2) in pixels of the image.
@@ -248,14 +240,14 @@ class RandomIoUCrop:
         required = [m for m in self.min_ious if m is not None]
         seeds = split_seed(seed, 2)
         crops = self._trials(canvas, len(required), seeds[0])  # (options, trials, 4)
-        shows = intersection(crops, whole_window(size)) > 0.0
+        shows_image = intersection(crops, whole_window(size)) > 0.0
         no_objects = tf.equal(tf.shape(boxes)[0], 0)
         best = tf.reduce_max(window_iou(crops, boxes), axis=-1)
-        overlaps = (best >= tf.constant(required, shape=[len(required), 1])) | no_objects
-        holds = tf.reduce_any(centers_inside(boxes, crops[..., None, :]), axis=-1) | no_objects
-        valid = shows & overlaps & holds  # (options, trials)
+        overlaps = best >= tf.constant(required, shape=[len(required), 1])
+        has_center = tf.reduce_any(centers_inside(boxes, crops[..., None, :]), axis=-1)
+        valid = shows_image & (overlaps & has_center | no_objects)  # (options, trials)
 
-        # The canvas is the last candidate, for the option None and for no success.
+        # The canvas is the last candidate, for the option None and if no attempt succeeds.
         possible = tf.concat([tf.reduce_any(valid, axis=1), [None in self.min_ious]], axis=0)
         draws = tf.random.stateless_uniform([len(required) + 2], seeds[1])
         option = tf.argmax(tf.where(possible, draws[1:], [-1.0] * len(required) + [-0.5]))
@@ -280,7 +272,7 @@ class RandomIoUCrop:
 
 
 class _Orientation:
-    """Base of the transformations that transpose and flip; a subclass draws `orientation`."""
+    """Base class of transpositions and flips; a subclass draws the `orientation`."""
 
     def __call__(self, element: dict, seed) -> dict:
         """Returns the reoriented element; the image keeps its dtype."""
@@ -294,12 +286,9 @@ class RandomFlip(_Orientation):
     """Randomly flips the image.
 
     Args:
-        horizontal: chance of a left-right flip.
-        vertical: chance of a top-bottom flip, for images without a natural orientation, such as
-            microscope or aerial images.
-
-    Raises:
-        ValueError: if a chance is not from 0 to 1.
+        horizontal: probability of a left-right flip.
+        vertical: probability of a top-bottom flip, for images without a natural orientation, such
+            as microscope or aerial images.
 
     Example: `element = RandomFlip(vertical=0.5)(element, seed=(1, 2))`
     """
@@ -321,11 +310,7 @@ class RandomRotate90(_Orientation):
     """Rotates the image by 90, 180, or 270 degrees, for images without a natural orientation.
 
     Args:
-        probability: chance of a rotation, with equally likely angles. At 0.75 all four
-            orientations are equally likely.
-
-    Raises:
-        ValueError: if `probability` is not from 0 to 1.
+        probability: probability of a rotation; at 0.75, all four orientations are equally likely.
 
     Example: `element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)`
     """
@@ -345,17 +330,14 @@ class RandomRotate90(_Orientation):
 
 @dataclass(frozen=True)
 class Resize:
-    """Stretches the image to the input size of the network, as evaluation and prediction do.
+    """Stretches the image to the input size of the network, as in evaluation and prediction.
 
     Bilinear with half-pixel centers, without preserving the aspect ratio and without antialiasing,
-    as in the RefineDet paper. Boxes are scaled along; none is clipped or dropped.
+    as in the RefineDet paper. Boxes are scaled too; none is clipped or dropped.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
         dtype: "float32", or "uint8" (rounded) to save memory.
-
-    Raises:
-        ValueError: if an argument is invalid.
 
     Example: `dataset = dataset.map(Resize((320, 320)))`
     """
@@ -383,9 +365,9 @@ class TrainingAugmentation:
     """The training augmentation of SSD and RefineDet, from any image to the network's input size.
 
     Expansion, crop, flip, and resizing are drawn first and applied in one step: only the visible
-    part of the image is resized, once, and only its colors are distorted (the canvas around an
-    expanded image keeps its plain color). The visible part is placed on whole output pixels, which
-    moves its edges by at most half an output pixel; the boxes follow exactly.
+    part of the image is resized, once, and only its colors are distorted (not the canvas around an
+    expanded image). The visible part is aligned with output pixels, which moves its edges by at
+    most half an output pixel; the boxes follow exactly.
 
     Args:
         image_shape: (height, width) or (height, width, 3) of the result.
@@ -396,22 +378,11 @@ class TrainingAugmentation:
         rotation: rotation by multiples of 90 degrees, or None.
         min_box_size: boxes with a side shorter than this many output pixels are dropped.
         antialias: average source pixels in images that are expanded and shrunk to less than half,
-            where bilinear sampling would skip pixels. Images that are not expanded are always
-            sampled as by `Resize`, so that the network trains on what it sees in use.
+            where bilinear sampling would skip pixels. Other images are always sampled as by
+            `Resize`, so that the network trains on what it sees in use.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Returns:
-        When called with an element and a seed: the element with an image (height, width, 3) of
-        `dtype`, 0..255, and (m, 4) boxes "xyxy" in its pixels, m <= n.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        augmentation = TrainingAugmentation((320, 320), flip=RandomFlip(vertical=0.5))
-        batches = training_batches(dataset, (320, 320), 16, augmentation)
-        ```
+    Example: `element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))`
     """
 
     image_shape: tuple[int, ...]
@@ -430,7 +401,10 @@ class TrainingAugmentation:
         check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
     def __call__(self, element: dict, seed, image_size=None) -> dict:
-        """Returns the augmented element; an int32 `image_size` replaces `image_shape`."""
+        """Returns the augmented element, with an image of `dtype`, 0..255.
+
+        An int32 `image_size` replaces `image_shape`.
+        """
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
         seeds = split_seed(seed, 5)
@@ -456,13 +430,9 @@ class TrainingAugmentation:
         return updated(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        """Draws the region, in pixels of the image, that the result shows."""
-        window = whole_window(size)
-        if self.expand:
-            window = self.expand.window(size, seeds[0])
-        if self.crop:
-            window = self.crop.window(window, size, boxes, seeds[1])
-        return window
+        """Draws the visible region, in pixels of the image."""
+        window = self.expand.window(size, seeds[0]) if self.expand else whole_window(size)
+        return self.crop.window(window, size, boxes, seeds[1]) if self.crop else window
 
     def _orientation(self, seeds: tf.Tensor) -> tuple:
         """Draws (transpose, flip_x, flip_y): the rotation, then the flip."""
@@ -476,7 +446,7 @@ class TrainingAugmentation:
 
 
 #: Arguments of `TrainingAugmentation` by name. "none" only resizes; "ssd", the published
-#: augmentation, is strong and needs a long training.
+#: augmentation, is strong and needs long training.
 DETECTION_AUGMENTATIONS: dict[str, dict | None] = {
     "none": None,
     "flip": {"photometric": None, "expand": None, "crop": None},
@@ -508,7 +478,7 @@ def _permute_channels(image: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
 
 
 def _height_and_width(image_shape: Sequence[int], image_size: tf.Tensor | None) -> Sequence:
-    """Two integers, or two int32 tensors if the size is known only when the graph runs."""
+    """Two integers, or two int32 tensors for an `image_size` known only at run time."""
     return check_image_shape(image_shape) if image_size is None else tf.unstack(image_size, 2)
 
 

@@ -1,4 +1,4 @@
-"""Windows, boxes, and images moved together, as TensorFlow graph code.
+"""Geometric operations on an image and its boxes, as TensorFlow graph code.
 
 A window is an int32 vector (x1, y1, x2, y2) in pixels of the source image. Elements are
 `{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-#: Mean color of ImageNet (red, green, blue, 0 to 255), which SSD uses to fill the canvas.
+#: Mean color of ImageNet (red, green, blue, 0 to 255), SSD's fill color.
 MEAN_COLOR = (123.0, 117.0, 104.0)
 
 #: Values of the box entries in a padding row.
@@ -28,8 +28,8 @@ def view(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Crops a window out of an image and resizes it to `size` (height, width).
 
-    The window may extend beyond the image, which shows `fill_color`, but must overlap it.
-    `distort` is applied to the visible part (float32, at its final size); for `antialias` see
+    The window must overlap the image; its part outside is filled with `fill_color`. `distort` is
+    applied to the visible part (float32, at its final size). For `antialias` see
     `TrainingAugmentation`.
 
     Returns:
@@ -40,7 +40,7 @@ def view(
     size = extent if size is None else size[::-1]
     low, high = tf.maximum(window[:2], 0), tf.minimum(window[2:], image_extent)
 
-    # Place the visible part on whole output pixels, so that no edge needs blending.
+    # Align the visible part with output pixels, so that no edge needs blending.
     scale = tf.cast(size, tf.float32) / tf.cast(extent, tf.float32)
     start = tf.round(tf.cast(low - window[:2], tf.float32) * scale)
     end = tf.round(tf.cast(high - window[:2], tf.float32) * scale)
@@ -50,8 +50,14 @@ def view(
     image = image[low[1] : high[1], low[0] : high[0]]
     is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(image_extent)
     use_area = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
-    image = distort(_resize(image, (end - start)[::-1], use_area))
-    # tf.pad takes a scalar only: pad `image - color` with zeros instead.
+    visible_size = (end - start)[::-1]
+    image = tf.cond(
+        use_area,
+        lambda: tf.image.resize(image, visible_size, method="area"),
+        lambda: tf.image.resize(image, visible_size, method="bilinear"),
+    )
+    image = distort(image)
+    # tf.pad takes only a scalar: pad `image - color` with zeros instead.
     paddings = tf.stack([start[::-1], (size - end)[::-1]], axis=1)
     image = tf.pad(image - fill_color, tf.concat([paddings, [[0, 0]]], axis=0)) + fill_color
 
@@ -59,14 +65,6 @@ def view(
     boxes = tf.clip_by_value(boxes, tf.tile(low, [2]), tf.tile(high, [2]))
     boxes = (boxes - tf.tile(low, [2])) * tf.tile((end - start) / (high - low), [2])
     return image, boxes + tf.tile(start, [2])
-
-
-def _resize(image: tf.Tensor, size: tf.Tensor, use_area: tf.Tensor) -> tf.Tensor:
-    return tf.cond(
-        use_area,
-        lambda: tf.image.resize(image, size, method="area"),
-        lambda: tf.image.resize(image, size, method="bilinear"),
-    )
 
 
 def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tuple:
@@ -110,12 +108,12 @@ def size_of(image: tf.Tensor) -> tf.Tensor:
 
 
 def whole_window(size: tf.Tensor) -> tf.Tensor:
-    """The window that shows all of an image of `size` (height, width)."""
+    """The window of a whole image of `size` (height, width)."""
     return tf.stack([0, 0, size[1], size[0]])
 
 
 def centers_inside(boxes: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
-    """Whether the centers of (n, 4) boxes lie in (..., 4) windows."""
+    """Whether the centers of (n, 4) boxes are in (..., 4) windows."""
     windows = tf.cast(windows, tf.float32)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2.0
     inside = (centers >= windows[..., :2]) & (centers < windows[..., 2:])
@@ -140,19 +138,19 @@ def window_iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
 
 
 def check_probabilities(augmentation, *names: str) -> None:
-    """Raises ValueError if one of these attributes is not from 0 to 1."""
+    """Raises ValueError if one of these attributes is not within 0 to 1."""
     for name in names:
         value = getattr(augmentation, name)
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"`{name}` must be from 0 to 1. Received: {name}={value!r}")
+            raise ValueError(f"`{name}` must be within 0 to 1. Received: {name}={value!r}")
 
 
 def check_range(name: str, values: tuple, low: float, high: float) -> None:
-    """Raises ValueError if (lower, upper) `values` are not ordered or not within low to high."""
+    """Raises ValueError unless `values` are (lower, upper), ordered and within low to high."""
     is_pair = isinstance(values, Sequence) and len(values) == 2
     if not is_pair or not low <= values[0] <= values[1] <= high:
         received = values[1] if is_pair and values[0] == low else values
-        raise ValueError(f"`{name}` must lie within {low} to {high}. Received: {name}={received!r}")
+        raise ValueError(f"`{name}` must be within {low} to {high}. Received: {name}={received!r}")
 
 
 def split_seed(seed, count: int) -> tf.Tensor:

@@ -1,14 +1,13 @@
 """Augmentation that combines the images of a batch, as TensorFlow graph code for `tf.data`.
 
-`Mosaic` and `MixUp` are callables of a batch of images of one size
+`Mosaic` and `MixUp` check their arguments (ValueError) and take a batch of images of one size
 
     {"images": (B, H, W, 3), "bounding_boxes": {"boxes": (B, M, 4), "labels": (B, M), ...}}
 
-and a `seed`, an integer tensor of shape (2,); the same batch and seed give the same result.
-Images are RGB, 0 to 255, and keep their dtype; boxes are "xyxy" in pixels; label -1 marks padding
-rows. An image is combined with others of its batch, so nothing is decoded or augmented twice.
-The result has as many rows as its fullest image, at least one. Use them through
-`training_batches(mosaic=..., mixup=...)`.
+and a `seed`, an integer tensor (2,); the same batch and seed give the same result. Images are RGB,
+0 to 255, and keep their dtype; boxes are "xyxy" in pixels; label -1 marks padding rows. Images are
+combined within a batch, so nothing is decoded or augmented twice. The result has as many rows as
+the image with the most boxes, at least one. Use `training_batches(mosaic=..., mixup=...)`.
 """
 
 from collections.abc import Sequence
@@ -37,17 +36,11 @@ class Mosaic:
     images repeat images.
 
     Args:
-        probability: chance that an image becomes a mosaic, 0 to 1.
+        probability: probability that an image becomes a mosaic.
         center: (low, high) of the center, as fractions of height and width.
         min_box_size: boxes with a side shorter than this many pixels are dropped.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(probability=0.5))
-        ```
+    Example: `batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(0.5))`
     """
 
     probability: float = 0.5
@@ -59,8 +52,7 @@ class Mosaic:
         is_pair = isinstance(self.center, Sequence) and len(self.center) == 2
         if not is_pair or not 0.0 < self.center[0] <= self.center[1] < 1.0:
             raise ValueError(
-                "`center` must be (low, high) with 0 < low <= high < 1. "
-                f"Received: center={self.center!r}"
+                f"`center` must be (low, high) between 0 and 1. Received: center={self.center!r}"
             )
         if not 0.0 <= self.min_box_size < float("inf"):
             raise ValueError(
@@ -78,16 +70,16 @@ class Mosaic:
         happens = tf.random.stateless_uniform([count], seeds[1]) < self.probability
         member_seeds = tf.random.split(seeds[2], count)
 
-        def mosaic(i):
-            own_rows = {name: tf.gather(values, members[i]) for name, values in rows.items()}
-            return self._mosaic(tf.gather(images, members[i]), own_rows, member_seeds[i])
-
-        def unchanged(i):
-            own_rows = {name: values[i] for name, values in rows.items()}
-            return images[i], pad_rows(own_rows, 3 * tf.shape(rows["labels"])[1])
-
         def one(i):
-            image, new_rows = tf.cond(happens[i], lambda: mosaic(i), lambda: unchanged(i))
+            def mosaic():
+                own_rows = {name: tf.gather(values, members[i]) for name, values in rows.items()}
+                return self._mosaic(tf.gather(images, members[i]), own_rows, member_seeds[i])
+
+            def unchanged():
+                own_rows = {name: values[i] for name, values in rows.items()}
+                return images[i], pad_rows(own_rows, 3 * tf.shape(rows["labels"])[1])
+
+            image, new_rows = tf.cond(happens[i], mosaic, unchanged)
             return tf.ensure_shape(image, images.shape[1:]), new_rows
 
         signature = (
@@ -98,7 +90,7 @@ class Mosaic:
         return dict(batch, images=images, bounding_boxes=compact_rows(rows))
 
     def _mosaic(self, images: tf.Tensor, rows: dict, seed) -> tuple[tf.Tensor, dict]:
-        """One image of four (4, H, W, 3), and the 4 M rows of their boxes."""
+        """Combines four images (4, H, W, 3) into one with 4 M rows."""
         size = tf.shape(images)[1:3]
         draws = tf.random.stateless_uniform([5, 2], seed)
         center = tf.round(between(*self.center, draws[0]) * tf.cast(size, tf.float32))
@@ -117,13 +109,13 @@ class Mosaic:
         return image, {k: tf.concat([own[k] for own in tile_rows], axis=0) for k in rows}
 
     def _tile(self, element: dict, corner, extent, draw) -> tuple[tf.Tensor, dict]:
-        """One quadrant (height, width) = `extent`, and its rows, moved to its `corner`."""
+        """Crops a quadrant (height, width) = `extent`; moves its rows to its `corner`."""
         size = tf.cast(tf.shape(element["images"])[:2], tf.float32)
-        wanted = tf.cast(extent, tf.float32)
-        # The largest window with the aspect ratio of the quadrant, at a random place.
-        seen = tf.clip_by_value(tf.round(wanted / tf.reduce_max(wanted / size)), 1.0, size)
-        start = tf.floor(draw * (size - seen + 1.0))
-        window = tf.cast(tf.concat([start[::-1], (start + seen)[::-1]], axis=0), tf.int32)
+        target = tf.cast(extent, tf.float32)
+        # The largest window with the aspect ratio of the quadrant, at a random position.
+        crop = tf.clip_by_value(tf.round(target / tf.reduce_max(target / size)), 1.0, size)
+        start = tf.floor(draw * (size - crop + 1.0))
+        window = tf.cast(tf.concat([start[::-1], (start + crop)[::-1]], axis=0), tf.int32)
         image, boxes = view(element, window, extent)
 
         rows = element["bounding_boxes"]
@@ -139,20 +131,14 @@ class MixUp:
 
     Mixup for detection (arXiv 1710.09412; arXiv 1902.04103, section 3.1): `weight` of one image
     plus `1 - weight` of another, with `weight` drawn from Beta(alpha, alpha). Every object counts
-    fully, however faint it is; with the default `alpha` both images stay clearly visible.
+    fully, however faint; with the default `alpha`, both images stay clearly visible.
 
     Args:
-        probability: chance that an image is blended with another one, 0 to 1.
+        probability: probability that an image is blended with another one.
         alpha: parameter of the beta distribution, at least 0.1; 1.5 in arXiv 1902.04103. Large
             values blend about half of each image.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        ```python
-        batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(probability=0.15))
-        ```
+    Example: `batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(0.15))`
     """
 
     probability: float = 0.15
@@ -160,7 +146,7 @@ class MixUp:
 
     def __post_init__(self):
         check_probabilities(self, "probability")
-        # float32 gamma draws of smaller shapes are often zero.
+        # With a smaller alpha, float32 gamma draws are often zero.
         if not 0.1 <= self.alpha < float("inf"):
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
@@ -172,7 +158,7 @@ class MixUp:
         count = tf.shape(images)[0]
         partners = (tf.range(count) + _distinct_shifts(count, 1, seeds[0])) % count
         happens = tf.random.stateless_uniform([count], seeds[1]) < self.probability
-        happens &= partners != tf.range(count)  # its own boxes must not come twice
+        happens &= partners != tf.range(count)  # do not repeat its own boxes
         gamma = tf.random.stateless_gamma([count, 2], seeds[2], self.alpha)
         weight = tf.math.divide_no_nan(gamma[:, 0], gamma[:, 0] + gamma[:, 1])
         weight = tf.where(happens, weight, 1.0)[:, None, None, None]
@@ -186,10 +172,7 @@ class MixUp:
 
 
 def compact_rows(rows: dict) -> dict:
-    """Moves padding rows to the end and removes those that no image of the batch needs.
-
-    Takes `{"boxes": (B, M, 4), "labels": (B, M), ...}` and returns (B, m, ...), m >= 1.
-    """
+    """Moves padding rows to the end and trims (B, M, ...) to the most boxes of an image, or 1."""
     is_box = rows["labels"] >= 0
     longest = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(is_box, tf.int32), axis=1)), 1)
     order = tf.argsort(tf.cast(~is_box, tf.int32), axis=1, stable=True)[:, :longest]
@@ -198,17 +181,16 @@ def compact_rows(rows: dict) -> dict:
 
 
 def _distinct_shifts(count: tf.Tensor, number: int, seed) -> tf.Tensor:
-    """`number` different shifts, none of them zero, within a batch of `count` images.
+    """Draws `number` different nonzero shifts for a batch of `count` images.
 
-    In a batch too small for that, images meet themselves.
+    In a batch that is too small, some images are combined with themselves.
     """
     shifts = tf.maximum(count, number + 1) - 1
     return 1 + tf.argsort(tf.random.stateless_uniform([shifts], seed))[:number]
 
 
 def _masked(rows: dict, keep: tf.Tensor) -> dict:
-    """Replaces rows (..., n) by padding where `keep` (..., n) is False."""
-
+    """Replaces rows (..., n) with padding where `keep` (..., n) is False."""
     masked = {}
     for name, values in rows.items():
         condition = keep[..., None] if name == "boxes" else keep

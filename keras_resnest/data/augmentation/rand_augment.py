@@ -1,38 +1,38 @@
 """RandAugment and color changes for classifiers, as TensorFlow graph code for `tf.data`.
 
-The operations are those of Pillow, as in the code of ResNeSt and in torchvision; the tests compare
-pixels. `keras.layers.RandAugment` differs: at the same magnitude it rotates by up to 144 degrees,
-in one direction only, and only brightens. KerasCV's lacks rotation, posterization, and sharpness.
+The operations match Pillow's, as used in ResNeSt's code and torchvision; the tests compare pixels.
+`keras.layers.RandAugment` differs: at the same magnitude it rotates by up to 144 degrees, in one
+direction only, and only brightens. KerasCV's lacks rotation, posterization, and sharpness.
 
 Images are (h, w, 3), RGB, 0 to 255. The same image and seed give the same result.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import tensorflow as tf
 
-# Pillow's weights of red, green, and blue in a gray value.
-_GRAY = (0.299, 0.587, 0.114)
+_GRAY = (0.299, 0.587, 0.114)  # Pillow's weights of red, green, and blue
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Applies randomly drawn operations, one after the other, all of the same magnitude.
+    """Applies randomly drawn operations in sequence, all of the same magnitude.
 
     The operations: identity, shear and translation along x and y, rotation, brightness, color,
-    contrast, sharpness, posterize, solarize, auto contrast, equalize. Those with a direction get a
-    random one. Regions outside the image are black.
+    contrast, sharpness, posterize, solarize, auto contrast, equalize. Directions are random.
+    Regions outside the image become black.
 
     Args:
-        num_ops: number of operations per image, N of the paper.
-        magnitude: strength from 0 to 30, M of the paper. At 30: shear 0.3, translation 0.45 of
-            the side, rotation 30 degrees, color factors 0.1 or 1.9, 4 bits, threshold 0.
+        num_ops: number of operations per image, N in the paper.
+        magnitude: strength from 0 to 30, M in the paper. At 30: shear 0.3, translation 0.45 of the
+            side, rotation 30 degrees, color factors 0.1 or 1.9, 4 bits, threshold 0.
 
     Raises:
         ValueError: if an argument is out of range.
 
-    Example:
-        >>> image = RandAugment(num_ops=2, magnitude=12)(image, seed=(1, 2))
+    Example: `image = RandAugment(num_ops=2, magnitude=12)(image, seed=(1, 2))`
 
     Source: https://arxiv.org/abs/1909.13719; N = 2 and M = 12 as for ResNeSt.
     """
@@ -43,8 +43,7 @@ class RandAugment:
     def __post_init__(self):
         if self.num_ops < 0 or not 0 <= self.magnitude <= 30:
             raise ValueError(
-                "`num_ops` must not be negative, `magnitude` must lie within 0 to 30. "
-                f"Received: num_ops={self.num_ops}, magnitude={self.magnitude}"
+                f"`num_ops` must be at least 0, `magnitude` within 0 to 30. Received: {self}"
             )
 
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
@@ -54,13 +53,10 @@ class RandAugment:
         drawn = tf.random.stateless_uniform([self.num_ops], seed, 0, len(OPERATIONS), tf.int32)
         signs = tf.random.stateless_uniform([self.num_ops], seed + 1, 0, 2, tf.int32) * 2 - 1
         for i in range(self.num_ops):
-            image = self._apply(image, drawn[i], tf.cast(signs[i], tf.float32))
+            arguments = image, self.magnitude / 30.0, tf.cast(signs[i], tf.float32)
+            branches = [functools.partial(op, *arguments) for op in OPERATIONS.values()]
+            image = tf.ensure_shape(tf.switch_case(drawn[i], branches), image.shape)
         return image
-
-    def _apply(self, image, drawn, sign):
-        strength = self.magnitude / 30.0
-        branches = [lambda op=op: op(image, strength, sign) for op in OPERATIONS.values()]
-        return tf.ensure_shape(tf.switch_case(drawn, branches), image.shape)
 
 
 def as_uint8(image: tf.Tensor) -> tf.Tensor:
@@ -121,7 +117,7 @@ def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def solarize(image: tf.Tensor, threshold: float) -> tf.Tensor:
-    """Inverts all values (uint8) from a threshold on."""
+    """Inverts the values (uint8) at or above a threshold."""
     return tf.where(tf.cast(image, tf.float32) < threshold, image, 255 - image)
 
 
@@ -155,10 +151,10 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
     """Samples the pixel at (x, y) from (a x + b y + c, d x + e y + f); bilinear, black outside.
 
-    The numbers are in pixels, with the corner of the image at (0, 0), as in
-    `PIL.Image.transform` with `AFFINE`. Takes and returns uint8 images of one size.
+    Coordinates are in pixels from the corner of the image, as for `PIL.Image.transform` with
+    `AFFINE`. Takes and returns uint8 images of the same size.
     """
-    # TensorFlow counts from the center of the first pixel.
+    # TensorFlow's coordinates start at the center of the first pixel.
     c, f = c + 0.5 * (a + b) - 0.5, f + 0.5 * (d + e) - 0.5
     numbers = [a, b, c, d, e, f, 0.0, 0.0]
     moved = tf.raw_ops.ImageProjectiveTransformV3(
@@ -174,21 +170,16 @@ def affine(image: tf.Tensor, a, b, c, d, e, f) -> tf.Tensor:
 
 def rotate(image: tf.Tensor, degrees) -> tf.Tensor:
     """Rotates an image about its center, counterclockwise as `PIL.Image.rotate`."""
-    angle = -degrees * (3.141592653589793 / 180.0)
+    angle = -degrees * (math.pi / 180.0)
     cos, sin = tf.cos(angle), tf.sin(angle)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     x, y = width / 2.0, height / 2.0
     return affine(image, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def _translate_x(image, strength, sign):
-    offset = sign * strength * 0.45 * tf.cast(tf.shape(image)[1], tf.float32)
-    return affine(image, 1.0, 0.0, offset, 0.0, 1.0, 0.0)
-
-
-def _translate_y(image, strength, sign):
-    offset = sign * strength * 0.45 * tf.cast(tf.shape(image)[0], tf.float32)
-    return affine(image, 1.0, 0.0, 0.0, 0.0, 1.0, offset)
+def _translate(image, strength, sign, axis: int):
+    offset = sign * strength * 0.45 * tf.cast(tf.shape(image)[axis], tf.float32)
+    return affine(image, 1.0, 0.0, offset * axis, 0.0, 1.0, offset * (1 - axis))
 
 
 def _enhance(change):
@@ -201,8 +192,8 @@ OPERATIONS = {
     "identity": lambda image, strength, sign: image,
     "shear_x": lambda image, strength, sign: affine(image, 1, sign * strength * 0.3, 0, 0, 1, 0),
     "shear_y": lambda image, strength, sign: affine(image, 1, 0, 0, sign * strength * 0.3, 1, 0),
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "translate_x": functools.partial(_translate, axis=1),
+    "translate_y": functools.partial(_translate, axis=0),
     "rotate": lambda image, strength, sign: rotate(image, sign * strength * 30.0),
     "brightness": _enhance(brighten),
     "color": _enhance(saturate),

@@ -9,20 +9,8 @@ from typing import Any
 
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    known_classes,
-    locate_image,
-    normalize_path,
-    number,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 SECTIONS = ("images", "annotations", "categories")
 
@@ -36,27 +24,24 @@ def read_coco(
 ) -> DetectionDataset:
     """Reads object annotations in COCO's JSON format (Lin et al., ECCV 2014).
 
-    Boxes are [x, y, width, height] in pixels. Labels follow the names of the categories, whose
-    ids may have gaps. Crowds (`iscrowd`) become `difficult`: evaluation ignores them. Images
-    without annotations are kept. `image_id` is the `id` of the image, as text.
+    Boxes are [x, y, width, height] in pixels. Category ids may have gaps. Crowds (`iscrowd`) become
+    `difficult`: evaluation ignores them. Images without annotations are kept. `image_id` is the
+    `id` of the image, as text.
 
-    Degenerate and repeated boxes, and boxes outside the image, are dropped; boxes that cross the
+    Degenerate and repeated boxes and boxes outside the image are dropped; boxes that cross the
     border by half a pixel or more are clipped. EXIF rotation is handled as in `read_voc`. The
-    report lists all of this, and sizes that differ from the image, annotation ids used twice (both
-    are kept), and images listed twice (their annotations are joined).
+    `report` lists all of this, wrong image sizes, annotation ids used twice (both are kept), and
+    images listed twice (their annotations are joined).
 
     Args:
         annotation_file: File such as "instances_train2017.json".
-        image_folder: Folder of the images. Default: searched beside the file, in "images", and in
-            the folder of the split (`train2017` for `instances_train2017.json`).
+        image_folder: Folder of the images. Default: the folder of the file, "images", or the folder
+            of the split (`train2017` for `instances_train2017.json`).
         class_names: Names of the labels 0, 1, 2, ... Default: all categories, ordered by id.
         on_error: "raise" a ValueError for a missing or unreadable image, an unknown category, a
-            class that is not in `class_names`, or an annotation of an image that is not listed;
-            or "skip" the image and report it.
+            class that is not in `class_names`, or an annotation of an unlisted image; or "skip" the
+            image and report it.
         use_difficult: Whether to keep crowds.
-
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
 
     Raises:
         ValueError: if there is no such file or folder, if it is not a COCO file, or see `on_error`.
@@ -77,14 +62,14 @@ def read_coco(
     def parse(key):
         image = images[key]
         return ImageAnnotation(
-            file=normalize_path(image["file_name"]),  # more helpful than the one JSON file
+            file=common.normalize_path(image["file_name"]),  # more helpful than the one JSON file
             image_id=str(key),
-            image=find_image(folder, image["file_name"], path),
+            image=common.find_image(folder, image["file_name"], path),
             objects=tuple(_object(path, row, names) for row in objects.get(key, [])),
-            size=stated_size(image.get("width"), image.get("height")),
+            size=common.stated_size(image.get("width"), image.get("height")),
         )
 
-    return build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
 def _load(path: Path) -> dict[str, list[dict]]:
@@ -94,29 +79,28 @@ def _load(path: Path) -> dict[str, list[dict]]:
         content = json.loads(path.read_bytes())  # detects UTF-8 and UTF-16
     except (ValueError, OSError, RecursionError) as error:
         raise FileError(path, "unreadable JSON", str(error)) from error
-    found = sorted(content) if isinstance(content, dict) else type(content).__name__
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), list) and all(isinstance(row, dict) for row in content[name])
-        for name in SECTIONS
-    ):
-        wanted = ", ".join(map(repr, SECTIONS))
-        detail = f"expected lists {wanted} of objects, found {found}"
+    is_dict = isinstance(content, dict)
+    lists = [content.get(name) if is_dict else None for name in SECTIONS]
+    if not all(isinstance(x, list) and all(isinstance(row, dict) for row in x) for x in lists):
+        found = sorted(content) if is_dict else type(content).__name__
+        detail = f"expected lists {', '.join(map(repr, SECTIONS))} of objects, found {found}"
         raise FileError(path, "not a COCO file of objects", detail)
     return content
 
 
 def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | None) -> Path:
     if given is not None:
-        return check_folder(given, "image_folder")
+        return common.check_folder(given, "image_folder")
     here, above = path.absolute().parent, path.absolute().parent.parent
     split = path.stem.removeprefix("instances_")
-    places = [here, here / "images", here / split, above / split]
-    places += [above / "images" / split, above / "images"]
-    for place in places:  # the first images tell; some may be missing
-        if any(locate_image(place, str(image.get("file_name", ""))) for image in images[:20]):
-            return place
-    tried = ", ".join(map(str, places))
-    raise ValueError(f"{path}: give `image_folder`; its images are in none of {tried}")
+    folders = [here, here / "images", here / split, above / split]
+    folders += [above / "images" / split, above / "images"]
+    names = [str(image.get("file_name", "")) for image in images[:20]]  # some may be missing
+    for folder in folders:
+        if any(common.locate_image(folder, name) for name in names):
+            return folder
+    tried = ", ".join(map(str, folders))
+    raise ValueError(f"{path}: give `image_folder`; the images are in none of {tried}")
 
 
 def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[Any, str]:
@@ -138,14 +122,14 @@ def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[
 
 
 def _key(value: Any) -> int | str | None:
-    """An id as a dictionary key, with 7.0 as 7; None for anything that cannot be an id."""
+    """An id as a dictionary key, with 7.0 as 7; None if it is not a number or text."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _images(path: Path, images: list[dict], faults: Faults) -> dict[Any, dict]:
-    """Image entries by id; ids of several files are faults."""
+    """Image entries by id; an id with several files is a fault."""
     found: dict[Any, dict] = {}
     ambiguous = set()
     for image in images:
@@ -171,7 +155,7 @@ def _objects_by_image(
     for row in annotations:
         key, own = _key(row.get("image_id")), _key(row.get("id"))
         if own is not None and own in seen:
-            faults.add(path, "annotation id used twice", "both kept", f"{own}")
+            faults.add(path, "annotation id used twice", "both kept", str(own))
         seen.add(own)
         with faults.skipping_image():
             if key not in images:
@@ -187,7 +171,7 @@ def _join_repeated(
     """Keeps the first entry of each file, and moves the annotations of the others to it."""
     first: dict[str, Any] = {}
     for key, image in images.items():
-        name = normalize_path(image["file_name"])
+        name = common.normalize_path(image["file_name"])
         if name in first:
             faults.add(path, "image listed twice", "annotations joined", name)
             objects[first[name]] += objects.pop(key, [])
@@ -199,10 +183,10 @@ def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:
     category = _key(row.get("category_id"))
     if category not in names:
         detail = f"{row.get('category_id')!r} of annotation {row.get('id')}"
-        raise FileError(path, "unknown category id", f"{detail}. {known_classes(names)}")
+        raise FileError(path, "unknown category id", f"{detail}. {common.known_classes(names)}")
     box = row.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4
-    x, y, width, height = map(number, box if is_box else [None] * 4)
+    x, y, width, height = map(common.number, box if is_box else [None] * 4)
     return AnnotatedObject(
         name=names[category],
         box=(x, y, x + width, y + height),

@@ -1,4 +1,4 @@
-"""Steps that all readers share.
+"""Common parts of the detection readers.
 
 A reader parses its file format into `ImageAnnotation`s. `build_dataset` reads the image headers,
 converts, checks and clips the boxes, maps class names to labels, and reports the problems.
@@ -29,11 +29,11 @@ from keras_resnest.data.dataset import (
 )
 from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
 
-ROUNDING = 0.5  # pixels by which a box may cross the border unreported: files hold rounded numbers
+ROUNDING = 0.5  # boxes that cross the border by fewer pixels are not reported
 
 
 class FileError(ValueError):
-    """A fault in a file: stops the reader, or costs an image with `on_error="skip"`."""
+    """A fault in a file, which stops the reader or skips an image, depending on `on_error`."""
 
     def __init__(self, file: str | os.PathLike, what: str, detail: str = ""):
         super().__init__(f"{file}: {what}{': ' * bool(detail)}{detail}")
@@ -42,31 +42,30 @@ class FileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedObject:
-    """One object, as a file states it."""
+    """One object, as annotated in a file."""
 
     name: str
     # (x1, y1, x2, y2), continuous pixels or fractions of the image; NaN if not a number
     box: tuple[float, float, float, float]
     difficult: bool = False
-    text: str = ""  # the box as written, for the report
-    # (problem, action) to report instead of the usual ones if the box crosses the border
-    border_problem: tuple[str, str] | None = None
+    text: str = ""  # the box in the file, for the report
+    border_problem: tuple[str, str] | None = None  # (problem, action) if it crosses the border
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageAnnotation:
-    """One image and its objects, as a file states them."""
+    """One image and its objects, as annotated in a file."""
 
     file: str | os.PathLike  # annotation file, for messages
     image_id: str
     image: Path
     objects: tuple[AnnotatedObject, ...]
-    size: tuple[int, int] | None = None  # (width, height) in pixels, if the file states it
+    size: tuple[int, int] | None = None  # (width, height) in pixels, if annotated
     is_relative: bool = False  # boxes are fractions of the image
 
 
 class Faults:
-    """Problems found so far; `on_error="raise"` or `"skip"` decides about faulty images."""
+    """Collects problems; `on_error` is "raise" or "skip" for faulty images."""
 
     def __init__(self, on_error: str):
         if on_error not in ("raise", "skip"):
@@ -75,12 +74,12 @@ class Faults:
         self.problems: list[Problem] = []
 
     def add(self, file: str | os.PathLike, what: str, action: str, detail: str = "") -> None:
-        """Reports a problem that costs no image."""
+        """Adds a problem that does not affect a whole image."""
         self.problems.append(Problem(Path(file).name, what, action, detail))
 
     @contextlib.contextmanager
     def skipping_image(self) -> Iterator[None]:
-        """Raises a `FileError` of the block, or reports and suppresses it."""
+        """Reports a `FileError` in the block instead of raising it, for `on_error="skip"`."""
         try:
             yield
         except FileError as error:
@@ -97,15 +96,9 @@ def build_dataset(
     use_difficult: bool,
     faults: Faults,
 ) -> DetectionDataset:
-    """Builds a dataset, and warns once if there are problems.
+    """Builds a dataset of one image per item, and warns once if there are problems.
 
-    Args:
-        source: Folder or file, for messages.
-        items: One per image, in the order of the dataset.
-        parse: Returns the annotation of an item, or raises `FileError`.
-        class_names: Names of the labels 0, 1, 2, ...
-        use_difficult: Whether to keep difficult objects.
-        faults: Problems of the files read so far.
+    `parse` returns the annotation of an item, or raises `FileError`. `source` is for messages.
     """
     class_names = check_class_names(class_names)
     records, pixel_boxes = [], []
@@ -153,9 +146,9 @@ def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
 
 
 def locate_image(folder: Path, name: str) -> Path | None:
-    r"""Returns the image of a name, relative to `folder` or absolute, with "/" or "\"; or None.
+    r"""Finds an image by its absolute path or its path in `folder`, with "/" or "\"; else None.
 
-    An absolute path of another machine stands for the image of that name in `folder`.
+    For an absolute path that does not exist, looks for the file name in `folder`.
     """
     name = name.strip()
     posix = name.replace("\\", "/")
@@ -166,12 +159,12 @@ def locate_image(folder: Path, name: str) -> Path | None:
 
 
 def normalize_path(name: str) -> str:
-    r"""Returns one spelling of a path: "a/b.jpg" for ".\a\b.jpg"."""
+    r"""Normalizes a path: "a/b.jpg" for ".\a\b.jpg"."""
     return str(PurePosixPath(name.strip().replace("\\", "/")))
 
 
 def number(value: Any) -> float:
-    """Converts a value to float; NaN for anything that is not a number."""
+    """Converts a value to float, or to NaN if it is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -179,12 +172,11 @@ def number(value: Any) -> float:
 
 
 def is_true(text: str) -> bool:
-    """Whether a text means yes."""
     return text.lower() in ("1", "true", "yes")
 
 
 def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
-    """Returns the (width, height) that a file states; None if it states none."""
+    """Returns an annotated (width, height) as integers; None if it is missing or invalid."""
     size = number(width), number(height)
     is_known = all(math.isfinite(side) and side >= 1 for side in size)
     return (round(size[0]), round(size[1])) if is_known else None
@@ -213,15 +205,10 @@ def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Fau
     except ValueError as error:
         raise FileError(annotation.image, "unreadable image", str(error)) from error
     boxes, keep = _usable(annotation, info, faults)
-    labels = [class_names.index(item.name) for item in annotation.objects]
-    return ImageRecord(
-        image=str(annotation.image),
-        image_id=annotation.image_id,
-        boxes=boxes[keep],
-        labels=np.asarray(labels, "int32")[keep],
-        difficult=np.asarray([item.difficult for item in annotation.objects], bool)[keep],
-        info=info,
-    )
+    labels = np.asarray([class_names.index(item.name) for item in annotation.objects], "int32")
+    difficult = np.asarray([item.difficult for item in annotation.objects], bool)
+    rows = boxes[keep], labels[keep], difficult[keep]
+    return ImageRecord(str(annotation.image), annotation.image_id, *rows, info)
 
 
 def _usable(
@@ -254,7 +241,7 @@ def _usable(
 
 
 def _is_stored_frame(annotation: ImageAnnotation, info: ImageInfo, faults: Faults) -> bool:
-    """Whether the boxes belong to the image as stored, before its EXIF rotation."""
+    """Whether the boxes are in pixels of the stored image, before its EXIF rotation."""
     upright = (info.width, info.height)
     stored = upright[::-1] if orientation_flags(info.orientation)[0] else upright
     file, size = annotation.file, annotation.size
@@ -283,11 +270,11 @@ def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:
 
 
 def _check_pixels(source: str | os.PathLike, boxes: list) -> None:
-    """Raises `ValueError` if boxes in pixels all lie within 0 to 1."""
+    """Raises `ValueError` if all boxes in pixels are within 0 to 1."""
     boxes = np.asarray(boxes, "float64").reshape(-1, 4)
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     if len(boxes) and 0 < boxes.max() <= 1 and boxes.min() >= 0:
         raise ValueError(
-            f"{source}: boxes must be in pixels. Received only numbers within 0 to 1, such as "
+            f"{source}: boxes must be in pixels. Received numbers within 0 to 1: "
             f"{boxes[0].tolist()}"
         )

@@ -4,23 +4,12 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset, nearest
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    is_true,
-    normalize_path,
-    number,
-    read_text,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a header
 _SYNONYMS = {
@@ -46,9 +35,9 @@ def read_csv(
     """Reads annotations in a CSV file with one object per row.
 
     Without a header, the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet).
-    With a header they may be in any order and have other usual names (`filename`, `xmin`, ...,
+    With a header, they may be in any order and have other common names (`filename`, `xmin`, ...,
     `class`); `width` and `height` of the image and `difficult` are read too. Commas, semicolons or
-    tabs separate columns. A row with an empty box and label stands for an image without objects.
+    tabs separate columns. A row with an empty box and label is an image without objects.
     Coordinates are 0-based, continuous pixels of the upright image. `image_id` is the name of the
     image in the file. Boxes are dropped, clipped and reported as in `read_coco`.
 
@@ -61,12 +50,9 @@ def read_csv(
             and report it.
         use_difficult: Whether to keep objects marked as difficult.
 
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
-
     Raises:
-        ValueError: if there is no such file or folder, if columns are unknown, if there are no
-            rows, or see `on_error`.
+        ValueError: if there is no such file or folder, columns are unknown, there are no rows, or
+            see `on_error`.
 
     Example: `train = read_csv("data/train.csv", image_folder="data/images")`
     """
@@ -74,10 +60,10 @@ def read_csv(
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
-    folder = None if image_folder is None else check_folder(image_folder, "image_folder")
+    folder = None if image_folder is None else common.check_folder(image_folder, "image_folder")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(path):
-        images.setdefault(normalize_path(row["image"]), []).append((line, row))
+        images.setdefault(common.normalize_path(row["image"]), []).append((line, row))
     if not images:
         raise ValueError(f"{path}: no rows")
     folder = folder or _usual_folder(path, images)
@@ -93,16 +79,16 @@ def read_csv(
         return ImageAnnotation(
             file=name,
             image_id=name,
-            image=find_image(folder, row["image"], path),
+            image=common.find_image(folder, row["image"], path),
             objects=tuple(item for item in objects if item is not None),
-            size=stated_size(row.get("width"), row.get("height")),
+            size=common.stated_size(row.get("width"), row.get("height")),
         )
 
-    return build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
 def has_known_columns(path: Path) -> bool:
-    """Whether a file begins like a CSV file of objects."""
+    """Whether a file starts like a CSV file of objects."""
     try:
         return next(_rows(path), None) is not None
     except FileError:
@@ -117,8 +103,8 @@ def _usual_folder(path: Path, names: Iterable[str]) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line number, cells by column); rows of a wrong length have only image and fault."""
-    text = read_text(path, "CSV file")
+    """Yields (line number, cells by column); rows of wrong length have only image and fault."""
+    text = common.read_text(path, "CSV file")
     first = next(iter(text.strip().splitlines()), "")
     delimiter = max(",;\t", key=first.count)
     lines = io.StringIO(text, newline="")
@@ -129,14 +115,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if not any(cells):
             continue
         if columns is None:
-            header = _header(path, cells)
-            columns = header or COLUMNS
-            if header:
+            columns = _header(path, cells)
+            if columns:
                 continue
-        if len(cells) != len(columns):
-            yield reader.line_num, {"image": cells[0], "fault": f"{len(cells)} columns"}
-        else:
-            yield reader.line_num, dict(zip(columns, cells, strict=True))
+            columns = COLUMNS
+        row = {"image": cells[0], "fault": f"{len(cells)} columns"}
+        if len(cells) == len(columns):
+            row = dict(zip(columns, cells, strict=True))
+        yield reader.line_num, row
 
 
 def _header(path: Path, cells: list[str]) -> list[str] | None:
@@ -146,20 +132,15 @@ def _header(path: Path, cells: list[str]) -> list[str] | None:
     names = [known.get(cell, f"other {i}") for i, cell in enumerate(found)]
     missing = [name for name in COLUMNS if name not in names]
     if not missing:
-        # Of "filename" and "path", or "class" and "name", the first one counts.
+        # The first synonym counts, e.g. of "filename" and "path".
         return [n if n not in names[:i] else f"other {i}" for i, n in enumerate(names)]
-    looks_like_data = len(cells) == len(COLUMNS) and all(
-        cell == "" or number(cell) == number(cell) or cell.lower() in ("nan", "inf", "-inf")
-        for cell in cells[1:5]
-    )
-    if looks_like_data:
+    corners = [cell.lower() for cell in cells[1:5]]
+    are_numbers = all(cell in ("", "nan") or not isnan(common.number(cell)) for cell in corners)
+    if len(cells) == len(COLUMNS) and are_numbers:
         return None
-    raise FileError(
-        path,
-        "unknown columns",
-        f"expected rows of {', '.join(COLUMNS)}, or a header with these names in any order. "
-        f"Received: {', '.join(cells)}. For {missing[0]!r}: {nearest(missing[0], found)}",
-    )
+    expected = f"expected rows of {', '.join(COLUMNS)}, or a header with these names in any order"
+    received = f"Received: {', '.join(cells)}. For {missing[0]!r}: {nearest(missing[0], found)}"
+    raise FileError(path, "unknown columns", f"{expected}. {received}")
 
 
 def _object(path: Path, line: int, row: dict[str, str]) -> AnnotatedObject | None:
@@ -167,13 +148,13 @@ def _object(path: Path, line: int, row: dict[str, str]) -> AnnotatedObject | Non
     if "fault" in row:
         raise FileError(path, "unreadable row", f"line {line} has {row['fault']}")
     corners = [row[corner] for corner in COLUMNS[1:5]]
+    if not row["label"] and not any(corners):
+        return None
     if not row["label"]:
-        if not any(corners):
-            return None
         raise FileError(path, "unreadable row", f"line {line} has a box without a label")
     return AnnotatedObject(
         name=row["label"],
-        box=tuple(map(number, corners)),
-        difficult=is_true(row.get("difficult", "")),
+        box=tuple(map(common.number, corners)),
+        difficult=common.is_true(row.get("difficult", "")),
         text=f"[{', '.join(corner or 'missing' for corner in corners)}] in line {line}",
     )

@@ -35,24 +35,18 @@ def read_detection(
     Args:
         source: Folder or file, or "tfds:" and a name of TensorFlow Datasets. See `read_voc`,
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
-        split: Name of the split: a file in `ImageSets/Main` (VOC), `<split>` of
-            `instances_<split>.json` or `<split>.csv` (a year after it may be omitted), a folder
-            (YOLO), or a TFDS split, which TFDS requires. A single COCO or CSV file has no splits.
-            Default: all images, or the only file.
+        split: Name of a file in `ImageSets/Main` (VOC), `<split>` in `instances_<split>.json` or
+            `<split>.csv` (a year after it may be omitted), a folder (YOLO), or a TFDS split (then
+            required). A single COCO or CSV file has none. Default: all images, or the only file.
         class_names: Names of the labels 0, 1, 2, ... Default: as in the dataset.
         image_folder: Folder of the images of a COCO or CSV file. Default: see their readers.
-        on_error: "raise" a ValueError for a fault that costs an image, or "skip" the image and
-            report it. TFDS has no such faults.
+        on_error: "raise" a ValueError for a faulty image, or "skip" and report it; unused by TFDS.
         use_difficult: Whether to keep objects marked as difficult.
 
-    Returns:
-        `DetectionDataset`.
-
     Raises:
-        ValueError: if the format is not recognized, if several are, or see the reader.
+        ValueError: if no format or several are recognized, or see the reader.
 
     Example:
-
     ```python
     train = read_detection("my_folder", "train")
     test = read_detection("my_folder", "test", class_names=train.class_names)
@@ -90,26 +84,21 @@ def read_train_test(
     seed: int = 0,
     on_error: str = "raise",
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Reads a training and a test set with the same class names.
+    """Reads a training set and a test set with the same class names.
 
     A dataset without splits is split at random.
 
     Args:
-        source: See `read_detection`.
+        source: As in `read_detection`.
         train_split: Default: "train".
         test_split: Default: the first of "test", "val", "valid" and "validation" that exists; for
             TFDS, "test". A year may follow the name, as in "val2017".
-        holdout: Fraction of the images to hold out for testing, above 0 and below 1. Applies
-            only to datasets without splits.
+        holdout: Fraction of the images to hold out for testing, if the dataset has no splits.
         seed: Seed of the random split.
-        on_error: See `read_detection`.
-
-    Returns:
-        (training set, test set).
+        on_error: As in `read_detection`.
 
     Raises:
-        ValueError: if `holdout` is out of range, if there is no such split, or see
-            `read_detection`.
+        ValueError: if `holdout` is not above 0 and below 1, or as in `read_detection`.
 
     Example: `train, test = read_train_test("my_folder")`
     """
@@ -127,13 +116,10 @@ def read_train_test(
 
 
 def find_splits(source: str | os.PathLike) -> list[str]:
-    """Lists the names that `read_detection` accepts as `split`.
+    """Returns the sorted names that `read_detection` accepts as `split`, if any.
 
     Args:
-        source: See `read_detection`.
-
-    Returns:
-        Names, sorted; empty for a single COCO or CSV file, and for a folder without splits.
+        source: As in `read_detection`.
 
     Raises:
         ValueError: if the format is not recognized, or if a TFDS dataset is not on disk.
@@ -178,7 +164,7 @@ def _kind(source: str | os.PathLike) -> str:
 
 def _is_voc(folder: Path) -> bool:
     patterns = ("Annotations", "*/Annotations", "*/*/Annotations", "*.xml", "*.XML")
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _is_yolo(folder: Path) -> bool:
@@ -200,7 +186,7 @@ def _coco_files(folder: Path) -> dict[str, Path]:
 
 
 def _mentions_sections(path: Path) -> bool:
-    with open(path, "rb") as file:  # the file of COCO has 450 MB: only its beginning
+    with open(path, "rb") as file:  # read only the beginning, as COCO's file has 450 MB
         start = file.read(1 << 16).replace(b"\0", b"")  # UTF-16 too
     return any(f'"{name}"'.encode() in start for name in SECTIONS)
 
@@ -219,22 +205,22 @@ def _file_of_split(folder: Path, files: dict[str, Path], split: str | None, kind
     matches = list(files) if split is None else _matching_splits(split, files)
     if len(matches) != 1:
         raise ValueError(
-            f"`split` must be one of those of {folder} ({kind}): {', '.join(files)}. "
+            f"`split` must be one of those in {folder} ({kind}): {', '.join(files)}. "
             f"Received: split={split!r}"
         )
     return files[matches[0]]
 
 
 def _matching_splits(name: str, splits: Iterable[str]) -> list[str]:
-    """The split of a name, or else those with a year after it: "train2017" for "train"."""
+    """Splits with this name, or with this name and a year: "train2017" for "train"."""
     if name in splits:
         return [name]
     return [split for split in splits if re.fullmatch(rf"{re.escape(name)}[-_ ]?\d+", split)]
 
 
 def _first_split(names: Sequence[str], splits: list[str]) -> str | None:
-    """The split of the first name that has one."""
+    """The split of the first name that matches any."""
     for name in names:
         if matches := _matching_splits(name, splits):
-            return matches[0] if len(matches) == 1 else name  # several years: the reader asks
+            return matches[0] if len(matches) == 1 else name  # several years: the reader raises
     return None

@@ -1,4 +1,4 @@
-"""Readers of classification data: folders with one folder per class, and TensorFlow Datasets."""
+"""Reader of classification data: one folder of images per class."""
 
 import collections
 import os
@@ -6,23 +6,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from keras_resnest.checks import check_class_names
-from keras_resnest.data.classification_dataset import (
+from keras_resnest.data.dataset import (
     ClassificationDataset,
     ClassificationReport,
     LabeledImage,
+    count_problems,
+    nearest,
 )
-from keras_resnest.data.dataset import count_problems, decode_plain_image, nearest
-from keras_resnest.data.readers.common import Faults, FileError
-from keras_resnest.data.readers.tfds import prepare, split_size, tfds_builder
+from keras_resnest.data.readers.common import Faults, FileError, check_folder
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
-
-# === Folders ===
 
 
 def read_image_folder(
@@ -31,7 +27,7 @@ def read_image_folder(
     class_names: Sequence[str] | None = None,
     on_error: str = "raise",
 ) -> ClassificationDataset:
-    """Reads a folder that holds a folder of images for each class, as for ImageNet.
+    """Reads a folder with one folder of images per class, as for ImageNet.
 
     Subfolders of class folders are searched too. Files without an image suffix and files outside
     the class folders are reported and skipped; names that start with a dot are ignored. A
@@ -39,19 +35,14 @@ def read_image_folder(
 
     Args:
         folder: Folder of the dataset.
-        split: Subfolder of `folder` that holds the class folders, such as "train". Default:
-            `folder` itself holds them.
-        class_names: Names of the labels 0, 1, 2, ... Default: the sorted names of the class
-            folders.
-        on_error: How to handle an unreadable image, and a class folder that is not in
-            `class_names`: "raise" a ValueError that names the file, or "skip" and report it.
-
-    Returns:
-        `ClassificationDataset`; its `report` holds the counts and all problems.
+        split: Folder in `folder` with the class folders, e.g. "train". Default: `folder` itself.
+        class_names: Names of the labels 0, 1, 2, ... Default: the class folders, sorted.
+        on_error: "raise" a ValueError for an unreadable image or a class folder that is not in
+            `class_names`, or "skip" and report it.
 
     Raises:
-        ValueError: if the folder or split does not exist or holds no class folders or images, or
-            for the reasons under `on_error`.
+        ValueError: if the folder or split does not exist or has no class folders or images, or see
+            `on_error`.
 
     Example:
         ```python
@@ -76,16 +67,12 @@ def read_image_folder(
             f"{folder}: {count_problems(faults.problems)}. See the `report` of the dataset",
             stacklevel=2,
         )
-    class_counts = {name: counts[i] for i, name in enumerate(names)}
-    return ClassificationDataset(
-        records, names, ClassificationReport(class_counts, faults.problems)
-    )
+    report = ClassificationReport({n: counts[i] for i, n in enumerate(names)}, faults.problems)
+    return ClassificationDataset(records, names, report)
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
-    if not folder.is_dir():
-        kind = "it is a file" if folder.exists() else "no such folder"
-        raise ValueError(f"`folder` must be a folder. Received: {folder} ({kind})")
+    check_folder(folder, "folder")
     if split is None:
         return folder
     if not (folder / split).is_dir():
@@ -103,13 +90,12 @@ def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path
     names = [path.name for path in class_folders]
     if not names:
         raise ValueError(
-            f"{folder} must hold one folder of images for each class. Received: "
-            f"{len(found)} files and no folder"
+            f"{folder} must hold one folder of images for each class. Received: {len(found)} files"
         )
     if split is None and {name.lower() for name in names} <= _SPLIT_NAMES:
         raise ValueError(
-            f"`split` must be given if folders are named {', '.join(names)}, and hold the "
-            f"class folders. Received: split=None for {folder}"
+            f"`split` must be given if folders are named {', '.join(names)}. "
+            f"Received: split=None for {folder}"
         )
     for path in found:
         if not path.is_dir():
@@ -153,7 +139,7 @@ def _read_records(
 ) -> list[LabeledImage]:
     records = []
     paths = [path for path, _ in labeled_paths]
-    with ThreadPoolExecutor(16) as pool:  # most of the time is spent waiting for the disk
+    with ThreadPoolExecutor(16) as pool:  # mostly waits for the disk
         infos = pool.map(_info_or_error, paths)
         for (path, label), info in zip(labeled_paths, infos, strict=True):
             with faults.skipping_image():
@@ -169,121 +155,3 @@ def _info_or_error(path: Path) -> ImageInfo | FileError:
         return read_image_info(path)
     except ValueError as error:
         return FileError(path, "unreadable image", str(error))
-
-
-# === TensorFlow Datasets ===
-
-
-def read_tfds_classification(
-    name_or_builder: Any,
-    split: str,
-    class_names: Sequence[str] | None = None,
-    data_dir: str | os.PathLike | None = None,
-    download: bool = True,
-) -> ClassificationDataset:
-    """Reads a classification dataset of TensorFlow Datasets, e.g. "imagenet2012" or "cifar10".
-
-    The dataset needs the features `image` and `label`. Images stay in the TFDS files; gray ones
-    become RGB. `records` is empty, and `report` is counted on first use.
-
-    Args:
-        name_or_builder: Name of a dataset, or a `tfds.core.DatasetBuilder`.
-        split: E.g. "train", "test[:10%]".
-        class_names: Names of the labels 0, 1, 2, ...; must include all class names of the
-            dataset. Default: those of the dataset.
-        data_dir: Folder of prepared datasets. Default: that of TFDS (`TFDS_DATA_DIR`, or
-            "~/tensorflow_datasets").
-        download: Download or generate the dataset if it is not in `data_dir`.
-
-    Returns:
-        `ClassificationDataset`.
-
-    Raises:
-        ValueError: if the dataset or split does not exist, it is not a classification dataset, a
-            class is not in `class_names`, or it is not in `data_dir` and `download` is False.
-        ConnectionError: if it must be downloaded and its server is unreachable.
-
-    Example: `train = read_tfds_classification("cifar10", split="train")`
-    """
-    import tensorflow_datasets as tfds
-
-    if isinstance(name_or_builder, tfds.core.DatasetBuilder):
-        builder = name_or_builder
-    else:
-        builder = tfds_builder(name_or_builder, data_dir)
-    features = dict(builder.info.features.items())
-    label = features.get("label")
-    is_image = isinstance(features.get("image"), tfds.features.Image)
-    if not is_image or not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(
-            f"{builder.info.full_name} is not a classification dataset. Wanted: `image` (Image) "
-            f"and `label` (ClassLabel). Received: {', '.join(features)}"
-        )
-    prepare(builder, download)
-    label_names = list(label.names or map(str, range(label.num_classes)))
-    class_names = check_class_names(class_names or label_names)
-    for name in label_names:
-        if name not in class_names:
-            raise ValueError(
-                f"{builder.info.full_name} has the class {name!r}, which is not in "
-                f"`class_names`. {nearest(name, class_names)}"
-            )
-    return _TfdsClassification(builder, split, label_names, class_names)
-
-
-class _TfdsClassification(ClassificationDataset):
-    """A split of a prepared TFDS dataset."""
-
-    def __init__(self, builder, split, label_names, class_names):
-        self.records, self.class_names = [], list(class_names)
-        self._builder, self._split, self._label_names = builder, split, label_names
-        self._size = split_size(builder, split)
-
-    def __len__(self) -> int:
-        return self._size
-
-    @property
-    def report(self) -> ClassificationReport:
-        labels = self._examples().map(lambda example: example["label"])
-        counts = collections.Counter(int(label) for label in labels.as_numpy_iterator())
-        named = {self._label_names[i]: count for i, count in counts.items()}
-        return ClassificationReport({name: named.get(name, 0) for name in self.class_names})
-
-    def as_dataset(self, shuffle=False, seed=None, num_shards=1, shard_index=0):
-        import tensorflow as tf
-
-        part = self.shard(num_shards, shard_index)
-        examples = part._examples(shuffle, seed)
-        if shuffle:
-            examples = examples.shuffle(min(len(part), 10_000), seed=seed)
-        label_map = tf.constant([self.class_names.index(name) for name in self._label_names])
-
-        def to_element(example):
-            return {
-                "images": decode_plain_image(example["image"]),
-                "image_id": example["tfds_id"],
-                "labels": label_map[example["label"]],
-            }
-
-        return examples.map(to_element, num_parallel_calls=tf.data.AUTOTUNE)
-
-    as_dataset.__doc__ = ClassificationDataset.as_dataset.__doc__
-
-    def _part(self, num_shards: int, shard_index: int) -> ClassificationDataset:
-        import tensorflow_datasets as tfds
-
-        split = tfds.even_splits(self._split, num_shards)[shard_index]
-        return _TfdsClassification(self._builder, split, self._label_names, self.class_names)
-
-    def element_loader(self):
-        return None  # TFDS reads its files sequentially
-
-    def _examples(self, shuffle: bool = False, seed: int | None = None):
-        import tensorflow_datasets as tfds
-
-        return self._builder.as_dataset(
-            split=self._split,
-            shuffle_files=shuffle,
-            decoders={"image": tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True, try_autocache=False),
-        )

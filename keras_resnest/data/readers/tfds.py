@@ -1,5 +1,7 @@
-"""Reader of TensorFlow Datasets."""
+"""Readers of TensorFlow Datasets, for detection and classification."""
 
+import collections
+import contextlib
 import functools
 import os
 import re
@@ -11,8 +13,11 @@ import numpy as np
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import (
     AnnotationReport,
+    ClassificationDataset,
+    ClassificationReport,
     DetectionDataset,
     ImageRecord,
+    LabeledImage,
     Problem,
     decode_plain_image,
     nearest,
@@ -35,65 +40,86 @@ def read_tfds(
 
     The dataset needs a feature `image` and a sequence `objects` of `bbox` (relative yxyx) and
     `label`; `is_difficult` (VOC) or `is_crowd` (COCO) become `difficult`. Images stay in the TFDS
-    files and are decoded as TFDS does: without EXIF rotation and alpha. `records` hold no pixels;
+    files and are decoded as by TFDS: without EXIF rotation and alpha. `records` hold no pixels;
     they and the `report` are read on first use. Boxes without area are dropped.
 
     Args:
-        name_or_builder: Name of a dataset ("shapes" is the one of this package), or a
-            `tfds.core.DatasetBuilder`.
+        name_or_builder: Name of a dataset, e.g. "shapes", or a `tfds.core.DatasetBuilder`.
         split: Such as "train", "test[:10%]" or "train+validation".
-        class_names: Names of the labels 0, 1, 2, ...: at least all names of the dataset, in any
-            order. Default: as in the dataset.
-        data_dir: Folder of prepared datasets. Default: `TFDS_DATA_DIR`, or
-            "~/tensorflow_datasets".
+        class_names: Names of the labels 0, 1, 2, ..., including all classes of the dataset.
+            Default: as in the dataset.
+        data_dir: Folder of prepared datasets. Default: `TFDS_DATA_DIR` or "~/tensorflow_datasets".
         use_difficult: Whether to keep objects marked as difficult.
         download: Whether to download or generate a dataset that is not in `data_dir`.
 
-    Returns:
-        `DetectionDataset`.
-
     Raises:
-        ValueError: if there is no such dataset or split, if it is not a detection dataset, if a
-            class is not in `class_names`, or if it is not in `data_dir` and `download` is False.
-        ConnectionError: if the server of the download is unknown or unreachable.
+        ValueError: if there is no such dataset or split, it is not a detection dataset, a class is
+            not in `class_names`, or it is not in `data_dir` and `download` is False.
+        ConnectionError: if the download server cannot be reached.
 
     Example: `train = read_tfds("voc/2007", split="train+validation")`
     """
+    if data_dir is not None and not isinstance(name_or_builder, str):
+        raise ValueError(f"A builder has its own `data_dir`. Received: data_dir={data_dir}")
+    builder = _builder(name_or_builder, data_dir)
+    _label_names(builder)  # do not download an unusable dataset
+    _prepare(builder, download)
+    names = _label_names(builder)  # COCO's names are known only now
+    return _TfdsDataset(builder, split, names, class_names, use_difficult)
+
+
+def read_tfds_classification(
+    name_or_builder: Any,
+    split: str,
+    class_names: Sequence[str] | None = None,
+    data_dir: str | os.PathLike | None = None,
+    download: bool = True,
+) -> ClassificationDataset:
+    """Reads a classification dataset of TensorFlow Datasets, e.g. "imagenet2012" or "cifar10".
+
+    The dataset needs the features `image` and `label`. Images stay in the TFDS files; gray ones
+    become RGB. `records` is empty, and `report` is counted on each access.
+
+    Args:
+        name_or_builder: as in `read_tfds`.
+        split: as in `read_tfds`.
+        class_names: as in `read_tfds`.
+        data_dir: as in `read_tfds`.
+        download: as in `read_tfds`.
+
+    Example: `train = read_tfds_classification("cifar10", split="train")`
+    """
     import tensorflow_datasets as tfds
 
-    if isinstance(name_or_builder, tfds.core.DatasetBuilder):
-        if data_dir is not None:
-            raise ValueError(f"A builder has its own `data_dir`. Received: data_dir={data_dir}")
-        builder = name_or_builder
-    else:
-        builder = tfds_builder(name_or_builder, data_dir)
-    _label_names(builder)  # do not download an unusable dataset
-    prepare(builder, download)
-    label_names = _label_names(builder)  # COCO's names are known only now
-    if class_names is not None:
-        class_names = check_class_names(class_names)
-        for name in label_names:
-            if name not in class_names:
-                raise ValueError(
-                    f"{builder.info.full_name} has the class {name!r}, which is not in "
-                    f"`class_names`. {nearest(name, class_names)}"
-                )
-    return _TfdsDataset(builder, split, label_names, class_names or label_names, use_difficult)
+    builder = _builder(name_or_builder, data_dir)
+    features = dict(builder.info.features.items())
+    label = features.get("label")
+    is_image = isinstance(features.get("image"), tfds.features.Image)
+    if not is_image or not isinstance(label, tfds.features.ClassLabel):
+        raise ValueError(
+            f"{builder.info.full_name} is not a classification dataset. Expected: `image` (Image) "
+            f"and `label` (ClassLabel). Received: {', '.join(features)}"
+        )
+    _prepare(builder, download)
+    return _TfdsClassification(builder, split, _names_of(label), class_names or None)
 
 
 def tfds_splits(name: str) -> list[str]:
     """Names of the splits of a dataset on disk."""
-    builder = tfds_builder(name, data_dir=None)
-    prepare(builder, download=False)
+    builder = _builder(name, data_dir=None)
+    _prepare(builder, download=False)
     return sorted(builder.info.splits)
 
 
-def tfds_builder(name: str, data_dir: str | os.PathLike | None):
-    """Returns the TFDS builder of a name; a `ValueError` suggests the nearest names."""
+def _builder(name_or_builder: Any, data_dir: str | os.PathLike | None):
+    """Returns a builder, or creates it from a name; a `ValueError` suggests known names."""
     import tensorflow_datasets as tfds
 
+    if isinstance(name_or_builder, tfds.core.DatasetBuilder):
+        return name_or_builder
     from keras_resnest.data import shapes  # noqa: F401 (registers "shapes")
 
+    name = name_or_builder
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
@@ -103,7 +129,7 @@ def tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
 
 def _label_names(builder) -> list[str]:
-    """Class names of a detection dataset; a `ValueError` tells what others lack."""
+    """Class names of a detection dataset; raises ValueError for other datasets."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -123,10 +149,14 @@ def _label_names(builder) -> list[str]:
             "`objects`, a sequence of `bbox` (BBoxFeature, relative yxyx) and `label` "
             f"(ClassLabel). Received: {features}"
         )
+    return _names_of(label)
+
+
+def _names_of(label) -> list[str]:
     return list(label.names or map(str, range(label.num_classes)))
 
 
-def prepare(builder, download: bool) -> None:
+def _prepare(builder, download: bool) -> None:
     """Downloads or generates a dataset that is not on disk; fails at once without a network."""
     import tensorflow_datasets as tfds
 
@@ -137,8 +167,9 @@ def prepare(builder, download: bool) -> None:
             f"{builder.info.full_name} is not in {builder.data_dir}, and `download` is False"
         )
     _check_hosts(builder)
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    builder.download_and_prepare(download_config=config)
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
 
 
 def _check_hosts(builder) -> None:
@@ -151,43 +182,102 @@ def _check_hosts(builder) -> None:
     if not hosts or urllib.request.getproxies():  # a proxy resolves names itself
         return
     for host in sorted(hosts):
-        try:
+        with contextlib.suppress(OSError):
             socket.getaddrinfo(host, None)
             return
-        except OSError:
-            continue
     raise ConnectionError(
         f"{builder.info.full_name} is not in {builder.data_dir} and cannot be downloaded: no "
         f"address found for {', '.join(sorted(hosts))}. Check the network"
     )
 
 
-def split_size(builder, split: str) -> int:
-    """Number of images in a split of a prepared dataset, at least one."""
-    try:
-        size = builder.info.splits[split].num_examples
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"`split` must be one of {', '.join(builder.info.splits)}, or a slice of them. "
-            f"Received: {split!r}"
-        ) from error
-    if not size:
-        raise ValueError(f"The split {split!r} of {builder.info.full_name} is empty")
-    return size
+class _TfdsSplit:
+    """A split of a prepared TFDS dataset; the part that detection and classification share."""
 
-
-class _TfdsDataset(DetectionDataset):
-    """A split of a prepared TFDS dataset."""
-
-    def __init__(self, builder, split, label_names, class_names, use_difficult):
-        self.class_names = list(class_names)
-        self._builder, self._split = builder, split
-        self._label_names, self._use_difficult = label_names, use_difficult
+    def __init__(self, builder, split, label_names, class_names, use_difficult=True):
+        names = label_names if class_names is None else check_class_names(class_names)
+        self.class_names, self._label_names = list(names), label_names
+        self._builder, self._split, self._use_difficult = builder, split, use_difficult
+        for name in label_names:
+            if name not in names:
+                raise ValueError(
+                    f"{builder.info.full_name} has the class {name!r}, which is not in "
+                    f"`class_names`. {nearest(name, names)}"
+                )
         self._label_map = np.asarray([self.class_names.index(n) for n in label_names], "int32")
-        self._size = split_size(builder, split)
+        try:
+            self._size = builder.info.splits[split].num_examples
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"`split` must be one of {', '.join(builder.info.splits)}, or a slice of them. "
+                f"Received: {split!r}"
+            ) from error
+        if not self._size:
+            raise ValueError(f"The split {split!r} of {builder.info.full_name} is empty")
 
     def __len__(self) -> int:
         return self._size
+
+    def as_dataset(self, shuffle=False, seed=None, num_shards=1, shard_index=0):
+        import tensorflow as tf
+
+        part = self.shard(num_shards, shard_index)
+        examples = part._examples(shuffle, seed)
+        if shuffle:
+            examples = examples.shuffle(min(len(part), self._shuffle_buffer), seed=seed)
+        return examples.map(self._to_element, num_parallel_calls=tf.data.AUTOTUNE)
+
+    as_dataset.__doc__ = DetectionDataset.as_dataset.__doc__
+
+    def element_loader(self):
+        return None  # TFDS files are read sequentially
+
+    def _part(self, num_shards: int, shard_index: int):
+        import tensorflow_datasets as tfds
+
+        split = tfds.even_splits(self._split, num_shards)[shard_index]
+        names = self._label_names, self.class_names
+        return type(self)(self._builder, split, *names, self._use_difficult)
+
+    def _examples(self, shuffle: bool = False, seed: int | None = None):
+        """`tf.data.Dataset` of the examples, with encoded images."""
+        import tensorflow_datasets as tfds
+
+        return self._builder.as_dataset(
+            split=self._split,
+            shuffle_files=shuffle,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True, try_autocache=False),
+        )
+
+
+class _TfdsClassification(_TfdsSplit, ClassificationDataset):
+    """A split of a classification dataset."""
+
+    _shuffle_buffer = 10_000
+    records: list[LabeledImage] = []
+
+    @property
+    def report(self) -> ClassificationReport:
+        labels = self._examples().map(lambda example: example["label"])
+        counts = collections.Counter(int(label) for label in labels.as_numpy_iterator())
+        named = {self._label_names[i]: count for i, count in counts.items()}
+        return ClassificationReport({name: named.get(name, 0) for name in self.class_names})
+
+    def _to_element(self, example):
+        import tensorflow as tf
+
+        return {
+            "images": decode_plain_image(example["image"]),
+            "image_id": example["tfds_id"],
+            "labels": tf.gather(self._label_map, example["label"]),
+        }
+
+
+class _TfdsDataset(_TfdsSplit, DetectionDataset):
+    """A split of a detection dataset."""
+
+    _shuffle_buffer = 2048  # encoded images: about 300 MB for COCO
 
     @property
     def records(self) -> list[ImageRecord]:
@@ -197,43 +287,29 @@ class _TfdsDataset(DetectionDataset):
     def report(self) -> AnnotationReport:
         return self._records_and_report[1]
 
-    def as_dataset(self, shuffle=False, seed=None, num_shards=1, shard_index=0):
+    def _examples(self, shuffle: bool = False, seed: int | None = None):
+        """Encoded images, ids, relative yxyx boxes, labels and difficult."""
         import tensorflow as tf
-
-        part = self.shard(num_shards, shard_index)
-        examples = part._examples(shuffle, seed)
-        if shuffle:  # encoded images: about 300 MB for COCO
-            examples = examples.shuffle(min(len(part), 2048), seed=seed)
-        return examples.map(self._to_element, num_parallel_calls=tf.data.AUTOTUNE)
-
-    as_dataset.__doc__ = DetectionDataset.as_dataset.__doc__
-
-    def _part(self, num_shards: int, shard_index: int) -> DetectionDataset:
-        import tensorflow_datasets as tfds
-
-        split = tfds.even_splits(self._split, num_shards)[shard_index]
-        names = self._label_names, self.class_names
-        return _TfdsDataset(self._builder, split, *names, self._use_difficult)
-
-    def element_loader(self):
-        return None  # TFDS files are read sequentially
-
-    def _examples(self, shuffle: bool, seed: int | None):
-        """`tf.data.Dataset` of encoded images, ids, relative yxyx boxes, labels and difficult."""
-        import tensorflow_datasets as tfds
 
         features = self._builder.info.features
         objects = features["objects"].feature
         difficult = next((key for key in ("is_difficult", "is_crowd") if key in objects), None)
         id_keys = ("image/filename", "filename", "image/id", "image_id", "id")
         id_key = next((key for key in id_keys if key in features), "tfds_id")
-        examples = self._builder.as_dataset(
-            split=self._split,
-            shuffle_files=shuffle,
-            decoders={"image": tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True, try_autocache=False),
-        )
-        return examples.map(lambda example: _select(example, id_key, difficult))
+
+        def select(example):
+            image_id, rows = example[id_key], example["objects"]
+            is_text = image_id.dtype == tf.string
+            hard = rows[difficult] if difficult else tf.zeros_like(rows["label"])
+            return {
+                "image": example["image"],
+                "image_id": image_id if is_text else tf.strings.as_string(image_id),
+                "bbox": rows["bbox"],
+                "label": rows["label"],
+                "difficult": tf.cast(hard, tf.bool),
+            }
+
+        return super()._examples(shuffle, seed).map(select)
 
     def _to_element(self, example):
         import tensorflow as tf
@@ -256,13 +332,13 @@ class _TfdsDataset(DetectionDataset):
     @functools.cached_property
     def _records_and_report(self) -> tuple[list[ImageRecord], AnnotationReport]:
         problems: list[Problem] = []
-        examples = self._examples(shuffle=False, seed=None).as_numpy_iterator()
+        examples = self._examples().as_numpy_iterator()
         records = [self._record(example, problems) for example in examples]
         return records, summarize(records, self.class_names, problems)
 
     def _record(self, example, problems: list[Problem]) -> ImageRecord:
         info = read_image_info(example["image"])
-        # TFDS leaves images as they are stored.
+        # TFDS ignores the EXIF orientation.
         is_turned = orientation_flags(info.orientation)[0]
         height, width = (info.width, info.height) if is_turned else (info.height, info.width)
         boxes, verdicts = usable_boxes(example["bbox"][:, [1, 0, 3, 2]], 1.0, 1.0)
@@ -285,20 +361,6 @@ class _TfdsDataset(DetectionDataset):
         return record if self._use_difficult else without_difficult(record)
 
 
-def _select(example: dict, id_key: str, difficult_key: str | None) -> dict:
-    import tensorflow as tf
-
-    image_id, objects = example[id_key], example["objects"]
-    difficult = objects[difficult_key] if difficult_key else tf.zeros_like(objects["label"])
-    return {
-        "image": example["image"],
-        "image_id": image_id if image_id.dtype == tf.string else tf.strings.as_string(image_id),
-        "bbox": objects["bbox"],
-        "label": objects["label"],
-        "difficult": tf.cast(difficult, tf.bool),
-    }
-
-
 def read_shapes(
     split: str = "train",
     size: int = 192,
@@ -308,7 +370,7 @@ def read_shapes(
     seed: int = 0,
     data_dir: str | os.PathLike | None = None,
 ):
-    """Draws the Shapes dataset, or reads it if it has been drawn before.
+    """Returns the Shapes dataset, a `DetectionDataset` of six classes; draws it on first use.
 
     Args:
         split: "train", "validation", "test", or a slice such as "train[:50]".
@@ -317,10 +379,7 @@ def read_shapes(
         num_validation: Number of validation images.
         num_test: Number of test images.
         seed: Seed of all random numbers.
-        data_dir: Folder to store it in. Default: `TFDS_DATA_DIR`, or "~/tensorflow_datasets".
-
-    Returns:
-        `DetectionDataset` with six classes.
+        data_dir: Folder to store it in. Default: as in `read_tfds`.
 
     Example: `train = read_shapes("train", size=320, num_train=200, data_dir="/tmp/shapes")`
     """
@@ -328,6 +387,6 @@ def read_shapes(
 
     counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
     config = ShapesConfig(size=size, seed=seed, **counts)
-    # A predefined configuration of the same numbers is the same dataset.
+    # Prefer a predefined configuration with the same values.
     known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)
     return read_tfds(Shapes(config=next(known, config), data_dir=data_dir), split)

@@ -9,17 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    is_true,
-    number,
-    stated_size,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 from keras_resnest.images import IMAGE_SUFFIXES, find_images
 
 
@@ -34,34 +25,29 @@ def read_voc(
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
     The folder has the VOC layout (`JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`), or
-    images and XML files side by side. An image belongs to the XML file of the same stem. VOC
-    coordinates are 1-based and inclusive: [xmin, ymin, xmax, ymax] becomes
-    [xmin - 1, ymin - 1, xmax, ymax].
+    images and XML files side by side. Images and XML files have the same stem. VOC coordinates are
+    1-based and inclusive: [xmin, ymin, xmax, ymax] becomes [xmin - 1, ymin - 1, xmax, ymax].
 
-    Degenerate boxes, and boxes outside the image, are dropped; boxes that cross the border are
+    Degenerate boxes and boxes outside the image are dropped; boxes that cross the border are
     clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image, they
-    are rotated with it. The report lists all of this, and each `<size>` that differs from the
-    image; one `UserWarning` announces it.
+    are rotated with it. The dataset's `report` lists all of this and each wrong `<size>`; one
+    `UserWarning` summarizes it.
 
     Args:
         folder: Folder of the dataset.
-        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are not
-            in the split. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... Default: all names in all XML files of the
-            folder, sorted, so that all splits agree.
+        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are
+            excluded. Default: all images.
+        class_names: Names of the labels 0, 1, 2, ... Default: all names in the XML files of all
+            splits, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image or XML file, or a class
             that is not in `class_names`; or "skip" the image and report it.
         use_difficult: Whether to keep objects marked as difficult.
         one_based_coordinates: False for files with 0-based coordinates, which are not shifted.
 
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
-
     Raises:
         ValueError: if there is no such folder or split, if there are no images, or see `on_error`.
 
     Example:
-
     ```python
     train = read_voc("VOCdevkit/VOC2007", split="trainval")
     test = read_voc("VOCdevkit/VOC2007", split="test", class_names=train.class_names)
@@ -83,7 +69,7 @@ def read_voc(
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
     usable = [image_id for image_id in image_ids if image_id in annotations]
-    return build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
+    return common.build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
 
 
 def voc_splits(folder: str | os.PathLike) -> list[str]:
@@ -98,13 +84,13 @@ class _VocFolder:
     """The files of a VOC dataset."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = check_folder(folder, "folder")
+        self.folder = common.check_folder(folder, "folder")
         has_voc_layout = (self.folder / "Annotations").is_dir()
         xml_folder = self.folder / "Annotations" if has_voc_layout else self.folder
         self.image_folder = self.folder / "JPEGImages" if has_voc_layout else self.folder
         files = sorted(xml_folder.iterdir())
         self.xml_files = {path.stem: path for path in files if path.suffix.lower() == ".xml"}
-        # VOCdevkit was given instead of VOCdevkit/VOC2007?
+        # Maybe `folder` is VOCdevkit instead of VOCdevkit/VOC2007.
         inner = sorted([*self.folder.glob("*/Annotations"), *self.folder.glob("*/*/Annotations")])
         if not self.xml_files and inner:
             raise ValueError(f"No XML files in {folder}. Did you mean {inner[0].parent}?")
@@ -123,9 +109,7 @@ class _VocFolder:
         if not path.is_file():
             splits = voc_splits(self.folder)
             known = f"available: {', '.join(splits)}" if splits else f"no .txt in {split_folder}"
-            raise ValueError(
-                f"`split` must be a file in ImageSets/Main. Received: {split!r}; {known}"
-            )
+            raise ValueError(f"`split` must be in ImageSets/Main. Received: {split!r}; {known}")
         image_ids: dict[str, None] = {}
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             image_id = self._image_id(line.strip())
@@ -138,14 +122,14 @@ class _VocFolder:
         return list(image_ids)
 
     def _image_id(self, line: str) -> str:
-        """Id in a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
+        """Id from a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
         if line not in self.xml_files and (match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)):
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
         return stem if suffix.lower() in (".xml", *IMAGE_SUFFIXES) else line
 
     def image_file(self, image_id: str, xml: "_VocXml") -> Path:
-        """The image of the same stem as the XML file, else the one that the file names."""
+        """The image with the stem of the XML file, or else the one named in the file."""
         candidates = self.image_files.get(image_id, [])
         if candidates:
             return next((path for path in candidates if path.name == xml.filename), candidates[0])
@@ -183,7 +167,7 @@ def _parse_all(
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """Refuses document types, whose entities can expand to gigabytes or read files."""
+    """Rejects document types, whose entities can expand to gigabytes or read files."""
 
     def doctype(self, name, pubid, system):
         raise ValueError("document types and entities are not allowed")
@@ -200,7 +184,7 @@ def _parse_xml(path: Path, one_based: bool) -> _VocXml:
     return _VocXml(
         path=path,
         filename=_text(root, "filename"),
-        size=stated_size(_text(root, "size/width"), _text(root, "size/height")),
+        size=common.stated_size(_text(root, "size/width"), _text(root, "size/height")),
         objects=tuple(_object(path, node, one_based) for node in root.findall("object")),
     )
 
@@ -210,9 +194,9 @@ def _object(path: Path, node: ElementTree.Element, one_based: bool) -> Annotated
     if not name:
         raise FileError(path, "unreadable XML", "an <object> without <name>")
     corners = [_text(node, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
-    x1, y1, x2, y2 = map(number, corners)
+    x1, y1, x2, y2 = map(common.number, corners)
     border_problem = None
-    # A degenerate box stays as written: shifted, it would be one pixel wide.
+    # A degenerate box is not shifted: it would become one pixel wide.
     if one_based and x1 < x2 and y1 < y2:
         if min(x1, y1) == 0:
             action = "clipped (for 0-based files, set one_based_coordinates=False)"
@@ -221,7 +205,7 @@ def _object(path: Path, node: ElementTree.Element, one_based: bool) -> Annotated
     return AnnotatedObject(
         name=name,
         box=(x1, y1, x2, y2),
-        difficult=is_true(_text(node, "difficult")),
+        difficult=common.is_true(_text(node, "difficult")),
         text=f"[{', '.join(corner or 'missing' for corner in corners)}]",
         border_problem=border_problem,
     )

@@ -10,18 +10,8 @@ import numpy as np
 
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.common import (
-    AnnotatedObject,
-    Faults,
-    FileError,
-    ImageAnnotation,
-    build_dataset,
-    check_folder,
-    find_image,
-    known_classes,
-    number,
-    read_text,
-)
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 from keras_resnest.images import IMAGE_SUFFIXES
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -38,7 +28,7 @@ def read_yolo(
     """Reads a folder of images with YOLO's text files.
 
     The text file of an image has one object per line: "class x y width height", with classes from
-    0, and the center and sides of the box as fractions of the image; or a polygon,
+    0 and the center and sides of the box as fractions of the image; or a polygon,
     "class x1 y1 x2 y2 x3 y3 ...", read as its bounding box. An image whose text file is empty or
     missing has no objects.
 
@@ -52,19 +42,15 @@ def read_yolo(
     Args:
         folder: Folder of the dataset, or its `data.yaml`.
         split: "train", "val", "test" or another name. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... If the folder has class names, classes are
-            matched by name; if not, these are its names. Default: `names` in `data.yaml`, or the
-            lines of `classes.txt`.
+        class_names: Names of the labels 0, 1, 2, ... Classes are matched by name if the folder has
+            class names. Default: `names` in `data.yaml`, or the lines of `classes.txt`.
         on_error: "raise" a ValueError for an unreadable image or text file, a text file without
             image, or a class without a name; or "skip" the image and report it.
         use_difficult: No effect: the format has no difficult objects.
 
-    Returns:
-        `DetectionDataset`; its `report` holds the counts and all problems.
-
     Raises:
-        ValueError: if there is no such folder or split, if there are no images, text files or
-            class names, or see `on_error`.
+        ValueError: if there is no such folder or split, there are no images, text files or class
+            names, or see `on_error`.
 
     Example: `test = read_yolo("data", "val", class_names=train.class_names)`
     """
@@ -86,13 +72,13 @@ def read_yolo(
         if path.suffix == ".txt":
             raise FileError(path, "missing image", f"no image {path.stem}.*")
         file = source.label_file(path)
-        lines = read_text(file, "text file").splitlines() if file.is_file() else []
+        lines = common.read_text(file, "text file").splitlines() if file.is_file() else []
         rows = [(i, line.split()) for i, line in enumerate(lines, start=1) if line.strip()]
         objects = tuple(_object(file, i, cells, names) for i, cells in rows)
         return ImageAnnotation(file, source.image_id(path), path, objects, is_relative=True)
 
     paths = [*images, *source.labels_without_image(images)]
-    return build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
+    return common.build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
 
 
 def yolo_splits(folder: str | os.PathLike) -> list[str]:
@@ -109,13 +95,13 @@ class _YoloFolder:
     def __init__(self, folder: str | os.PathLike):
         path = Path(folder)
         is_yaml = path.is_file() and path.suffix.lower() in YAML_SUFFIXES
-        self.folder = path.absolute().parent if is_yaml else check_folder(folder, "folder")
+        self.folder = path.absolute().parent if is_yaml else common.check_folder(folder, "folder")
         self.yaml_file = path if is_yaml else find_yaml(path)
         self.settings = read_yaml(self.yaml_file) if self.yaml_file else {}
         self.names = self._names()
 
     def images(self, split: str | None, faults: Faults) -> list[Path]:
-        """Different paths of the images of a split, or of all images, in a fixed order."""
+        """Unique paths of the images of a split, or of all images, in a fixed order."""
         splits = self.splits()
         if split is None:
             places = self._all_places()
@@ -123,30 +109,25 @@ class _YoloFolder:
             key = next((s for s in (split, *_SYNONYMS.get(split, ())) if s in splits), None)
             if key is None:
                 known = f"available: {', '.join(splits)}" if splits else "there are no splits"
-                raise ValueError(
-                    f"`split` must be one of those of {self.folder}. Received: {split!r}; {known}"
-                )
+                raise ValueError(f"`split` must be in {self.folder}. Received: {split!r}; {known}")
             places = splits[key]
         images = [path for place in places for path in self._images_in(place, faults)]
         images = list(dict.fromkeys(images))
         if not images:
             raise ValueError(f"No images in {', '.join(map(str, places))}")
         if not any(self.label_file(path).is_file() for path in images):
-            raise ValueError(
-                f"None of the {len(images)} images has a text file with its objects. Expected: "
-                f"{self.label_file(images[0])}"
-            )
+            expected = self.label_file(images[0])
+            raise ValueError(f"None of the {len(images)} images has a text file like {expected}")
         return images
 
     def label_file(self, image: Path) -> Path:
-        """The text file of an image: "labels" for the last "images" in its path, or beside it."""
+        """Text file of an image: in "labels" instead of the last "images", or beside it."""
         beside = image.with_suffix(".txt")
-        parts = list(image.parts[:-1])
-        if "images" not in parts:
+        reversed_parts = list(beside.parts[-2::-1])
+        if "images" not in reversed_parts:
             return beside
-        last = len(parts) - 1 - parts[::-1].index("images")
-        parts[last] = "labels"
-        file = Path(*parts, beside.name)
+        reversed_parts[reversed_parts.index("images")] = "labels"
+        file = Path(*reversed_parts[::-1], beside.name)
         return file if file.is_file() or not beside.is_file() else beside
 
     def labels_without_image(self, images: list[Path]) -> list[Path]:
@@ -171,7 +152,7 @@ class _YoloFolder:
             return image.as_posix()
 
     def splits(self) -> dict[str, list[Path]]:
-        """Folders and lists of images by split, as in data.yaml or as usual."""
+        """Folders and lists of images by split, from data.yaml or the usual layout."""
         return self._yaml_places() or self._usual_places()
 
     def _all_places(self) -> list[Path]:
@@ -199,9 +180,9 @@ class _YoloFolder:
         return splits
 
     def _place(self, root: Path, text: str) -> Path | None:
-        """The folder or list that data.yaml names, which may be relative to another folder."""
+        """Finds a folder or list from data.yaml, which may be relative to another folder."""
         text = text.strip().replace("\\", "/")
-        # Exported datasets say "../train/images" and mean "train/images".
+        # In exported datasets, "../train/images" means "train/images".
         tried = [root / text, self.folder / text, self.folder / text.removeprefix("../")]
         return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
 
@@ -211,10 +192,10 @@ class _YoloFolder:
             files = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             yield from sorted(path for path in files if path.is_file())
             return
-        for line in filter(str.strip, read_text(place, "list of images").splitlines()):
+        for line in filter(str.strip, common.read_text(place, "list of images").splitlines()):
             image = None
             with faults.skipping_image():
-                image = find_image(place.parent, line, place)
+                image = common.find_image(place.parent, line, place)
             if image is not None:
                 yield Path(os.path.normpath(image))
 
@@ -226,8 +207,7 @@ class _YoloFolder:
             file = next((file for file in files if file.is_file()), None)
             if file is None:
                 return None
-            lines = read_text(file, "list of classes").splitlines()
-            names = [line for line in lines if line.strip()]
+            names = list(filter(str.strip, common.read_text(file, "list of classes").splitlines()))
         if isinstance(names, list):
             names = dict(enumerate(names))
         where = self.yaml_file or self.folder
@@ -253,12 +233,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(read_text(path, "YAML file"))
+        settings = yaml.safe_load(common.read_text(path, "YAML file"))
     except yaml.YAMLError as error:
         raise FileError(path, "unreadable YAML file", str(error)) from error
     if not isinstance(settings, dict):
-        detail = f"expected names and values, found {settings!r}"
-        raise FileError(path, "unreadable YAML file", detail)
+        raise FileError(path, "unreadable YAML file", f"expected a mapping, found {settings!r}")
     return settings
 
 
@@ -266,7 +245,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _is_class(value: Any) -> bool:
-    return number(value) >= 0 and number(value).is_integer()
+    return common.number(value) >= 0 and common.number(value).is_integer()
 
 
 def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> AnnotatedObject:
@@ -276,11 +255,11 @@ def _object(file: Path, line: int, cells: list[str], names: dict[int, str]) -> A
         raise FileError(file, "unreadable line", detail)
     if not _is_class(cells[0]):
         raise FileError(file, "unreadable line", f"line {line} begins with {cells[0]!r}")
-    name = names.get(int(number(cells[0])))
+    name = names.get(int(common.number(cells[0])))
     if name is None:
-        detail = f"class {cells[0]} in line {line}. {known_classes(names)}"
+        detail = f"class {cells[0]} in line {line}. {common.known_classes(names)}"
         raise FileError(file, "class without a name", detail)
-    values = np.asarray([number(cell) for cell in cells[1:]])
+    values = np.asarray([common.number(cell) for cell in cells[1:]])
     if np.isfinite(values).all() and np.abs(values).max() > 2:
         detail = f"line {line} has pixels, not fractions of the image: {' '.join(cells[1:])}"
         raise FileError(file, "coordinates above 1", detail)
