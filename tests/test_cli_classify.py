@@ -222,7 +222,7 @@ def test_evaluate_says_what_is_wrong(folder, capsys):
     os.makedirs(folder / "two" / "a", exist_ok=True)
     gray_image(0).save(folder / "two" / "a" / "0.png")
     assert main(["evaluate", folder / "model.keras", folder / "two"]) == 2
-    assert "knows 3 classes, the data has 1" in capsys.readouterr().err
+    assert "has 3 classes, the data has 1" in capsys.readouterr().err
 
 
 def test_published_figures_come_with_the_size_of_their_images():
@@ -275,7 +275,7 @@ def test_list_shows_what_matches(capsys):
     [
         (["resnet51"], "no network is called 'resnet51'"),
         (["--kind", "detectors", "resnet51"], "no detector is called 'resnet51'"),
-        (["--runs", 3, "--plot", "a.png"], "--runs, --plot need --measure"),
+        (["--runs", 3, "--plot", "a.png"], "--runs, --plot: only with --measure"),
         (["--kind", "detectors", "--measure"], "--measure is for networks"),
     ],
 )

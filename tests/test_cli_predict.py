@@ -215,8 +215,8 @@ def test_wrong_commands(arguments, word, capsys):
 @pytest.mark.parametrize(
     "options, word",
     [
-        (["--grpc", "localhost:8500"], "--grpc of a server"),
-        (["--signature", "serve_bytes"], "--signature is for SavedModels"),
+        (["--grpc", "localhost:8500"], "--grpc: only for servers"),
+        (["--signature", "serve_bytes"], "--signature: only for SavedModels"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(folder, options, word, capsys):

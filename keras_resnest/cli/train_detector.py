@@ -1,7 +1,6 @@
 """The detector's side of `keras-resnest train`: options, data, model and report."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import keras_resnest as kr
@@ -117,12 +116,6 @@ def plot_examples(model, dataset, numbers, path: Path) -> None:
     kr.visualization.plot_detections(
         images, found, model.class_names, ground_truth=truth, path=path
     )
-
-
-def find_test_split(splits: list[str]) -> str | None:
-    """The first usual name among splits; a year may follow it, as in "val2017"."""
-    names = {re.sub(r"[-_ ]?\d+$", "", split) for split in splits}
-    return next((name for name in ("test", "val", "valid", "validation") if name in names), None)
 
 
 def batch_maker(arguments, train_set, image_shape):
