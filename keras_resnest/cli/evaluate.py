@@ -40,7 +40,10 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
-    add("--split", help="default: test, else val, if DATA has splits; validation for TFDS classifiers")
+    add(
+        "--split",
+        help="default: test, else val, if DATA has splits; validation for TFDS classifiers",
+    )
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
