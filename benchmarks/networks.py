@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=10, help="timed batches; default: %(default)s")
     parser.add_argument("--features", action="store_true", help="without classifier")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write the table to this file"
-    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot top-1 against latency")
     arguments = parser.parse_args()
     models = {model.name: model for name in arguments.names for model in kr.list_models(name)}

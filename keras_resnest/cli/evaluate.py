@@ -42,7 +42,7 @@ def add_arguments(parser, argv) -> None:
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     add(
         "--split",
-        help="default: test, else val, if DATA has splits; validation for TFDS classifiers",
+        help="default: test or val, if present; validation for TFDS classifiers",
     )
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")

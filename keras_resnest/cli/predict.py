@@ -34,7 +34,6 @@ from keras_resnest.cli.common import (
 from keras_resnest.cli.detectors import SIGNATURES, load_detector
 from keras_resnest.cli.drawing import draw_detections, unused_path
 
-CSV_COLUMNS = "file width height x1 y1 x2 y2 label class_name confidence".split()
 SERVER_OPTIONS = ("name", "grpc", "class_names", "box_format")
 
 
@@ -112,8 +111,8 @@ def make_record(path: Path, image, detections: dict) -> dict:
 
 def write_csv(records: list[dict], path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
+        file.write("file,width,height,x1,y1,x2,y2,label,class_name,confidence\r\n")
         table = csv.writer(file)
-        table.writerow(CSV_COLUMNS)
         for r in records:
             for d in r["detections"]:
                 image = (r["file"], r["width"], r["height"])
