@@ -31,6 +31,7 @@ from keras_resnest.cli.common import (
     published_weights,
     refuse_options,
 )
+from keras_resnest.cli.train_classifier import read_labeled
 from keras_resnest.cli.train_detector import plot_examples
 
 NUM_EXAMPLES = 6  # images per plot
@@ -54,13 +55,13 @@ def add_arguments(parser, argv) -> None:
 
 def run(arguments) -> int:
     # Unusable data is reported before the weights of a named network are downloaded.
-    dataset = None if arguments.model.endswith(".keras") else read_labeled(arguments)
+    dataset = None if arguments.model.endswith(".keras") else read_classification(arguments)
     model = load_model(arguments.model, arguments.weights)
     if isinstance(model, kr.RefineDet):
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
-        result = evaluate_classifier(model, dataset or read_labeled(arguments), arguments)
+        result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
     (arguments.output / "result.json").write_text(json.dumps({**facts, **result}, indent=2))
@@ -107,9 +108,7 @@ def evaluate_detector(model, arguments) -> dict:
 
 def read_annotated(model, arguments):
     """Reads the dataset with the class names of the model."""
-    if arguments.split is None:
-        is_tfds = arguments.data.startswith("tfds:")
-        arguments.split = "test" if is_tfds else find_test_split(arguments.data)
+    arguments.split = arguments.split or find_test_split(arguments.data)
     on_error = "skip" if arguments.skip_faulty else "raise"
     dataset = kr.data.read_detection(
         arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
@@ -120,6 +119,8 @@ def read_annotated(model, arguments):
 
 def find_test_split(data: str) -> str | None:
     """Returns the first usual name among the splits; a year may follow it, as in "val2017"."""
+    if data.startswith("tfds:"):
+        return "test"
     names = {re.sub(r"[-_ ]?\d+$", "", split) for split in kr.data.find_splits(data)}
     return next((name for name in ("test", "val", "valid", "validation") if name in names), None)
 
@@ -137,6 +138,12 @@ def find_worst(truth, found, class_names) -> list[int]:
 # === Classifier ===
 
 
+def read_classification(arguments):
+    if arguments.data.startswith("tfds:"):
+        arguments.split = arguments.split or "validation"
+    return read_labeled(arguments, arguments.split)
+
+
 def evaluate_classifier(model, dataset, arguments) -> dict:
     crop = find_crop(model, arguments)
     classes = model.output_shape[-1]
@@ -145,15 +152,10 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     elements = dataset.as_dataset(shuffle=arguments.limit is not None, seed=0)
     if arguments.limit is not None:
         elements = elements.take(arguments.limit)
+    shape = (crop.size, crop.size)
+    options = {"num_classes": classes, "crop_ratio": crop.ratio, "training": False, "cache": False}
     batches = kr.data.classification_batches(
-        elements,
-        (crop.size, crop.size),
-        arguments.batch_size,
-        training=False,
-        num_classes=classes,
-        crop_ratio=crop.ratio,
-        interpolation=crop.interpolation,
-        cache=False,
+        elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
     count, first, five = count_hits(model, batches)
     is_file = arguments.model.endswith(".keras")
@@ -164,15 +166,6 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     print(f"published top-1: {published}")
     result = {"images": count, "top1": first / count, "top5": five / count}
     return {**result, "crop_size": crop.size, "published_top1": published}
-
-
-def read_labeled(arguments):
-    if arguments.data.startswith("tfds:"):
-        arguments.split = arguments.split or "validation"
-        name = arguments.data.removeprefix("tfds:")
-        return kr.data.read_tfds_classification(name, arguments.split, data_dir=arguments.data_dir)
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    return kr.data.read_image_folder(arguments.data, arguments.split, on_error=on_error)
 
 
 def count_hits(model, batches) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 """Trains a detector on annotated images, or a classifier on labeled images.
 
-Data for a detector: a folder in Pascal VOC, YOLO or COCO layout, a folder that mixes images and XML
-files, a COCO .json or a .csv file, or tfds:NAME. Data for a classifier (--classifier): a folder with
-one folder of images per class, optionally inside "train" and "val" folders, or tfds:NAME. Without
-splits, a fifth of the data is held out for testing.
+A detector takes a folder in Pascal VOC, YOLO or COCO layout, a folder of images and XML files, a
+COCO .json or a .csv file, or tfds:NAME. A classifier (--classifier) takes a folder with one folder
+of images per class, optionally inside "train" and "val" folders, or tfds:NAME. Without splits, a
+fifth of the data is held out for testing.
 
     keras-resnest train my_folder --epochs 60 --fit-anchors
     keras-resnest train tfds:voc/2007 --train-split train+validation --augmentation ssd \\

@@ -42,9 +42,7 @@ class Training:
         self.train_set, self.test_set = read_train_test(arguments)
         self.class_names = self.train_set.class_names
         batch_size = limit_batch_size(batch_size, len(self.train_set), replicas)
-        self.train_batches, self.test_batches = make_batches(
-            recipe, strategy, self.train_set, self.test_set, batch_size, arguments.seed
-        )
+        self.make_batches(recipe, strategy, batch_size)
         steps = len(self.train_set) // batch_size
         recipe = recipe.scaled(batch_size, steps_per_epoch=steps, epochs=arguments.epochs)
         if arguments.learning_rate is not None:
@@ -56,6 +54,21 @@ class Training:
         if kr.training.is_chief(strategy):
             text = f"{recipe.name}: {recipe.duration} steps, learning rate"
             print(f"{text} {recipe.learning_rate:g}")
+
+    def make_batches(self, recipe, strategy, batch_size: int) -> None:
+        """Creates training batches, a shard for each worker, and test batches."""
+        shape = (recipe.crop_size, recipe.crop_size, 3)
+        options = {"augmentation": recipe.augmentation, "mixup": recipe.mixup}
+        options |= {"training": True, "seed": self.arguments.seed}
+
+        def make_shard(num_workers, worker, batch_size):
+            shard = self.train_set.shard(num_workers, worker)
+            return kr.data.classification_batches(shard, shape, batch_size, **options)
+
+        self.train_batches = kr.training.distribute_batches(strategy, make_shard, batch_size)
+        self.test_batches = kr.data.classification_batches(
+            self.test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
+        )
 
     def resume_callback(self):
         metadata = {"class_names": list(self.class_names)}
@@ -95,33 +108,30 @@ class Training:
 def read_train_test(arguments):
     """Reads a training and a test set with the same classes."""
     train_split, test_split = arguments.train_split or "train", arguments.test_split
-    if arguments.data.startswith("tfds:"):
-        return read_tfds(arguments, train_split)
-    folder, on_error = Path(arguments.data), "skip" if arguments.skip_faulty else "raise"
-    if folder.is_dir() and not (folder / train_split).is_dir():
-        if test_split or arguments.train_split:
-            raise ValueError(f"no folder {train_split!r} in {folder}")
-        return kr.data.read_image_folder(folder, on_error=on_error).hold_out(0.2, arguments.seed)
-    found = [name for name in TEST_SPLITS if (folder / name).is_dir()] or TEST_SPLITS
-    train = kr.data.read_image_folder(folder, train_split, on_error=on_error)
-    split, names = test_split or found[0], train.class_names
-    return train, kr.data.read_image_folder(folder, split, names, on_error=on_error)
-
-
-def read_tfds(arguments, train_split: str):
-    def read(split, class_names=None):
-        name = arguments.data.removeprefix("tfds:")
-        return kr.data.read_tfds_classification(
-            name, split, class_names, data_dir=arguments.data_dir
-        )
-
-    train = read(train_split)
-    for split in [arguments.test_split] if arguments.test_split else TEST_SPLITS:
+    folder, splits = Path(arguments.data), TEST_SPLITS
+    if not arguments.data.startswith("tfds:"):
+        if folder.is_dir() and not (folder / train_split).is_dir():
+            if test_split or arguments.train_split:
+                raise ValueError(f"no folder {train_split!r} in {folder}")
+            return read_labeled(arguments, None).hold_out(0.2, arguments.seed)
+        found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
+        splits = (found or TEST_SPLITS)[:1]
+    train = read_labeled(arguments, train_split)
+    for split in [test_split] if test_split else splits:
         try:
-            return train, read(split, train.class_names)
+            return train, read_labeled(arguments, split, train.class_names)
         except ValueError as error:
             reason = error
     raise reason
+
+
+def read_labeled(arguments, split: str | None, class_names: list[str] | None = None):
+    """Reads a split of a folder of class folders, or of a TFDS dataset."""
+    if arguments.data.startswith("tfds:"):
+        name, data_dir = arguments.data.removeprefix("tfds:"), arguments.data_dir
+        return kr.data.read_tfds_classification(name, split, class_names, data_dir=data_dir)
+    on_error = "skip" if arguments.skip_faulty else "raise"
+    return kr.data.read_image_folder(arguments.data, split, class_names, on_error=on_error)
 
 
 def make_recipe(arguments):
@@ -138,27 +148,6 @@ def limit_batch_size(wanted: int, num_images: int, replicas: int) -> int:
         print(f"There are {num_images} images: the batch size is {largest}, not {wanted}")
         return largest
     return wanted
-
-
-def make_batches(recipe, strategy, train_set, test_set, batch_size: int, seed: int):
-    """Returns training batches, a shard for each worker, and test batches."""
-    shape = (recipe.crop_size, recipe.crop_size, 3)
-
-    def make_shard(num_workers, worker, worker_batch_size):
-        return kr.data.classification_batches(
-            train_set.shard(num_workers, worker),
-            shape,
-            worker_batch_size,
-            training=True,
-            augmentation=recipe.augmentation,
-            mixup=recipe.mixup,
-            seed=seed,
-        )
-
-    test_batches = kr.data.classification_batches(
-        test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
-    )
-    return kr.training.distribute_batches(strategy, make_shard, batch_size), test_batches
 
 
 def build_model(arguments, recipe, num_classes: int):
