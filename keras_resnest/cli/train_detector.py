@@ -151,7 +151,6 @@ def build_model(arguments, train_set) -> kr.RefineDet:
     if kr.training.is_chief():
         print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
     return getattr(kr.builders, arguments.model)(
-        num_classes=len(train_set.class_names),
         class_names=train_set.class_names,
         image_shape=image_shape,
         anchor_generator=anchors,
