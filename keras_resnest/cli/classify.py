@@ -41,20 +41,17 @@ def run(arguments) -> int:
     names = read_class_names(arguments.classes) if arguments.classes else None
     model = load_model(arguments.model, arguments.weights, names and len(names))
     crop = find_crop(model, arguments)
-    num_classes = model.output_shape[-1]
-    if names is None and num_classes != 1000:
-        raise ValueError(f"the model has {num_classes} classes: name them with --classes")
-    if names is not None and len(names) != num_classes:
-        raise ValueError(
-            f"{arguments.classes} holds {len(names)} names, the model has {num_classes} classes"
-        )
+    count, file = model.output_shape[-1], arguments.classes
+    if names is None and count != 1000:
+        raise ValueError(f"the model has {count} classes: name them with --classes")
+    if names is not None and len(names) != count:
+        raise ValueError(f"{file} holds {len(names)} names, the model has {count} classes")
+    top = min(arguments.top, count)
     results = []
     for readable, images in load_images(paths, arguments.batch_size):
         crops = np.stack([kr.data.center_crop_image(image, *crop) for image in images])
         probabilities = model.predict(crops, verbose=0)
-        decoded = kr.backbones.decode_predictions(
-            probabilities, min(arguments.top, num_classes), names
-        )
+        decoded = kr.backbones.decode_predictions(probabilities, top, names)
         for path, classes in zip(readable, decoded, strict=True):
             print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for _, name, p in classes))
             entries = [{"id": str(i), "name": n, "probability": float(p)} for i, n, p in classes]

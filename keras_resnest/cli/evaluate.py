@@ -41,10 +41,7 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
-    add(
-        "--split",
-        help="default: test or val, if present; validation for TFDS classifiers",
-    )
+    add("--split", help="default: test or val, if present; validation for TFDS classifiers")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
@@ -69,18 +66,21 @@ def run(arguments) -> int:
     return 0
 
 
-def check_num_classes(arguments, model_classes: int, dataset) -> None:
-    if (data_classes := len(dataset.class_names)) != model_classes:
-        raise ValueError(
-            f"{arguments.model} has {model_classes} classes, the data has {data_classes}"
-        )
+def check_num_classes(arguments, wanted: int, dataset) -> None:
+    if (count := len(dataset.class_names)) != wanted:
+        raise ValueError(f"{arguments.model} has {wanted} classes, the data has {count}")
 
 
 # === Detector ===
 
 
 def evaluate_detector(model, arguments) -> dict:
-    dataset = read_annotated(model, arguments)
+    arguments.split = arguments.split or find_test_split(arguments.data)
+    on_error = "skip" if arguments.skip_faulty else "raise"
+    dataset = kr.data.read_detection(
+        arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
+    )
+    check_num_classes(arguments, model.num_classes, dataset)
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False
@@ -104,17 +104,6 @@ def evaluate_detector(model, arguments) -> dict:
         "AP50": voc.per_class(),
         "COCO": {k: None if np.isnan(v) else v for k, v in coco.metrics.items()},
     }
-
-
-def read_annotated(model, arguments):
-    """Reads the dataset with the class names of the model."""
-    arguments.split = arguments.split or find_test_split(arguments.data)
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    dataset = kr.data.read_detection(
-        arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
-    )
-    check_num_classes(arguments, model.num_classes, dataset)
-    return dataset
 
 
 def find_test_split(data: str) -> str | None:
@@ -158,12 +147,11 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
         elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
     count, first, five = count_hits(model, batches)
-    is_file = arguments.model.endswith(".keras")
-    weights = "" if is_file else f", weights {arguments.weights or 'imagenet'}"
-    print(f"{arguments.model}{weights}, {count} images at {crop.size} pixels")
-    print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}")
-    published = published_figure(arguments.model, arguments.weights)
-    print(f"published top-1: {published}")
+    name, published = arguments.model, published_figure(arguments.model, arguments.weights)
+    if not name.endswith(".keras"):
+        name += f", weights {arguments.weights or 'imagenet'}"
+    print(f"{name}, {count} images at {crop.size} pixels")
+    print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}\npublished top-1: {published}")
     result = {"images": count, "top1": first / count, "top5": five / count}
     return {**result, "crop_size": crop.size, "published_top1": published}
 
