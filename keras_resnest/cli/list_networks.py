@@ -1,8 +1,10 @@
-"""Lists networks with parameters, GFLOPs, published accuracy and weights; detectors; recipes.
+"""Lists networks, detectors or training recipes.
 
-keras-resnest list
-keras-resnest list "resnest50*" resnet50 regnety_016
-keras-resnest list --kind detectors
+    keras-resnest list
+    keras-resnest list "resnest50*" resnet50 regnety_016
+    keras-resnest list --kind detectors
+
+The table of networks shows parameters, GFLOPs, published ImageNet accuracy, weights and licenses.
 """
 
 import fnmatch
