@@ -33,7 +33,7 @@ def main() -> None:
     )
     test_batches = kr.data.classification_batches(test, shape, BATCH_SIZE, training=False)
 
-    # Keep the weights of the network and give it a new classifier.
+    # Keep the pretrained weights, except for the last layer.
     weights = None if arguments.weights == "none" else arguments.weights
     model = kr.create_backbone(
         arguments.network, include_top=True, weights=weights, input_shape=shape

@@ -1,14 +1,11 @@
-"""The main job in a few minutes on a CPU: train, evaluate, predict, save, export, reload.
+"""Train, evaluate, predict, save, export and reload a detector in minutes on a CPU.
 
-It trains a small RefineDet on "shapes", synthetic images that are drawn on the
-spot, measures mAP@0.5 on images it has never seen, writes plots, saves the model,
-exports it for TensorFlow Serving and checks, in a fresh process that has TensorFlow
-alone, that the export finds the same objects.
+The program trains a small RefineDet on synthetic images, measures mAP@0.5 on unseen images, plots,
+saves the model, exports it for TensorFlow Serving, and checks in a new process with TensorFlow only
+that the export returns the same detections. Results go to runs/quickstart (--output).
 
     python examples/quickstart.py             # about 5 minutes on two cores, mAP about 0.9
     python examples/quickstart.py --fast      # one minute, to see that everything works
-
-Everything is written to runs/quickstart (--output).
 """
 
 import argparse
@@ -26,7 +23,7 @@ import numpy as np
 
 import keras_resnest as kr
 
-# Run by a fresh interpreter, which must not need Keras or keras_resnest.
+# Runs in a new interpreter without Keras or keras_resnest.
 RELOAD = """
 import sys
 import numpy as np
@@ -39,9 +36,8 @@ assert "keras_resnest" not in sys.modules
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder")
     parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
@@ -52,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_data(arguments):
-    """Training batches, and evaluation batches of the held-out validation and test images."""
+    """Returns class names, training batches, validation batches and test batches."""
     counts = {"num_train": 96, "num_validation": 16, "num_test": 32} if arguments.fast else {}
     shape = (arguments.size, arguments.size, 3)
     sets = {
@@ -60,29 +56,24 @@ def read_data(arguments):
         for split in ("train", "validation", "test")
     }
     kr.visualization.plot_dataset(sets["train"], path=arguments.output / "dataset.png")
-    # Fresh images are plenty here; mirroring is all the augmentation that pays.
+    # With this many images, flipping is the only augmentation that helps.
     augmentation = kr.data.TrainingAugmentation(
         shape, photometric=None, expand=None, crop=None, flip=kr.data.RandomFlip(vertical=0.5)
     )
-    train = kr.data.training_batches(
-        sets["train"], shape, arguments.batch_size, augmentation, seed=1
-    )
-    validation, test = (
-        kr.data.evaluation_batches(sets[split], shape, arguments.batch_size)
-        for split in ("validation", "test")
-    )
+    size = arguments.batch_size
+    train = kr.data.training_batches(sets["train"], shape, size, augmentation, seed=1)
+    validation = kr.data.evaluation_batches(sets["validation"], shape, size)
+    test = kr.data.evaluation_batches(sets["test"], shape, size)
     return sets["train"].class_names, train, validation, test
 
 
 def build_model(class_names, arguments, steps_per_epoch: int, epochs: int) -> kr.RefineDet:
     side = arguments.size
+    anchor_sizes = (side / 8, side / 4, side / 2, side * 3 / 4)
     model = kr.builders.refinedet_tiny(
-        num_classes=len(class_names),
         class_names=class_names,
         image_shape=(side, side, 3),
-        anchor_generator=kr.detection.AnchorGenerator(
-            sizes=(side / 8, side / 4, side / 2, side * 3 / 4)
-        ),
+        anchor_generator=kr.detection.AnchorGenerator(sizes=anchor_sizes),
     )
     recipe = dataclasses.replace(
         kr.recipes.RECIPES["detector_from_scratch"],
@@ -93,8 +84,8 @@ def build_model(class_names, arguments, steps_per_epoch: int, epochs: int) -> kr
     return model
 
 
-def check_in_fresh_process(folder: Path, images: np.ndarray, expected: dict) -> None:
-    """Loads the SavedModel in a new process with TensorFlow alone and compares detections."""
+def check_in_new_process(folder: Path, images: np.ndarray, expected: dict) -> None:
+    """Compares the detections of the SavedModel, in a new process, with the expected ones."""
     np.save(folder.parent / "images.npy", images)
     files = [folder, folder.parent / "images.npy", folder.parent / "served.npz"]
     subprocess.run([sys.executable, "-c", RELOAD, *map(str, files)], check=True)
@@ -103,11 +94,11 @@ def check_in_fresh_process(folder: Path, images: np.ndarray, expected: dict) -> 
     confidence = np.abs(served["confidence"] - expected["confidence"]).max()
     same = np.array_equal(served["labels"], expected["labels"])
     print(
-        f"SavedModel in a fresh process: boxes differ by {boxes:.1e} px, "
+        f"SavedModel in a new process: boxes differ by {boxes:.1e} px, "
         f"confidence by {confidence:.1e}, labels {'equal' if same else 'DIFFER'}"
     )
     if not (same and boxes < 1e-2 and confidence < 1e-4):
-        sys.exit("The exported model does not find the same objects as predict.")
+        sys.exit("The SavedModel and the model return different detections.")
 
 
 def main() -> None:
@@ -125,18 +116,17 @@ def main() -> None:
     kr.visualization.plot_history([history, evaluation], path=arguments.output / "history.png")
 
     result = kr.evaluation.evaluate_detections(model, test)
-    print(f"On test images never seen in training:\n{result}")
+    print(f"On unseen test images:\n{result}")
     images = next(iter(test))["images"].numpy()
-    found = model.detect(list(images[:12]))
+    shown = list(images[:12])
     kr.visualization.plot_detections(
-        list(images[:12]), found, class_names, path=arguments.output / "detections.png"
+        shown, model.detect(shown), class_names, path=arguments.output / "detections.png"
     )
 
     model.save(arguments.output / "detector.keras")
-    model.export(arguments.output / "serving" / "1")
-    check_in_fresh_process(
-        arguments.output / "serving" / "1", images, model.predict(images, verbose=0)
-    )
+    folder = arguments.output / "serving" / "1"
+    model.export(folder)
+    check_in_new_process(folder, images, model.predict(images, verbose=0))
     minutes = (time.perf_counter() - start) / 60
     print(f"mAP@0.5 {result.mAP:.3f} after {minutes:.1f} minutes")
     print(f"Plots, model and SavedModel are in {arguments.output}")

@@ -3,7 +3,7 @@
     python examples/serve_and_call.py runs/train/detector.keras photo.jpg
     python examples/serve_and_call.py runs/train/detector.keras photo.jpg --url http://localhost:8501
 
-The second command also asks a server that runs the export:
+The second command also calls a server that runs the export:
 
     docker run -p 8501:8501 -e MODEL_NAME=detector \\
         -v "$PWD/serving/detector:/models/detector" tensorflow/serving
@@ -22,8 +22,8 @@ import tensorflow as tf
 import keras_resnest as kr  # noqa: F401 (registers the detector with Keras)
 
 
-def ask_server(url: str, encoded: bytes) -> dict:
-    """Sends an encoded image to TensorFlow Serving; the detections."""
+def call_server(url: str, encoded: bytes) -> dict:
+    """Sends an encoded image to TensorFlow Serving and returns the detections."""
     instance = {"image_bytes": {"b64": base64.b64encode(encoded).decode()}}
     body = json.dumps({"signature_name": "serve_bytes", "instances": [instance]}).encode()
     with urllib.request.urlopen(f"{url}/v1/models/detector:predict", body) as response:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("image", type=Path, help="JPEG or PNG file")
     parser.add_argument("--output", type=Path, default=Path("serving/detector/1"))
-    parser.add_argument("--url", help="of TensorFlow Serving's REST interface")
+    parser.add_argument("--url", help="TensorFlow Serving's REST interface")
     arguments = parser.parse_args()
 
     model = keras.saving.load_model(arguments.model)
@@ -50,7 +50,7 @@ def main() -> None:
     found = model.detect(arguments.image, confidence_threshold=0.3)
     show("The Keras model:", found["boxes"], found["confidence"], found["labels"])
 
-    # The export needs TensorFlow only. Boxes are in pixels of the image.
+    # The export needs only TensorFlow. Boxes are in pixels of the image.
     serve_bytes = tf.saved_model.load(str(arguments.output)).signatures["serve_bytes"]
     encoded = arguments.image.read_bytes()
     served = serve_bytes(image_bytes=tf.constant([encoded]))
@@ -63,7 +63,7 @@ def main() -> None:
     print("Both find the same objects.")
 
     if arguments.url:
-        answer = ask_server(arguments.url, encoded)
+        answer = call_server(arguments.url, encoded)
         show("The server:", answer["boxes"], answer["confidence"], answer["labels"])
 
 

@@ -1,9 +1,9 @@
-"""Train a detector on annotated images in Python; `keras-resnest train` does it without a program.
+"""Train a detector on annotated images; `keras-resnest train` does the same without programming.
 
     python examples/train_detector.py my_folder --epochs 60
 
-my_folder is in VOC, YOLO, COCO or CSV format. To resume a training that ended early, rerun the
-same command.
+The folder has VOC, YOLO, COCO or CSV format. To resume a training that ended early, rerun the
+command.
 """
 
 import argparse
@@ -26,16 +26,15 @@ def main() -> None:
     output = arguments.output
     keras.utils.set_random_seed(1)
 
-    # Read the images. Without a test split, a fifth of them is held out.
+    # Read the images. Without splits, a fifth of them is held out.
     train, test = kr.data.read_train_test(arguments.data)
     print(train.report)
     kr.visualization.plot_dataset(train, path=output / "dataset.png")
     train_batches = kr.data.training_batches(train, IMAGE_SHAPE, BATCH_SIZE, "mild", seed=1)
     test_batches = kr.data.evaluation_batches(test, IMAGE_SHAPE, BATCH_SIZE)
 
-    # Build a model whose anchors fit the objects.
+    # Build a model with anchors that fit the objects.
     model = kr.builders.refinedet_tiny(
-        num_classes=len(train.class_names),
         class_names=train.class_names,
         image_shape=IMAGE_SHAPE,
         anchor_generator=kr.detection.fit_anchors(train, IMAGE_SHAPE),
@@ -44,7 +43,7 @@ def main() -> None:
     recipe = recipe.scaled(BATCH_SIZE, dataset_size=len(train), epochs=arguments.epochs)
     model.compile(recipe.optimizer())
 
-    # Train; measure mAP every ten epochs; keep the best model.
+    # Train. Measure mAP every ten epochs and keep the best model.
     evaluation = kr.callbacks.DetectionEvaluation(test_batches, frequency=10)
     best = keras.callbacks.ModelCheckpoint(
         output / "best.keras", monitor="val_mAP50", mode="max", save_best_only=True

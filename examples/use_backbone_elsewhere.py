@@ -1,4 +1,4 @@
-"""Use a ResNeSt backbone in a model of your own: here a segmentation network.
+"""Use a ResNeSt backbone in your own model, here a segmentation network.
 
     python examples/use_backbone_elsewhere.py --weights imagenet
 
@@ -14,7 +14,7 @@ import keras_resnest as kr
 
 
 def build_segmenter(backbone: keras.Model, num_classes: int) -> keras.Model:
-    """A feature pyramid: each level is added to the next larger one, then classified."""
+    """Builds a feature pyramid that adds each level to the next larger one, then classifies."""
     levels = backbone.pyramid_outputs  # {"P2": (batch, H/4, W/4, C), "P3": (batch, H/8, ...), ...}
     x = None
     for name in ("P5", "P4", "P3", "P2"):
@@ -30,7 +30,7 @@ def build_segmenter(backbone: keras.Model, num_classes: int) -> keras.Model:
 
 
 def draw_disks(count: int, side: int, seed: int):
-    """Images of bright disks on noise, 0 to 255, and the class of each pixel."""
+    """Returns images of bright disks on noise, 0 to 255, and the class of each pixel."""
     rng = np.random.default_rng(seed)
     images = rng.uniform(0, 120, (count, side, side, 3)).astype("float32")
     center_y, center_x = rng.uniform(0.3, 0.7, (2, count, 1, 1)) * side
@@ -62,7 +62,7 @@ def main() -> None:
     )
     model.fit(*draw_disks(64, arguments.side, seed=1), batch_size=8, epochs=arguments.epochs)
     _, accuracy = model.evaluate(*draw_disks(16, arguments.side, seed=2), verbose=0)
-    print(f"{accuracy:.1%} of the pixels are right")
+    print(f"{accuracy:.1%} of the pixels are correct")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m keras_resnest` is the program `keras-resnest`."""
+"""Runs `keras-resnest` as `python -m keras_resnest`."""
 
 import sys
 

@@ -132,4 +132,4 @@ def test_example_serve_and_call(tmp_path, capsys):
 def test_example_use_backbone_elsewhere(capsys):
     options = ["--network", "resnest14_tiny", "--side", 64, "--epochs", 1]
     run_example("use_backbone_elsewhere.py", *options)
-    assert "% of the pixels are right" in capsys.readouterr().out
+    assert "% of the pixels are correct" in capsys.readouterr().out

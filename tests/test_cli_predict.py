@@ -215,8 +215,8 @@ def test_wrong_commands(arguments, word, capsys):
 @pytest.mark.parametrize(
     "options, word",
     [
-        (["--grpc", "localhost:8500"], "--grpc of a server"),
-        (["--signature", "serve_bytes"], "--signature is for SavedModels"),
+        (["--grpc", "localhost:8500"], "--grpc: only for servers"),
+        (["--signature", "serve_bytes"], "--signature: only for SavedModels"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(folder, options, word, capsys):
@@ -249,11 +249,10 @@ def test_labels_stay_inside_and_apart():
 
 
 def test_images_are_never_overwritten(tmp_path):
-    image = np.zeros((20, 20, 3), "uint8")
     inputs = [tmp_path / "x.png", tmp_path / "x_detections.png"]
-    writer = drawing.ImageWriter(tmp_path, inputs)
-    record = {"detections": []}
-    names = [writer.write(path, image, record).name for path in [inputs[0], *inputs]]
+    used = {path.resolve() for path in inputs}
+    paths = [drawing.unused_path(tmp_path, path.stem, used) for path in [inputs[0], *inputs]]
+    names = [path.name for path in paths]
     assert names == [
         "x_detections_2.png",
         "x_detections_3.png",

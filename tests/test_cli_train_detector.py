@@ -149,7 +149,7 @@ def test_evaluate_gives_what_the_training_gave(voc_folder, trained, tmp_path, ca
     [
         (["--split", "val"], "val"),
         (["--weights", "imagenet"], "has its own"),
-        (["--limit", "3", "--crop-size", "64"], "--crop-size, --limit of a classifier"),
+        (["--limit", "3", "--crop-size", "64"], "--crop-size, --limit: only for classifiers"),
     ],
 )
 def test_evaluate_says_what_is_wrong(voc_folder, trained, tmp_path, capsys, options, words):
@@ -162,7 +162,7 @@ def test_evaluate_says_what_is_wrong(voc_folder, trained, tmp_path, capsys, opti
 def test_export_a_detector_with_options_of_a_classifier(trained, tmp_path, capsys):
     command = ["export", trained / "detector.keras", tmp_path / "detector.onnx"]
     assert main([*command, "--crop-size", 64]) == 2
-    assert "--crop-size of a classifier" in capsys.readouterr().err
+    assert "--crop-size: only for classifiers" in capsys.readouterr().err
     assert main([*command, "--precision", "bfloat16"]) == 2
     assert "`precision` of onnx must be one of" in capsys.readouterr().err
 

@@ -19,49 +19,44 @@ COMMANDS = {
 
 
 def main(argv=None) -> int:
-    """Runs one command.
+    """Runs a command and prints errors to stderr.
 
     Args:
-        argv: command line without the name of the program. Default: that of this process.
+        argv: command line without the program's name. Default: `sys.argv[1:]`.
 
     Returns:
-        Exit status: 0; 1 if a training ended early or there is no usable result; 2 if data or
-        arguments cannot be used. Statuses 1 and 2 come with a sentence on stderr.
+        Exit status: 0; 1 if training ended early or there is no usable result; 2 if data or
+        arguments are unusable.
 
     Example:
 
     >>> main(["list", "resnest*"])
     """
-    argv = [str(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    arguments = parse_arguments(argv)
-    # Keras and TensorFlow are imported by the commands, after the arguments are known to be valid.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_arguments([str(argument) for argument in argv])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for the processes that a command starts
     try:
         return COMMANDS[arguments.command].run(arguments)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (Failure, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Failure) else 2
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parses a command line; a wrong one ends the process with status 2."""
+    """Parses a command line; an invalid one ends the process with status 2."""
     parser = argparse.ArgumentParser(
         prog="keras-resnest",
         description="ResNeSt backbones and the RefineDet detector for Keras 3.",
         epilog="Exit status: 0; 1 if training ended early or there is no usable result; 2 if data "
-        "or arguments cannot be used.",
+        "or arguments are unusable.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        summary = command.__doc__.split("\n", 1)[0]
         subparser = commands.add_parser(
             name,
-            help=summary,
+            help=command.__doc__.split("\n", 1)[0],
             description=command.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

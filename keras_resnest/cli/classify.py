@@ -1,11 +1,11 @@
-"""Finds the most probable classes of images.
+"""Classifies images.
 
     keras-resnest classify photo.jpg folder/ --model resnest50
     keras-resnest classify photo.jpg --model resnet50 --weights resnet50.safetensors
     keras-resnest classify "photos/*.jpg" --model my_classifier.keras --classes class_names.txt
 
-Images are resized and cropped as when the network was measured. The names of ImageNet's classes
-are downloaded once; with --classes they are not needed.
+Images are resized and cropped as for the network's published accuracy. Without --classes, the names
+of ImageNet's classes are downloaded once.
 """
 
 import json
@@ -21,18 +21,19 @@ from keras_resnest.cli.common import (
     load_images,
     load_model,
     positive,
+    read_class_names,
 )
 
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder of files, or pattern")
+    add("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
     add("--model", default="resnest50", help="network or .keras file; default: %(default)s")
     add_model_arguments(parser)
     add("--classes", "--classes-file", type=Path, help="text file with one class name per line")
     add("--top", type=positive(), default=5, help="classes per image; default: %(default)s")
     add("--batch-size", type=positive(), default=8, help="images at a time; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="also write the classes into this file")
+    add("--json", type=Path, metavar="FILE", help="also write the classes to this file")
 
 
 def run(arguments) -> int:
@@ -40,8 +41,12 @@ def run(arguments) -> int:
     names = read_class_names(arguments.classes) if arguments.classes else None
     model = load_model(arguments.model, arguments.weights, names and len(names))
     crop = find_crop(model, arguments)
-    check_class_names(model, names, arguments.classes)
-    top = min(arguments.top, model.output_shape[-1])
+    count, file = model.output_shape[-1], arguments.classes
+    if names is None and count != 1000:
+        raise ValueError(f"the model has {count} classes: name them with --classes")
+    if names is not None and len(names) != count:
+        raise ValueError(f"{file} holds {len(names)} names, the model has {count} classes")
+    top = min(arguments.top, count)
     results = []
     for readable, images in load_images(paths, arguments.batch_size):
         crops = np.stack([kr.data.center_crop_image(image, *crop) for image in images])
@@ -54,15 +59,3 @@ def run(arguments) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
     return 0 if results else 1
-
-
-def read_class_names(path: Path) -> list[str]:
-    return [name for name in path.read_text("utf-8").split("\n") if name.strip()]
-
-
-def check_class_names(model, names: list[str] | None, path: Path | None) -> None:
-    classes = model.output_shape[-1]
-    if names is None and classes != 1000:
-        raise ValueError(f"the model has {classes} classes: name them with --classes")
-    if names is not None and len(names) != classes:
-        raise ValueError(f"{path} holds {len(names)} names, the model has {classes} classes")

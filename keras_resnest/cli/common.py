@@ -1,6 +1,7 @@
-"""What several commands share: types of arguments, images, models."""
+"""Arguments, images and models that several commands use."""
 
 import argparse
+import contextlib
 import glob
 import sys
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import NamedTuple
 
 import keras_resnest as kr
 
+CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
+
 
 class Failure(Exception):
-    """A command ran, but without a usable result: exit status 1."""
+    """A command ran without a usable result: exit status 1."""
 
 
 # === Arguments ===
 
 
 def positive(kind=int):
-    """An argparse type: a number above 0."""
+    """Returns an argparse type: a number above 0."""
 
     def read(text: str):
         number = kind(text)
@@ -37,20 +40,28 @@ def fraction(text: str) -> float:
     return value
 
 
-def given_options(arguments, names) -> list[str]:
-    """Which of some options without a default are on the command line, as `--some-option`."""
-    given = [name for name in names if getattr(arguments, name) is not None]
-    return [f"--{name.replace('_', '-')}" for name in given]
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a model given as a .keras file or as the name of a classifier."""
+    parser.add_argument("--weights", help="tag or file for a named network; default: imagenet")
+    parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
+
+
+def refuse_options(arguments, names, requirement: str) -> None:
+    """Raises ValueError if any of these options is used."""
+    values = {name: getattr(arguments, name, None) for name in names}
+    used = [f"--{k.replace('_', '-')}" for k, v in values.items() if v not in (None, False)]
+    if used:
+        raise ValueError(f"{', '.join(used)}: only {requirement}")
 
 
 # === Images ===
 
 
 def collect_images(arguments: list[str]) -> list[Path]:
-    """Files, the images in folders and what matches patterns such as "photos/*.jpg", each once."""
+    """Lists files, images in folders and matches of patterns, each once."""
     found = []
     for argument in arguments:
-        # A file whose name looks like a pattern is that file.
+        # An existing file is not a pattern, even if its name looks like one.
         is_path = Path(argument).exists() or not glob.has_magic(argument)
         paths = [argument] if is_path else sorted(glob.glob(argument, recursive=True))
         if not paths:
@@ -61,7 +72,7 @@ def collect_images(arguments: list[str]) -> list[Path]:
 
 
 def load_images(paths: list[Path], batch_size: int):
-    """Yields batches of readable images, as lists of paths and of arrays; reports the others."""
+    """Yields batches of readable images, as (paths, arrays); reports the others."""
     for start in range(0, len(paths), batch_size):
         readable, images = [], []
         for path in paths[start : start + batch_size]:
@@ -78,24 +89,18 @@ def load_images(paths: list[Path], batch_size: int):
 
 
 class Crop(NamedTuple):
-    """How the images of a classifier are cut, as `center_crop_image` takes it."""
+    """Arguments of `center_crop_image`."""
 
     size: int
     ratio: float = 0.875
     interpolation: str = "bilinear"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a classifier that is given by name."""
-    parser.add_argument("--weights", help="tag or file for a named network; default: imagenet")
-    parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
-
-
 def load_model(name: str, weights: str | None = None, classes: int | None = None):
-    """A model from a `.keras` file, or a classifier by the name of its network."""
+    """Loads a .keras file, or creates the classifier with this name."""
     if name.endswith(".keras"):
         if weights is not None:
-            raise ValueError(f"--weights is for a network that is named; {name} has its own")
+            raise ValueError(f"--weights is for a named network; {name} has its own")
         return load_keras_file(name)
     weights = weights or "imagenet"
     options = {} if classes is None or weights == "imagenet" else {"classes": classes}
@@ -107,15 +112,22 @@ def load_keras_file(path: str):
 
     if not Path(path).exists():
         raise ValueError(f"no such model: {path}")
-    try:
+    with reporting_unusable_model(path):
         return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # every kind of damage raises its own type
+
+
+@contextlib.contextmanager
+def reporting_unusable_model(path: str):
+    """Turns all errors into a ValueError; each kind of damage raises another type."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is not a usable model. {reason}") from error
 
 
 def find_crop(model, arguments) -> Crop:
-    """The crop of a classifier: as its weights were measured, or as the arguments say."""
+    """Returns the crop of a classifier: that of its published accuracy, or from the arguments."""
     if len(model.output_shape) != 2 or len(model.input_shape) != 4:
         raise ValueError(
             f"{arguments.model} is not an image classifier: its output is {model.output_shape}"
@@ -126,6 +138,10 @@ def find_crop(model, arguments) -> Crop:
 
 
 def published_weights(name: str, weights: str | None):
-    """The row of the table of published weights that a model has, or whose images it takes."""
+    """Returns the row of these weights in the table of published weights, else the first row."""
     tags = kr.backbones.PRETRAINED.get(name.lower(), {})
     return tags.get(weights) or next(iter(tags.values()), None)
+
+
+def read_class_names(path: Path) -> list[str]:
+    return [name for name in path.read_text("utf-8").split("\n") if name.strip()]

@@ -1,4 +1,4 @@
-"""The detectors of `keras-resnest predict`: a Keras model, a SavedModel, a server.
+"""Detectors for `keras-resnest predict`: a Keras model, a SavedModel, a server.
 
 Each is a function `(paths, images, confidence) -> list of detections`, one dictionary per image,
 with "xyxy" boxes in pixels of the image.
@@ -15,76 +15,68 @@ import numpy as np
 
 import keras_resnest as kr
 from keras_resnest.boxes.formats import convert_boxes
-from keras_resnest.cli.common import Failure, load_keras_file
+from keras_resnest.cli.common import Failure, load_keras_file, reporting_unusable_model
 from keras_resnest.images import read_image_info
 
 SIGNATURES = ("serve_bytes", "serving_default")
 OUTPUTS = ("boxes", "confidence", "labels")
 GRPC_METHOD = "/tensorflow.serving.PredictionService/Predict"
 TIMEOUT = 60  # seconds
-MAX_MESSAGE = 256 * 2**20  # bytes; the default of gRPC, 4 MiB, is less than a few photographs
+MAX_MESSAGE = 256 * 2**20  # bytes; gRPC's default of 4 MiB does not fit a few photographs
 
 
 def load_detector(arguments):
-    """The detector for a .keras file, the folder of a SavedModel or the URL of a server."""
-    if "://" in arguments.model:
-        server = RestServer(arguments.model, arguments.name or "detector")
+    """Returns the detector for a .keras file, a SavedModel folder or a server URL."""
+    name, signature = arguments.model, arguments.signature
+    if "://" in name:
+        server = RestServer(name, arguments.name or "detector")
         if arguments.grpc:
             server = GrpcServer(arguments.grpc, server)
         names = arguments.class_names and arguments.class_names.read_text("utf-8").splitlines()
-        signature, box_format = arguments.signature or "serve_bytes", arguments.box_format or "xyxy"
-        return ServedDetector(server, signature, box_format, names)
-    if not Path(arguments.model).is_dir():
-        if arguments.signature:
-            raise ValueError("--signature is for SavedModels and servers")
-        return KerasDetector(arguments.model)
-    try:
-        model = SavedModel(Path(arguments.model))
-        facts = read_extra_assets(Path(arguments.model))
-    except Exception as error:  # every kind of damage raises its own type
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{arguments.model} is not a usable model. {reason}") from error
-    # By default pixels, because TensorFlow ignores EXIF orientation.
-    return ServedDetector(model, arguments.signature or "serving_default", *facts)
+        box_format = arguments.box_format or "xyxy"
+        return ServedDetector(server, signature or "serve_bytes", box_format, names)
+    if not Path(name).is_dir():
+        if signature:
+            raise ValueError("--signature: only for SavedModels and servers")
+        return keras_detector(name)
+    with reporting_unusable_model(name):
+        model, assets = SavedModel(name), Path(name, "assets.extra")
+        facts = json.loads((assets / "model.json").read_text("utf-8"))
+        file = assets / "class_names.txt"
+        names = file.read_text("utf-8").splitlines() if file.exists() else None
+    # Pixels by default, because TensorFlow ignores EXIF orientation.
+    return ServedDetector(
+        model, signature or "serving_default", facts["bounding_box_format"], names
+    )
 
 
-def read_extra_assets(folder: Path) -> tuple[str, list[str] | None]:
-    """Box format and class names, which an export keeps beside the model."""
-    facts, names = folder / "assets.extra/model.json", folder / "assets.extra/class_names.txt"
-    box_format = json.loads(facts.read_text("utf-8"))["bounding_box_format"]
-    return box_format, names.read_text("utf-8").splitlines() if names.exists() else None
+def keras_detector(path: str):
+    model = load_keras_file(path)
+    if not isinstance(model, kr.RefineDet):
+        kind = type(model).__name__
+        raise ValueError(f"{path} is not a usable model. It holds a {kind}, not a RefineDet")
 
-
-class KerasDetector:
-    """A detector from a .keras file."""
-
-    def __init__(self, path: str):
-        self.model = load_keras_file(path)
-        if not isinstance(self.model, kr.RefineDet):
-            raise ValueError(
-                f"{path} is not a usable model. "
-                f"It holds a {type(self.model).__name__}, not a RefineDet"
-            )
-
-    def __call__(self, paths, images, confidence: float) -> list[dict]:
-        found = self.model.detect(images, confidence, batch_size=len(images))
+    def detect(paths, images, confidence: float) -> list[dict]:
+        found = model.detect(images, confidence, batch_size=len(images))
         for image, detections in zip(images, found, strict=True):
-            box_format = self.model.bounding_box_format
-            detections["boxes"] = to_xyxy(detections["boxes"], box_format, *image.shape[:2])
+            size = image.shape[:2]
+            detections["boxes"] = to_xyxy(detections["boxes"], model.bounding_box_format, size)
         return found
+
+    return detect
 
 
 class ServedDetector:
-    """A detector behind a signature.
+    """A detector behind a serving signature.
 
     Args:
         model: `SavedModel`, `RestServer` or `GrpcServer`.
         signature: `"serve_bytes"` or `"serving_default"`.
         box_format: `bounding_box_format` of the model.
-        class_names: names of the classes, if known.
+        class_names: class names, if known.
     """
 
-    def __init__(self, model, signature: str, box_format="xyxy", class_names=None):
+    def __init__(self, model, signature: str, box_format: str, class_names: list[str] | None):
         self.model, self.signature = model, signature
         self.box_format, self.class_names = box_format, class_names
 
@@ -93,36 +85,29 @@ class ServedDetector:
             sizes = [image.shape[:2] for image in images]
             inputs = {"image_bytes": list(map(encode_image, paths, images))}
         else:
-            sizes = [self.model.image_size()] * len(images)
-            inputs = {"images": list(map(resize, images, sizes))}
+            size = self.model.image_size()
+            sizes = [size] * len(images)
+            inputs = {"images": [kr.data.resize_image(image, *size) for image in images]}
         answers = self.model.predict(self.signature, inputs)
         found = []
         for answer, image, (height, width) in zip(answers, images, sizes, strict=True):
-            detections = select(answer, confidence, self.class_names)
-            boxes = to_xyxy(detections["boxes"], self.box_format, height, width)
+            # Rows with label -1 are padding.
+            keep = (answer["labels"] >= 0) & (answer["confidence"] >= confidence)
+            boxes, confidences, labels = (answer[name][keep] for name in OUTPUTS)
+            boxes = to_xyxy(boxes, self.box_format, (height, width))
             scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
-            found.append({**detections, "boxes": boxes * scale})
+            names = [self.class_names[i] if self.class_names else str(i) for i in labels]
+            values = (boxes * scale, confidences, labels, names)
+            found.append(dict(zip((*OUTPUTS, "class_names"), values, strict=True)))
         return found
 
 
-def to_xyxy(boxes, box_format: str, height: int, width: int) -> np.ndarray:
-    return np.array(convert_boxes(boxes, box_format, "xyxy", height, width))
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return kr.data.resize_image(image, *size)
-
-
-def select(answer: dict, confidence: float, class_names: list[str] | None) -> dict:
-    """The detections of one image without padding and doubtful ones, with class names."""
-    keep = (answer["labels"] >= 0) & (answer["confidence"] >= confidence)
-    chosen = {name: answer[name][keep] for name in OUTPUTS}
-    names = [class_names[label] if class_names else str(label) for label in chosen["labels"]]
-    return {**chosen, "class_names": names}
+def to_xyxy(boxes, box_format: str, size: tuple[int, int]) -> np.ndarray:
+    return np.array(convert_boxes(boxes, box_format, "xyxy", *size))
 
 
 def encode_image(path: Path, image: np.ndarray) -> bytes:
-    """The file itself if TensorFlow decodes the same pixels from it, else an upright PNG."""
+    """Returns the file itself if TensorFlow decodes the same pixels, else an upright PNG."""
     from PIL import Image
 
     info = read_image_info(path)
@@ -134,26 +119,26 @@ def encode_image(path: Path, image: np.ndarray) -> bytes:
 
 
 def split_rows(columns: dict) -> list[dict]:
-    """One dictionary per image from arrays with images as first axis."""
+    """Splits a batch into one dictionary per image."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def as_batch(column: list):
-    """Encoded images as they are, because numpy would cut their trailing zeros; arrays stacked."""
+    """Stacks arrays; leaves bytes in a list, because numpy strips their trailing zeros."""
     return column if isinstance(column[0], bytes) else np.stack(column).astype("float32")
 
 
 class SavedModel:
     """A SavedModel in this process."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: str):
         import tensorflow as tf
 
-        self.loaded = tf.saved_model.load(str(folder))
+        self.loaded = tf.saved_model.load(folder)
         signature = self.loaded.signatures["serving_default"]
         inputs = signature.structured_input_signature[1]
         if set(inputs) != {"images"} or not set(OUTPUTS) <= set(signature.structured_outputs):
-            raise ValueError("Its serving_default is not that of a detector of keras_resnest")
+            raise ValueError("Its serving_default is not that of a keras_resnest detector")
         self.input_shape = inputs["images"].shape
 
     def image_size(self) -> tuple[int, int]:
@@ -162,17 +147,13 @@ class SavedModel:
     def predict(self, signature: str, inputs: dict) -> list[dict]:
         import tensorflow as tf
 
-        outputs = self.loaded.signatures[signature](
-            **{name: tf.constant(as_batch(column)) for name, column in inputs.items()}
-        )
+        inputs = {name: tf.constant(as_batch(column)) for name, column in inputs.items()}
+        outputs = self.loaded.signatures[signature](**inputs)
         return split_rows({name: outputs[name].numpy() for name in OUTPUTS})
 
 
-# === TensorFlow Serving over REST ===
-
-
 class RestServer:
-    """A model behind the REST interface of TensorFlow Serving."""
+    """A model behind TensorFlow Serving's REST interface."""
 
     def __init__(self, url: str, name: str):
         if not url.startswith(("http://", "https://")):
@@ -190,22 +171,21 @@ class RestServer:
         return read_rest_response(self.request(f"/v1/models/{self.name}:predict", body))
 
     def request(self, path: str, body: bytes | None = None) -> bytes:
-        """GET, or POST of a body."""
-        request = urllib.request.Request(
-            self.url + path, data=body, headers={"Content-Type": "application/json"}
-        )
+        """Sends a POST request with a body, or a GET request."""
+        url, headers = self.url + path, {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, data=body, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
-            raise Failure(f"{self.url}{path} answers {error.code}: {text[:500]}") from error
+            raise Failure(f"{url} answers {error.code}: {text[:500]}") from error
         except OSError as error:
             raise Failure(f"{self.url} cannot be reached: {error}") from error
 
 
 def rest_request(signature: str, inputs: dict) -> bytes:
-    """JSON in the row format: one dictionary per image."""
+    """Returns JSON in row format: one dictionary per image."""
 
     def to_json(value):
         is_bytes = isinstance(value, bytes)
@@ -223,11 +203,8 @@ def read_rest_response(body: bytes) -> list[dict]:
         raise Failure(f"the answer is not that of a detector: {body[:200]!r}") from error
 
 
-# === TensorFlow Serving over gRPC ===
-
-
 class GrpcServer:
-    """A model behind PredictionService/Predict; the size of its images comes over REST."""
+    """A model behind TensorFlow Serving's gRPC interface; REST supplies its image size."""
 
     def __init__(self, address: str, rest: RestServer):
         import grpc
@@ -243,12 +220,11 @@ class GrpcServer:
         try:
             return read_grpc_response(self.call(request, timeout=TIMEOUT))
         except grpc.RpcError as error:
-            text = f"{self.address}: {error.code().name}, {error.details()}"
-            raise Failure(text) from error
+            raise Failure(f"{self.address}: {error.code().name}, {error.details()}") from error
 
 
 def grpc_request(name: str, signature: str, inputs: dict) -> bytes:
-    """A serialized PredictRequest."""
+    """Returns a serialized PredictRequest."""
     import tensorflow as tf
     from tensorflow_serving.apis.predict_pb2 import PredictRequest
 

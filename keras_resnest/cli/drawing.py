@@ -1,6 +1,6 @@
-"""Draws detections into images of any size; lines and labels follow that size.
+"""Draws detections into images; lines and labels scale with the image.
 
-`kr.visualization.plot_detections` makes figures: it takes 20 s for a photograph of 12 megapixels.
+`kr.visualization.plot_detections` draws figures and takes 20 s for a 12-megapixel photograph.
 """
 
 from pathlib import Path
@@ -10,25 +10,18 @@ import numpy as np
 from keras_resnest.visualization import class_color
 
 
-class ImageWriter:
-    """Writes images with boxes as PNG, and never over another image."""
-
-    def __init__(self, folder: Path, inputs: list[Path]):
-        self.folder = folder
-        self.taken = {path.resolve() for path in inputs}
-
-    def write(self, path: Path, image: np.ndarray, record: dict) -> Path:
-        number, target = 1, self.folder / f"{path.stem}_detections.png"
-        while target.resolve() in self.taken:
-            number += 1
-            target = self.folder / f"{path.stem}_detections_{number}.png"
-        self.taken.add(target.resolve())
-        draw_detections(image, record["detections"]).save(target, compress_level=3)
-        return target
+def unused_path(folder: Path, stem: str, used: set[Path]) -> Path:
+    """Returns a PNG path that is not in `used`, and adds it there."""
+    number, path = 1, folder / f"{stem}_detections.png"
+    while path.resolve() in used:
+        number += 1
+        path = folder / f"{stem}_detections_{number}.png"
+    used.add(path.resolve())
+    return path
 
 
 def draw_detections(pixels: np.ndarray, detections: list[dict]):
-    """A Pillow image with the boxes and labels of `detections`, the most confident on top."""
+    """Returns a Pillow image with boxes and labels, the most confident on top."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(pixels)
@@ -47,7 +40,7 @@ def draw_detections(pixels: np.ndarray, detections: list[dict]):
 
 
 def load_font(size: int):
-    """DejaVu Sans, which comes with matplotlib and covers most alphabets."""
+    """Loads DejaVu Sans, which comes with matplotlib and covers most alphabets."""
     import matplotlib
     from PIL import ImageFont
 
@@ -56,9 +49,9 @@ def load_font(size: int):
 
 
 def draw_box(canvas, box: list[float], color: tuple, line: int) -> None:
-    """A colored line with a dark rim, which is visible on any image."""
+    """Draws a colored line with a dark rim, which is visible on any image."""
     x1, y1, x2, y2 = (round(x) for x in box)
-    x2, y2 = max(x2 - 1, x1), max(y2 - 1, y1)  # the last column and row inside
+    x2, y2 = max(x2 - 1, x1), max(y2 - 1, y1)  # the last column and row in the box
     rim = max(1, line // 3)
     outer = (x1 - rim, y1 - rim, x2 + rim, y2 + rim)
     canvas.rectangle(outer, outline=(0, 0, 0, 110), width=line + 2 * rim)
@@ -66,7 +59,7 @@ def draw_box(canvas, box: list[float], color: tuple, line: int) -> None:
 
 
 def place_label(text_box, box: list[float], image_size, placed: list[tuple]) -> tuple:
-    """(left, top, right, bottom) of a label: at its box, in the image, over the fewest others."""
+    """Returns (left, top, right, bottom) of a label: at its box, with the least overlap."""
     padding = max(2, round(0.2 * text_box[3]))
     width, height = text_box[2] + 2 * padding, text_box[3] + 2 * padding
     x1, y1, x2, y2 = box

@@ -4,73 +4,83 @@
     keras-resnest evaluate resnest50 imagenet/val
     keras-resnest evaluate resnet50 tfds:imagenet_v2 --split test --limit 1000
 
-A detector gives average precision per class, COCO's figures, precision-recall curves, and images
-with detections: the first ones and those with the lowest precision. DATA is what `train` takes.
+For a detector: average precision per class, the COCO metrics, precision-recall curves, and plots of
+detections in the first images and in those with the lowest precision. DATA is as for `train`.
 
-A classifier gives top-1 and top-5 accuracy, beside the published figure. DATA is a folder with one
-folder of images per class, whose sorted names are the classes 0, 1, 2 ..., or tfds:NAME. Images
-are resized and cropped as when the figure was published.
+For a classifier: top-1 and top-5 accuracy, and the published top-1. DATA is tfds:NAME, or a folder
+with one folder of images per class, in the order of the model's classes. Images are resized and
+cropped as for the published accuracy.
 
-The measures are also written to OUTPUT/result.json.
+The results are also written to OUTPUT/result.json.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 import keras_resnest as kr
 from keras_resnest.cli.common import (
+    CLASSIFIER_OPTIONS,
     Failure,
     add_model_arguments,
     find_crop,
-    given_options,
     load_model,
     positive,
     published_weights,
+    refuse_options,
 )
-from keras_resnest.cli.train_detector import find_test_split, plot_examples
+from keras_resnest.cli.train_classifier import read_labeled
+from keras_resnest.cli.train_detector import plot_examples
 
-CLASSIFIER_OPTIONS = ("weights", "crop_size", "data_dir", "limit")
-NUM_EXAMPLES = 6  # images in a plot
+NUM_EXAMPLES = 6  # images per plot
 
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
-    add("--split", help="default: test, else val, where DATA has splits; of TFDS: validation")
+    add("--split", help="default: test or val, if present; validation for TFDS classifiers")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
     add_model_arguments(parser)
-    add("--data-dir", help="folder of TensorFlow Datasets for a classifier; default: its own")
-    add("--limit", type=positive(), help="measure a classifier on this number of images only")
+    add("--data-dir", help="for a classifier: folder of TFDS; default: that of TFDS")
+    add("--limit", type=positive(), help="for a classifier: number of images")
 
 
 def run(arguments) -> int:
-    # The data of a network that is named comes first: its weights may have to be downloaded.
-    dataset = None if arguments.model.endswith(".keras") else read_labeled(arguments)
+    # Unusable data is reported before the weights of a named network are downloaded.
+    dataset = None if arguments.model.endswith(".keras") else read_classification(arguments)
     model = load_model(arguments.model, arguments.weights)
     if isinstance(model, kr.RefineDet):
-        if wrong := given_options(arguments, CLASSIFIER_OPTIONS):
-            raise ValueError(f"{', '.join(wrong)} of a classifier, but MODEL is a detector")
+        refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
-        result = evaluate_classifier(model, dataset or read_labeled(arguments), arguments)
+        result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
-    text = json.dumps({**facts, **result}, indent=2)
-    (arguments.output / "result.json").write_text(text)
+    (arguments.output / "result.json").write_text(json.dumps({**facts, **result}, indent=2))
     print(f"result.json is in {arguments.output}")
     return 0
+
+
+def check_num_classes(arguments, wanted: int, dataset) -> None:
+    if (count := len(dataset.class_names)) != wanted:
+        raise ValueError(f"{arguments.model} has {wanted} classes, the data has {count}")
 
 
 # === Detector ===
 
 
 def evaluate_detector(model, arguments) -> dict:
-    dataset = read_annotated(model, arguments)
+    arguments.split = arguments.split or find_test_split(arguments.data)
+    on_error = "skip" if arguments.skip_faulty else "raise"
+    dataset = kr.data.read_detection(
+        arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
+    )
+    check_num_classes(arguments, model.num_classes, dataset)
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False
@@ -80,12 +90,12 @@ def evaluate_detector(model, arguments) -> dict:
     voc = kr.evaluation.voc_average_precision(truth, found, names)
     coco = kr.evaluation.coco_average_precision(truth, found, names)
     if np.isnan(voc.mAP):
-        raise Failure(f"{arguments.data} holds no object to find")
+        raise Failure(f"{arguments.data} contains no objects")
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
-    count = min(NUM_EXAMPLES, len(truth))
-    plot_examples(model, dataset, range(count), output / "detections.png")
+    first = range(min(NUM_EXAMPLES, len(truth)))
+    plot_examples(model, dataset, first, output / "detections.png")
     plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
     print(f"{voc}\n{coco}\nmAP@0.5 {voc.mAP:.3f}, mAP@[.5:.95] {coco.metrics['AP']:.3f}")
     return {
@@ -96,85 +106,58 @@ def evaluate_detector(model, arguments) -> dict:
     }
 
 
-def read_annotated(model, arguments):
-    """The dataset with the classes of the model."""
-    split, names = arguments.split, model.class_names
-    if split is None:
-        is_tfds = arguments.data.startswith("tfds:")
-        split = "test" if is_tfds else find_test_split(kr.data.find_splits(arguments.data))
-    arguments.split = split
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    dataset = kr.data.read_detection(arguments.data, split, class_names=names, on_error=on_error)
-    if len(dataset.class_names) != model.num_classes:
-        raise ValueError(
-            f"{arguments.model} knows {model.num_classes} classes, the data has "
-            f"{len(dataset.class_names)}"
-        )
-    return dataset
+def find_test_split(data: str) -> str | None:
+    """Returns the first usual name among the splits; a year may follow it, as in "val2017"."""
+    if data.startswith("tfds:"):
+        return "test"
+    names = {re.sub(r"[-_ ]?\d+$", "", split) for split in kr.data.find_splits(data)}
+    return next((name for name in ("test", "val", "valid", "validation") if name in names), None)
 
 
 def find_worst(truth, found, class_names) -> list[int]:
-    """The numbers of the images with the lowest average precision."""
+    """Returns the indices of the images with the lowest average precision."""
     means = [
         kr.evaluation.voc_average_precision([objects], [detections], class_names).mAP
         for objects, detections in zip(truth, found, strict=True)
     ]
-    # Images without objects, whose precision is undefined, come last.
+    # Images without objects, whose precision is NaN, come last.
     return np.argsort(means, kind="stable")[:NUM_EXAMPLES].tolist()
 
 
 # === Classifier ===
 
 
+def read_classification(arguments):
+    if arguments.data.startswith("tfds:"):
+        arguments.split = arguments.split or "validation"
+    return read_labeled(arguments, arguments.split)
+
+
 def evaluate_classifier(model, dataset, arguments) -> dict:
     crop = find_crop(model, arguments)
     classes = model.output_shape[-1]
-    if len(dataset.class_names) != classes:
-        raise ValueError(
-            f"{arguments.model} knows {classes} classes, the data has {len(dataset.class_names)}"
-        )
-    # Mixed, so that --limit takes images of all classes.
+    check_num_classes(arguments, classes, dataset)
+    # Shuffled, so that --limit takes images of all classes.
     elements = dataset.as_dataset(shuffle=arguments.limit is not None, seed=0)
     if arguments.limit is not None:
         elements = elements.take(arguments.limit)
+    shape = (crop.size, crop.size)
+    options = {"num_classes": classes, "crop_ratio": crop.ratio, "training": False, "cache": False}
     batches = kr.data.classification_batches(
-        elements,
-        (crop.size, crop.size),
-        arguments.batch_size,
-        training=False,
-        num_classes=classes,
-        crop_ratio=crop.ratio,
-        interpolation=crop.interpolation,
-        cache=False,
+        elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
     count, first, five = count_hits(model, batches)
-    weights = (
-        "" if arguments.model.endswith(".keras") else f", weights {arguments.weights or 'imagenet'}"
-    )
-    print(f"{arguments.model}{weights}, {count} images at {crop.size} pixels")
-    print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}")
-    published = published_figure(arguments.model, arguments.weights)
-    print(f"published top-1: {published}")
-    return {
-        "images": count,
-        "top1": first / count,
-        "top5": five / count,
-        "crop_size": crop.size,
-        "published_top1": published,
-    }
-
-
-def read_labeled(arguments):
-    if arguments.data.startswith("tfds:"):
-        arguments.split = arguments.split or "validation"
-        name = arguments.data.removeprefix("tfds:")
-        return kr.data.read_tfds_classification(name, arguments.split, data_dir=arguments.data_dir)
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    return kr.data.read_image_folder(arguments.data, arguments.split, on_error=on_error)
+    name, published = arguments.model, published_figure(arguments.model, arguments.weights)
+    if not name.endswith(".keras"):
+        name += f", weights {arguments.weights or 'imagenet'}"
+    print(f"{name}, {count} images at {crop.size} pixels")
+    print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}\npublished top-1: {published}")
+    result = {"images": count, "top1": first / count, "top5": five / count}
+    return {**result, "crop_size": crop.size, "published_top1": published}
 
 
 def count_hits(model, batches) -> tuple[int, int, int]:
-    """Images, and how often the label is the most probable class, or among the first five."""
+    """Counts images, and those with the label ranked first or among the first five."""
     count = first = five = 0
     for images, one_hot in batches.as_numpy_iterator():
         labels = one_hot.argmax(axis=1)
@@ -188,9 +171,8 @@ def count_hits(model, batches) -> tuple[int, int, int]:
 
 
 def published_figure(name: str, weights: str | None) -> str:
-    """What the publishers of the weights measured, with the size of their images."""
-    tags = kr.backbones.PRETRAINED.get(name.lower(), {})
-    is_published = weights in (None, "imagenet", *tags)
+    """Returns the published top-1 accuracy and its image size, or "unknown"."""
+    is_published = weights in (None, "imagenet", *kr.backbones.PRETRAINED.get(name.lower(), {}))
     row = published_weights(name, weights) if is_published else None
     if row is None or row.top1 is None:
         return "unknown"

@@ -1,4 +1,4 @@
-"""The classifier's side of `keras-resnest train`: options, data, model and report."""
+"""`keras-resnest train` for classifiers: options, data, model and report."""
 
 import csv
 import dataclasses
@@ -18,7 +18,7 @@ TEST_SPLITS = ("val", "validation", "valid", "test")
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--data-dir", help="folder of TensorFlow Datasets; default: its own")
+    add("--data-dir", help="folder of TFDS; default: that of TFDS")
     add("--model", default="resnest50", help="see `keras-resnest list`; default: %(default)s")
     add("--weights", help='"imagenet", another tag or a file; default: random weights')
     add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
@@ -28,7 +28,7 @@ def add_arguments(parser) -> None:
 
 
 class Training:
-    """Everything that `fit` needs. Raises ValueError or OSError for unusable arguments."""
+    """The model and everything that `fit` needs."""
 
     measures = plots = ()
 
@@ -42,9 +42,7 @@ class Training:
         self.train_set, self.test_set = read_train_test(arguments)
         self.class_names = self.train_set.class_names
         batch_size = limit_batch_size(batch_size, len(self.train_set), replicas)
-        self.train_batches, self.test_batches = make_batches(
-            recipe, strategy, self.train_set, self.test_set, batch_size, arguments.seed
-        )
+        self.make_batches(recipe, strategy, batch_size)
         steps = len(self.train_set) // batch_size
         recipe = recipe.scaled(batch_size, steps_per_epoch=steps, epochs=arguments.epochs)
         if arguments.learning_rate is not None:
@@ -54,39 +52,47 @@ class Training:
             self.model = build_model(arguments, recipe, len(self.class_names))
         self.output.mkdir(parents=True, exist_ok=True)
         if kr.training.is_chief(strategy):
-            rate = recipe.learning_rate
-            print(f"{recipe.name}: {recipe.duration} steps, learning rate {rate:g}")
+            text = f"{recipe.name}: {recipe.duration} steps, learning rate"
+            print(f"{text} {recipe.learning_rate:g}")
+
+    def make_batches(self, recipe, strategy, batch_size: int) -> None:
+        """Creates training batches, a shard for each worker, and test batches."""
+        shape = (recipe.crop_size, recipe.crop_size, 3)
+        options = {"augmentation": recipe.augmentation, "mixup": recipe.mixup}
+        options |= {"training": True, "seed": self.arguments.seed}
+
+        def make_shard(num_workers, worker, batch_size):
+            shard = self.train_set.shard(num_workers, worker)
+            return kr.data.classification_batches(shard, shape, batch_size, **options)
+
+        self.train_batches = kr.training.distribute_batches(strategy, make_shard, batch_size)
+        self.test_batches = kr.data.classification_batches(
+            self.test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
+        )
 
     def resume_callback(self):
         metadata = {"class_names": list(self.class_names)}
         return kr.callbacks.ResumeTraining(self.output / "checkpoint", metadata=metadata)
 
     def fit(self, callbacks, verbose):
-        return self.model.fit(
-            self.train_batches,
-            epochs=self.recipe.epochs,
-            validation_data=self.test_batches,
-            callbacks=callbacks,
-            shuffle=False,  # the batches are
-            verbose=verbose,
-        )
+        options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
+        # The batches are shuffled already.
+        options |= {"validation_data": self.test_batches, "shuffle": False}
+        return self.model.fit(self.train_batches, **options)
 
     def evaluate(self) -> dict:
         return self.model.evaluate(self.test_batches, return_dict=True, verbose=0)
 
     def report(self, history, result) -> dict:
-        """Plots, saved models and measures."""
+        """Writes plots and models; returns the results."""
         output, model = self.output, self.model
         log = read_log(output / "log.csv")
         if log["epoch"]:
             kr.visualization.plot_history(log, path=output / "history.png")
             plot_accuracy(log, output / "accuracy.png")
         model.save(output / "classifier.keras")
-        model.export(
-            output / "serving" / "1",
-            class_names=self.class_names,
-            crop_ratio=self.recipe.crop_ratio,
-        )
+        options = {"class_names": self.class_names, "crop_ratio": self.recipe.crop_ratio}
+        model.export(output / "serving" / "1", **options)
         (output / "class_names.txt").write_text("\n".join(self.class_names) + "\n", "utf-8")
         top = min(5, len(self.class_names))
         print(f"top-1 {result['top1']:.2%}, top-{top} {result['top5']:.2%}")
@@ -100,72 +106,48 @@ class Training:
 
 
 def read_train_test(arguments):
-    """The training and the test set, with the same classes."""
+    """Reads a training and a test set with the same classes."""
     train_split, test_split = arguments.train_split or "train", arguments.test_split
-    if arguments.data.startswith("tfds:"):
-        return read_tfds(arguments, train_split)
-    folder, on_error = Path(arguments.data), "skip" if arguments.skip_faulty else "raise"
-    if folder.is_dir() and not (folder / train_split).is_dir():
-        if test_split or arguments.train_split:
-            raise ValueError(f"there is no folder {train_split!r} in {folder}")
-        return kr.data.read_image_folder(folder, on_error=on_error).hold_out(0.2, arguments.seed)
-    found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
-    train = kr.data.read_image_folder(folder, train_split, on_error=on_error)
-    test = kr.data.read_image_folder(
-        folder, test_split or (found or TEST_SPLITS)[0], train.class_names, on_error=on_error
-    )
-    return train, test
-
-
-def read_tfds(arguments, train_split: str):
-    name, options = arguments.data.removeprefix("tfds:"), {"data_dir": arguments.data_dir}
-    train = kr.data.read_tfds_classification(name, train_split, **options)
-    reason = None
-    for split in [arguments.test_split] if arguments.test_split else TEST_SPLITS:
+    folder, splits = Path(arguments.data), TEST_SPLITS
+    if not arguments.data.startswith("tfds:"):
+        if folder.is_dir() and not (folder / train_split).is_dir():
+            if test_split or arguments.train_split:
+                raise ValueError(f"no folder {train_split!r} in {folder}")
+            return read_labeled(arguments, None).hold_out(0.2, arguments.seed)
+        found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
+        splits = (found or TEST_SPLITS)[:1]
+    train = read_labeled(arguments, train_split)
+    for split in [test_split] if test_split else splits:
         try:
-            return train, kr.data.read_tfds_classification(
-                name, split, train.class_names, **options
-            )
+            return train, read_labeled(arguments, split, train.class_names)
         except ValueError as error:
             reason = error
     raise reason
 
 
+def read_labeled(arguments, split: str | None, class_names: list[str] | None = None):
+    """Reads a split of a folder of class folders, or of a TFDS dataset."""
+    if arguments.data.startswith("tfds:"):
+        name, data_dir = arguments.data.removeprefix("tfds:"), arguments.data_dir
+        return kr.data.read_tfds_classification(name, split, class_names, data_dir=data_dir)
+    on_error = "skip" if arguments.skip_faulty else "raise"
+    return kr.data.read_image_folder(arguments.data, split, class_names, on_error=on_error)
+
+
 def make_recipe(arguments):
-    """The recipe with the values from the command line, not yet scaled."""
+    """Returns the unscaled recipe with the values from the command line."""
     recipe = kr.recipes.RECIPES[arguments.recipe].for_network(arguments.model)
     given = {name: getattr(arguments, name) for name in ("crop_size", "augmentation", "mixup")}
     return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
 def limit_batch_size(wanted: int, num_images: int, replicas: int) -> int:
-    """The wanted batch size, or the largest that the images can fill."""
+    """Returns the wanted batch size, or the largest that the images can fill."""
     largest = num_images - num_images % replicas
     if wanted > largest > 0:
-        print(f"There are {num_images} images: the batch size is {largest} instead of {wanted}")
+        print(f"There are {num_images} images: the batch size is {largest}, not {wanted}")
         return largest
     return wanted
-
-
-def make_batches(recipe, strategy, train_set, test_set, batch_size: int, seed: int):
-    """Training batches, each worker with its own shard, and batches for testing."""
-    shape = (recipe.crop_size, recipe.crop_size, 3)
-
-    def make_shard(num_workers, worker, worker_batch_size):
-        return kr.data.classification_batches(
-            train_set.shard(num_workers, worker),
-            shape,
-            worker_batch_size,
-            training=True,
-            augmentation=recipe.augmentation,
-            mixup=recipe.mixup,
-            seed=seed,
-        )
-
-    test_batches = kr.data.classification_batches(
-        test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
-    )
-    return kr.training.distribute_batches(strategy, make_shard, batch_size), test_batches
 
 
 def build_model(arguments, recipe, num_classes: int):
@@ -181,7 +163,7 @@ def build_model(arguments, recipe, num_classes: int):
         **({} if arguments.weights else {"classes": num_classes}),
         **recipe.network_arguments(arguments.model),
     )
-    if arguments.weights:  # of 1000 classes
+    if arguments.weights:  # for 1000 classes
         model = model.replace_top(num_classes)
     has_gpu = bool(tf.config.list_physical_devices("GPU"))
     model.compile(
@@ -197,7 +179,7 @@ def build_model(arguments, recipe, num_classes: int):
 
 
 def read_log(path: Path) -> dict[str, list]:
-    """The columns of log.csv, which includes the epochs of earlier runs."""
+    """Reads the columns of log.csv, including the epochs of earlier runs."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = {name: [float(row[name]) for row in rows] for name in (rows or [{}])[0]}

@@ -1,13 +1,12 @@
-"""The detector's side of `keras-resnest train`: options, data, model and report."""
+"""`keras-resnest train` for detectors: options, data, model and report."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import keras_resnest as kr
 from keras_resnest.cli.common import fraction, positive
 
-EPOCHS = "60, or those of a published recipe"
+EPOCHS = "60, or those of the published recipe"
 BATCH_SIZE = 8
 OUTPUT = "runs/train"
 RECIPES = ("detector_from_scratch", "refinedet_voc", "refinedet_coco")
@@ -27,25 +26,24 @@ def add_arguments(parser) -> None:
     add("--batch-norm", choices=BATCH_NORMS, default=BATCH_NORMS[0], help=text)
     add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
-    add("--vertical-flip", action="store_true", help="for images without up and down")
+    add("--vertical-flip", action="store_true", help="for images without a natural orientation")
     add("--mosaic", type=fraction, default=0.0, metavar="PROBABILITY", help="four images in one")
     add("--mixup", type=fraction, default=0.0, metavar="PROBABILITY", help="two images in one")
-    text = "sides in pixels, one of which is drawn for each batch"
+    text = "sides in pixels; each batch draws one of them"
     add("--multi-scale", type=positive(), nargs="+", metavar="SIDE", help=text)
-    add("--no-cache", action="store_true", help="decode images in every epoch: large datasets")
+    add("--no-cache", action="store_true", help="decode images in every epoch, for large datasets")
     text = "and after the first and the last epoch; default: %(default)s"
     add("--evaluate-every", type=positive(), default=10, metavar="EPOCHS", help=text)
     add("--checkpoint-steps", type=positive(), metavar="STEPS", help="also within epochs")
 
 
 class Training:
-    """Everything that `fit` needs. Raises ValueError or OSError for unusable arguments."""
+    """The model and everything that `fit` needs."""
 
     def __init__(self, arguments):
         self.arguments, self.output = arguments, arguments.output
-        if arguments.model not in kr.builders.BUILDERS:
-            names = ", ".join(kr.builders.BUILDERS)
-            raise ValueError(f"--model must be one of {names}, not {arguments.model}")
+        if (name := arguments.model) not in (names := kr.builders.BUILDERS):
+            raise ValueError(f"--model must be one of {', '.join(names)}, not {name}")
         batch_size = arguments.batch_size or BATCH_SIZE
         strategy = kr.training.create_strategy()
         kr.training.check_global_batch({batch_size}, strategy.num_replicas_in_sync)
@@ -68,36 +66,32 @@ class Training:
         self.test_batches = kr.data.evaluation_batches(
             self.test_set, image_shape, batch_size, cache=not arguments.no_cache
         )
-        chief = kr.training.is_chief(strategy)
+        chief, every = kr.training.is_chief(strategy), arguments.evaluate_every
         if chief:
             kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
-        every = arguments.evaluate_every
-        self.evaluation = kr.callbacks.DetectionEvaluation(
-            self.test_batches, frequency=every, verbose=chief
-        )
-        self.measures = [self.evaluation]
+        self.measures = [
+            kr.callbacks.DetectionEvaluation(self.test_batches, frequency=every, verbose=chief)
+        ]
         self.plots = [
             kr.callbacks.DetectionPlot(self.test_batches, self.output / "progress", frequency=every)
         ]
 
     def resume_callback(self):
-        steps = self.arguments.checkpoint_steps
-        folder = self.output / "checkpoint"
-        return kr.callbacks.ResumeTraining(folder, every_steps=steps, callbacks=self.measures)
+        options = {"every_steps": self.arguments.checkpoint_steps, "callbacks": self.measures}
+        return kr.callbacks.ResumeTraining(self.output / "checkpoint", **options)
 
     def fit(self, callbacks, verbose):
-        return self.model.fit(
-            self.train_batches, epochs=self.recipe.epochs, callbacks=callbacks, verbose=verbose
-        )
+        options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
+        return self.model.fit(self.train_batches, **options)
 
     def evaluate(self):
         return kr.evaluation.evaluate_detections(self.model, self.test_batches)
 
     def report(self, history, result) -> dict:
-        """Plots, saved models and measures."""
+        """Writes plots and models; returns the results."""
         output = self.output
         if history.epoch:
-            kr.visualization.plot_history([history, self.evaluation], path=output / "history.png")
+            kr.visualization.plot_history([history, *self.measures], path=output / "history.png")
         kr.visualization.plot_precision_recall(result, path=output / "precision_recall.png")
         plot_examples(self.model, self.test_set, range(6), output / "detections.png")
         self.model.save(output / "detector.keras")
@@ -106,27 +100,19 @@ class Training:
         return {"mAP50": result.mAP, "AP50": result.per_class()}
 
 
-def plot_examples(model, dataset, numbers, path: Path) -> None:
-    """Draws images of a dataset, given by their numbers, with detections and ground truth."""
+def plot_examples(model, dataset, indices, path: Path) -> None:
+    """Plots some images of a dataset with detections and ground truth."""
     images, truth = [], []
-    for number, element in enumerate(dataset.as_dataset().take(max(numbers) + 1)):
-        if number in numbers:
+    for index, element in enumerate(dataset.as_dataset().take(max(indices) + 1)):
+        if index in indices:
             images.append(element["images"].numpy())
             truth.append({k: v.numpy() for k, v in element["bounding_boxes"].items()})
-    found = model.detect(images)
-    kr.visualization.plot_detections(
-        images, found, model.class_names, ground_truth=truth, path=path
-    )
-
-
-def find_test_split(splits: list[str]) -> str | None:
-    """The first usual name among splits; a year may follow it, as in "val2017"."""
-    names = {re.sub(r"[-_ ]?\d+$", "", split) for split in splits}
-    return next((name for name in ("test", "val", "valid", "validation") if name in names), None)
+    options = {"ground_truth": truth, "path": path}
+    kr.visualization.plot_detections(images, model.detect(images), model.class_names, **options)
 
 
 def batch_maker(arguments, train_set, image_shape):
-    """A function that makes the training batches of one worker."""
+    """Returns the function that creates one worker's training batches."""
     flip = kr.data.RandomFlip(vertical=0.5 if arguments.vertical_flip else 0.0)
     augmentation = kr.data.TrainingAugmentation(
         image_shape, flip=flip, **kr.data.DETECTION_AUGMENTATIONS[arguments.augmentation]
@@ -165,7 +151,6 @@ def build_model(arguments, train_set) -> kr.RefineDet:
     if kr.training.is_chief():
         print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
     return getattr(kr.builders, arguments.model)(
-        num_classes=len(train_set.class_names),
         class_names=train_set.class_names,
         image_shape=image_shape,
         anchor_generator=anchors,

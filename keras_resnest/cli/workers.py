@@ -1,4 +1,4 @@
-"""Several training processes on this machine, which talk over loopback."""
+"""Runs several training processes on this machine, connected over loopback."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 import keras_resnest as kr
 from keras_resnest.cli.common import Failure
 
-UNUSABLE = 2  # exit status of a command whose data or arguments cannot be used
+UNUSABLE = 2  # exit status for unusable data or arguments
 PATIENCE = 120.0  # seconds in which all workers must end after one has failed
 
 
@@ -25,12 +25,12 @@ def check_cluster_size(workers: int | None) -> None:
 
 
 def run_workers(argv: list[str], count: int, restarts: int) -> int:
-    """Runs this command in `count` processes, again after one was lost; the exit status."""
+    """Runs this command in `count` processes, and restarts them all if one is lost."""
     for restarts_left in range(max(restarts, 0), -1, -1):
         statuses = wait_for(start_workers(argv, count))
         if not any(statuses):
             return 0
-        if UNUSABLE in statuses:  # the worker has said why
+        if UNUSABLE in statuses:  # the worker has printed the reason
             return UNUSABLE
         ended = ", ".join(f"{i} with status {status}" for i, status in enumerate(statuses))
         text = f"workers ended: {ended}; {restarts_left} restarts are left"
@@ -40,9 +40,7 @@ def run_workers(argv: list[str], count: int, restarts: int) -> int:
 
 
 def free_addresses(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
         s.close()
@@ -50,26 +48,23 @@ def free_addresses(count: int) -> list[str]:
 
 
 def start_workers(argv: list[str], count: int) -> list[subprocess.Popen]:
-    addresses = free_addresses(count)
+    command, addresses = [sys.executable, "-m", "keras_resnest", *argv], free_addresses(count)
     processes = []
     for index in range(count):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
-        command = [sys.executable, "-m", "keras_resnest", *argv]
         processes.append(subprocess.Popen(command, env=environment))
     return processes
 
 
 def wait_for(processes: list[subprocess.Popen]) -> list[int]:
-    """Exit statuses. Kills the workers that are left some time after one has failed."""
-    failed_at = None
-    while any(process.poll() is None for process in processes):
-        statuses = [process.poll() for process in processes]
-        if failed_at is None and any(statuses):
-            failed_at = time.monotonic()
-        is_late = failed_at is not None and time.monotonic() - failed_at > PATIENCE
-        if is_late or UNUSABLE in statuses:
+    """Returns the exit statuses. Kills workers that outlive a failed one by `PATIENCE`."""
+    deadline = None
+    while None in (statuses := [process.poll() for process in processes]):
+        if deadline is None and any(statuses):
+            deadline = time.monotonic() + PATIENCE
+        if UNUSABLE in statuses or (deadline and time.monotonic() > deadline):
             for process in processes:
                 process.kill()
         time.sleep(0.2)
-    return [process.returncode for process in processes]
+    return statuses
