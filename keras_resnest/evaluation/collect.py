@@ -14,11 +14,7 @@ from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
 
 def collect_detections(
-    model,
-    dataset: Iterable,
-    *,
-    bounding_box_format: str | None = None,
-    steps: int | None = None,
+    model, dataset: Iterable, *, bounding_box_format: str | None = None, steps: int | None = None
 ) -> tuple[list[dict], list[dict]]:
     """Runs a detector over batches and returns ground truth and detections of each image.
 

@@ -37,11 +37,7 @@ class FeatureMapLayer(keras.layers.Layer):
 
     def _batch_norm(self, name: str) -> BatchNormalization:
         return BatchNormalization(
-            axis=self._channel_axis,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype_policy,
-            name=name,
+            axis=self._channel_axis, momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name=name
         )
 
     def compute_output_shape(self, input_shape):

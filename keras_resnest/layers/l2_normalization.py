@@ -49,9 +49,7 @@ class L2Normalization(keras.layers.Layer):
                 f"The size of axis {self.axis} must be known. Received: input_shape={input_shape}"
             )
         self.gamma = self.add_weight(
-            name="gamma",
-            shape=(channels,),
-            initializer=keras.initializers.Constant(self.scale),
+            name="gamma", shape=(channels,), initializer=keras.initializers.Constant(self.scale)
         )
         self.built = True
 

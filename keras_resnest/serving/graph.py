@@ -149,9 +149,7 @@ def _set_exact_statistics(layer: keras.layers.Normalization) -> None:
 def _freeze(network, specification):
     """Returns a GraphDef without variables, and the names of its outputs by key."""
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     def in_float32(argument):
         return {name: tf.cast(x, tf.float32) for name, x in network(argument).items()}
