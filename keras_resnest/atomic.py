@@ -22,9 +22,8 @@ def atomic_folder(path: str | os.PathLike, markers=("saved_model.pb", "assets.ex
         ValueError: if `path` is a file, or a folder with other content.
 
     Example:
-
-    >>> with atomic_folder("serving/1") as folder:
-    ...     (folder / "model.json").write_text("{}")
+        >>> with atomic_folder("serving/1") as folder:
+        ...     (folder / "model.json").write_text("{}")
     """
     path = pathlib.Path(os.path.abspath(path))
     _check_replaceable(path, markers)

@@ -35,9 +35,8 @@ class TerminateOnDivergence(keras.callbacks.Callback):
         FloatingPointError: from `fit`; names the loss and the step, and suggests a remedy.
 
     Example:
-
-    >>> guard = kr.callbacks.TerminateOnDivergence("runs/last_finite.weights.h5")
-    >>> model.fit(train_ds, callbacks=[guard])
+        >>> guard = kr.callbacks.TerminateOnDivergence("runs/last_finite.weights.h5")
+        >>> model.fit(train_ds, callbacks=[guard])
     """
 
     # On JAX and PyTorch Keras may call `on_train_batch_end` from other threads, out of order.

@@ -22,10 +22,9 @@ def same_arguments_as(method):
         method: the method of `keras.Model`.
 
     Example:
-
-    >>> @same_arguments_as(keras.Model.fit)
-    ... def fit(self, x=None, callbacks=None, **kwargs):
-    ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
+        >>> @same_arguments_as(keras.Model.fit)
+        ... def fit(self, x=None, callbacks=None, **kwargs):
+        ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
     """
     signature = inspect.signature(method)
 
@@ -61,9 +60,8 @@ class DistributedTraining:
     Uneven batches and lost workers raise an error that names the cause.
 
     Example:
-
-    >>> class Model(DistributedTraining, keras.Model):
-    ...     pass
+        >>> class Model(DistributedTraining, keras.Model):
+        ...     pass
     """
 
     @same_arguments_as(keras.Model.fit)
@@ -166,8 +164,7 @@ def check_global_batch(sizes, replicas: int) -> None:
         ValueError: if a size is unknown or not a multiple of `replicas`.
 
     Example:
-
-    >>> check_global_batch({32}, strategy.num_replicas_in_sync)
+        >>> check_global_batch({32}, strategy.num_replicas_in_sync)
     """
     if replicas == 1:
         return

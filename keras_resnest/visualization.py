@@ -98,9 +98,8 @@ def plot_detections(
         ValueError: if images, boxes or their numbers do not match.
 
     Example:
-
-    >>> detections = model.detect("horses.jpg")
-    >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
+        >>> detections = model.detect("horses.jpg")
+        >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
     """
     check_box_format(bounding_box_format)
     images = _load_images(image)
@@ -164,8 +163,7 @@ def plot_dataset(
         ValueError: if the dataset is empty or its elements have another structure.
 
     Example:
-
-    >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
+        >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
     """
     if class_names is None:
         class_names = getattr(dataset, "class_names", None)
@@ -430,9 +428,8 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
         ValueError: if there is neither a loss nor an average precision.
 
     Example:
-
-    >>> history = model.fit(dataset, callbacks=[evaluation])
-    >>> plot_history([history, evaluation], path="history.png")
+        >>> history = model.fit(dataset, callbacks=[evaluation])
+        >>> plot_history([history, evaluation], path="history.png")
     """
     curves = {}
     for part in history if isinstance(history, list | tuple) else [history]:
@@ -477,8 +474,7 @@ def plot_precision_recall(
         The `matplotlib.figure.Figure`.
 
     Example:
-
-    >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
+        >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
     """
     per_class = result.per_class(iou_threshold)
     figure = _new_figure(6.4, 4.8, layout="constrained")

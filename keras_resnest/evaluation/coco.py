@@ -72,11 +72,10 @@ def coco_average_precision(
         ValueError: if a box, label, confidence or argument is invalid.
 
     Example:
-
-    >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
-    >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
-    >>> coco_average_precision(truth, found, num_classes=1).metrics["AP75"]
-    1.0
+        >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
+        >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
+        >>> coco_average_precision(truth, found, num_classes=1).metrics["AP75"]
+        1.0
 
     Source: Lin et al., Microsoft COCO (arXiv 1405.0312); cocodataset.org, "Evaluate".
     """

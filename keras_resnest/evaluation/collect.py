@@ -43,9 +43,8 @@ def collect_detections(
         ValueError: if a batch has another structure, or the dataset is infinite or empty.
 
     Example:
-
-    >>> ground_truth, detections = collect_detections(model, validation_dataset)
-    >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
+        >>> ground_truth, detections = collect_detections(model, validation_dataset)
+        >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
     """
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
@@ -101,8 +100,7 @@ def evaluate_detections(
             model, or in another order.
 
     Example:
-
-    >>> print(evaluate_detections(model, validation_dataset))
+        >>> print(evaluate_detections(model, validation_dataset))
     """
     class_names = resolve_class_names(model, class_names, dataset)
     ground_truth, detections = collect_detections(

@@ -170,11 +170,10 @@ def voc_average_precision(
         ValueError: if a box, label, confidence or argument is invalid.
 
     Example:
-
-    >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
-    >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
-    >>> voc_average_precision(truth, found, class_names=["cell"]).mAP
-    1.0
+        >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
+        >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
+        >>> voc_average_precision(truth, found, class_names=["cell"]).mAP
+        1.0
 
     Source: Everingham et al., The PASCAL Visual Object Classes (VOC) Challenge,
     IJCV 2010, section 4.2.

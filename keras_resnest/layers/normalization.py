@@ -23,8 +23,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     (except with masks and `renorm`), so that one overflow cannot ruin a model.
 
     Example:
-
-    >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
+        >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -106,8 +105,7 @@ def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool 
         synchronized: whether to compute statistics over the batches of all replicas.
 
     Example:
-
-    >>> set_batch_norm(backbone, freeze=True)
+        >>> set_batch_norm(backbone, freeze=True)
     """
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):

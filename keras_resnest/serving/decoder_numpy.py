@@ -60,12 +60,11 @@ class NumpyDetectionDecoder:
         ValueError: if an argument is out of range or has a wrong shape.
 
     Example:
-
-    >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
-    >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
-    >>> detections = decoder.scale_to_image(detections, 480, 640)
-    >>> detections["boxes"].shape
-    (batch, 200, 4)
+        >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
+        >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
+        >>> detections = decoder.scale_to_image(detections, 480, 640)
+        >>> detections["boxes"].shape
+        (batch, 200, 4)
 
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference".
     """

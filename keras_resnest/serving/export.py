@@ -71,10 +71,9 @@ def export_model(
             installs them all.
 
     Example:
-
-    >>> export_model(model, "detector.onnx", format="onnx")
-    >>> session = onnxruntime.InferenceSession("detector.onnx")
-    >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
+        >>> export_model(model, "detector.onnx", format="onnx")
+        >>> session = onnxruntime.InferenceSession("detector.onnx")
+        >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
     _check_arguments(format, precision, decode, representative_images, freeze)

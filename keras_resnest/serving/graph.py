@@ -47,10 +47,9 @@ def deployment_function(network, specification, precision: str = "float32"):
         ValueError: if Keras does not run on TensorFlow, or `precision` is unknown.
 
     Example:
-
-    >>> spec = tf.TensorSpec((None, 224, 224, 3), name="images")
-    >>> fast = deployment_function(lambda x: {"predictions": model(x, training=False)}, spec)
-    >>> fast(images)["predictions"]
+        >>> spec = tf.TensorSpec((None, 224, 224, 3), name="images")
+        >>> fast = deployment_function(lambda x: {"predictions": model(x, training=False)}, spec)
+        >>> fast(images)["predictions"]
     """
     check_backend()
     if precision not in PRECISIONS:

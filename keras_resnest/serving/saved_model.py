@@ -70,10 +70,9 @@ def export_saved_model(
         ValueError: if Keras does not run on TensorFlow, or an argument is invalid.
 
     Example:
-
-    >>> export_saved_model(model, "serving/1")
-    >>> detect = tf.saved_model.load("serving/1").signatures["serve_bytes"]
-    >>> detect(image_bytes=tf.constant([open("photo.jpg", "rb").read()]))["boxes"]
+        >>> export_saved_model(model, "serving/1")
+        >>> detect = tf.saved_model.load("serving/1").signatures["serve_bytes"]
+        >>> detect(image_bytes=tf.constant([open("photo.jpg", "rb").read()]))["boxes"]
     """
     check_backend()
     import tensorflow as tf

@@ -66,11 +66,10 @@ class DetectionEvaluation(keras.callbacks.Callback):
         ValueError: if an argument or the structure of the data is invalid.
 
     Example:
-
-    >>> evaluation = kr.callbacks.DetectionEvaluation(val_ds, frequency=5)
-    >>> best = keras.callbacks.ModelCheckpoint(
-    ...     "best.keras", monitor="val_mAP50", mode="max", save_best_only=True)
-    >>> model.fit(train_ds, epochs=100, callbacks=[evaluation, best])
+        >>> evaluation = kr.callbacks.DetectionEvaluation(val_ds, frequency=5)
+        >>> best = keras.callbacks.ModelCheckpoint(
+        ...     "best.keras", monitor="val_mAP50", mode="max", save_best_only=True)
+        >>> model.fit(train_ds, epochs=100, callbacks=[evaluation, best])
     """
 
     def __init__(
@@ -170,8 +169,7 @@ class DetectionPlot(keras.callbacks.Callback):
         bounding_box_format: format of the boxes in `dataset`; default the model's.
 
     Example:
-
-    >>> model.fit(train_ds, callbacks=[kr.callbacks.DetectionPlot(val_ds, "runs/plots")])
+        >>> model.fit(train_ds, callbacks=[kr.callbacks.DetectionPlot(val_ds, "runs/plots")])
     """
 
     def __init__(

@@ -62,11 +62,10 @@ class Recipe:
         ValueError: if a value is out of range or not among the choices.
 
     Example:
-
-    >>> recipe = RECIPES["resnest_imagenet"].for_network("resnest101")
-    >>> recipe = recipe.scaled(batch_size=512, dataset_size=1_281_167)
-    >>> model.compile(recipe.optimizer(), "categorical_crossentropy")
-    >>> model.fit(batches, epochs=recipe.epochs)
+        >>> recipe = RECIPES["resnest_imagenet"].for_network("resnest101")
+        >>> recipe = recipe.scaled(batch_size=512, dataset_size=1_281_167)
+        >>> model.compile(recipe.optimizer(), "categorical_crossentropy")
+        >>> model.fit(batches, epochs=recipe.epochs)
     """
 
     name: str
@@ -158,9 +157,8 @@ class Recipe:
             ValueError: if a number is not positive or missing.
 
         Example:
-
-        >>> RECIPES["refinedet_voc"].scaled(batch_size=16).duration
-        240000
+            >>> RECIPES["refinedet_voc"].scaled(batch_size=16).duration
+            240000
         """
         _check_positive(
             batch_size=batch_size,

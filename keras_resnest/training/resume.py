@@ -50,10 +50,9 @@ class ResumeTraining(keras.callbacks.Callback):
         OSError: at the start of training, if `folder` is not writable or the disk is full.
 
     Example:
-
-    >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
-    >>> resume = kr.callbacks.ResumeTraining("runs/checkpoint", callbacks=[best])
-    >>> model.fit(batches, epochs=60, callbacks=[best, resume])
+        >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
+        >>> resume = kr.callbacks.ResumeTraining("runs/checkpoint", callbacks=[best])
+        >>> model.fit(batches, epochs=60, callbacks=[best, resume])
     """
 
     def __init__(

@@ -27,10 +27,9 @@ def create_strategy(distribution: str = "auto"):
         ValueError: if `distribution` is unknown, or TF_CONFIG is missing or invalid.
 
     Example:
-
-    >>> with create_strategy().scope():
-    ...     model = kr.RefineDet(num_classes=20)
-    ...     model.compile()
+        >>> with create_strategy().scope():
+        ...     model = kr.RefineDet(num_classes=20)
+        ...     model.compile()
     """
     import tensorflow as tf
 
@@ -77,11 +76,10 @@ def distribute_batches(strategy, make_batches, batch_size: int):
             batches of another size.
 
     Example:
-
-    >>> def make_batches(num_workers, worker, batch_size):
-    ...     part = train.shard(num_workers, worker)
-    ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
-    >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
+        >>> def make_batches(num_workers, worker, batch_size):
+        ...     part = train.shard(num_workers, worker)
+        ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
+        >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
     """
     check_global_batch({batch_size}, strategy.num_replicas_in_sync)
     if not is_multi_worker(strategy):
@@ -120,8 +118,7 @@ def wait_for_workers(strategy) -> None:
         RuntimeError: if another worker is lost.
 
     Example:
-
-    >>> wait_for_workers(model.distribute_strategy)
+        >>> wait_for_workers(model.distribute_strategy)
     """
     if not is_multi_worker(strategy):
         return
@@ -144,9 +141,8 @@ def read_tf_config() -> dict | None:
         ValueError: if TF_CONFIG is invalid.
 
     Example:
-
-    >>> read_tf_config()["task"]["index"]
-    0
+        >>> read_tf_config()["task"]["index"]
+        0
     """
     text = os.environ.get("TF_CONFIG")
     if not text:
