@@ -137,12 +137,13 @@ def complete_config(config: dict) -> dict:
         config: constructor arguments of a network.
 
     Returns:
-        The arguments with `data_format`, `image_shape` and `classifier_activation` resolved.
+        The arguments with `data_format`, `image_shape` and `classifier_activation` resolved, and
+        lists instead of other sequences.
 
     Raises:
         ValueError: If an argument has a wrong value.
     """
-    config = dict(config)
+    config = {k: list(v) if k.startswith("stackwise") else v for k, v in config.items()}
     if config["data_format"] is None:
         config["data_format"] = keras.config.image_data_format()
     check_choices(

@@ -113,39 +113,8 @@ class ResNet(Backbone):
         dtype=None,
         **kwargs,
     ):
-        config = {
-            "stackwise_num_filters": list(stackwise_num_filters),
-            "stackwise_num_blocks": list(stackwise_num_blocks),
-            "stackwise_num_strides": list(stackwise_num_strides),
-            "block_type": block_type,
-            "expansion": expansion,
-            "radix": radix,
-            "scale": scale,
-            "selective_kernel": None if selective_kernel is None else dict(selective_kernel),
-            "se_ratio": se_ratio,
-            "se_position": se_position,
-            "cardinality": cardinality,
-            "base_width": base_width,
-            "group_width": group_width,
-            "stem_width": stem_width,
-            "stem_kernel_size": stem_kernel_size,
-            "stem_pooling": stem_pooling,
-            "deep_stem": deep_stem,
-            "stride_in_1x1": stride_in_1x1,
-            "avg_down": avg_down,
-            "avd": avd,
-            "zero_init_last_gamma": zero_init_last_gamma,
-            "dropblock_rate": dropblock_rate,
-            "dropout_rate": dropout_rate,
-            "include_top": include_top,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "pooling": pooling,
-            "include_rescaling": include_rescaling,
-            "image_shape": image_shape,
-            "data_format": data_format,
-        }
-        super().__init__(_build_graph, config, dtype, **kwargs)
+        selective_kernel = None if selective_kernel is None else dict(selective_kernel)
+        super().__init__(_build_graph, locals(), dtype, **kwargs)
 
 
 def _build_graph(graph, x, config):

@@ -67,20 +67,7 @@ class VGG(Backbone):
         dtype=None,
         **kwargs,
     ):
-        config = {
-            "stackwise_num_filters": list(stackwise_num_filters),
-            "stackwise_num_blocks": list(stackwise_num_blocks),
-            "reduced_top": reduced_top,
-            "dropout_rate": dropout_rate,
-            "include_top": include_top,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "pooling": pooling,
-            "include_rescaling": include_rescaling,
-            "image_shape": image_shape,
-            "data_format": data_format,
-        }
-        super().__init__(_build_graph, config, dtype, **kwargs)
+        super().__init__(_build_graph, locals(), dtype, **kwargs)
 
 
 def _build_graph(graph, x, config):
