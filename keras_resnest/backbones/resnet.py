@@ -186,7 +186,7 @@ def _residual_block(graph, x, filters, strides, name, config):
 
 
 def _norm_relu(graph, x, place, name, config):
-    """Adds what follows convolution number `place` of a block."""
+    """Adds normalization, DropBlock and ReLU after convolution number `place` of a block."""
     x = graph.norm(x, f"{name}_bn{place}")
     x = graph.dropblock(x, config["dropblock_rate"], f"{name}_dropblock{place}")
     return graph.relu(x, f"{name}_relu{place}")

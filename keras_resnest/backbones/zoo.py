@@ -13,12 +13,12 @@ from keras_resnest.backbones.weights.table import PRETRAINED
 
 
 class ModelSummary(NamedTuple):
-    """Facts about one network.
+    """Size, cost, accuracy and published weights of a network.
 
-    `parameters` counts the trainable ones, including the classifier. `gflops` are billions of
-    multiply-adds for one image of `crop_size`. `top1` (per cent) is the ImageNet accuracy that
-    the publishers measured for the first of the `weights`, which are the tags for `weights=`;
-    `"imagenet"` stands for the first. `licenses` and `sources` belong to these tags.
+    `parameters` counts trainable parameters, including the classifier. `gflops` are billions of
+    multiply-adds for one image of `crop_size`. `weights` are the tags for `weights=`; `"imagenet"`
+    selects the first, whose published ImageNet accuracy (percent) is `top1`. `licenses` and
+    `sources` have one entry per tag.
     """
 
     name: str
