@@ -1,4 +1,4 @@
-"""Run a detector over a dataset and measure its detections."""
+"""Run a detector on a dataset and evaluate its detections."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +16,10 @@ from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 def collect_detections(
     model, dataset: Iterable, *, bounding_box_format: str | None = None, steps: int | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """Runs a detector over batches and returns ground truth and detections of each image.
+    """Runs a detector on batches and returns ground truth and detections of each image.
 
-    Reads the dataset once, so it may reshuffle in each pass. Uses the model's compiled predict
-    function, which is not traced again for later passes.
+    Reads the dataset once, so it may reshuffle on each pass. Uses the model's compiled predict
+    function, which later calls do not retrace.
 
     Args:
         model: a `RefineDet`, or any Keras model whose `predict_on_batch(images)` returns
@@ -29,8 +29,7 @@ def collect_detections(
             `(images, {"boxes", "labels"})`; `"difficult"`, `"iscrowd"` and `"area"` beside the
             boxes are passed on. A dictionary may also hold `"image_size"` (B, 2), height and
             width before resizing.
-        bounding_box_format: format of the boxes in `dataset`; default that of the model, as in
-            training.
+        bounding_box_format: format of the boxes in `dataset`; default the model's.
         steps: number of batches; required for an infinite dataset.
 
     Returns:
@@ -78,8 +77,8 @@ def evaluate_detections(
 ) -> AveragePrecision:
     """Measures the VOC average precision of a detector on a dataset.
 
-    Calls `collect_detections` and `voc_average_precision`. IoU is measured in the batch's images
-    and equals that in the original ones, because stretching an image does not change IoU.
+    Calls `collect_detections` and `voc_average_precision`. Resizing does not change IoU, so the
+    result equals that for the original images.
 
     Args:
         model: as in `collect_detections`.

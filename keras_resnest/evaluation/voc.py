@@ -126,7 +126,7 @@ def nan_mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-# === Measure ===
+# === Metric ===
 
 
 def voc_average_precision(
@@ -203,7 +203,7 @@ def _best_objects(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each detection, the highest IoU with an object of its class and image, and its row.
 
-    IoU 0 and row -1 if there is no such object. Of objects with equal IoU, the first is taken.
+    IoU 0 and row -1 without such an object; the first of objects with equal IoU.
     """
     object_group = objects.image * num_classes + objects.labels
     rows = np.argsort(object_group, kind="stable")
@@ -293,7 +293,7 @@ def _summarize(objects, found, outcomes, class_names, thresholds, interpolation)
 
 
 def _area(tp: np.ndarray, precision: np.ndarray, num_objects: int, interpolation: str) -> float:
-    """Average precision of one class from cumulative true positives and precision."""
+    """Average precision of one class, given cumulative true positives and precision."""
     if not len(tp):
         return 0.0
     # Highest precision at this or any higher recall.

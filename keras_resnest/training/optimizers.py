@@ -1,4 +1,4 @@
-"""Optimizers that exclude variables from weight decay by name, and a linear warm-up."""
+"""Optimizers that exclude variables from weight decay by name, and linear warm-up."""
 
 import keras
 from keras import ops
@@ -11,7 +11,7 @@ EXCLUDED_VARIABLES = ("bias", "gamma", "beta")
 class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
     """Multiplies another schedule by a factor that rises linearly from 0 to 1.
 
-    Of Keras' own schedules only `CosineDecay` has a warm-up.
+    In Keras, only `CosineDecay` has a warm-up.
 
     Args:
         schedule: a `keras.optimizers.schedules.LearningRateSchedule`.
@@ -52,7 +52,7 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
 class _ExcludeByName:
     """Mix-in that excludes variables from weight decay by name.
 
-    The names are part of the config. Keras' `exclude_from_weight_decay` is lost on saving.
+    The names are part of the config; Keras' `exclude_from_weight_decay` is not saved.
     """
 
     def __init__(self, *args, excluded_variables=EXCLUDED_VARIABLES, **kwargs):

@@ -59,8 +59,8 @@ def create_strategy(distribution: str = "auto"):
 def distribute_batches(strategy, make_batches, batch_size: int):
     """Creates training batches for `fit` such that each worker reads only its part of the data.
 
-    If `fit` receives a plain dataset, every worker reads all of it and drops the batches of the
-    others. That suits few workers or small data.
+    With a plain dataset, every worker reads all of it and drops the batches of the others, which
+    suits few workers or small data.
 
     Args:
         strategy: the model's `tf.distribute.Strategy`.
@@ -108,8 +108,8 @@ def distribute_batches(strategy, make_batches, batch_size: int):
 def wait_for_workers(strategy) -> None:
     """Waits until all workers of a strategy have called this function.
 
-    A worker that exits while others still work counts as lost: call this last, for instance
-    after the chief has written its report. With a single worker it returns immediately.
+    Call this last: a worker that exits while others still work counts as lost. With a single
+    worker it returns immediately.
 
     Args:
         strategy: the model's `tf.distribute.Strategy`.
@@ -131,7 +131,7 @@ def wait_for_workers(strategy) -> None:
 def read_tf_config() -> dict | None:
     """Reads and checks the environment variable TF_CONFIG.
 
-    With many of the faults found here TensorFlow would wait for minutes, or train alone.
+    With many invalid values, TensorFlow would wait for minutes or train on one worker alone.
 
     Returns:
         `{"cluster": {job: [address, ...]}, "task": {"type": job, "index": int}}`, or None if
