@@ -16,11 +16,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     does not apply (other backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale`
     or `center`).
 
-    With `synchronized`, statistics cover the batches of all replicas, and the variance is a mean
-    of squared deviations, which keeps the digits that Keras' difference of means loses.
+    With `synchronized`, statistics cover the batches of all replicas, and the variance is the mean
+    of squared deviations, which is more accurate than Keras' difference of means.
 
-    A batch mean or variance that is not finite does not change the moving one of its channel
-    (except with masks and `renorm`), so that one overflow cannot ruin a model.
+    A non-finite batch mean or variance does not change the moving one of its channel (except with
+    masks and `renorm`), so that one overflow cannot ruin a model.
 
     Example:
         >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
