@@ -374,7 +374,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
 
 
 def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: bool = False):
-    """Draws the losses of a training run and, beside them, average precision.
+    """Draws the losses of a training run and, next to them, average precision.
 
     Training losses are solid, validation losses dashed; `val_mAP...` is thick and
     `val_AP.../<class name>` thin. Epochs without a value (None or nan) are skipped.

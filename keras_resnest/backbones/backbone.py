@@ -14,8 +14,10 @@ NOT_IN_CONFIG = ("self", "dtype", "kwargs", "__class__")
 class Backbone(DistributedTraining, keras.Model):
     """Functional model with named feature maps.
 
-    Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. The constructor arguments
-    of a subclass become its attributes and its config.
+    With `include_top` it returns class probabilities (batch, classes), otherwise features.
+    `pyramid_outputs` has the last map of every stride: level `Pn` has stride `2**n`, so `P3` of a
+    320 x 320 image is 40 x 40. The constructor arguments of a subclass become its attributes and
+    its config.
 
     All networks share these arguments:
 

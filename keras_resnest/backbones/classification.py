@@ -1,4 +1,4 @@
-"""Counterparts of `keras.applications`' `preprocess_input` and `decode_predictions`."""
+"""`preprocess_input` and `decode_predictions`, as in `keras.applications`."""
 
 import keras
 import numpy as np

@@ -59,10 +59,6 @@ class ResNet(Backbone):
 
     The other arguments are those of `Backbone`. Images may have any size.
 
-    Returns:
-        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
-        features. `pyramid_outputs` has the last map of every stride.
-
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
 

@@ -16,7 +16,7 @@ class ShuffleNet(Backbone):
     """ShuffleNet V1, V2 or V2+.
 
     `groups` selects the blocks of V1: a grouped 1x1 convolution, a shuffle, a depthwise
-    convolution and a grouped 1x1 convolution beside a shortcut. In the blocks of V2, half of the
+    convolution and a grouped 1x1 convolution with a shortcut. In the blocks of V2, half of the
     channels bypass the block and the other half pass a 1x1, a depthwise and a 1x1 convolution.
     P2 is the output of the stem in V1 and V2, of the first stage in V2+. Layers are named after
     the modules of megvii's implementation.
@@ -45,10 +45,6 @@ class ShuffleNet(Backbone):
         **kwargs: `name` and `trainable` of `keras.Model`.
 
     The other arguments are those of `Backbone`. Images may have any size.
-
-    Returns:
-        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
-        features.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -131,7 +127,7 @@ def _build_graph(graph, x, config):
 
 
 def _group_block(graph, x, filters, strides, groups, config, name, **_):
-    """Adds a block of V1. With strides it concatenates the pooled input and the branch."""
+    """Adds a block of V1; with strides, it concatenates the pooled input and the branch."""
     shortcut, out_channels = x, filters
     if strides > 1:
         out_channels = filters - graph.channels(x)
@@ -149,7 +145,7 @@ def _group_block(graph, x, filters, strides, groups, config, name, **_):
 
 
 def _split_block(graph, x, filters, strides, kind, activation, use_se, config, name, **_):
-    """Adds a block of V2: half of the channels beside a branch for the other half."""
+    """Adds a block of V2: half of the channels bypass the branch."""
     halves = config["channel_split"] == "halves"
     if strides > 1:
         # megvii's shortcut keeps its channels; torchvision's makes half of the output.

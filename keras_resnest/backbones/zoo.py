@@ -96,7 +96,7 @@ def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -
     """Counts the multiply-adds of all convolution and dense layers for one image.
 
     Papers call this FLOPs. The count covers nested layers, and layers that are called repeatedly
-    once per call. It only needs shapes and computes nothing.
+    once per call. No numbers are computed, only shapes.
 
     Args:
         model: a network on images.

@@ -26,9 +26,9 @@ def collect_detections(
             `{"boxes", "confidence", "labels"}`, padded with label -1. Its attribute
             `bounding_box_format` is the format of these boxes (default `"xyxy"`).
         dataset: batches `{"images": (B, H, W, 3), "bounding_boxes": {"boxes", "labels"}}` or
-            `(images, {"boxes", "labels"})`; `"difficult"`, `"iscrowd"` and `"area"` beside the
-            boxes are passed on. A dictionary may also hold `"image_size"` (B, 2), height and
-            width before resizing.
+            `(images, {"boxes", "labels"})`, optionally with `"difficult"`, `"iscrowd"` and `"area"`
+            in the box dictionary. A batch dictionary may also hold `"image_size"` (B, 2), height
+            and width before resizing.
         bounding_box_format: format of the boxes in `dataset`; default the model's.
         steps: number of batches; required for an infinite dataset.
 

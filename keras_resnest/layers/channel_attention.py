@@ -69,7 +69,7 @@ class SelectiveKernel(FeatureMapLayer):
         reduction_ratio: positive float. The attention has `filters * reduction_ratio` hidden
             channels, rounded to a multiple of `divisor`.
         divisor: positive integer, see `reduction_ratio`.
-        split_input: whether each path gets its own part of the input channels instead of all.
+        split_input: whether the input channels are divided among the paths.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 

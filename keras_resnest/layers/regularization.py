@@ -10,8 +10,8 @@ from keras_resnest.layers.base import FeatureMapLayer
 class DropBlock2D(FeatureMapLayer):
     """Zeroes square blocks of a feature map during training.
 
-    Every channel of every image draws its own blocks. The remaining values are scaled up to
-    preserve the expected sum. On maps smaller than the block, the block shrinks to the map.
+    Blocks are drawn per channel and image. The remaining values are scaled up to preserve the
+    expected sum. On maps smaller than the block, the block shrinks to the map.
 
     Args:
         rate: float in [0, 1), expected fraction of dropped values. The actual fraction is a

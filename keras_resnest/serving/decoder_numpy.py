@@ -179,7 +179,7 @@ class NumpyDetectionDecoder:
         Args:
             detections: result of this decoder, for images that were stretched to `image_shape`.
             image_height: height of the original image in pixels; a number, or an array (batch,).
-            image_width: width, likewise.
+            image_width: width of the original image, in the same form.
 
         Returns:
             A new dictionary; padding rows and boxes in `"rel_*"` formats are unchanged.
@@ -406,11 +406,11 @@ def _read_json(path):
 
 
 def _read_anchors(path, name):
-    """Reads an .npy file beside the JSON file `path`."""
+    """Reads an .npy file in the folder of the JSON file `path`."""
     # An untrusted JSON file must not make this program read other folders.
     if not isinstance(name, str) or name in ("", "..") or os.path.basename(name) != name:
         raise ValueError(
-            f'"anchors" in {path} must be the name of a file beside it. Received: {name!r}'
+            f'"anchors" in {path} must be the name of a file in its folder. Received: {name!r}'
         )
     file = path.parent / name
     try:

@@ -218,10 +218,9 @@ def _import_torch(path):
 
 def _published(weights, variant):
     tags = PRETRAINED.get(variant, {})
-    if weights == "imagenet" and tags:
-        return next(iter(tags.values()))
-    if weights in tags:
-        return tags[weights]
+    tag = next(iter(tags), None) if weights == "imagenet" else weights
+    if tag in tags:
+        return tags[tag]
     if not tags:
         raise ValueError(
             f"There are no published weights of {variant}. `weights` must be None or the path of "

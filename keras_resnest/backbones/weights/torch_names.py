@@ -127,8 +127,8 @@ def load_torch_state_dict(
         ignore: PyTorch modules to skip, such as `("fc",)` for a model without a classifier.
 
     Raises:
-        ValueError: If an array is missing, left over, misshapen or not finite. The message names
-            every such array, and the model is unchanged.
+        ValueError: If an array is missing, left over, misshapen or not finite. The message lists
+            all such arrays, and the model is unchanged.
 
     Example:
         >>> load_torch_state_dict(model, {"fc.weight": weight, "fc.bias": bias})
@@ -156,7 +156,7 @@ def load_torch_state_dict(
         if value.shape != tuple(variable.shape):
             problems.append(
                 f"wrong shape: {name} has {arrays[name].shape}, {value.shape} in Keras' layout, "
-                f"wanted {tuple(variable.shape)}"
+                f"expected {tuple(variable.shape)}"
             )
         elif not np.all(np.isfinite(value)):
             problems.append(f"not finite: {name}")
