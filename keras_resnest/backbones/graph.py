@@ -140,8 +140,8 @@ def complete_config(config: dict) -> dict:
     config["image_shape"] = _complete_image_shape(config["image_shape"], channel_axis)
     if config["include_rescaling"] and config["image_shape"][channel_axis] != 3:
         raise ValueError(
-            "`include_rescaling` requires RGB images; use include_rescaling=False for others. "
-            f"Received: image_shape={config['image_shape']}"
+            "`include_rescaling` requires images of 3 channels; use include_rescaling=False for "
+            f"others. Received: image_shape={config['image_shape']}"
         )
     config["classifier_activation"] = keras.activations.get(config["classifier_activation"])
     if not isinstance(config["classes"], int) or config["classes"] < 1:

@@ -115,7 +115,7 @@ def _check_config(config):
     if not config["include_top"]:
         return
     if config["reduced_top"]:
-        raise ValueError("`include_top` must be False with `reduced_top`. Received: True")
+        raise ValueError("VGG with `reduced_top` has no classifier. Received: include_top=True")
     smallest = 7 * 2 ** len(filters)
     rows = 0 if config["data_format"] == "channels_last" else 1
     sides = config["image_shape"][rows : rows + 2]

@@ -410,7 +410,7 @@ def _read_anchors(path, name):
     # An untrusted JSON file must not make this program read other folders.
     if not isinstance(name, str) or name in ("", "..") or os.path.basename(name) != name:
         raise ValueError(
-            f'"anchors" in {path} must be the name of a file in its folder. Received: {name!r}'
+            f'"anchors" in {path} must be the name of a file beside it. Received: {name!r}'
         )
     file = path.parent / name
     try:
