@@ -91,9 +91,10 @@ def _check_arguments(format, precision, decode, representative_images, freeze) -
             f"Received: precision={precision!r}"
         )
     if (precision == "int8") != (representative_images is not None):
+        received = None if representative_images is None else "given"
         raise ValueError(
             '`representative_images` is required for precision="int8" and must be None otherwise. '
-            f"Received: precision={precision!r}"
+            f"Received: precision={precision!r}, representative_images={received}"
         )
     if not decode and format == "tf_saved_model":
         raise ValueError(
@@ -101,4 +102,4 @@ def _check_arguments(format, precision, decode, representative_images, freeze) -
             "Received: decode=False"
         )
     if not freeze and format != "tf_saved_model":
-        raise ValueError(f"`freeze=False` is for SavedModels only. Received: format={format!r}")
+        raise ValueError(f"`freeze=False` is only for SavedModels. Received: format={format!r}")

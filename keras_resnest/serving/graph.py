@@ -94,7 +94,8 @@ def check_backend() -> None:
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             "Models can only be exported on the TensorFlow backend: save the model, then load and "
-            f"export it with KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()!r}"
+            "export it with KERAS_BACKEND=tensorflow. "
+            f"Received: backend={keras.backend.backend()!r}"
         )
 
 

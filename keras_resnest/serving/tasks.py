@@ -100,7 +100,8 @@ class ImageTask:
             )
         classes = model.output_shape[-1]
         if class_names is not None and len(class_names) != classes:
-            raise ValueError(f"`class_names` must be {classes} names. Received: {len(class_names)}")
+            count = len(class_names)
+            raise ValueError(f"`class_names` must hold {classes} names. Received: {count}")
         self.model = model
         self.signature_shape = _fixed_image_shape(model, image_shape)
         self.image_shape = tuple(side or 224 for side in self.signature_shape)
