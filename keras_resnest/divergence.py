@@ -1,4 +1,4 @@
-"""Stop training when the loss becomes NaN or infinite, or diverges."""
+"""Stop training when the loss becomes NaN or infinite, or grows far beyond its start."""
 
 import collections
 import os
@@ -10,8 +10,8 @@ import numpy as np
 
 from keras_resnest.replicas import is_chief
 
-# Lower bound of the reference loss. The networks of this package start below it, so an easy
-# first batch, for instance one without objects, does not set the limit too low.
+# Lower bound of the reference loss. Networks of this package start below it, so an easy first
+# batch, for instance one without objects, does not set the limit too low.
 MIN_FIRST_LOSS = 10.0
 FLOAT32_ROUNDING = 2.0**-21  # relative error of a float32 sum and quotient, with a margin
 
@@ -20,24 +20,23 @@ class TerminateOnDivergence(keras.callbacks.Callback):
     """Stops training when the loss becomes NaN or infinite, or stays far above its start.
 
     On TensorFlow, the models of this package replace non-finite gradients by zeros, so the
-    weights are still finite when training stops; with `keras.callbacks.TerminateOnNaN` they are
-    not. `RefineDet.fit` adds this callback itself. On JAX and PyTorch the weights may be lost:
-    save checkpoints. A short peak of the loss does not stop training.
+    weights are still finite when training stops, unlike with `keras.callbacks.TerminateOnNaN`. On
+    JAX and PyTorch the weights may be lost: save checkpoints. `RefineDet.fit` adds this callback.
+    A short peak of the loss does not stop training.
 
     Args:
-        filepath: where to save the last finite weights, a `.weights.h5` file. By default
-            they only stay in the model.
+        filepath: `.weights.h5` file for the last finite weights. By default they only stay in
+            the model.
         max_growth: limit of the loss, as a multiple of the first step's loss (at least 10).
             None disables this check.
-        patience: training stops when the median loss of this many steps exceeds the limit.
+        patience: number of steps whose median loss must exceed the limit.
 
     Raises:
         FloatingPointError: from `fit`; names the loss and the step, and suggests a remedy.
 
     Example:
-
-    >>> guard = kr.callbacks.TerminateOnDivergence("runs/last_finite.weights.h5")
-    >>> model.fit(train_ds, callbacks=[guard])
+        >>> guard = kr.callbacks.TerminateOnDivergence("runs/last_finite.weights.h5")
+        >>> model.fit(train_ds, callbacks=[guard])
     """
 
     # On JAX and PyTorch Keras may call `on_train_batch_end` from other threads, out of order.
@@ -51,9 +50,7 @@ class TerminateOnDivergence(keras.callbacks.Callback):
     ):
         super().__init__()
         if filepath is not None and not str(filepath).endswith(".weights.h5"):
-            raise ValueError(
-                f"`filepath` must end with .weights.h5. Received: filepath={filepath!r}"
-            )
+            raise ValueError(f"`filepath` must end with .weights.h5. Received: {filepath!r}")
         if max_growth is not None and max_growth <= 1:
             raise ValueError(f"`max_growth` must be above 1. Received: max_growth={max_growth}")
         if patience < 1:
@@ -101,7 +98,7 @@ class TerminateOnDivergence(keras.callbacks.Callback):
         where = f"at step {step} of epoch {self._epoch + 1}"
         if not np.isfinite(list(losses.values())).all():
             return f"{_describe_nonfinite(losses)} {where}"
-        # A later step may have been first: the running mean covered this one too.
+        # Steps may be reported out of order: a later running mean includes this step.
         if "loss" not in losses or self.max_growth is None or step <= self._steps:
             return None
         return self._check_growth(step, losses, where)

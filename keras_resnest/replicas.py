@@ -54,16 +54,13 @@ def run_on_replicas(strategy, function):
 
 
 def call_with_rows(function, x):
-    """Calls `function(x)` with at least one row; an empty batch is padded and cut again.
+    """Returns `function(x)`, for which an empty batch is padded with one row.
 
     TensorFlow's oneDNN convolutions return a wrong shape for an empty batch.
 
     Args:
         function: maps a structure of tensors to another; the batch is the first axis.
         x: tensors of a batch of any size.
-
-    Returns:
-        The outputs, with as many rows as `x`.
     """
     import tensorflow as tf
 

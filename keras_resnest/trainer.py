@@ -1,6 +1,6 @@
-"""Distributed training beyond what Keras offers, on `tf.distribute`.
+"""Distributed training with `tf.distribute`, beyond what Keras offers.
 
-On a single device only one thing changes: non-finite gradients become zeros.
+On a single device, the only change is that non-finite gradients become zeros.
 """
 
 import contextlib
@@ -13,19 +13,18 @@ from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas
 
 
 def same_arguments_as(method):
-    """Decorates an override of a Keras method, to take the same arguments.
+    """Decorates an override of a Keras method so that it takes the same arguments.
 
-    The override receives the arguments that were passed, all by keyword. `help` shows Keras'
-    signature, and its docstring unless the override has one.
+    The override receives all passed arguments by keyword. `help` shows Keras' signature, and its
+    docstring unless the override has one.
 
     Args:
         method: the method of `keras.Model`.
 
     Example:
-
-    >>> @same_arguments_as(keras.Model.fit)
-    ... def fit(self, x=None, callbacks=None, **kwargs):
-    ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
+        >>> @same_arguments_as(keras.Model.fit)
+        ... def fit(self, x=None, callbacks=None, **kwargs):
+        ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
     """
     signature = inspect.signature(method)
 
@@ -43,9 +42,9 @@ def same_arguments_as(method):
 
 
 class DistributedTraining:
-    """Mix-in for a `keras.Model` that trains on many devices as it does on one.
+    """Mix-in for a `keras.Model` that trains on many devices as on one.
 
-    With TensorFlow it changes Keras 3.15 in these points, which belong in Keras itself:
+    With TensorFlow, it changes Keras 3.15 as follows:
 
     - Gradients are clipped after they are summed over the replicas. Keras clips those of each
       replica, so the step depends on the number of replicas.
@@ -58,12 +57,9 @@ class DistributedTraining:
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
-    Uneven batches and lost workers raise an error that names the cause.
-
     Example:
-
-    >>> class Model(DistributedTraining, keras.Model):
-    ...     pass
+        >>> class Model(DistributedTraining, keras.Model):
+        ...     pass
     """
 
     @same_arguments_as(keras.Model.fit)
@@ -132,7 +128,7 @@ class DistributedTraining:
         """Runs one step, also on a replica without rows."""
         if num_replicas() == 1:
             return super().predict_step(*args)
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        x, *_ = keras.utils.unpack_x_y_sample_weight(args[-1])
         return call_with_rows(functools.partial(self, training=False), x)
 
     @staticmethod
@@ -166,8 +162,7 @@ def check_global_batch(sizes, replicas: int) -> None:
         ValueError: if a size is unknown or not a multiple of `replicas`.
 
     Example:
-
-    >>> check_global_batch({32}, strategy.num_replicas_in_sync)
+        >>> check_global_batch({32}, strategy.num_replicas_in_sync)
     """
     if replicas == 1:
         return
@@ -260,22 +255,16 @@ def _zero_nonfinite_gradients(gradients: list, loss, optimizer):
 
 @contextlib.contextmanager
 def report_lost_workers(strategy):
-    """Raises one `RuntimeError` for the errors of TensorFlow that mean a lost worker."""
+    """Replaces the TensorFlow errors that mean a lost worker by a `RuntimeError`."""
     if strategy is None or not is_multi_worker(strategy):
         yield
         return
     import tensorflow as tf
 
-    lost = (
-        tf.errors.UnavailableError,
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.InternalError,
-        tf.errors.DeadlineExceededError,
-    )
+    kinds = ("Unavailable", "Aborted", "Cancelled", "Internal", "DeadlineExceeded")
     try:
         yield
-    except lost as error:
+    except tuple(getattr(tf.errors, f"{kind}Error") for kind in kinds) as error:
         text = " ".join(str(error).split())[-300:]
         raise RuntimeError(
             "Another worker of this training was lost or cannot be reached. To resume from the "

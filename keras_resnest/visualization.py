@@ -1,7 +1,7 @@
 """Plots with matplotlib: images with boxes, training history, precision-recall curves.
 
-Every function returns a `matplotlib.figure.Figure` outside pyplot's global state: a notebook shows
-it as the last value of a cell, `path=` writes it to a file, and no display is needed.
+Every function returns a `matplotlib.figure.Figure` that pyplot does not manage: notebooks show it
+as the last value of a cell, `path=` writes it to a file, and no display is needed.
 """
 
 import colorsys
@@ -23,7 +23,7 @@ LABEL_PADDING = 0.2  # around the text of a label, in font sizes
 TITLE_HEIGHT = 24  # pixels above an image with a title
 FOOTER_HEIGHT = 22  # pixels below the images, for the legend
 
-# Saturated, well separated colors that show on light and dark images.
+# Saturated, well separated colors, visible on light and dark images.
 COLORS = bytes.fromhex(
     "e6194b 1f77ff 18b24b ff9f00 b13ee6 00c8d7 f25cc8 8a5a2b c6e000 3a3aa8"
     "ff6f61 00806b 20f020 733359 1010ff 006699 e8c34a 597300 00ffcc ff2600"
@@ -32,11 +32,8 @@ COLORS = bytes.fromhex(
 LEGEND = {"fontsize": 8, "edgecolor": "none", "framealpha": 0.8, "loc": "best"}
 
 LOSSES = (
-    "loss",
-    "arm_box_loss",
-    "arm_classification_loss",
-    "odm_box_loss",
-    "odm_classification_loss",
+    *("loss", "arm_box_loss", "arm_classification_loss"),
+    *("odm_box_loss", "odm_classification_loss"),
 )
 
 
@@ -44,8 +41,8 @@ def class_color(label: int) -> tuple[float, float, float]:
     """Returns the color of a class in all plots: red, green, blue in 0..1."""
     if 3 * label < len(COLORS):
         return tuple(value / 255 for value in COLORS[3 * label : 3 * label + 3])
-    # Steps of the golden ratio spread any number of hues; saturation and brightness alternate,
-    # so that similar hues still differ.
+    # Steps of the golden ratio spread any number of hues; alternating saturation and brightness
+    # tell similar hues apart.
     step = label - len(COLORS) // 3
     hue = (0.05 + 0.6180339887 * step) % 1.0
     return colorsys.hsv_to_rgb(hue, (0.95, 0.55, 0.8)[step % 3], (0.95, 0.95, 0.6)[step % 3])
@@ -70,7 +67,7 @@ def plot_detections(
 ):
     """Draws boxes with class and confidence into one image or a grid of images.
 
-    The 40 most confident boxes of each image get a label, the others only a color.
+    Only the 40 most confident boxes of each image are labeled.
 
     Args:
         image: one image, array (H, W, 3) or (H, W), 0 to 255, or a file name; or several, as a
@@ -85,22 +82,18 @@ def plot_detections(
         confidence_threshold: lowest confidence of the drawn detections.
         bounding_box_format: format of all boxes, in pixels of the image or `"rel_*"`.
         columns: number of columns of the grid.
-        size: longer side of each image in pixels of the figure, default 640 for one image and
-            400 in a grid. Small images are enlarged by an integer factor, without blur.
+        size: longer side of each image in the figure, in pixels; default 640 for one image, 400
+            in a grid. Small images are enlarged by an integer factor, without blur.
         titles: one line above each image.
         ax: matplotlib axes to draw into, for one image only.
         path: file to write, `.png`, `.pdf`, `.svg`, ...
-
-    Returns:
-        The `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: if images, boxes or their numbers do not match.
 
     Example:
-
-    >>> detections = model.detect("horses.jpg")
-    >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
+        >>> detections = model.detect("horses.jpg")
+        >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
     """
     check_box_format(bounding_box_format)
     images = _load_images(image)
@@ -126,10 +119,10 @@ def plot_detections(
         if titles is not None:
             axes.set_title(str(titles[i]), fontsize=9, pad=4, parse_math=False)
         options = (class_names, bounding_box_format, pixels.shape)
-        boxes, labels, texts = _select(found[i], *options, confidence_threshold)
+        boxes, labels, texts = _select_boxes(found[i], *options, confidence_threshold)
         _draw_boxes(axes, boxes, labels, dashed=False)
         if truths[i] is not None:
-            _draw_boxes(axes, *_select(truths[i], *options)[:2], dashed=True)
+            _draw_boxes(axes, *_select_boxes(truths[i], *options)[:2], dashed=True)
         _draw_labels(axes, texts[:MAX_LABELS], boxes[:MAX_LABELS], labels[:MAX_LABELS])
     return _save(figure, path)
 
@@ -157,15 +150,11 @@ def plot_dataset(
         size: as in `plot_detections`.
         path: file to write.
 
-    Returns:
-        The `matplotlib.figure.Figure`.
-
     Raises:
         ValueError: if the dataset is empty or its elements have another structure.
 
     Example:
-
-    >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
+        >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
     """
     if class_names is None:
         class_names = getattr(dataset, "class_names", None)
@@ -200,13 +189,8 @@ def _images_of(dataset):
 
 def _load_images(image) -> list[np.ndarray]:
     """The images as uint8 arrays (H, W, 3)."""
-    if isinstance(image, list | tuple):
-        images = list(image)
-    elif isinstance(image, str | os.PathLike):
-        images = [image]
-    else:
-        array = ops.convert_to_numpy(image) if hasattr(image, "shape") else np.asarray(image)
-        images = list(array) if array.ndim == 4 else [array]
+    is_list = isinstance(image, list | tuple) or len(getattr(image, "shape", ())) == 4
+    images = list(image) if is_list else [image]
     if not images:
         raise ValueError("`image` must be at least one image. Received: an empty list")
     return [load_image(ops.convert_to_numpy(i) if hasattr(i, "shape") else i) for i in images]
@@ -234,8 +218,8 @@ def _boxes_of_images(boxes, argument: str, num_images: int) -> list[Mapping]:
     return list(boxes)
 
 
-def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshold: float = 0.0):
-    """What to draw, by decreasing confidence: `("xyxy" boxes, labels, texts)`."""
+def _select_boxes(boxes: Mapping, class_names, source: str, shape, confidence_threshold=0.0):
+    """The boxes to draw, by decreasing confidence: `("xyxy" boxes, labels, texts)`."""
     coordinates = np.asarray(boxes["boxes"], dtype="float32").reshape(-1, 4)
     labels = np.asarray(boxes["labels"], dtype=int).reshape(-1)
     confidence, own_names = boxes.get("confidence"), boxes.get("class_names")
@@ -266,13 +250,12 @@ def _select(boxes: Mapping, class_names, source: str, shape, confidence_threshol
 
 
 def _grid(shapes, columns: int | None, size: int, title: int, footer: int):
-    """A figure with axes for images of these shapes, shown pixel by pixel."""
+    """A figure with exactly sized axes for images of these shapes."""
     columns = min(columns or int(np.ceil(np.sqrt(len(shapes)))), len(shapes))
     shown = [_shown_size(shape, size) for shape in shapes]
     cell_width = max(width for _, width in shown)
-    row_heights = [
-        max(height for height, _ in shown[i : i + columns]) for i in range(0, len(shown), columns)
-    ]
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    row_heights = [max(height for height, _ in row) for row in rows]
     gap = GAP if len(shapes) > 1 else 0
     width = columns * cell_width + (columns + 1) * gap
     height = sum(row_heights) + len(row_heights) * (title + gap) + gap + footer
@@ -280,15 +263,9 @@ def _grid(shapes, columns: int | None, size: int, title: int, footer: int):
     full = np.array([width, height]) + 0.01
     figure = _new_figure(*full / DPI)
     if footer:
-        figure.text(
-            0.5,
-            0.5 * footer / height,
-            "solid: detections    dashed: ground truth",
-            fontsize=8,
-            color="0.3",
-            horizontalalignment="center",
-            verticalalignment="center",
-        )
+        legend = "solid: detections    dashed: ground truth"
+        style = {"size": 8, "color": "0.3", "ha": "center", "va": "center"}
+        figure.text(0.5, 0.5 * footer / height, legend, **style)
     all_axes = []
     for i, (own_height, own_width) in enumerate(shown):
         row, column = divmod(i, columns)
@@ -302,7 +279,7 @@ def _grid(shapes, columns: int | None, size: int, title: int, footer: int):
 
 
 def _show_image(axes, image: np.ndarray, exact: bool) -> None:
-    """Fills the axes with an image, pixel by pixel if `exact`."""
+    """Fills the axes with an image; without Matplotlib's resampling if `exact`."""
     from PIL import Image
 
     # Pixel i extends from i to i + 1, as in the coordinates of the boxes.
@@ -311,22 +288,16 @@ def _show_image(axes, image: np.ndarray, exact: bool) -> None:
     shown = (round(frame.width), round(frame.height))
     if exact and shown[0] < image.shape[1]:  # Pillow does not fade the borders
         image = np.asarray(Image.fromarray(image).resize(shown, Image.Resampling.LANCZOS))
-    if exact:
-        axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
-    else:
-        axes.imshow(image, extent=extent)
+    options = {"interpolation": "nearest", "aspect": "auto"} if exact else {}
+    axes.imshow(image, extent=extent, **options)
     axes.set_axis_off()
 
 
 def _shown_size(shape, size: int) -> tuple[int, int]:
     """Height and width in the figure: an integer multiple, or reduced to `size` if larger."""
-    longer = max(shape)
-    if longer <= size:
-        factor = round(size / longer)
-    elif longer < 1.25 * size:
-        factor = 1
-    else:
-        factor = size / longer
+    factor = size / max(shape)
+    if factor > 0.8:
+        factor = max(1, round(factor))
     return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
 
 
@@ -336,23 +307,21 @@ def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> No
     from matplotlib.patheffects import withStroke
 
     linewidth = 1.4 if dashed else 1.8 if len(boxes) <= MAX_LABELS else 0.9
-    # A dark rim around solid lines and a white one around dashed lines keep both visible on any
-    # image, and dashed lines on solid ones.
-    rim = withStroke(
-        linewidth=linewidth + 1.4, foreground=(1, 1, 1, 0.9) if dashed else (0, 0, 0, 0.35)
-    )
+    # A dark outline around solid lines and a white one around dashed lines keep both visible on
+    # any image, and dashed lines on solid ones.
+    color = (1, 1, 1, 0.9) if dashed else (0, 0, 0, 0.35)
+    stroke = withStroke(linewidth=linewidth + 1.4, foreground=color)
     for rank, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        outline = Rectangle(
-            box[:2],
-            *(box[2:] - box[:2]),
+        rectangle = Rectangle(
+            *(box[:2], *(box[2:] - box[:2])),
             fill=False,
             edgecolor=class_color(int(label)),
             linewidth=linewidth,
             linestyle=(0, (4, 3)) if dashed else "solid",
-            path_effects=[rim],
+            path_effects=[stroke],
             zorder=(3.5 if dashed else 3) - rank / 1000,
         )
-        axes.add_patch(outline)
+        axes.add_patch(rectangle)
 
 
 def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) -> None:
@@ -363,17 +332,12 @@ def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) 
     for text, box, label in zip(texts, boxes, labels, strict=True):
         color = class_color(int(label))
         brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+        box_style = {"boxstyle": f"square,pad={LABEL_PADDING}", "facecolor": color}
         drawn = axes.text(
-            0,
-            0,
-            text,
+            *(0, 0, text),
             fontsize=8,
             color="black" if brightness > 0.6 else "white",
-            bbox={
-                "boxstyle": f"square,pad={LABEL_PADDING}",
-                "facecolor": color,
-                "edgecolor": "none",
-            },
+            bbox={**box_style, "edgecolor": "none"},
             parse_math=False,
             verticalalignment="baseline",
             clip_on=True,
@@ -400,7 +364,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
         across = np.minimum(xs + width, other[2]) - np.maximum(xs, other[0])
         down = np.minimum(inside + height, other[3]) - np.maximum(inside, other[1])
         hidden += np.maximum(across, 0) * np.maximum(down, 0)
-    # Places outside the image come last; ties go to the first.
+    # Positions outside the image come last; ties go to the first.
     cost = hidden + width * height * (np.abs(inside - ys) > 1)
     best = int(np.argmin(cost))
     return np.array([xs[best], inside[best]])
@@ -410,7 +374,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
 
 
 def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: bool = False):
-    """Draws the losses of a training and, beside them, the average precision.
+    """Draws the losses of a training run and, next to them, average precision.
 
     Training losses are solid, validation losses dashed; `val_mAP...` is thick and
     `val_AP.../<class name>` thin. Epochs without a value (None or nan) are skipped.
@@ -418,21 +382,17 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
     Args:
         history: the result of `model.fit`, a dictionary of lists (optionally with `"epoch"`,
             from 0), a `DetectionEvaluation` callback, or a list of these. A Keras `History` does
-            not store the epochs of values that are computed in some epochs only: they are spread
-            evenly up to the last epoch. `[history, evaluation]` places them correctly.
+            not record the epochs of values that only some epochs compute: these are spread evenly
+            up to the last epoch. `[history, evaluation]` places them correctly.
         path: file to write.
         log_scale: whether the axis of the losses is logarithmic.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: if there is neither a loss nor an average precision.
 
     Example:
-
-    >>> history = model.fit(dataset, callbacks=[evaluation])
-    >>> plot_history([history, evaluation], path="history.png")
+        >>> history = model.fit(dataset, callbacks=[evaluation])
+        >>> plot_history([history, evaluation], path="history.png")
     """
     curves = {}
     for part in history if isinstance(history, list | tuple) else [history]:
@@ -473,12 +433,8 @@ def plot_precision_recall(
         path: file to write.
         iou_threshold: one of the thresholds of `result`; required if it has several.
 
-    Returns:
-        The `matplotlib.figure.Figure`.
-
     Example:
-
-    >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
+        >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
     """
     per_class = result.per_class(iou_threshold)
     figure = _new_figure(6.4, 4.8, layout="constrained")
@@ -543,7 +499,7 @@ def _draw_losses(axes, curves, losses, log_scale: bool) -> None:
     dashes = (0, (4, 2))
     for name in losses:
         color = "black" if name == "loss" else class_color(LOSSES.index(name) - 1)
-        label = name  # only once, not for the dashed line too
+        label = name  # of the first of the two lines
         for prefix, linestyle in (("", "solid"), ("val_", dashes)):
             if prefix + name in curves:
                 _draw_curve(axes, curves[prefix + name], label, color, linestyle)

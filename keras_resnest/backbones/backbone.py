@@ -1,4 +1,4 @@
-"""What every network offers, whatever its architecture."""
+"""Base class of all networks."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,17 @@ import keras
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
 from keras_resnest.trainer import DistributedTraining
 
+# Names in `locals()` of a constructor that are not in its config, or that `get_config` adds.
+NOT_IN_CONFIG = ("self", "dtype", "kwargs", "__class__")
+
 
 class Backbone(DistributedTraining, keras.Model):
-    """Functional model that also names its feature maps by pyramid level.
+    """Functional model with named feature maps.
 
-    Level `Pn` has stride `2**n`: `P3` of a 320 x 320 image is 40 x 40. A subclass passes its
-    constructor arguments, which become attributes and the config, and the function that builds
-    its graph.
+    With `include_top` it returns class probabilities (batch, classes), otherwise features.
+    `pyramid_outputs` has the last map of every stride: level `Pn` has stride `2**n`, so `P3` of a
+    320 x 320 image is 40 x 40. The constructor arguments of a subclass become its attributes and
+    its config.
 
     All networks share these arguments:
 
@@ -33,8 +37,7 @@ class Backbone(DistributedTraining, keras.Model):
     Args:
         build_graph: function of a `GraphBuilder`, the input tensor and the config that returns
             the output tensor and the feature maps by level, `{"P2": tensor, ...}`.
-        config: dict of the subclass's constructor arguments, except `dtype`, `name` and
-            `trainable`.
+        config: `locals()` of the subclass's constructor, which may have no other local variables.
         dtype: dtype policy of the layers.
         **kwargs: `name` and `trainable` of `keras.Model`.
 
@@ -49,8 +52,9 @@ class Backbone(DistributedTraining, keras.Model):
     """
 
     def __init__(self, build_graph: Callable, config: dict, dtype=None, **kwargs):
-        config = complete_config(config)
         dtype = keras.dtype_policies.get(dtype)
+        config = {name: value for name, value in config.items() if name not in NOT_IN_CONFIG}
+        config = complete_config(config)
         inputs = keras.Input(config["image_shape"], name="images")
         graph = GraphBuilder(config["data_format"], dtype)
         outputs, pyramid_outputs = build_graph(graph, inputs, config)

@@ -1,14 +1,16 @@
-"""Counterparts of `keras.applications`' `preprocess_input` and `decode_predictions`."""
+"""`preprocess_input` and `decode_predictions`, as in `keras.applications`."""
 
 import keras
 import numpy as np
+
+from keras_resnest.backbones.weights.fetching import first_line
 
 
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
     """Prepares a batch of images for a network of this package.
 
-    By default this does nothing, since the networks normalize images themselves
-    (`include_rescaling=True`). It exists for programs written for `keras.applications`.
+    By default this does nothing, because the networks normalize images themselves. It exists for
+    programs written for `keras.applications`.
 
     Args:
         x: images (batch, height, width, 3), RGB, 0 to 255, uint8 or float.
@@ -79,8 +81,7 @@ def _decode_imagenet(preds, top):
     try:
         return keras.applications.imagenet_utils.decode_predictions(preds, top=top)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"The names of ImageNet's classes could not be fetched: {reason} "
-            "(give `class_names` to do without)"
+            f"The names of ImageNet's classes could not be fetched: {first_line(error)} "
+            "(pass `class_names` to avoid the download)"
         ) from error

@@ -1,4 +1,4 @@
-"""Layers that all networks are built from, with PyTorch's padding."""
+"""The layers that all networks consist of, and the checks of their arguments."""
 
 import keras
 from keras import layers
@@ -11,12 +11,7 @@ IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class GraphBuilder:
-    """Adds layers that share one data format and dtype, with PyTorch's symmetric padding.
-
-    Args:
-        data_format: `"channels_last"` or `"channels_first"`.
-        dtype: dtype policy of all layers.
-    """
+    """Adds layers that share one data format and dtype, with PyTorch's symmetric padding."""
 
     def __init__(self, data_format: str, dtype):
         self.channel_axis = -1 if data_format == "channels_last" else 1
@@ -133,16 +128,9 @@ class GraphBuilder:
 def complete_config(config: dict) -> dict:
     """Checks the arguments that all networks share and fills in their defaults.
 
-    Args:
-        config: constructor arguments of a network.
-
-    Returns:
-        The arguments with `data_format`, `image_shape` and `classifier_activation` resolved.
-
-    Raises:
-        ValueError: If an argument has a wrong value.
+    Returns a copy of `config`; raises ValueError if an argument is out of range.
     """
-    config = dict(config)
+    config = {k: list(v) if k.startswith("stackwise") else v for k, v in config.items()}
     if config["data_format"] is None:
         config["data_format"] = keras.config.image_data_format()
     check_choices(
@@ -152,19 +140,16 @@ def complete_config(config: dict) -> dict:
     config["image_shape"] = _complete_image_shape(config["image_shape"], channel_axis)
     if config["include_rescaling"] and config["image_shape"][channel_axis] != 3:
         raise ValueError(
-            "`include_rescaling` needs RGB images of 3 channels: use include_rescaling=False for "
+            "`include_rescaling` requires images of 3 channels; use include_rescaling=False for "
             f"others. Received: image_shape={config['image_shape']}"
         )
     config["classifier_activation"] = keras.activations.get(config["classifier_activation"])
     if not isinstance(config["classes"], int) or config["classes"] < 1:
-        raise ValueError(
-            f"`classes` must be a positive integer. Received: classes={config['classes']!r}"
-        )
+        classes = config["classes"]
+        raise ValueError(f"`classes` must be a positive integer. Received: classes={classes!r}")
     if not 0.0 <= config["dropout_rate"] < 1.0:
-        raise ValueError(
-            "`dropout_rate` must be a number in [0, 1). "
-            f"Received: dropout_rate={config['dropout_rate']!r}"
-        )
+        rate = config["dropout_rate"]
+        raise ValueError(f"`dropout_rate` must be in [0, 1). Received: dropout_rate={rate!r}")
     return config
 
 
@@ -185,9 +170,8 @@ def check_choices(config: dict, **choices) -> None:
     """Raises `ValueError` if `config[name]` is not one of the values in `choices[name]`."""
     for name, allowed in choices.items():
         if config[name] not in allowed:
-            raise ValueError(
-                f"`{name}` must be one of {allowed}. Received: {name}={config[name]!r}"
-            )
+            received = f"{name}={config[name]!r}"
+            raise ValueError(f"`{name}` must be one of {allowed}. Received: {received}")
 
 
 def different_from(config: dict, defaults: dict) -> dict:

@@ -59,10 +59,6 @@ class ResNet(Backbone):
 
     The other arguments are those of `Backbone`. Images may have any size.
 
-    Returns:
-        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
-        features. `pyramid_outputs` has the last map of every stride.
-
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
 
@@ -113,39 +109,8 @@ class ResNet(Backbone):
         dtype=None,
         **kwargs,
     ):
-        config = {
-            "stackwise_num_filters": list(stackwise_num_filters),
-            "stackwise_num_blocks": list(stackwise_num_blocks),
-            "stackwise_num_strides": list(stackwise_num_strides),
-            "block_type": block_type,
-            "expansion": expansion,
-            "radix": radix,
-            "scale": scale,
-            "selective_kernel": None if selective_kernel is None else dict(selective_kernel),
-            "se_ratio": se_ratio,
-            "se_position": se_position,
-            "cardinality": cardinality,
-            "base_width": base_width,
-            "group_width": group_width,
-            "stem_width": stem_width,
-            "stem_kernel_size": stem_kernel_size,
-            "stem_pooling": stem_pooling,
-            "deep_stem": deep_stem,
-            "stride_in_1x1": stride_in_1x1,
-            "avg_down": avg_down,
-            "avd": avd,
-            "zero_init_last_gamma": zero_init_last_gamma,
-            "dropblock_rate": dropblock_rate,
-            "dropout_rate": dropout_rate,
-            "include_top": include_top,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "pooling": pooling,
-            "include_rescaling": include_rescaling,
-            "image_shape": image_shape,
-            "data_format": data_format,
-        }
-        super().__init__(_build_graph, config, dtype, **kwargs)
+        selective_kernel = None if selective_kernel is None else dict(selective_kernel)
+        super().__init__(_build_graph, locals(), dtype, **kwargs)
 
 
 def _build_graph(graph, x, config):
@@ -217,7 +182,7 @@ def _residual_block(graph, x, filters, strides, name, config):
 
 
 def _norm_relu(graph, x, place, name, config):
-    """Adds what follows convolution number `place` of a block."""
+    """Adds normalization, DropBlock and ReLU after convolution number `place` of a block."""
     x = graph.norm(x, f"{name}_bn{place}")
     x = graph.dropblock(x, config["dropblock_rate"], f"{name}_dropblock{place}")
     return graph.relu(x, f"{name}_relu{place}")

@@ -16,7 +16,7 @@ class ShuffleNet(Backbone):
     """ShuffleNet V1, V2 or V2+.
 
     `groups` selects the blocks of V1: a grouped 1x1 convolution, a shuffle, a depthwise
-    convolution and a grouped 1x1 convolution beside a shortcut. In the blocks of V2, half of the
+    convolution and a grouped 1x1 convolution with a shortcut. In the blocks of V2, half of the
     channels bypass the block and the other half pass a 1x1, a depthwise and a 1x1 convolution.
     P2 is the output of the stem in V1 and V2, of the first stage in V2+. Layers are named after
     the modules of megvii's implementation.
@@ -45,10 +45,6 @@ class ShuffleNet(Backbone):
         **kwargs: `name` and `trainable` of `keras.Model`.
 
     The other arguments are those of `Backbone`. Images may have any size.
-
-    Returns:
-        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
-        features.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -89,38 +85,19 @@ class ShuffleNet(Backbone):
         dtype=None,
         **kwargs,
     ):
-        num_stages = len(stackwise_num_filters)
-        config = {
-            "stackwise_num_filters": list(stackwise_num_filters),
-            "stackwise_num_blocks": list(stackwise_num_blocks),
-            "groups": groups,
-            "channel_split": channel_split,
-            "block_kinds": list(block_kinds or [3] * sum(stackwise_num_blocks)),
-            "stackwise_activations": list(stackwise_activations or ["relu"] * num_stages),
-            "stackwise_se": list(stackwise_se or [False] * num_stages),
-            "stem_width": stem_width,
-            "stem_activation": stem_activation,
-            "stem_pooling": stem_pooling,
-            "head_filters": head_filters,
-            "head_units": head_units,
-            "use_classifier_bias": use_classifier_bias,
-            "trained_on_bgr": trained_on_bgr,
-            "dropout_rate": dropout_rate,
-            "include_top": include_top,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "pooling": pooling,
-            "include_rescaling": include_rescaling,
-            "image_shape": image_shape,
-            "data_format": data_format,
-        }
-        super().__init__(_build_graph, config, dtype, **kwargs)
+        block_kinds = list(block_kinds or [3] * sum(stackwise_num_blocks))
+        stackwise_activations = stackwise_activations or ["relu"] * len(stackwise_num_filters)
+        stackwise_se = stackwise_se or [False] * len(stackwise_num_filters)
+        super().__init__(_build_graph, locals(), dtype, **kwargs)
 
 
 def _build_graph(graph, x, config):
     _check_config(config)
+    bgr = config["trained_on_bgr"]
     if config["include_rescaling"]:
-        x = _bgr(graph, x) if config["trained_on_bgr"] else graph.rescale(x)
+        # In BGR networks, rescaling only turns integers into floats.
+        x = graph.rescale(x, (0.0,) * 3, (1.0,) * 3) if bgr else graph.rescale(x)
+        x = ops.flip(x, axis=graph.channel_axis) if bgr else x
     x = graph.convolution(x, config["stem_width"], 3, "first_conv_0", strides=2)
     x = graph.norm(x, "first_conv_1")
     x = graph.activation(x, config["stem_activation"], "first_conv_2")
@@ -149,13 +126,8 @@ def _build_graph(graph, x, config):
     return _head(graph, x, config), pyramid_outputs
 
 
-def _bgr(graph, x):
-    x = graph.rescale(x, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # integers to floats
-    return ops.flip(x, axis=graph.channel_axis)
-
-
 def _group_block(graph, x, filters, strides, groups, config, name, **_):
-    """Adds a block of V1. With strides it concatenates the pooled input and the branch."""
+    """Adds a block of V1; with strides, it concatenates the pooled input and the branch."""
     shortcut, out_channels = x, filters
     if strides > 1:
         out_channels = filters - graph.channels(x)
@@ -173,7 +145,7 @@ def _group_block(graph, x, filters, strides, groups, config, name, **_):
 
 
 def _split_block(graph, x, filters, strides, kind, activation, use_se, config, name, **_):
-    """Adds a block of V2: half of the channels beside a branch for the other half."""
+    """Adds a block of V2: half of the channels bypass the branch."""
     halves = config["channel_split"] == "halves"
     if strides > 1:
         # megvii's shortcut keeps its channels; torchvision's makes half of the output.
@@ -211,10 +183,8 @@ def _pointwise(graph, filters, activation=None, groups=1):
 
 def _depthwise(graph, kernel_size, strides=1):
     """Returns a depthwise convolution and normalization for `_sequence`."""
-    return [
-        partial(graph.depthwise_convolution, kernel_size=kernel_size, strides=strides),
-        graph.norm,
-    ]
+    convolution = partial(graph.depthwise_convolution, kernel_size=kernel_size, strides=strides)
+    return [convolution, graph.norm]
 
 
 def _sequence(x, steps, name):

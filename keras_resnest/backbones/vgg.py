@@ -31,11 +31,7 @@ class VGG(Backbone):
         **kwargs: `name` and `trainable` of `keras.Model`.
 
     The other arguments are those of `Backbone`; `dropout_rate` also applies after fc6. The
-    classifier needs images of at least 224 x 224.
-
-    Returns:
-        A `keras.Model`: class probabilities `(batch, classes)` with `include_top`, otherwise
-        features.
+    classifier requires images of at least 224 x 224.
 
     Raises:
         ValueError: If there is not one number per stage, `reduced_top` is combined with
@@ -67,20 +63,7 @@ class VGG(Backbone):
         dtype=None,
         **kwargs,
     ):
-        config = {
-            "stackwise_num_filters": list(stackwise_num_filters),
-            "stackwise_num_blocks": list(stackwise_num_blocks),
-            "reduced_top": reduced_top,
-            "dropout_rate": dropout_rate,
-            "include_top": include_top,
-            "classes": classes,
-            "classifier_activation": classifier_activation,
-            "pooling": pooling,
-            "include_rescaling": include_rescaling,
-            "image_shape": image_shape,
-            "data_format": data_format,
-        }
-        super().__init__(_build_graph, config, dtype, **kwargs)
+        super().__init__(_build_graph, locals(), dtype, **kwargs)
 
 
 def _build_graph(graph, x, config):
@@ -132,15 +115,12 @@ def _check_config(config):
     if not config["include_top"]:
         return
     if config["reduced_top"]:
-        raise ValueError(
-            "The network with `reduced_top` has no classifier: `include_top` must be False. "
-            f"Received: include_top={config['include_top']}"
-        )
+        raise ValueError("VGG with `reduced_top` has no classifier. Received: include_top=True")
     smallest = 7 * 2 ** len(filters)
     rows = 0 if config["data_format"] == "channels_last" else 1
     sides = config["image_shape"][rows : rows + 2]
     if any(side is not None and side < smallest for side in sides):
         raise ValueError(
-            f"The classifier needs images of at least {smallest} x {smallest} pixels; "
+            f"The classifier requires images of at least {smallest} x {smallest} pixels; "
             f"include_top=False accepts smaller ones. Received: image_shape={config['image_shape']}"
         )

@@ -13,12 +13,12 @@ from keras_resnest.backbones.weights.table import PRETRAINED
 
 
 class ModelSummary(NamedTuple):
-    """Facts about one network.
+    """Size, cost, accuracy and published weights of a network.
 
-    `parameters` counts the trainable ones, including the classifier. `gflops` are billions of
-    multiply-adds for one image of `crop_size`. `top1` (per cent) is the ImageNet accuracy that
-    the publishers measured for the first of the `weights`, which are the tags for `weights=`;
-    `"imagenet"` stands for the first. `licenses` and `sources` belong to these tags.
+    `parameters` counts trainable parameters, including the classifier. `gflops` are billions of
+    multiply-adds for one image of `crop_size`. `weights` are the tags for `weights=`; `"imagenet"`
+    selects the first, whose published ImageNet accuracy (percent) is `top1`. `licenses` and
+    `sources` have one entry per tag.
     """
 
     name: str
@@ -96,7 +96,7 @@ def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -
     """Counts the multiply-adds of all convolution and dense layers for one image.
 
     Papers call this FLOPs. The count covers nested layers, and layers that are called repeatedly
-    once per call. It only needs shapes and computes nothing.
+    once per call. No numbers are computed, only shapes.
 
     Args:
         model: a network on images.

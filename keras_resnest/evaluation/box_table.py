@@ -1,4 +1,4 @@
-"""Boxes of many images in one checked table, the input of all measures."""
+"""Boxes of many images in one validated table, the input of all metrics."""
 
 import dataclasses
 import warnings
@@ -82,7 +82,7 @@ def _read_table(images, argument: str, required: tuple[str, ...], num_classes: i
 
 
 def _split_images(batch: Mapping, argument: str, required: tuple[str, ...]) -> list[dict]:
-    """A dictionary of arrays with images as first axis, as one dictionary per image."""
+    """Splits arrays whose first axis is the image into one dictionary per image."""
     names = [*required, *(name for name in ("difficult", "iscrowd", "area") if name in batch)]
     missing = [name for name in names if name not in batch]
     if missing:
@@ -117,11 +117,10 @@ def _read_image(boxes: Mapping, where: str, required: tuple[str, ...]) -> dict[s
         given = boxes.get(name)
         columns[name] = np.full(count, default) if given is None else np.asarray(given, dtype)
     for name, values in columns.items():
-        wanted = (count, 4) if name == "boxes" else (count,)
-        if values.shape != wanted:
+        if values.shape != ((count, 4) if name == "boxes" else (count,)):
+            wanted = "(n, 4)" if name == "boxes" else f"({count},)"
             raise ValueError(
-                f"`{where}[{name!r}]` must have shape {'(n, 4)' if name == 'boxes' else wanted}. "
-                f"Received: shape={values.shape}"
+                f"`{where}[{name!r}]` must have shape {wanted}. Received: shape={values.shape}"
             )
     return columns
 

@@ -72,11 +72,10 @@ def coco_average_precision(
         ValueError: if a box, label, confidence or argument is invalid.
 
     Example:
-
-    >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
-    >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
-    >>> coco_average_precision(truth, found, num_classes=1).metrics["AP75"]
-    1.0
+        >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
+        >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
+        >>> coco_average_precision(truth, found, num_classes=1).metrics["AP75"]
+        1.0
 
     Source: Lin et al., Microsoft COCO (arXiv 1405.0312); cocodataset.org, "Evaluate".
     """
@@ -105,7 +104,7 @@ def coco_average_precision(
 
 
 def _to_coco(table: BoxTable, num_classes: int):
-    """The table as a pycocotools `COCO` object, which may be empty, unlike with `loadRes`."""
+    """Returns the table as a pycocotools `COCO` object; unlike `loadRes`, it may be empty."""
     from pycocotools.coco import COCO
 
     sizes = table.boxes[:, 2:] - table.boxes[:, :2]
@@ -122,7 +121,7 @@ def _to_coco(table: BoxTable, num_classes: int):
     index.dataset = {
         "images": [{"id": image} for image in range(table.num_images)],
         "categories": [{"id": label} for label in range(num_classes)],
-        # From 1: to pycocotools, a match with id 0 is no match.
+        # From 1: pycocotools takes a match with id 0 for no match.
         "annotations": [
             {"id": number, **dict(zip(columns, row, strict=True))}
             for number, row in enumerate(rows, 1)

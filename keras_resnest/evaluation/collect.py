@@ -1,4 +1,4 @@
-"""Run a detector over a dataset and measure its detections."""
+"""Run a detector on a dataset and evaluate its detections."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,27 +14,22 @@ from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
 
 def collect_detections(
-    model,
-    dataset: Iterable,
-    *,
-    bounding_box_format: str | None = None,
-    steps: int | None = None,
+    model, dataset: Iterable, *, bounding_box_format: str | None = None, steps: int | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """Runs a detector over batches and returns ground truth and detections of each image.
+    """Runs a detector on batches and returns ground truth and detections of each image.
 
-    Reads the dataset once, so it may reshuffle in each pass. Uses the model's compiled predict
-    function, which is not traced again for later passes.
+    Reads the dataset once, so it may reshuffle on each pass. Uses the model's compiled predict
+    function, which later calls do not retrace.
 
     Args:
         model: a `RefineDet`, or any Keras model whose `predict_on_batch(images)` returns
             `{"boxes", "confidence", "labels"}`, padded with label -1. Its attribute
             `bounding_box_format` is the format of these boxes (default `"xyxy"`).
         dataset: batches `{"images": (B, H, W, 3), "bounding_boxes": {"boxes", "labels"}}` or
-            `(images, {"boxes", "labels"})`; `"difficult"`, `"iscrowd"` and `"area"` beside the
-            boxes are passed on. A dictionary may also hold `"image_size"` (B, 2), height and
-            width before resizing.
-        bounding_box_format: format of the boxes in `dataset`; default that of the model, as in
-            training.
+            `(images, {"boxes", "labels"})`, optionally with `"difficult"`, `"iscrowd"` and `"area"`
+            in the box dictionary. A batch dictionary may also hold `"image_size"` (B, 2), height
+            and width before resizing.
+        bounding_box_format: format of the boxes in `dataset`; default the model's.
         steps: number of batches; required for an infinite dataset.
 
     Returns:
@@ -47,9 +42,8 @@ def collect_detections(
         ValueError: if a batch has another structure, or the dataset is infinite or empty.
 
     Example:
-
-    >>> ground_truth, detections = collect_detections(model, validation_dataset)
-    >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
+        >>> ground_truth, detections = collect_detections(model, validation_dataset)
+        >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
     """
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
@@ -83,8 +77,8 @@ def evaluate_detections(
 ) -> AveragePrecision:
     """Measures the VOC average precision of a detector on a dataset.
 
-    Calls `collect_detections` and `voc_average_precision`. IoU is measured in the batch's images
-    and equals that in the original ones, because stretching an image does not change IoU.
+    Calls `collect_detections` and `voc_average_precision`. Resizing does not change IoU, so the
+    result equals that for the original images.
 
     Args:
         model: as in `collect_detections`.
@@ -105,8 +99,7 @@ def evaluate_detections(
             model, or in another order.
 
     Example:
-
-    >>> print(evaluate_detections(model, validation_dataset))
+        >>> print(evaluate_detections(model, validation_dataset))
     """
     class_names = resolve_class_names(model, class_names, dataset)
     ground_truth, detections = collect_detections(

@@ -48,15 +48,10 @@ class AveragePrecision:
     def at(self, iou_threshold: float) -> "AveragePrecision":
         """Returns the result for one of the thresholds."""
         row = self._row(iou_threshold)
-        only = slice(row, row + 1)
-        return dataclasses.replace(
-            self,
-            iou_thresholds=self.iou_thresholds[only],
-            average_precision=self.average_precision[only],
-            true_positives=self.true_positives[only],
-            false_positives=self.false_positives[only],
-            curves=self.curves[only],
-        )
+        names = ("iou_thresholds", "average_precision", "curves")
+        names += ("true_positives", "false_positives")
+        rows = {name: getattr(self, name)[row : row + 1] for name in names}
+        return dataclasses.replace(self, **rows)
 
     def per_class(self, iou_threshold: float | None = None) -> dict[str, dict]:
         """Returns the numbers of each class by name; an undefined AP is None.
@@ -65,8 +60,7 @@ class AveragePrecision:
             iou_threshold: one of the thresholds; required if there are several.
 
         Returns:
-            `{name: {"average_precision", "num_objects", "true_positives",
-            "false_positives"}}`.
+            `{name: {"average_precision", "num_objects", "true_positives", "false_positives"}}`.
         """
         row = self._row(iou_threshold)
         values = self.average_precision[row].tolist()
@@ -126,7 +120,7 @@ def nan_mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-# === Measure ===
+# === Metric ===
 
 
 def voc_average_precision(
@@ -151,14 +145,14 @@ def voc_average_precision(
         ground_truth: one dictionary per image with `"boxes"` (n, 4), `"xyxy"` in pixels,
             `"labels"` (n,), 0 to num_classes-1, and optionally `"difficult"` (n,) bool; or one
             dictionary of arrays with images as first axis. Rows with label -1 are padding.
-        detections: likewise with `"boxes"`, `"labels"` and `"confidence"`, as returned by
+        detections: the same with `"boxes"`, `"labels"` and `"confidence"`, as returned by
             `RefineDet.predict`.
         class_names: names in the order of the labels.
         num_classes: number of classes, if there are no names.
         iou_threshold: lowest IoU of a true positive, in (0, 1]; or several.
         interpolation: `"every_point"` (VOC 2010 and later): area under the curve of the highest
             precision at this or higher recall. `"eleven_point"` (VOC 2007): its mean at recall
-            0, 0.1, ..., 1, compared in integers, without rounding.
+            0, 0.1, ..., 1, without rounding errors.
         plus_one: whether a box is xmax - xmin + 1 pixels wide, as in the development kit and
             all published VOC figures. The boxes of this package are xmax - xmin wide, which
             changes the result very little.
@@ -170,11 +164,10 @@ def voc_average_precision(
         ValueError: if a box, label, confidence or argument is invalid.
 
     Example:
-
-    >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
-    >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
-    >>> voc_average_precision(truth, found, class_names=["cell"]).mAP
-    1.0
+        >>> truth = [{"boxes": [[0, 0, 10, 10]], "labels": [0]}]
+        >>> found = [{"boxes": [[0, 0, 10, 8]], "labels": [0], "confidence": [0.9]}]
+        >>> voc_average_precision(truth, found, class_names=["cell"]).mAP
+        1.0
 
     Source: Everingham et al., The PASCAL Visual Object Classes (VOC) Challenge,
     IJCV 2010, section 4.2.
@@ -204,7 +197,7 @@ def _best_objects(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each detection, the highest IoU with an object of its class and image, and its row.
 
-    IoU 0 and row -1 if there is no such object. Of objects with equal IoU, the first is taken.
+    IoU 0 and row -1 without such an object; the first of objects with equal IoU.
     """
     object_group = objects.image * num_classes + objects.labels
     rows = np.argsort(object_group, kind="stable")
@@ -276,9 +269,8 @@ def _summarize(objects, found, outcomes, class_names, thresholds, interpolation)
             false_positives[row, label] = len(rows) - true_positives[row, label]
             if num_objects[label]:
                 recall = tp / num_objects[label]
-                average_precision[row, label] = _area(
-                    tp, precision, num_objects[label], interpolation
-                )
+                area = _area_under_curve(tp, precision, num_objects[label], interpolation)
+                average_precision[row, label] = area
             confidence = found.confidence[rows]
             curves[row].append({"recall": recall, "precision": precision, "confidence": confidence})
     return AveragePrecision(
@@ -293,8 +285,8 @@ def _summarize(objects, found, outcomes, class_names, thresholds, interpolation)
     )
 
 
-def _area(tp: np.ndarray, precision: np.ndarray, num_objects: int, interpolation: str) -> float:
-    """Average precision of one class from cumulative true positives and precision."""
+def _area_under_curve(tp, precision, num_objects: int, interpolation: str) -> float:
+    """Average precision of one class, given cumulative true positives and precision."""
     if not len(tp):
         return 0.0
     # Highest precision at this or any higher recall.

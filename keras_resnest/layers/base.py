@@ -1,4 +1,4 @@
-"""What layers of feature maps have in common: the data format and the layers inside them."""
+"""Base class of layers on feature maps."""
 
 import keras
 
@@ -7,7 +7,12 @@ from keras_resnest.layers.normalization import BatchNormalization
 
 
 class FeatureMapLayer(keras.layers.Layer):
-    """Base of layers on feature maps in either data format."""
+    """Base of layers on feature maps: `(batch, height, width, channels)` or channels first.
+
+    Args:
+        data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
+        **kwargs: arguments of `keras.layers.Layer`.
+    """
 
     def __init__(self, data_format: str | None = None, **kwargs):
         super().__init__(**kwargs)
@@ -28,7 +33,7 @@ class FeatureMapLayer(keras.layers.Layer):
         return tuple(shape)
 
     def _pooled_shape(self, channels: int) -> tuple:
-        """Returns the shape of a globally pooled map: `(None, 1, 1, channels)`."""
+        """Returns the shape of a globally pooled map."""
         return self._with_channels((None, 1, 1, 1), channels)
 
     def _convolution(self, filters: int, kernel_size, name: str, **options) -> GroupedConv2D:
@@ -37,11 +42,7 @@ class FeatureMapLayer(keras.layers.Layer):
 
     def _batch_norm(self, name: str) -> BatchNormalization:
         return BatchNormalization(
-            axis=self._channel_axis,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype_policy,
-            name=name,
+            axis=self._channel_axis, momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name=name
         )
 
     def compute_output_shape(self, input_shape):

@@ -19,11 +19,8 @@ class SqueezeExcitation(FeatureMapLayer):
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
-    Input shape:
-        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
-
     Returns:
-        Feature map of the same shape.
+        Feature map of the input's shape.
 
     Raises:
         ValueError: If `hidden_channels` is not positive.
@@ -72,15 +69,12 @@ class SelectiveKernel(FeatureMapLayer):
         reduction_ratio: positive float. The attention has `filters * reduction_ratio` hidden
             channels, rounded to a multiple of `divisor`.
         divisor: positive integer, see `reduction_ratio`.
-        split_input: whether each path gets its own part of the input channels instead of all.
+        split_input: whether the input channels are divided among the paths.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
-    Input shape:
-        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
-
     Returns:
-        Feature map with `filters` channels in the same layout.
+        Feature map with `filters` channels, in the layout of the input.
 
     Raises:
         ValueError: If an argument is out of range, or the input channels cannot be split
@@ -122,21 +116,13 @@ class SelectiveKernel(FeatureMapLayer):
         no_bias = {"use_bias": False, "kernel_initializer": "he_normal"}
         self.pads, self.convs, self.norms = [], [], []
         for i in range(num_paths):
+            name = f"paths_{i}"
             # A stride of 2 at dilation 2 only sees every second cell: `_path_map` slices instead.
             dilation, path_strides = (1, 1) if strides == 2 and i == 1 else (i + 1, strides)
-            pad = keras.layers.ZeroPadding2D(dilation, name=f"paths_{i}_pad", **options)
-            conv = self._convolution(
-                filters,
-                3,
-                f"paths_{i}_conv",
-                strides=path_strides,
-                dilation_rate=dilation,
-                groups=groups,
-                **no_bias,
-            )
-            self.pads.append(pad)
-            self.convs.append(conv)
-            self.norms.append(self._batch_norm(f"paths_{i}_bn"))
+            path = {"strides": path_strides, "dilation_rate": dilation, "groups": groups, **no_bias}
+            self.pads.append(keras.layers.ZeroPadding2D(dilation, name=f"{name}_pad", **options))
+            self.convs.append(self._convolution(filters, 3, f"{name}_conv", **path))
+            self.norms.append(self._batch_norm(f"{name}_bn"))
         self._hidden_channels = round_channels(filters * reduction_ratio, divisor)
         self.fc_reduce = self._convolution(self._hidden_channels, 1, "attn_fc_reduce", **no_bias)
         self.attention_norm = self._batch_norm("attn_bn")

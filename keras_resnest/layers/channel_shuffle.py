@@ -18,11 +18,8 @@ class ChannelShuffle(FeatureMapLayer):
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
-    Input shape:
-        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
-
     Returns:
-        Feature map of the same shape.
+        Feature map of the input's shape.
 
     Raises:
         ValueError: If `groups` is not positive or does not divide the number of channels.

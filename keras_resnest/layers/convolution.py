@@ -132,8 +132,8 @@ def _has_gpu() -> bool:
 def _has_native_grouped_gradient(dtype: str) -> bool:
     """Whether TensorFlow can differentiate a grouped convolution of `dtype` on this machine.
 
-    CPU builds without oneDNN (or with TF_ENABLE_ONEDNN_OPTS=0) only run the forward pass. No
-    public flag tells, so try a tiny gradient once.
+    CPU builds without oneDNN (or with TF_ENABLE_ONEDNN_OPTS=0) only run the forward pass. There is
+    no public flag, so try a tiny gradient once.
     """
     import tensorflow as tf
 

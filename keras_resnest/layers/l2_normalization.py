@@ -8,8 +8,8 @@ from keras import ops
 class L2Normalization(keras.layers.Layer):
     """Scales the channel vector of every cell to unit length, then by a learned factor.
 
-    Early feature maps have larger values than late ones; this layer brings the inputs of
-    detection heads to one scale. A cell of zeros stays zero, with a gradient of zero, never NaN.
+    Early feature maps have larger values than late ones; this layer equalizes the scale of the
+    inputs of detection heads. A cell of zeros stays zero, with a gradient of zero, never NaN.
 
     Args:
         scale: float, initial factor of every channel (RefineDet: 10 on conv4_3, 8 on conv5_3).
@@ -49,14 +49,12 @@ class L2Normalization(keras.layers.Layer):
                 f"The size of axis {self.axis} must be known. Received: input_shape={input_shape}"
             )
         self.gamma = self.add_weight(
-            name="gamma",
-            shape=(channels,),
-            initializer=keras.initializers.Constant(self.scale),
+            name="gamma", shape=(channels,), initializer=keras.initializers.Constant(self.scale)
         )
         self.built = True
 
     def call(self, inputs):
-        # The squares of half precision numbers overflow easily.
+        # Squares of half-precision numbers overflow easily.
         x = ops.cast(inputs, "float32")
         squared_length = ops.sum(ops.square(x), axis=self.axis, keepdims=True)
         inverse_length = ops.where(
@@ -71,9 +69,5 @@ class L2Normalization(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict:
-        return {
-            **super().get_config(),
-            "scale": self.scale,
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-        }
+        config = {"scale": self.scale, "axis": self.axis, "epsilon": self.epsilon}
+        return {**super().get_config(), **config}

@@ -16,15 +16,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
     does not apply (other backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale`
     or `center`).
 
-    With `synchronized`, statistics cover the batches of all replicas, and the variance is a mean
-    of squared deviations, which keeps the digits that Keras' difference of means loses.
+    With `synchronized`, statistics cover the batches of all replicas, and the variance is the mean
+    of squared deviations, which is more accurate than Keras' difference of means.
 
-    A batch mean or variance that is not finite does not change the moving one of its channel
-    (except with masks and `renorm`), so that one overflow cannot ruin a model.
+    A non-finite batch mean or variance does not change the moving one of its channel (except with
+    masks and `renorm`), so that one overflow cannot ruin a model.
 
     Example:
-
-    >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
+        >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -106,8 +105,7 @@ def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool 
         synchronized: whether to compute statistics over the batches of all replicas.
 
     Example:
-
-    >>> set_batch_norm(backbone, freeze=True)
+        >>> set_batch_norm(backbone, freeze=True)
     """
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -10,8 +10,8 @@ from keras_resnest.layers.base import FeatureMapLayer
 class DropBlock2D(FeatureMapLayer):
     """Zeroes square blocks of a feature map during training.
 
-    Every channel of every image draws its own blocks. The remaining values are scaled up to
-    preserve the expected sum. On maps smaller than the block, the block shrinks to the map.
+    Blocks are drawn per channel and image. The remaining values are scaled up to preserve the
+    expected sum. On maps smaller than the block, the block shrinks to the map.
 
     Args:
         rate: float in [0, 1), expected fraction of dropped values. The actual fraction is a
@@ -21,11 +21,8 @@ class DropBlock2D(FeatureMapLayer):
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
-    Input shape:
-        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
-
     Returns:
-        Feature map of the same shape.
+        Feature map of the input's shape.
 
     Raises:
         ValueError: If `rate` is not in [0, 1) or `block_size` is not a positive integer.
@@ -72,8 +69,8 @@ class DropBlock2D(FeatureMapLayer):
         height, width = (shape[axis] for axis in self._spatial_axes)
         rows, row_count, block_height = self._block_centers(height)
         columns, column_count, block_width = self._block_centers(width)
-        # A value is kept if no center within reach of it is drawn; this is the average number
-        # of such centers, from which follows the rate of centers that drops `rate` of the values.
+        # A value is kept if no center within reach of it is drawn. The average number of such
+        # centers determines the center rate that drops a fraction `rate` of the values.
         reach = ops.cast(block_height * row_count * block_width * column_count, "float32")
         reach = reach / ops.cast(height * width, "float32")
         center_rate = 1.0 - ops.power(1.0 - self.rate, 1.0 / reach)
@@ -95,9 +92,5 @@ class DropBlock2D(FeatureMapLayer):
         return mask, last - first + 1, ops.minimum(self.block_size, size)
 
     def get_config(self) -> dict:
-        return {
-            **super().get_config(),
-            "rate": self.rate,
-            "block_size": self.block_size,
-            "seed": self.seed,
-        }
+        config = {"rate": self.rate, "block_size": self.block_size, "seed": self.seed}
+        return {**super().get_config(), **config}

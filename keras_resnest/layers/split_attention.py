@@ -91,11 +91,8 @@ class SplitAttention(FeatureMapLayer):
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras' default.
         **kwargs: arguments of `keras.layers.Layer`.
 
-    Input shape:
-        `(batch, height, width, channels)`, or `(batch, channels, height, width)`.
-
     Returns:
-        Feature map with `filters` channels in the same layout.
+        Feature map with `filters` channels, in the layout of the input.
 
     Raises:
         ValueError: If an argument is out of range, or the groups do not divide the input

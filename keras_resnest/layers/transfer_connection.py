@@ -21,13 +21,12 @@ class TransferConnectionBlock(FeatureMapLayer):
         **kwargs: arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: feature map `(batch, height, width, channels)`, or `(batch, channels, height,
-            width)`.
+        inputs: feature map.
         upper: optional output of the next coarser block, half as high and wide, rounded up.
             Where a side of `inputs` is odd, the upsampled map is cropped at its end.
 
     Returns:
-        Feature map `(batch, height, width, filters)` in the same layout.
+        Feature map with `filters` channels, in the layout of `inputs`.
 
     Raises:
         ValueError: If `filters` is not positive.

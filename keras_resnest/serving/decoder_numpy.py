@@ -1,7 +1,7 @@
-"""NumpyDetectionDecoder: from the raw outputs of RefineDet to detections, with numpy alone.
+"""Decodes the raw outputs of RefineDet with numpy alone.
 
-This file imports only the standard library and numpy. Copy it beside an exported network to decode
-what onnxruntime, OpenVINO or LiteRT return.
+This file imports only numpy and the standard library: copy it to wherever onnxruntime, OpenVINO or
+LiteRT runs an exported network.
 """
 
 import collections.abc
@@ -23,17 +23,20 @@ Y_FIRST = ("yxyx", "center_yxhw", "rel_yxyx")
 PADDING = -1  # fills the rows beyond `num_detections`
 NMS_BLOCK = 128  # boxes compared at once, which bounds the memory for any `pre_nms_top_k`
 
-# Part of "decoder" in a JSON file; earlier exports have them beside it.
+# Part of "decoder" in a JSON file; at the top level in earlier exports.
 SWITCHES = ("two_step_regression", "negative_anchor_filtering")
 
 
 class NumpyDetectionDecoder:
-    """Does what `RefineDet.decode` does, without Keras.
+    """Decodes like `RefineDet.decode`, without Keras.
 
     The first stage (ARM) refines the anchors, the second (ODM) refines them again. Anchors whose
     ARM objectness is at most `objectness_threshold` are discarded. For each class, the
     `pre_nms_top_k` most confident boxes above `confidence_threshold` go through non-maximum
     suppression; the `max_detections` best of all classes remain.
+
+    Unlike `keras_resnest.detection.DetectionDecoder`, it discards non-finite boxes. Equal
+    confidences are ordered by label, then by anchor; TensorFlow leaves their order undefined.
 
     Args:
         anchors: `"xyxy"` in pixels, (anchors, 4): `model.anchors`.
@@ -41,31 +44,26 @@ class NumpyDetectionDecoder:
         bounding_box_format: format of the detections, one of `BOX_FORMATS`.
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
         confidence_threshold: lowest class probability, exclusive, 0 to 1.
-        iou_threshold: of two boxes of one class with a higher IoU, the less confident is dropped.
+        iou_threshold: IoU above which the less confident of two boxes of a class is dropped.
         pre_nms_top_k: boxes of each class that enter suppression.
         max_detections: detections of one image, all classes together.
         clip_to_image: whether to clip boxes to the image.
         variances: scales of center offsets and of log sizes, as in training.
-        two_step_regression: whether the ODM starts from the anchors that the ARM refined. If
-            False, it starts from the original anchors, and `"arm_boxes"` is not needed.
+        two_step_regression: whether the ODM refines the anchors that the ARM refined, instead of
+            the original ones. If False, `"arm_boxes"` is not required.
         negative_anchor_filtering: whether to discard anchors of low objectness. If False,
-            `"arm_objectness"` is not needed.
+            `"arm_objectness"` is not required.
         class_names: names of the labels, or None; the logits must match their number.
-
-    Unlike `keras_resnest.detection.DetectionDecoder`, it discards boxes that are not finite because
-    the network overflowed or diverged. Equal confidences are ordered by label, then by anchor; with
-    TensorFlow their order is undefined.
 
     Raises:
         ValueError: if an argument is out of range or has a wrong shape.
 
     Example:
-
-    >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
-    >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
-    >>> detections = decoder.scale_to_image(detections, 480, 640)
-    >>> detections["boxes"].shape
-    (batch, 200, 4)
+        >>> decoder = NumpyDetectionDecoder.from_files("exported/detector.onnx.json")
+        >>> detections = decoder(dict(zip(names, session.run(names, {"images": images}))))
+        >>> detections = decoder.scale_to_image(detections, 480, 640)
+        >>> detections["boxes"].shape
+        (batch, 200, 4)
 
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference".
     """
@@ -110,8 +108,8 @@ class NumpyDetectionDecoder:
 
         Args:
             path: JSON file with `"image_shape"`, `"bounding_box_format"`, `"anchors"` (name of an
-                .npy file in the same folder), `"decoder"` (arguments of this class; absent ones
-                have their defaults) and optionally `"class_names"`. Other keys are ignored.
+                .npy file in the same folder), `"decoder"` (arguments of this class, possibly only
+                some) and optionally `"class_names"`. Other keys are ignored.
 
         Raises:
             FileNotFoundError: if one of the two files is missing.
@@ -181,11 +179,10 @@ class NumpyDetectionDecoder:
         Args:
             detections: result of this decoder, for images that were stretched to `image_shape`.
             image_height: height of the original image in pixels; a number, or an array (batch,).
-            image_width: width, likewise.
+            image_width: width of the original image, in the same form.
 
         Returns:
-            A new dictionary with other `"boxes"`. Padding rows and boxes of `"rel_*"` formats do
-            not change.
+            A new dictionary; padding rows and boxes in `"rel_*"` formats are unchanged.
         """
         if self.bounding_box_format.startswith("rel_"):
             return dict(detections)
@@ -210,7 +207,7 @@ class NumpyDetectionDecoder:
         kept = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
         for scores in confidence:
-            # Below the last of `max_detections` others no box can remain.
+            # Only boxes above the last of `max_detections` others can remain.
             floor = best[0] if len(best) == self.max_detections else self.confidence_threshold
             rows = self._most_confident(scores, floor)
             if len(rows):
@@ -240,7 +237,7 @@ class NumpyDetectionDecoder:
         boxes = _decode_boxes(raw["odm_boxes"], anchors, self.variances)
         confidence = _softmax(raw["odm_logits"])[:, 1:]
         finite = np.isfinite(boxes).all(axis=1)
-        if not finite.all():
+        if not finite.all():  # a copy takes time
             boxes, confidence = boxes[finite], confidence[finite]
         return boxes, np.ascontiguousarray(confidence.T)
 
@@ -248,7 +245,7 @@ class NumpyDetectionDecoder:
         """Returns at most `pre_nms_top_k` rows above `floor`, most confident first."""
         rows = np.flatnonzero(confidence > floor)  # excludes NaN
         k = self.pre_nms_top_k
-        if len(rows) > k:  # sorting all of them would take most of the time
+        if len(rows) > k:  # sorting all of them would be slow
             lowest = np.partition(confidence[rows], len(rows) - k)[len(rows) - k]
             rows = rows[confidence[rows] >= lowest]
         return rows[np.argsort(-confidence[rows], kind="stable")[:k]]
@@ -276,7 +273,7 @@ class NumpyDetectionDecoder:
             channels["arm_boxes"] = 4
         if self.negative_anchor_filtering:
             channels["arm_objectness"] = 2
-        # Looked up one by one: OpenVINO's dictionary accepts names that it does not list.
+        # Look up each name: OpenVINO's dictionary accepts names that it does not list.
         is_mapping = isinstance(raw_outputs, collections.abc.Mapping)
         missing = [name for name in channels if not is_mapping or name not in raw_outputs]
         if missing:
@@ -322,7 +319,7 @@ def _decode_boxes(offsets, anchors, variances):
 
 
 def _suppress(boxes, iou_threshold, limit):
-    """Returns the first `limit` of the boxes (n, 4) that overlap no earlier one that remains."""
+    """Returns the indices of the first `limit` boxes that overlap no earlier kept box."""
     kept = np.zeros(0, int)
     for start in range(0, len(boxes), NMS_BLOCK):
         block = boxes[start : start + NMS_BLOCK]
@@ -409,8 +406,8 @@ def _read_json(path):
 
 
 def _read_anchors(path, name):
-    """Reads an .npy file beside the JSON file `path`."""
-    # A JSON file from elsewhere must not make this program read other folders.
+    """Reads an .npy file in the folder of the JSON file `path`."""
+    # An untrusted JSON file must not make this program read other folders.
     if not isinstance(name, str) or name in ("", "..") or os.path.basename(name) != name:
         raise ValueError(
             f'"anchors" in {path} must be the name of a file beside it. Received: {name!r}'

@@ -1,4 +1,4 @@
-"""`export_model`: one function for every serving runtime."""
+"""Export to every serving runtime."""
 
 import os
 
@@ -26,7 +26,7 @@ def export_model(
     freeze: bool = True,
     **options,
 ) -> None:
-    """Exports a trained model to a runtime that needs neither Keras nor this package.
+    """Exports a trained model to a runtime that requires neither Keras nor this package.
 
     Batch normalization is folded into the convolutions, and weights become constants (unless
     `freeze=False`).
@@ -45,9 +45,8 @@ def export_model(
 
     `"float16"` halves the file; ONNX also computes in float16 where the device can, OpenVINO
     chooses. `"int8"` quantizes the network, calibrated on `representative_images`; LiteRT and
-    OpenVINO need `decode=False` for int8 detectors. OpenVINO computes in bfloat16 by default on
-    processors that support it; compile with `{"INFERENCE_PRECISION_HINT": "f32"}` to reproduce
-    this package's results.
+    OpenVINO require `decode=False` for int8 detectors. OpenVINO computes in bfloat16 by default on
+    processors that support it; compile with `{"INFERENCE_PRECISION_HINT": "f32"}` to avoid this.
 
     Args:
         model: a `RefineDet`, or a network of `keras_resnest.backbones`.
@@ -55,13 +54,11 @@ def export_model(
         format: a format of the table.
         precision: a precision of the table.
         decode: whether a detector's graph decodes boxes and suppresses duplicates. If False, it
-            returns the raw outputs `"arm_boxes"`, `"arm_objectness"`, `"odm_boxes"` and
-            `"odm_logits"`, for `NumpyDetectionDecoder`. SavedModels always have both.
-        representative_images: for int8, some tens of typical images (n, height, width, 3) of the
+            returns the raw outputs, for `NumpyDetectionDecoder`. SavedModels always have both.
+        representative_images: for int8, dozens of typical images (n, height, width, 3) of the
             model's size, 0 to 255.
-        verbose: whether to print what was written.
-        freeze: False keeps the weights of a SavedModel in variables, which saves much memory
-            while it loads; see `export_saved_model`.
+        verbose: whether to print the path and, for a SavedModel, the signatures.
+        freeze: as in `export_saved_model`; False is for SavedModels only.
         **options: for classifiers, `image_shape`, `class_names` and `crop_ratio`; see
             `export_saved_model`.
 
@@ -71,10 +68,9 @@ def export_model(
             installs them all.
 
     Example:
-
-    >>> export_model(model, "detector.onnx", format="onnx")
-    >>> session = onnxruntime.InferenceSession("detector.onnx")
-    >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
+        >>> export_model(model, "detector.onnx", format="onnx")
+        >>> session = onnxruntime.InferenceSession("detector.onnx")
+        >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
     _check_arguments(format, precision, decode, representative_images, freeze)
@@ -106,6 +102,4 @@ def _check_arguments(format, precision, decode, representative_images, freeze) -
             "Received: decode=False"
         )
     if not freeze and format != "tf_saved_model":
-        raise ValueError(
-            f"`freeze=False` is only supported by SavedModels. Received: format={format!r}"
-        )
+        raise ValueError(f"`freeze=False` is only for SavedModels. Received: format={format!r}")

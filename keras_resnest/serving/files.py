@@ -1,4 +1,4 @@
-"""Export as one file: ONNX, OpenVINO and LiteRT, each by its own converter."""
+"""Export to ONNX, OpenVINO and LiteRT files."""
 
 import importlib.util
 import os
@@ -12,11 +12,11 @@ from keras_resnest.serving.graph import deployment_function
 from keras_resnest.serving.tasks import create_task, write_metadata
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
-# What must be installed in addition to TensorFlow.
+# Required packages besides TensorFlow.
 PACKAGES = {"onnx": ("onnx", "tf2onnx"), "openvino": ("openvino",), "litert": ()}
 ONNX_OPSET = 17
 QUANTIZED = ("Conv", "MatMul", "Gemm")
-# Why a quantized graph cannot decode.
+# Reasons why a quantized graph cannot decode.
 INT8_LIMITS = {
     "litert": "LiteRT would compute boxes in 8 bits too",
     # OpenVINO 2026.4 then returns other outputs of the same network: mAP 0.65 instead of 0.91.
@@ -83,10 +83,10 @@ def _check_representative_images(task, images):
 
 
 def _concrete_function(task, decode: bool, batch_size=None, precision: str = "float32"):
-    """Returns the frozen function of `images`, made of operations that every runtime has."""
+    """Returns the frozen function of `images`, with operations that every runtime supports."""
     import tensorflow as tf
 
-    # A fixed batch size is for LiteRT, which does not support open image sizes either.
+    # Only LiteRT has a fixed batch size; it does not support variable image sizes either.
     shape = task.signature_shape if batch_size is None else task.image_shape
     specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
     network = deployment_function(task.network, specification, precision)
@@ -99,7 +99,7 @@ def _concrete_function(task, decode: bool, batch_size=None, precision: str = "fl
 
 
 def _write_saved_model(function, folder: str) -> str:
-    """Writes a SavedModel for converters that read files; returns its path."""
+    """Writes a SavedModel for a converter and returns its path."""
     import tensorflow as tf
 
     path = os.path.join(folder, "saved_model")
@@ -127,7 +127,7 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
         opset=ONNX_OPSET,
     )
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.checker.check_model(model)  # tf2onnx lets operations pass that it does not know
+    onnx.checker.check_model(model)  # tf2onnx does not reject operations that it does not know
     if precision == "int8":
         _quantize_onnx(model, path, images)
     else:
@@ -168,7 +168,7 @@ def _quantize_onnx(model, path, images) -> None:
 
 
 def _last_quantizable_nodes(graph) -> list[str]:
-    """Returns the names of the nodes of `QUANTIZED` kinds that no other such node follows."""
+    """Returns the names of the nodes in `QUANTIZED` that no other such node follows."""
     constants = {tensor.name for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     stack, seen, found = [output.name for output in graph.output], set(), []
@@ -198,7 +198,7 @@ def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
 
     # `openvino.convert_model` would send usage statistics over the network.
     with tempfile.TemporaryDirectory() as folder:
-        if precision == "int8":  # OpenVINO runs what onnxruntime has quantized
+        if precision == "int8":  # OpenVINO reads networks that onnxruntime has quantized
             source = os.path.join(folder, "int8.onnx")
             _to_onnx(task, source, precision, decode, images)
         else:

@@ -1,4 +1,4 @@
-"""The deployment graph: one frozen TensorFlow graph with folded weights."""
+"""Frozen TensorFlow graphs with folded weights, for deployment."""
 
 import contextlib
 
@@ -29,16 +29,16 @@ LARGE_CONSTANT = 2**14  # bytes
 def deployment_function(network, specification, precision: str = "float32"):
     """Returns a function of one tensor as one frozen, folded graph.
 
-    Variables become constants, batch normalization is folded into the convolution before it,
-    training-only operations are removed, and what follows a convolution is arranged in the order
-    that TensorFlow fuses at run time (convolution, bias, addition, ReLU).
+    Variables become constants, batch normalization is folded into the preceding convolution,
+    training-only operations are removed, and the operations after a convolution get the order that
+    TensorFlow fuses at run time (convolution, bias, addition, ReLU).
 
     Args:
         network: function of one tensor that returns a dictionary of tensors, such as
             `lambda images: {"predictions": model(images, training=False)}`.
         specification: `tf.TensorSpec` of the argument, with a name.
-        precision: `"float32"`, or `"bfloat16"` or `"float16"` to compute the convolutions and
-            what lies between them so. Argument and results stay float32.
+        precision: `"float32"`, `"bfloat16"` or `"float16"`, of the convolutions and the operations
+            between them. Argument and results stay float32.
 
     Returns:
         A `tf.ConcreteFunction` with the same argument and results.
@@ -47,10 +47,9 @@ def deployment_function(network, specification, precision: str = "float32"):
         ValueError: if Keras does not run on TensorFlow, or `precision` is unknown.
 
     Example:
-
-    >>> spec = tf.TensorSpec((None, 224, 224, 3), name="images")
-    >>> fast = deployment_function(lambda x: {"predictions": model(x, training=False)}, spec)
-    >>> fast(images)["predictions"]
+        >>> spec = tf.TensorSpec((None, 224, 224, 3), name="images")
+        >>> fast = deployment_function(lambda x: {"predictions": model(x, training=False)}, spec)
+        >>> fast(images)["predictions"]
     """
     check_backend()
     if precision not in PRECISIONS:
@@ -69,17 +68,13 @@ def deployment_function(network, specification, precision: str = "float32"):
 
 
 def with_variables(function):
-    """Moves the weights of a deployment function from constants to variables.
+    """Moves the weights of a `deployment_function` from constants to variables.
 
     TensorFlow copies the constants of a graph a dozen times while it loads and optimizes it. A
     variable exists once, for all functions that read it, but oneDNN rearranges its values at every
     call unless TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 promises that they never change.
 
-    Args:
-        function: a result of `deployment_function`.
-
-    Returns:
-        A function with the same argument and results, and the list of its `tf.Variable`s.
+    Returns the new function and the list of its `tf.Variable`s.
     """
     import tensorflow as tf
 
@@ -98,9 +93,9 @@ def check_backend() -> None:
     """Raises `ValueError` unless Keras runs on TensorFlow."""
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "Models can only be exported on the TensorFlow backend. Received: "
-            f"backend={keras.backend.backend()!r}. Save the model with model.save, then load and "
-            "export it with KERAS_BACKEND=tensorflow"
+            "Models can only be exported on the TensorFlow backend: save the model, then load and "
+            "export it with KERAS_BACKEND=tensorflow. "
+            f"Received: backend={keras.backend.backend()!r}"
         )
 
 
@@ -111,7 +106,7 @@ def check_backend() -> None:
 def float32_compute(model):
     """Lets the layers of a mixed-precision model compute in float32.
 
-    Otherwise casts would separate the convolutions from what can be folded into them.
+    Otherwise, casts would prevent folding into the convolutions.
     """
     policies = [(layer, layer.dtype_policy) for layer in model._flatten_layers()]
     mixed = [(layer, p) for layer, p in policies if p.compute_dtype != p.variable_dtype]
@@ -137,10 +132,10 @@ def _set_exact_statistics(layer: keras.layers.Normalization) -> None:
     """Undoes Keras' rounding of mean and variance to the compute precision of the layer."""
     if layer.input_mean is None:
         layer.finalize_state()
-        return
-    shape = layer.mean.shape
-    layer.mean = np.resize(np.asarray(layer.input_mean, "float32"), shape)
-    layer.variance = np.resize(np.asarray(layer.input_variance, "float32"), shape)
+    else:
+        shape = layer.mean.shape
+        layer.mean = np.resize(np.asarray(layer.input_mean, "float32"), shape)
+        layer.variance = np.resize(np.asarray(layer.input_variance, "float32"), shape)
 
 
 # === Functions and graphs ===
@@ -149,9 +144,7 @@ def _set_exact_statistics(layer: keras.layers.Normalization) -> None:
 def _freeze(network, specification):
     """Returns a GraphDef without variables, and the names of its outputs by key."""
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     def in_float32(argument):
         return {name: tf.cast(x, tf.float32) for name, x in network(argument).items()}
@@ -189,7 +182,7 @@ def _to_function(graph_def, specification, outputs: dict[str, str], variables=No
 
 
 def _fold_constants(graph_def, fetches):
-    """Computes what depends on constants alone, with TensorFlow's own optimizer."""
+    """Evaluates operations on constants, with TensorFlow's own optimizer."""
     import tensorflow as tf
     from tensorflow.python.grappler import tf_optimizer
 
@@ -250,7 +243,7 @@ def _replace_nodes(graph_def, nodes):
 
 
 class _Graph:
-    """A GraphDef with what rewriting needs: nodes by name, constants, consumers."""
+    """A GraphDef that can be rewritten: nodes and consumers by name."""
 
     def __init__(self, graph_def):
         self.graph_def = graph_def
@@ -328,9 +321,8 @@ class _Graph:
         result = node.name
         if np.any(offset):
             bias = self.add_constant(f"{node.name}/folded_bias", offset.astype(kernel.dtype))
-            result = self.add_node(
-                "BiasAdd", f"{node.name}/folded", [node.name, bias], T=node.attr["T"]
-            )
+            inputs = [node.name, bias]
+            result = self.add_node("BiasAdd", f"{node.name}/folded", inputs, T=node.attr["T"])
         for consumer in list(self.consumers[last.name]):
             for i, source in enumerate(consumer.input):
                 if source == last.name:
@@ -349,7 +341,7 @@ class _Graph:
             return None
         value = self.constant(consumer.input[1 - own[0]])
         if value is None or value.size not in (1, channels) or value.ndim > rank:
-            return None  # not one number per channel, or broadcasting would add axes
+            return None  # not one value per channel, or broadcasting would add axes
         if value.size > 1 and value.shape[-1] != channels:
             return None  # not along the last axis
         value = value.reshape(-1).astype("float64")
@@ -361,7 +353,7 @@ class _Graph:
         """Runs the operations of `REDUCED` in `dtype`, with casts at the borders."""
         import tensorflow as tf
 
-        # A dictionary keeps the order, so that the same model always gives the same file.
+        # A dictionary keeps the order, so that a model is always exported to the same file.
         chosen = dict.fromkeys(
             name
             for name, node in self.nodes.items()
@@ -383,17 +375,15 @@ class _Graph:
                         self.set_input(consumer, i, self._cast(source, dtype, tf.float32, casts))
 
     def _cast(self, source: str, before, after, casts: dict) -> str:
-        """Returns the tensor in another type; `casts` holds those made before."""
-        if (source, after) not in casts:
-            name = f"{source.replace(':', '_')}/{after.name}"
-            value = self.constant(source)
+        """Returns the tensor in another type; `casts` holds earlier results."""
+        key = source, after
+        if key not in casts:
+            name, value = f"{source.replace(':', '_')}/{after.name}", self.constant(source)
             if value is not None:
-                casts[source, after] = self.add_constant(name, value.astype(after.as_numpy_dtype))
+                casts[key] = self.add_constant(name, value.astype(after.as_numpy_dtype))
             else:
-                casts[source, after] = self.add_node(
-                    "Cast", name, [source], SrcT=before, DstT=after
-                )
-        return casts[source, after]
+                casts[key] = self.add_node("Cast", name, [source], SrcT=before, DstT=after)
+        return casts[key]
 
 
 def _node_name(source: str) -> str:

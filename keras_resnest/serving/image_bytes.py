@@ -1,16 +1,16 @@
-"""Encoded images to tensors inside a TensorFlow graph, without ever failing."""
+"""Decodes image files inside a TensorFlow graph; invalid files raise no error."""
 
 import tensorflow as tf
 
-# Larger images are rejected, as in Pillow: a small file can hold a huge image.
+# Reject larger images, as Pillow does: a small file can hold a huge image.
 MAX_PIXELS = 178_956_970
 
 
 def decode_images(image_bytes, preprocess, image_shape):
     """Decodes a batch of encoded images of any size into one tensor.
 
-    Undecodable images (not an image, truncated, empty, above `MAX_PIXELS`) become black and are
-    reported, so that the other requests of their batch do not fail.
+    Invalid files (not an image, truncated, empty, above `MAX_PIXELS`) become black images and are
+    reported, so that other requests of the same batch do not fail.
 
     Args:
         image_bytes: string tensor (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files.
@@ -20,13 +20,8 @@ def decode_images(image_bytes, preprocess, image_shape):
 
     Returns:
         Images (batch, *image_shape), float32, 0 to 255; original heights and widths (batch, 2),
-        int32, 1 and 1 for undecodable images; and whether each was decoded (batch,), bool.
+        int32, 1 and 1 for invalid files; and whether each was decoded (batch,), bool.
     """
-    signature = (
-        tf.TensorSpec(image_shape, tf.float32),
-        tf.TensorSpec((2,), tf.int32),
-        tf.TensorSpec((), tf.bool),
-    )
 
     def decode(encoded):
         image = _decode(encoded)
@@ -34,12 +29,13 @@ def decode_images(image_bytes, preprocess, image_shape):
         return fitted, tf.shape(image)[:2], True
 
     def decode_or_blank(encoded):
-        # Inside a graph, tf.data is the only way to continue after an error.
+        # Inside a graph, only tf.data can continue after an error.
         blank = (tf.zeros(image_shape), tf.ones((2,), tf.int32), False)
         decoded = tf.data.Dataset.from_tensors(encoded).map(decode).ignore_errors()
         return decoded.concatenate(tf.data.Dataset.from_tensors(blank)).take(1).get_single_element()
 
-    return tf.map_fn(decode_or_blank, image_bytes, fn_output_signature=signature)
+    specs = (tf.TensorSpec(image_shape), tf.TensorSpec((2,), tf.int32), tf.TensorSpec((), tf.bool))
+    return tf.map_fn(decode_or_blank, image_bytes, fn_output_signature=specs)
 
 
 def _decode(encoded):
@@ -56,7 +52,7 @@ def _decode(encoded):
         encoded = tf.cond(is_gif, lambda: _first_gif_frame(encoded), lambda: encoded)
     image = tf.cond(
         is_jpeg,
-        # The default, faster JPEG decoding is off by up to 7 gray levels.
+        # The default JPEG decoding is faster, but off by up to 7 gray levels.
         lambda: tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE"),
         lambda: tf.io.decode_image(encoded, expand_animations=False),
     )
@@ -111,16 +107,13 @@ def _header_size(encoded, is_jpeg):
 
 
 def _is_misread(encoded, is_jpeg):
-    """Tells whether TensorFlow would decode the image wrongly.
+    """Returns whether TensorFlow would decode the image wrongly.
 
     These are JPEGs of four components without Adobe's marker, PNGs with a transparent color but no
     alpha channel, BMPs of other than 24 bits, GIFs whose first frame does not cover the image, and
     WebP animations, for which TensorFlow 2.21 writes out of bounds.
     """
     header = tf.strings.substr(encoded, 0, 2**20)
-
-    def byte(position: int):
-        return tf.strings.substr(encoded, position, 1)
 
     def contains(mark: str):
         return tf.strings.regex_full_match(header, rf"(?s)\C*{mark}\C*")
@@ -129,8 +122,9 @@ def _is_misread(encoded, is_jpeg):
         return (tf.image.extract_jpeg_shape(encoded)[2] == 4) & ~contains(r"\x00\x0eAdobe")
 
     def png():
-        clear_gray = (byte(25) == b"\x00") & contains(r"\x00\x00\x00\x02tRNS")
-        return clear_gray | (byte(25) == b"\x02") & contains(r"\x00\x00\x00\x06tRNS")
+        color_type = _byte(encoded, 25)
+        clear_gray = (color_type == 0) & contains(r"\x00\x00\x00\x02tRNS")
+        return clear_gray | (color_type == 2) & contains(r"\x00\x00\x00\x06tRNS")
 
     def gif():
         screen = tf.concat([[0, 0], _integers(encoded, 6, tf.uint16, 2)], 0)
@@ -147,7 +141,7 @@ def _is_misread(encoded, is_jpeg):
             (is_jpeg, jpeg),
             (kind == b"\x89P", png),
             (kind == b"GI", gif),
-            (kind == b"BM", lambda: byte(28) != b"\x18"),
+            (kind == b"BM", lambda: _byte(encoded, 28) != 24),
             (kind == b"RI", webp),
         ],
         default=lambda: tf.constant(False),
@@ -163,31 +157,25 @@ def _first_gif_frame(encoded):
 
 def _gif_frame_position(encoded):
     """Finds the first image descriptor, which follows the palette and the extensions."""
-
-    def is_extension(position):
-        return _byte(encoded, position) == 0x21
-
-    def skip_extension(position):
-        return (_skip_gif_blocks(encoded, position + 2),)
-
-    start = 13 + _gif_palette_size(_byte(encoded, 10))
-    return tf.while_loop(is_extension, skip_extension, (start,))[0]
+    return tf.while_loop(
+        lambda position: _byte(encoded, position) == 0x21,  # an extension
+        lambda position: (_skip_gif_blocks(encoded, position + 2),),
+        (13 + _gif_palette_size(_byte(encoded, 10)),),
+    )[0]
 
 
 def _skip_gif_blocks(encoded, position):
     """Returns the end of a sequence of blocks: length and content, up to a block of length 0."""
-
-    def is_block(position):
-        return _byte(encoded, position) > 0
-
-    def skip_block(position):
-        return (position + 1 + _byte(encoded, position),)
-
-    return tf.while_loop(is_block, skip_block, (position,))[0] + 1
+    last = tf.while_loop(
+        lambda position: _byte(encoded, position) > 0,
+        lambda position: (position + 1 + _byte(encoded, position),),
+        (position,),
+    )[0]
+    return last + 1
 
 
 def _gif_palette_size(flags):
-    """Returns the bytes of a palette, given the flags that announce it."""
+    """Returns the size of a palette in bytes, given its flags."""
     return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
 
 

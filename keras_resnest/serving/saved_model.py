@@ -1,4 +1,4 @@
-"""Export as a SavedModel, which TensorFlow Serving runs and which needs TensorFlow alone."""
+"""Export as a SavedModel, for TensorFlow and TensorFlow Serving."""
 
 import os
 
@@ -43,13 +43,13 @@ def export_saved_model(
     `"num_detections"` (batch,) int32. A classifier returns `"predictions"` (batch, classes), a
     backbone without classifier `"features"`. `serve_bytes` adds `"readable"` (batch,), bool.
 
-    Unreadable images (not an image, truncated, empty, above 178 megapixels) and float images with
-    NaN or infinite values get no detections, or zeros, and do not affect others of their batch.
+    Invalid files (not an image, truncated, empty, above 178 megapixels) and float images with NaN
+    or infinite values get no detections, or zeros, and do not affect others in their batch.
 
     The loaded object's `serve` takes float32 and uint8 images. `assets.extra` holds `model.json`
     (image shape, box format, class names, decoder), `class_names.txt`, warm-up requests and
-    `batching_parameters.txt`. The folder appears complete, in one step, so that a server that polls
-    its parent never loads half a model.
+    `batching_parameters.txt`. The folder is written atomically, so that a server that polls its
+    parent never loads half a model.
 
     Args:
         model: a `RefineDet`, or a network of `keras_resnest.backbones`.
@@ -58,22 +58,21 @@ def export_saved_model(
         precision: `"float32"`, or `"bfloat16"`, which is faster on GPUs and on processors with
             AMX or AVX-512-BF16. Inputs and outputs stay float32.
         verbose: whether to print the signatures.
-        freeze: whether weights are constants of the graph, which runs fastest but which TensorFlow
-            copies a dozen times while loading. False keeps them in variables: this takes a
-            fraction of the memory and, at batch 1 on a CPU, about a fifth more time unless the
+        freeze: whether weights are constants of the graph, which is fastest, although TensorFlow
+            copies them a dozen times while loading. False keeps them in variables, with a
+            fraction of the memory but, at batch 1 on a CPU, about a fifth more time unless the
             environment variable TF_ONEDNN_ASSUME_FROZEN_WEIGHTS is 1.
-        **options: for classifiers: `image_shape` (height, width, 3) where the model leaves it
-            open (default: tensors of any size, files cropped to 224); `class_names`;
-            `crop_ratio`, default 0.875.
+        **options: for classifiers: `image_shape` (height, width, 3) of a model that accepts any
+            (default: tensors of any size, files cropped to 224); `class_names`; `crop_ratio`,
+            default 0.875.
 
     Raises:
         ValueError: if Keras does not run on TensorFlow, or an argument is invalid.
 
     Example:
-
-    >>> export_saved_model(model, "serving/1")
-    >>> detect = tf.saved_model.load("serving/1").signatures["serve_bytes"]
-    >>> detect(image_bytes=tf.constant([open("photo.jpg", "rb").read()]))["boxes"]
+        >>> export_saved_model(model, "serving/1")
+        >>> detect = tf.saved_model.load("serving/1").signatures["serve_bytes"]
+        >>> detect(image_bytes=tf.constant([open("photo.jpg", "rb").read()]))["boxes"]
     """
     check_backend()
     import tensorflow as tf
@@ -93,7 +92,7 @@ def _write_extra_assets(task, folder, precision: str) -> None:
     folder.mkdir()
     write_metadata(task, folder / "model.json", precision=precision)
     if task.class_names:
-        names = "\n".join(task.class_names) + "\n"
+        names = "".join(f"{name}\n" for name in task.class_names)
         (folder / "class_names.txt").write_text(names, encoding="utf-8")
     (folder / "batching_parameters.txt").write_text(BATCHING_PARAMETERS, encoding="utf-8")
     write_warmup_requests(folder / "tf_serving_warmup_requests", task.image_shape)
@@ -109,7 +108,7 @@ def _build_signatures(task, precision: str, freeze: bool):
     float_images = tf.TensorSpec(shape, tf.float32, name="images")
     uint8_images = tf.TensorSpec(shape, tf.uint8, name="images")
     encoded_images = tf.TensorSpec((None,), tf.string, name="image_bytes")
-    # All signatures call this function, so that the network is stored once.
+    # All signatures share this function, so that the network is stored once.
     network, variables = deployment_function(task.network, float_images, precision), []
     if not freeze:
         network, variables = with_variables(network)

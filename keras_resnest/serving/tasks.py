@@ -1,4 +1,4 @@
-"""What an exported model computes around its network: one class for each kind of model."""
+"""Preprocessing, postprocessing and metadata of exported detectors and image models."""
 
 import json
 import pathlib
@@ -12,38 +12,26 @@ PADDING = -1  # as in `DetectionDecoder`
 
 
 def create_task(model, **options):
-    """Returns the `DetectionTask` or `ImageTask` of a model.
-
-    Args:
-        model: a detector with `decode`, or a network with one output.
-        **options: arguments of the task.
-
-    Raises:
-        ValueError: if the task does not have such an option.
-    """
+    """Returns the `DetectionTask` or `ImageTask` of a model; checks the names of the options."""
     task = DetectionTask if hasattr(model, "decode") else ImageTask
     unknown = sorted(set(options) - set(task.options))
     if unknown:
         raise ValueError(
             f"`export` of {type(model).__name__} takes the options "
-            f"{', '.join(task.options) or 'none'} beside its own arguments. "
+            f"{', '.join(task.options) or 'none'} besides its own arguments. "
             f"Received: {', '.join(unknown)}"
         )
     return task(model, **options)
 
 
 def write_metadata(task, path: pathlib.Path, **entries) -> None:
-    """Writes as JSON what a client needs to know and the signatures do not tell."""
+    """Writes the metadata for clients as JSON."""
     text = json.dumps({**task.metadata(), **entries}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 class DetectionTask:
-    """A detector: images in, decoded detections out.
-
-    Args:
-        model: a `RefineDet`.
-    """
+    """A detector: images in, decoded detections out."""
 
     name = "detection"
     options = ()
@@ -69,17 +57,16 @@ class DetectionTask:
         return tf.image.resize(image, self.image_shape[:2])
 
     def rescale_boxes(self, results: dict, sizes) -> dict:
-        """Moves boxes to the pixels of the original images, whose height and width are `sizes`."""
-        scale = ops.cast(sizes, "float32")[:, None, :] / ops.convert_to_tensor(
-            self.image_shape[:2], "float32"
-        )  # (batch, 1, 2)
+        """Scales boxes to the original images, whose heights and widths are `sizes` (batch, 2)."""
+        own_size = ops.convert_to_tensor(self.image_shape[:2], "float32")
+        scale = ops.cast(sizes, "float32")[:, None, :] / own_size  # (batch, 1, 2)
         boxes, box_format = results["boxes"], self.model.bounding_box_format
         scaled = scale_boxes(boxes, box_format, scale[..., 1], scale[..., 0])
         is_detection = results["labels"][..., None] >= 0
         return {**results, "boxes": ops.where(is_detection, scaled, boxes)}
 
     def fill_value(self, name: str) -> int:
-        """Returns what the output `name` holds for an invalid image."""
+        """Returns the value of the output `name` for an invalid image."""
         return 0 if name == "num_detections" else PADDING
 
     def metadata(self) -> dict:
@@ -98,9 +85,9 @@ class ImageTask:
 
     Args:
         model: a network with one input and one output.
-        image_shape: (height, width, 3) where the model leaves it open. If None, tensors of any
-            size are accepted, and encoded images are cropped to 224.
-        class_names: names of the classes, written beside the model.
+        image_shape: (height, width, 3) of a model that accepts any. If None, tensors of any size
+            are accepted, and encoded images are cropped to 224.
+        class_names: names of the classes, written next to the model.
         crop_ratio: side of the crop, relative to the resized shorter side of an encoded image.
     """
 
@@ -113,9 +100,8 @@ class ImageTask:
             )
         classes = model.output_shape[-1]
         if class_names is not None and len(class_names) != classes:
-            raise ValueError(
-                f"`class_names` must hold {classes} names. Received: {len(class_names)}"
-            )
+            count = len(class_names)
+            raise ValueError(f"`class_names` must hold {classes} names. Received: {count}")
         self.model = model
         self.signature_shape = _fixed_image_shape(model, image_shape)
         self.image_shape = tuple(side or 224 for side in self.signature_shape)

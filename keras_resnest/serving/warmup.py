@@ -1,4 +1,4 @@
-"""Requests that TensorFlow Serving sends to itself before it answers the first client."""
+"""Warm-up requests, which TensorFlow Serving runs before it answers clients."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import numpy as np
 def write_warmup_requests(path: str | os.PathLike, image_shape) -> None:
     """Writes `tf_serving_warmup_requests`: one image for each signature.
 
-    They allocate memory, choose kernels and pack weights, so that the first client need not wait.
+    They allocate memory, choose kernels and pack weights, which would delay the first client.
 
     Args:
         path: file to write, in the folder `assets.extra` of a SavedModel.

@@ -1,8 +1,4 @@
-"""Callbacks that evaluate and plot a detector during training.
-
-For a learning rate with warm-up, use Keras: `keras.optimizers.schedules.CosineDecay(0.0,
-decay_steps, warmup_target=1e-3, warmup_steps=500)`.
-"""
+"""Callbacks that evaluate and plot a detector during training."""
 
 import os
 import time
@@ -31,30 +27,26 @@ TABLE_WIDTH = 100  # characters
 class DetectionEvaluation(keras.callbacks.Callback):
     """Measures average precision at the end of epochs and adds it to the logs.
 
-    The logs get `val_mAP50` and `val_AP50/<class name>` (50 stands for IoU threshold 0.5), for
-    History, the progress bar, `TensorBoard`, `CSVLogger`, `EarlyStopping` and
+    Logs `val_mAP50` and `val_AP50/<class name>` (50 stands for IoU threshold 0.5), for History, the
+    progress bar, `TensorBoard`, `CSVLogger`, `EarlyStopping` and
     `ModelCheckpoint(monitor="val_mAP50", mode="max")`. Put those callbacks *after* this one:
-    Keras calls callbacks in order.
-
-    Undefined values (of a class without objects) are not logged, because `ModelCheckpoint` would
-    keep a first value of `nan` as the best one.
+    Keras calls callbacks in order. Undefined values (of classes without objects) are not logged,
+    because `ModelCheckpoint` would keep a first value of `nan` as the best.
 
     Args:
         validation_data: evaluation batches as for `evaluate_detections`; objects marked
             `"difficult"` are ignored as in VOC. May be the `validation_data` of `fit`.
         class_names: names of the classes; default `model.class_names`.
-        iou_threshold: lowest IoU of a true positive, or several; each gets its own
-            `val_mAP...`.
+        iou_threshold: lowest IoU of a true positive; or several, each logged as its `val_mAP...`.
         interpolation: `"every_point"` or `"eleven_point"`, see `voc_average_precision`.
-        frequency: interval in epochs. The first and the last epoch are always evaluated:
-            `CSVLogger` writes only the columns of the first, and the last one is the result.
+        frequency: interval in epochs. The first epoch, which determines `CSVLogger`'s columns, and
+            the last one are always evaluated.
         coco: whether to add COCO's twelve metrics as `val_COCO/AP`, `val_COCO/AP50`, ...
             See `collect_detections` for the sizes of small and large objects.
         per_class: whether to log `val_AP50/<class name>`.
         bounding_box_format: format of the boxes in `validation_data`; default the model's.
         steps: number of batches; required for an infinite dataset.
-        verbose: 0 is silent, 1 prints a line per evaluation, or a table for more than five
-            classes.
+        verbose: 1 prints a line per evaluation, or a table for more than five classes; 0 is silent.
 
     Attributes:
         result: the latest `AveragePrecision`, None before the first evaluation.
@@ -66,11 +58,10 @@ class DetectionEvaluation(keras.callbacks.Callback):
         ValueError: if an argument or the structure of the data is invalid.
 
     Example:
-
-    >>> evaluation = kr.callbacks.DetectionEvaluation(val_ds, frequency=5)
-    >>> best = keras.callbacks.ModelCheckpoint(
-    ...     "best.keras", monitor="val_mAP50", mode="max", save_best_only=True)
-    >>> model.fit(train_ds, epochs=100, callbacks=[evaluation, best])
+        >>> evaluation = kr.callbacks.DetectionEvaluation(val_ds, frequency=5)
+        >>> best = keras.callbacks.ModelCheckpoint(
+        ...     "best.keras", monitor="val_mAP50", mode="max", save_best_only=True)
+        >>> model.fit(train_ds, epochs=100, callbacks=[evaluation, best])
     """
 
     def __init__(
@@ -89,8 +80,8 @@ class DetectionEvaluation(keras.callbacks.Callback):
         super().__init__()
         if isinstance(validation_data, Iterator):
             raise ValueError(
-                "`validation_data` is read once per evaluation, so it must not be an iterator or "
-                f"generator. Received: {type(validation_data).__name__}"
+                "`validation_data` is read repeatedly, so it must not be an iterator or generator. "
+                f"Received: {type(validation_data).__name__}"
             )
         self.validation_data = validation_data
         self.class_names = class_names
@@ -170,8 +161,7 @@ class DetectionPlot(keras.callbacks.Callback):
         bounding_box_format: format of the boxes in `dataset`; default the model's.
 
     Example:
-
-    >>> model.fit(train_ds, callbacks=[kr.callbacks.DetectionPlot(val_ds, "runs/plots")])
+        >>> model.fit(train_ds, callbacks=[kr.callbacks.DetectionPlot(val_ds, "runs/plots")])
     """
 
     def __init__(
@@ -208,13 +198,10 @@ class DetectionPlot(keras.callbacks.Callback):
         ground_truth, detections = collect_detections(
             self.model, self._batches, bounding_box_format=self.bounding_box_format
         )
-        class_names = self.class_names
-        if class_names is None:
-            class_names = getattr(self.model, "class_names", None)
         plot_detections(
             [image for images, _ in self._batches for image in images],
             detections,
-            class_names,
+            self.class_names or getattr(self.model, "class_names", None),
             ground_truth=ground_truth,
             confidence_threshold=self.confidence_threshold,
             path=os.path.join(self.folder, f"epoch_{epoch + 1:04d}.png"),
@@ -239,10 +226,8 @@ def _first_batches(dataset, num_images: int):
     for batch in dataset:
         images, boxes = unpack_labeled_batch(batch)
         count = min(num_images, len(images))
-        yield (
-            np.asarray(images)[:count],
-            {name: np.asarray(values)[:count] for name, values in boxes.items()},
-        )
+        boxes = {name: np.asarray(values)[:count] for name, values in boxes.items()}
+        yield np.asarray(images)[:count], boxes
         num_images -= count
         if num_images == 0:
             return
@@ -260,10 +245,10 @@ def _log_values(result: AveragePrecision, per_class: bool) -> dict[str, float]:
 
 
 def _summary(result: AveragePrecision, seconds: float) -> str:
-    """One line, with a table below it for many classes; classes at the first IoU threshold."""
+    """One line, and a table for many classes; classes at the first IoU threshold."""
     num_objects = result.num_objects.sum()
     if not num_objects:
-        return f"the validation data have no objects, so mAP is undefined ({seconds:.1f} s)"
+        return f"the validation data has no objects, so mAP is undefined ({seconds:.1f} s)"
     means = _log_values(result, per_class=False)
     text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
     text = f"{text} ({seconds:.1f} s, {num_objects} objects)"

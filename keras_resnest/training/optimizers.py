@@ -1,4 +1,4 @@
-"""Optimizers that exclude variables from weight decay by name, and a linear warm-up."""
+"""Optimizers that exclude variables from weight decay by name, and linear warm-up."""
 
 import keras
 from keras import ops
@@ -11,7 +11,7 @@ EXCLUDED_VARIABLES = ("bias", "gamma", "beta")
 class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
     """Multiplies another schedule by a factor that rises linearly from 0 to 1.
 
-    Of Keras' own schedules only `CosineDecay` has a warm-up.
+    In Keras, only `CosineDecay` has a warm-up.
 
     Args:
         schedule: a `keras.optimizers.schedules.LearningRateSchedule`.
@@ -21,10 +21,9 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
         ValueError: if `warmup_steps` is not positive.
 
     Example:
-
-    >>> steps = keras.optimizers.schedules.PiecewiseConstantDecay([79_999], [1e-3, 1e-4])
-    >>> float(LinearWarmup(steps, 1000)(500))
-    0.0005
+        >>> steps = keras.optimizers.schedules.PiecewiseConstantDecay([79_999], [1e-3, 1e-4])
+        >>> float(LinearWarmup(steps, 1000)(500))
+        0.0005
     """
 
     def __init__(self, schedule, warmup_steps: int):
@@ -53,7 +52,7 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
 class _ExcludeByName:
     """Mix-in that excludes variables from weight decay by name.
 
-    The names are part of the config. Keras' `exclude_from_weight_decay` is lost on saving.
+    The names are part of the config; Keras' `exclude_from_weight_decay` is not saved.
     """
 
     def __init__(self, *args, excluded_variables=EXCLUDED_VARIABLES, **kwargs):
@@ -90,8 +89,7 @@ class SGDWithL2(_ExcludeByName, keras.optimizers.SGD):
         **kwargs: arguments of `keras.optimizers.SGD`.
 
     Example:
-
-    >>> model.compile(SGDWithL2(1e-3, momentum=0.9, weight_decay=5e-4))
+        >>> model.compile(SGDWithL2(1e-3, momentum=0.9, weight_decay=5e-4))
     """
 
     def _apply_weight_decay(self, variables):
@@ -114,6 +112,5 @@ class AdamW(_ExcludeByName, keras.optimizers.AdamW):
         **kwargs: arguments of `keras.optimizers.AdamW`.
 
     Example:
-
-    >>> model.compile(AdamW(1e-3, weight_decay=0.05))
+        >>> model.compile(AdamW(1e-3, weight_decay=0.05))
     """

@@ -1,7 +1,6 @@
-"""Training recipes: optimizer, schedule and regularization of published networks, in a table.
+"""Training recipes: optimizer, schedule and regularization.
 
-`RECIPES` holds the published recipes and two for small datasets. `Recipe.scaled` adapts one to
-another batch size, dataset or length.
+`RECIPES` holds published recipes and two for small datasets.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ from typing import Any
 import keras
 
 from keras_resnest.backbones import VARIANTS
+from keras_resnest.backbones.graph import check_choices
 from keras_resnest.training.optimizers import EXCLUDED_VARIABLES, AdamW, LinearWarmup, SGDWithL2
 
 __all__ = ["RECIPES", "AdamW", "LinearWarmup", "Recipe", "SGDWithL2"]
@@ -21,52 +21,49 @@ _SCALING_POWERS = {"linear": 1.0, "sqrt": 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything about a training except the network and the data.
+    """Hyperparameters of a training run: all but the network and the data.
 
     Change single values with `dataclasses.replace`.
 
     Args:
         name: name of the recipe.
-        source: where the numbers come from.
-        batch_size: images per step, over all replicas, to which the other numbers apply.
+        source: publication and code that the values come from.
+        batch_size: images per step, over all replicas, that the other values are tuned for.
         learning_rate: highest learning rate.
         unit: `"steps"` or `"epochs"`, the unit of `duration`, `warmup` and `boundaries`.
         duration: length of the training.
-        warmup: time in which the learning rate rises linearly from 0.
-        schedule: `"cosine"` decays to `final_ratio` times the highest rate; `"steps"` multiplies
-            the rate by `decay_factor` at each of `boundaries`.
-        boundaries: times at which the rate falls, for `schedule="steps"`.
+        warmup: length of the linear warm-up from 0.
+        schedule: `"cosine"`, or `"steps"` to multiply the rate by `decay_factor` at `boundaries`.
+        boundaries: when the rate drops, for `schedule="steps"`.
         decay_factor: factor of the rate at each boundary.
         final_ratio: last learning rate divided by the highest, for `schedule="cosine"`.
         algorithm: `"sgd"` (`SGDWithL2`) or `"adamw"` (`AdamW`).
         momentum: momentum of SGD.
-        nesterov: whether to use Nesterov momentum.
+        nesterov: whether SGD uses Nesterov momentum.
         weight_decay: L2 regularization with SGD, decoupled decay with AdamW.
         excluded_variables: names of variables without weight decay.
-        learning_rate_rule: how the learning rate scales with the batch size: `"linear"`
-            (arXiv 1706.02677, for SGD) or `"sqrt"` (arXiv 2205.10330, for Adam).
+        learning_rate_rule: how the rate scales with the batch size: `"linear"` (arXiv 1706.02677,
+            for SGD) or `"sqrt"` (arXiv 2205.10330, for Adam).
         global_clipnorm: largest norm of all gradients together, or None.
         label_smoothing: fraction of the label that is spread over all classes.
         mixup: parameter of mixup's beta distribution; 0 disables it.
-        augmentation: name of an augmentation; for classifiers one of
-            `keras_resnest.data.CLASSIFICATION_AUGMENTATIONS`.
+        augmentation: name of an augmentation; for classifiers in `CLASSIFICATION_AUGMENTATIONS`.
         crop_size: side of a classifier's images in pixels, or None.
         crop_ratio: `crop_size` divided by the resized shorter side in evaluation.
         dropblock_rate: DropBlock rate of the last two stages.
         dropout_rate: dropout rate before the classifier.
         zero_init_last_gamma: whether residual branches start at zero.
-        networks: values that differ for single networks, by name; see `for_network`.
+        networks: values that differ for some networks, by name; see `for_network`.
         steps_per_epoch: batches per epoch, if known.
 
     Raises:
         ValueError: if a value is out of range or not among the choices.
 
     Example:
-
-    >>> recipe = RECIPES["resnest_imagenet"].for_network("resnest101")
-    >>> recipe = recipe.scaled(batch_size=512, dataset_size=1_281_167)
-    >>> model.compile(recipe.optimizer(), "categorical_crossentropy")
-    >>> model.fit(batches, epochs=recipe.epochs)
+        >>> recipe = RECIPES["resnest_imagenet"].for_network("resnest101")
+        >>> recipe = recipe.scaled(batch_size=512, dataset_size=1_281_167)
+        >>> model.compile(recipe.optimizer(), "categorical_crossentropy")
+        >>> model.fit(batches, epochs=recipe.epochs)
     """
 
     name: str
@@ -99,17 +96,13 @@ class Recipe:
     steps_per_epoch: int | None = None
 
     def __post_init__(self):
-        choices = {
-            "unit": ("steps", "epochs"),
-            "schedule": ("cosine", "steps"),
-            "algorithm": ("sgd", "adamw"),
-            "learning_rate_rule": tuple(_SCALING_POWERS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {allowed}. Received: {name}={getattr(self, name)!r}"
-                )
+        check_choices(
+            vars(self),
+            unit=("steps", "epochs"),
+            schedule=("cosine", "steps"),
+            algorithm=("sgd", "adamw"),
+            learning_rate_rule=tuple(_SCALING_POWERS),
+        )
         _check_positive(
             batch_size=self.batch_size, duration=self.duration, learning_rate=self.learning_rate
         )
@@ -126,10 +119,10 @@ class Recipe:
             )
 
     def for_network(self, name: str) -> "Recipe":
-        """Returns the recipe for one network, for instance with its image size.
+        """Returns the recipe with the values of one network, for instance its image size.
 
         Args:
-            name: a name of `kr.list_models()`, in any case. Unknown names change nothing.
+            name: a name listed by `kr.list_models()`, in any case. Other names change nothing.
         """
         return dataclasses.replace(self, **self.networks.get(name.lower(), {}))
 
@@ -142,25 +135,23 @@ class Recipe:
     ) -> "Recipe":
         """Returns the recipe in steps, for another batch size or length.
 
-        The learning rate grows with the batch size by `learning_rate_rule`; the number of steps
-        shrinks, so that the number of images stays the same. `epochs` also scales warm-up and
-        boundaries.
+        The learning rate follows `learning_rate_rule`; the total number of images stays the same.
+        `epochs` also scales warm-up and boundaries.
 
         Args:
             batch_size: images per step, over all replicas.
             steps_per_epoch: batches per epoch. This or `dataset_size` is required for `epochs`
                 and for recipes in epochs.
             epochs: length of the training. Default: that of the recipe.
-            dataset_size: images per epoch, instead of `steps_per_epoch`. A smaller last batch does
-                not count.
+            dataset_size: images per epoch, instead of `steps_per_epoch`; a smaller last batch is
+                dropped.
 
         Raises:
             ValueError: if a number is not positive or missing.
 
         Example:
-
-        >>> RECIPES["refinedet_voc"].scaled(batch_size=16).duration
-        240000
+            >>> RECIPES["refinedet_voc"].scaled(batch_size=16).duration
+            240000
         """
         _check_positive(
             batch_size=batch_size,
@@ -196,7 +187,7 @@ class Recipe:
             return max(1, round(self.duration / ratio))
         if steps_per_epoch is None:
             raise ValueError(
-                f"`steps_per_epoch` or `dataset_size` is required to count the epochs of "
+                "`steps_per_epoch` or `dataset_size` is required to count the epochs of "
                 f"{self.name!r}. Received: neither"
             )
         epochs = self.duration if epochs is None else epochs
@@ -226,13 +217,8 @@ class Recipe:
             decay_steps = max(1, self.duration - self.warmup)
             if not self.warmup:
                 return schedules.CosineDecay(self.learning_rate, decay_steps, self.final_ratio)
-            return schedules.CosineDecay(
-                0.0,
-                decay_steps,
-                self.final_ratio,
-                warmup_target=self.learning_rate,
-                warmup_steps=self.warmup,
-            )
+            warmup = {"warmup_target": self.learning_rate, "warmup_steps": self.warmup}
+            return schedules.CosineDecay(0.0, decay_steps, self.final_ratio, **warmup)
         rates = [self.learning_rate * self.decay_factor**i for i in range(len(self.boundaries) + 1)]
         # In Caffe and PyTorch the rate falls at step `boundary`, in Keras one step later.
         steps = schedules.PiecewiseConstantDecay([b - 1 for b in self.boundaries], rates)
@@ -244,8 +230,7 @@ class Recipe:
         Raises ValueError if the recipe is in epochs: call `scaled` first.
 
         Args:
-            **kwargs: more arguments of the optimizer, such as `use_ema` or
-                `gradient_accumulation_steps`, or replacements of the recipe's.
+            **kwargs: arguments of the optimizer, such as `use_ema`; they override the recipe's.
         """
         options = {
             "learning_rate": self.learning_rate_schedule(),
@@ -259,13 +244,12 @@ class Recipe:
         return AdamW(**{**options, **kwargs})
 
     def network_arguments(self, name: str) -> dict:
-        """Returns the arguments for `create_backbone` that the recipe sets and the network has.
+        """Returns the recipe's arguments for `create_backbone`, as far as the network has them.
+
+        These are `dropblock_rate`, `dropout_rate` and `zero_init_last_gamma`.
 
         Args:
-            name: a name of `kr.list_models()`, in any case.
-
-        Returns:
-            Dict with some of `dropblock_rate`, `dropout_rate` and `zero_init_last_gamma`.
+            name: a name listed by `kr.list_models()`, in any case.
 
         Raises:
             ValueError: if there is no such network.
@@ -293,11 +277,19 @@ _REFINEDET = {
     "momentum": 0.9,
     "weight_decay": 5e-4,
     # Warm-up and clipping are ours: the authors start from ImageNet weights, without which losses
-    # can explode in the first steps. 35 is the clipping of mmdetection; after the first steps a
-    # healthy run stays below it.
+    # can explode in the first steps. mmdetection clips at 35; normal gradients stay below.
     "warmup": 1000,
     "global_clipnorm": 35.0,
     "augmentation": "ssd",
+}
+_SMALL_DATASET = {
+    "unit": "epochs",
+    "final_ratio": 0.01,
+    "algorithm": "adamw",
+    "weight_decay": 0.05,
+    "learning_rate_rule": "sqrt",
+    "global_clipnorm": 10.0,
+    "augmentation": "mild",
 }
 
 _RECIPES = (
@@ -328,8 +320,7 @@ _RECIPES = (
         warmup=5,
         nesterov=True,  # train.py: optimizer "nag"
         weight_decay=1e-4,
-        # Ours; far above the norms of a healthy run.
-        global_clipnorm=10.0,
+        global_clipnorm=10.0,  # ours; far above normal gradients
         label_smoothing=0.1,
         mixup=0.2,
         augmentation="rand_augment",  # as in the authors' PyTorch code; AutoAugment in the paper
@@ -348,32 +339,20 @@ _RECIPES = (
         source="this project, measured on BCCD and on synthetic shapes",
         batch_size=8,
         learning_rate=1e-3,
-        unit="epochs",
         duration=60,
         warmup=3,
-        final_ratio=0.01,
-        algorithm="adamw",
-        weight_decay=0.05,
-        learning_rate_rule="sqrt",
-        global_clipnorm=10.0,
-        augmentation="mild",
+        **_SMALL_DATASET,
     ),
     Recipe(
         "finetune_classifier",
         source="this project",
         batch_size=32,
         learning_rate=5e-4,
-        unit="epochs",
         duration=20,
         warmup=1,
-        final_ratio=0.01,
-        algorithm="adamw",
-        weight_decay=0.05,
-        learning_rate_rule="sqrt",
-        global_clipnorm=10.0,
         label_smoothing=0.1,
-        augmentation="mild",
         crop_size=224,
+        **_SMALL_DATASET,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a whole training, to resume it after a crash."""
+"""Checkpoints of whole training runs, to resume after a crash."""
 
 import contextlib
 import json
@@ -18,28 +18,26 @@ from keras_resnest.replicas import is_chief, is_multi_worker, run_on_replicas
 STATE, ARRAYS = "state.json", "arrays.npz"
 #: Attributes that ModelCheckpoint, EarlyStopping, ReduceLROnPlateau and others need to resume.
 CALLBACK_ATTRIBUTES = ("best", "wait", "best_epoch", "cooldown_counter", "history", "epoch")
-MAX_CHECKPOINTS = 2  # the previous one is a fallback if the last is damaged
+MAX_CHECKPOINTS = 2  # the previous one is the fallback if the last is damaged
 
 
 class ResumeTraining(keras.callbacks.Callback):
-    """Saves the whole state of a training and resumes it.
+    """Saves the whole state of a training run and resumes it.
 
     To resume after a crash, rerun the same program. Weights, optimizer, random seeds of layers,
     losses of the current epoch, history and the state of `callbacks` are restored, and training
     continues with the next step. With `training_batches`, whose order depends only on seed and
     epoch, the result equals that of an uninterrupted run; on a CPU bit for bit, with
-    `tf.config.experimental.enable_op_determinism()`.
-
-    Checkpoints are written atomically, so a crash while writing leaves the previous one intact.
+    `tf.config.experimental.enable_op_determinism()`. Checkpoints are written atomically.
 
     Args:
-        folder: folder of the checkpoints of one training; shared by all machines.
-        every_steps: also save inside epochs, at this interval; TensorFlow only. By default only
-            the ends of epochs are saved.
+        folder: folder of the checkpoints of one run; shared by all machines.
+        every_steps: also save at this interval within epochs; TensorFlow only. By default only
+            at the end of each epoch.
         callbacks: other callbacks whose state (best value, epochs waited, ...) is saved too.
-        metadata: what else must match on resuming, as JSON-serializable values, for instance
-            `{"class_names": [...]}` of a classifier. A detector's classes, image size and
-            anchors are always compared.
+        metadata: JSON-serializable values that must also match on resuming, for instance
+            `{"class_names": [...]}` of a classifier. A detector's classes, image size and anchors
+            are always compared.
 
     Attributes:
         initial_epoch: number of complete epochs in `folder`; 0 for a new training.
@@ -50,10 +48,9 @@ class ResumeTraining(keras.callbacks.Callback):
         OSError: at the start of training, if `folder` is not writable or the disk is full.
 
     Example:
-
-    >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
-    >>> resume = kr.callbacks.ResumeTraining("runs/checkpoint", callbacks=[best])
-    >>> model.fit(batches, epochs=60, callbacks=[best, resume])
+        >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
+        >>> resume = kr.callbacks.ResumeTraining("runs/checkpoint", callbacks=[best])
+        >>> model.fit(batches, epochs=60, callbacks=[best, resume])
     """
 
     def __init__(
@@ -264,7 +261,7 @@ def _strategy(model):
 
 
 def _signature(model) -> dict:
-    """What must be equal in model and optimizer to resume."""
+    """Properties of model and optimizer that must match on resuming."""
     shapes = json.dumps([[w.name, list(w.shape)] for w in model.weights])
     signature = {
         "model": type(model).__name__,
@@ -273,19 +270,13 @@ def _signature(model) -> dict:
         "optimizer": type(model.optimizer).__name__,
     }
     is_detector = hasattr(model, "training_config")
-    signature |= model.training_config() if is_detector else {"input_shape": _input_shape(model)}
-    return _to_json(signature)
-
-
-def _input_shape(model):
-    try:
-        return model.input_shape
-    except AttributeError:  # a subclassed model
-        return None
+    # Subclassed models have no `input_shape`.
+    other = {"input_shape": getattr(model, "input_shape", None)}
+    return _to_json({**signature, **(model.training_config() if is_detector else other)})
 
 
 def _to_json(value):
-    """`value` as it will be read back, for instance with lists instead of tuples."""
+    """`value` as JSON returns it, for instance with lists instead of tuples."""
     return json.loads(json.dumps(value))
 
 

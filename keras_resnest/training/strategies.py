@@ -27,10 +27,9 @@ def create_strategy(distribution: str = "auto"):
         ValueError: if `distribution` is unknown, or TF_CONFIG is missing or invalid.
 
     Example:
-
-    >>> with create_strategy().scope():
-    ...     model = kr.RefineDet(num_classes=20)
-    ...     model.compile()
+        >>> with create_strategy().scope():
+        ...     model = kr.RefineDet(num_classes=20)
+        ...     model.compile()
     """
     import tensorflow as tf
 
@@ -60,8 +59,8 @@ def create_strategy(distribution: str = "auto"):
 def distribute_batches(strategy, make_batches, batch_size: int):
     """Creates training batches for `fit` such that each worker reads only its part of the data.
 
-    If `fit` receives a plain dataset, every worker reads all of it and drops the batches of the
-    others. That suits few workers or small data.
+    With a plain dataset, every worker reads all of it and drops the batches of the others, which
+    suits few workers or small data.
 
     Args:
         strategy: the model's `tf.distribute.Strategy`.
@@ -77,11 +76,10 @@ def distribute_batches(strategy, make_batches, batch_size: int):
             batches of another size.
 
     Example:
-
-    >>> def make_batches(num_workers, worker, batch_size):
-    ...     part = train.shard(num_workers, worker)
-    ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
-    >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
+        >>> def make_batches(num_workers, worker, batch_size):
+        ...     part = train.shard(num_workers, worker)
+        ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
+        >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
     """
     check_global_batch({batch_size}, strategy.num_replicas_in_sync)
     if not is_multi_worker(strategy):
@@ -110,8 +108,8 @@ def distribute_batches(strategy, make_batches, batch_size: int):
 def wait_for_workers(strategy) -> None:
     """Waits until all workers of a strategy have called this function.
 
-    A worker that exits while others still work counts as lost: call this last, for instance
-    after the chief has written its report. With a single worker it returns immediately.
+    Call this last: a worker that exits while others still work counts as lost. With a single
+    worker it returns immediately.
 
     Args:
         strategy: the model's `tf.distribute.Strategy`.
@@ -120,8 +118,7 @@ def wait_for_workers(strategy) -> None:
         RuntimeError: if another worker is lost.
 
     Example:
-
-    >>> wait_for_workers(model.distribute_strategy)
+        >>> wait_for_workers(model.distribute_strategy)
     """
     if not is_multi_worker(strategy):
         return
@@ -134,7 +131,7 @@ def wait_for_workers(strategy) -> None:
 def read_tf_config() -> dict | None:
     """Reads and checks the environment variable TF_CONFIG.
 
-    With many of the faults found here TensorFlow would wait for minutes, or train alone.
+    With many invalid values, TensorFlow would wait for minutes or train on one worker alone.
 
     Returns:
         `{"cluster": {job: [address, ...]}, "task": {"type": job, "index": int}}`, or None if
@@ -144,9 +141,8 @@ def read_tf_config() -> dict | None:
         ValueError: if TF_CONFIG is invalid.
 
     Example:
-
-    >>> read_tf_config()["task"]["index"]
-    0
+        >>> read_tf_config()["task"]["index"]
+        0
     """
     text = os.environ.get("TF_CONFIG")
     if not text:

@@ -16,6 +16,7 @@ from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
+FILE_ENDINGS = (".safetensors", ".weights.h5", *TORCH_ENDINGS)
 # PyTorch modules that a model without a classifier skips.
 TOP_MODULES = ("fc", "head", "classifier", "pre_logits", "LastSE")
 # In older versions, a file can make `torch.load(weights_only=True)` execute code
@@ -55,7 +56,8 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     weights = os.fspath(weights)
     # Tags take precedence: many users have a folder "imagenet".
     is_tag = weights in ("imagenet", *PRETRAINED.get(variant, {}))
-    if not is_tag and (os.path.isfile(weights) or _looks_like_path(weights)):
+    looks_like_path = weights.endswith(FILE_ENDINGS) or os.sep in weights
+    if not is_tag and (os.path.isfile(weights) or looks_like_path):
         _load_file(model, weights, variant, ignore)
         return
     published = _published(weights, variant)
@@ -92,18 +94,14 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = os.fspath(path)
     _check_exists(path)
     read = _read_safetensors if path.endswith(".safetensors") else _read_torch
-    arrays = {name: _full_precision(array) for name, array in read(path).items()}
+    half = ("float16", "bfloat16")
+    arrays = {n: a.astype("float32") if a.dtype.name in half else a for n, a in read(path).items()}
     if arrays and all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     return arrays
 
 
 # === Files ===
-
-
-def _looks_like_path(weights):
-    endings = (".safetensors", ".weights.h5", *TORCH_ENDINGS)
-    return weights.endswith(endings) or os.sep in weights
 
 
 def _check_exists(path):
@@ -113,15 +111,15 @@ def _check_exists(path):
 
 def _load_file(model, path, variant, ignore):
     _check_exists(path)
-    if path.endswith(".weights.h5"):
-        _load_keras_file(model, path, variant)
-    elif path.endswith((".safetensors", *TORCH_ENDINGS)):
-        _load_state_dict(model, read_state_dict(path), path, ignore)
-    else:
+    if not path.endswith(FILE_ENDINGS):
         raise ValueError(
             "`weights` must be a tag, or the path of a .safetensors, .weights.h5 or PyTorch file "
             f"({', '.join(TORCH_ENDINGS)}). Received: {path!r}"
         )
+    if path.endswith(".weights.h5"):
+        _load_keras_file(model, path, variant)
+    else:
+        _load_state_dict(model, read_state_dict(path), path, ignore)
 
 
 def _load_keras_file(model, path, variant):
@@ -136,7 +134,7 @@ def _load_keras_file(model, path, variant):
         model.set_weights(before)
         raise ValueError(
             f"{path} does not hold the weights of {variant} with classes={_classes(model)}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -151,11 +149,8 @@ def _keras_file_size(path):
 
 def _size_in_keras_file(model):
     # Keras does not save the state of random generators.
-    return sum(
-        int(np.prod(variable.shape))
-        for variable in model.variables
-        if "seed_generator" not in variable.path
-    )
+    saved = [variable for variable in model.variables if "seed_generator" not in variable.path]
+    return sum(int(np.prod(variable.shape)) for variable in saved)
 
 
 def _load_state_dict(model, state_dict, path, ignore):
@@ -207,8 +202,8 @@ def _import_torch(path):
         import torch
     except ImportError as error:
         raise ImportError(
-            f"{path} is a PyTorch file: install PyTorch to read it (pip install torch), or "
-            "convert it to .safetensors"
+            f"{path} is a PyTorch file: install PyTorch (pip install torch), or convert the file "
+            "to .safetensors"
         ) from error
     if torch.__version__ < _SAFE_TORCH:
         raise ImportError(
@@ -218,20 +213,14 @@ def _import_torch(path):
     return torch
 
 
-def _full_precision(array):
-    half = array.dtype.name in ("float16", "bfloat16")
-    return array.astype("float32") if half else array
-
-
 # === Published weights ===
 
 
 def _published(weights, variant):
     tags = PRETRAINED.get(variant, {})
-    if weights == "imagenet" and tags:
-        return next(iter(tags.values()))
-    if weights in tags:
-        return tags[weights]
+    tag = next(iter(tags), None) if weights == "imagenet" else weights
+    if tag in tags:
+        return tags[tag]
     if not tags:
         raise ValueError(
             f"There are no published weights of {variant}. `weights` must be None or the path of "
@@ -320,11 +309,12 @@ def _fetch_from_url(published, variant):
 def _fetch_failure(published, variant, error):
     return (
         f"The weights of {variant} could not be fetched from {published.source}: "
-        f"{_first_line(error)} (weights=<path> loads a file without network)"
+        f"{first_line(error)} (weights=<path> loads a file without network)"
     )
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

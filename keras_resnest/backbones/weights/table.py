@@ -6,11 +6,10 @@ from typing import NamedTuple
 class PretrainedWeights(NamedTuple):
     """A file of published ImageNet weights.
 
-    `source` is a repository of the Hugging Face hub that holds `model.safetensors`, or the URL
-    of a PyTorch file. `crop_size`, `crop_ratio` (crop relative to the resized image) and
-    `interpolation` describe how the publishers prepared images when they measured `top1` (per
-    cent, ImageNet validation). `sha256` is the start of the checksum, if the publishers state
-    one; the hub states the checksum of each of its files.
+    `source` is a Hugging Face repository with a `model.safetensors`, or the URL of a PyTorch file.
+    `crop_size`, `crop_ratio` (crop relative to the resized image) and `interpolation` describe
+    the preprocessing with which the publishers measured `top1` (percent, ImageNet validation).
+    `sha256` is the start of the published checksum; the hub has one for each of its files.
     """
 
     source: str

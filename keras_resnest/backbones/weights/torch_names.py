@@ -1,4 +1,4 @@
-"""Loads PyTorch weights into Keras models, accounting for every array."""
+"""Loads PyTorch weights into Keras models."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -101,7 +101,7 @@ _FAMILIES = {
     "VGG-16 with reduced dense layers": (r"^33\.", [(r"^(?P<place>\d+)\.", _vgg16_layer)]),
 }
 
-# States of random generators and counters, without counterpart on the other side.
+# States of random generators and counters, which the other framework lacks.
 _KERAS_ONLY = ("seed_generator_state",)
 _TORCH_ONLY = ("num_batches_tracked",)
 
@@ -112,7 +112,7 @@ def load_torch_state_dict(
     module_names: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
 ) -> None:
-    """Copies a PyTorch `state_dict` into a Keras model: all of it or nothing.
+    """Copies a PyTorch `state_dict` into a Keras model, all or nothing.
 
     A module `layer1.0.conv2.conv` matches the layer `layer1_0_conv2_conv`, or the sublayer `conv`
     of the layer `layer1_0_conv2`. Kernels are transposed to Keras' layout. The modules of timm's
@@ -127,19 +127,25 @@ def load_torch_state_dict(
         ignore: PyTorch modules to skip, such as `("fc",)` for a model without a classifier.
 
     Raises:
-        ValueError: If an array is missing, left over, misshapen or not finite. The message names
-            every such array, and the model is unchanged.
+        ValueError: If an array is missing, left over, misshapen or not finite. The message lists
+            all such arrays, and the model is unchanged.
 
     Example:
         >>> load_torch_state_dict(model, {"fc.weight": weight, "fc.bias": bias})
     """
+    ignored = tuple(f"{module}." for module in ignore)
     arrays = {
         name: np.asarray(array)
         for name, array in state_dict.items()
-        if not name.endswith(_TORCH_ONLY) and not _in_modules(name, ignore)
+        if not name.endswith(_TORCH_ONLY) and not name.startswith(ignored)
     }
     replacements = _replacements(arrays)
-    torch_names = {_layer_name(name, replacements).replace(".", "_"): name for name in arrays}
+    torch_names = {}
+    for name in arrays:
+        keras_name = name
+        for pattern, replacement in replacements:
+            keras_name = re.sub(pattern, replacement, keras_name)
+        torch_names[keras_name.replace(".", "_")] = name
     values, problems = [], []
     for keras_name, variable in _named_variables(model, module_names or {}):
         name = torch_names.pop(keras_name, None)
@@ -150,7 +156,7 @@ def load_torch_state_dict(
         if value.shape != tuple(variable.shape):
             problems.append(
                 f"wrong shape: {name} has {arrays[name].shape}, {value.shape} in Keras' layout, "
-                f"wanted {tuple(variable.shape)}"
+                f"expected {tuple(variable.shape)}"
             )
         elif not np.all(np.isfinite(value)):
             problems.append(f"not finite: {name}")
@@ -172,16 +178,6 @@ def _replacements(names):
         if any(re.search(pattern, name) for name in names)
         for replacement in replacements
     ]
-
-
-def _layer_name(torch_name, replacements):
-    for pattern, replacement in replacements:
-        torch_name = re.sub(pattern, replacement, torch_name)
-    return torch_name
-
-
-def _in_modules(name, modules):
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _named_variables(model, module_names):
