@@ -10,6 +10,7 @@ import tensorflow as tf
 from detectors import rectangles
 
 from keras_resnest.backbones import VARIANTS, create_backbone
+from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.refinedet import RefineDet
 
 ONE_OF_EACH = [
@@ -110,7 +111,7 @@ def test_images_of_one_pixel(backbone):
 
 
 def test_detector_on_top_trains_a_step(backbone):
-    model = RefineDet(3, backbone, (64, 64, 3), filters=16, use_batch_norm=True)
+    model = RefineDet(3, backbone, (64, 64, 3), heads=RefineDetHeads(16, use_batch_norm=True))
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=10.0), run_eagerly=True)
     images, truth = rectangles(2, (64, 64, 3), objects=1)
     before = [np.array(v) for v in backbone.trainable_variables]
