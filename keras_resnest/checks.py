@@ -1,7 +1,7 @@
 """Checks of what users pass in: class names, image shapes, batches, images, ground truth.
 
 Batches of an input pipeline are known to the graph alone. TensorFlow can stop there, and
-`value_errors` turns what it raises into a `ValueError`. On JAX, inside a compiled step, nothing is
+`value_errors` turns what it raises into a `ValueError`. Inside a compiled step of JAX nothing is
 checked.
 """
 
@@ -198,7 +198,11 @@ def require(tensor, condition, message: str, *values):
         check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
         with tf.control_dependencies([check] if check is not None else []):
             return tf.identity(tensor)
-    if isinstance(condition, bool | np.bool_) and not condition:
+    try:
+        failed = not condition
+    except TypeError:  # JAX compiles a step: the value is not known
+        return tensor
+    if failed:
         raise ValueError(" ".join([message, *map(str, values)]))
     return tensor
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import reference
 from detectors import rectangles, small_backbone, small_detector
 from keras import ops
 
@@ -19,14 +20,6 @@ def random_outputs(model, batch=2, seed=0):
     n, c = len(model.anchors), model.num_classes + 1
     shapes = {"arm_boxes": 4, "arm_objectness": 2, "odm_boxes": 4, "odm_logits": c}
     return {k: rng.normal(size=(batch, n, w)).astype("float32") for k, w in shapes.items()}
-
-
-def decode_by_numpy(offsets, anchors):
-    """The formula of the SSD paper, variances 0.1 and 0.2."""
-    centers, sizes = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
-    centers = centers + 0.1 * offsets[..., :2] * sizes
-    sizes = sizes * np.exp(0.2 * offsets[..., 2:])
-    return np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=-1)
 
 
 def losses(model, outputs, truth):
@@ -75,9 +68,8 @@ def test_one_step_decoding_starts_from_the_anchors():
     )
     outputs = random_outputs(model, batch=1)
     got = {k: np.array(v)[0] for k, v in model.decode(outputs).items()}
-    logits = outputs["odm_logits"][0].astype("float64")
-    confidence = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    boxes = decode_by_numpy(outputs["odm_boxes"][0], model.anchors)
+    confidence = reference.softmax(outputs["odm_logits"][0])
+    boxes = reference.decode(outputs["odm_boxes"][0], model.anchors)
     order = np.argsort(-confidence[:, 1:].ravel())  # no NMS: every pair of anchor and class
     np.testing.assert_allclose(got["confidence"], confidence[:, 1:].ravel()[order], atol=1e-6)
     np.testing.assert_array_equal(got["labels"][:20], order[:20] % 3)
@@ -101,15 +93,7 @@ def test_perfect_offsets_from_the_anchors_have_no_box_loss():
     model = small_detector(switches={"two_step_regression": False})
     box = np.array([33.0, 20.0, 61.0, 50.0])
     truth = {"boxes": box[None, None].astype("float32"), "labels": np.zeros((1, 1), "int32")}
-    anchors = model.anchors.astype("float64")
-    centers, sizes = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
-    perfect = np.concatenate(
-        [
-            ((box[:2] + box[2:]) / 2 - centers) / (0.1 * sizes),
-            np.log((box[2:] - box[:2]) / sizes) / 0.2,
-        ],
-        axis=1,
-    )[None].astype("float32")
+    perfect = reference.encode(box, model.anchors, epsilon=0.0)[None].astype("float32")
     outputs = random_outputs(model, batch=1)
     assert losses(model, {**outputs, "odm_boxes": perfect}, truth)["odm_box_loss"] < 1e-6
     assert losses(model, outputs, truth)["odm_box_loss"] > 0.1
@@ -139,24 +123,13 @@ def test_negatives_that_the_arm_calls_empty():
         return np.abs(tape.gradient(loss, logits).numpy()).sum(-1) > 0
 
     filtered, unfiltered = touched(on), touched(off)
-    positive = best_iou(on.anchors, truth["boxes"]) >= 0.5
+    iou = [reference.iou(boxes, on.anchors).max(axis=0) for boxes in truth["boxes"]]
+    positive = np.array(iou) >= 0.5
     assert filtered[positive].all()
     # An object keeps its best anchor below the threshold too: one each, no more.
     assert (filtered & ~positive).sum() <= truth["labels"].size
     assert unfiltered[filtered].all()
     np.testing.assert_array_equal(unfiltered.sum(axis=1), 4 * filtered.sum(axis=1))
-
-
-def best_iou(anchors, boxes):
-    """(batch, anchors) by loops over the objects."""
-    best = np.zeros((len(boxes), len(anchors)))
-    for i, objects in enumerate(boxes):
-        for box in objects:
-            corner = np.minimum(anchors[:, 2:], box[2:]) - np.maximum(anchors[:, :2], box[:2])
-            common = np.maximum(corner, 0).prod(axis=1)
-            areas = (anchors[:, 2:] - anchors[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-            best[i] = np.maximum(best[i], common / (areas - common))
-    return best
 
 
 def test_filtering_in_the_decoder():

@@ -304,7 +304,7 @@ def test_names_of_imagenet_without_network(tmp_path):
     environment = {**os.environ, **proxies, "KERAS_HOME": str(tmp_path)}
     text = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert "SAID The names of ImageNet's classes could not be fetched" in text
-    assert "give `class_names`" in text
+    assert "pass `class_names`" in text
 
 
 @pytest.mark.parametrize("top", [0, -1, 4, 1.5, None])

@@ -143,7 +143,7 @@ def test_learns_to_detect(trained):
 
 
 def adversarial_truth(step, rng, num_classes=3):
-    """Ground truth of one batch of two images of 64 x 128, never twice the same kind."""
+    """Ground truth of one batch of two images of 64 x 64, never twice the same kind."""
     kind = step % 6
     count = (0, 300, 40, 5, 60, 3)[kind]
     corner = rng.uniform(2, 60, (2, count, 2))
@@ -165,12 +165,12 @@ def adversarial_truth(step, rng, num_classes=3):
 
 def test_300_steps_on_adversarial_ground_truth_stay_finite():
     """No objects, hundreds, tiny, huge, duplicated, without area: with a high learning rate."""
-    model = small_detector()
+    model = small_detector((64, 64, 3))
     model.compile(keras.optimizers.SGD(1e-2, momentum=0.9, global_clipnorm=10.0))
     rng = np.random.default_rng(0)
     history = []
     for step in range(300):
-        images = rng.uniform(0, 255, (2, 64, 128, 3)).astype("float32") * (step % 7 > 0)
+        images = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32") * (step % 7 > 0)
         logs = model.train_on_batch(images, adversarial_truth(step, rng), return_dict=True)
         history.append(list(logs.values()))
         model.reset_metrics()

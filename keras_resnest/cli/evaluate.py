@@ -15,7 +15,6 @@ The results are also written to OUTPUT/result.json.
 """
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from keras_resnest.cli.common import (
 )
 from keras_resnest.cli.train_classifier import read_labeled
 from keras_resnest.cli.train_detector import plot_examples
+from keras_resnest.data.readers.detect_format import TEST_SPLITS, first_split
 
 NUM_EXAMPLES = 6  # images per plot
 
@@ -107,11 +107,10 @@ def evaluate_detector(model, arguments) -> dict:
 
 
 def find_test_split(data: str) -> str | None:
-    """Returns the first usual name among the splits; a year may follow it, as in "val2017"."""
+    """Returns the usual test split of `data`, or None if it has no splits."""
     if data.startswith("tfds:"):
         return "test"
-    names = {re.sub(r"[-_ ]?\d+$", "", split) for split in kr.data.find_splits(data)}
-    return next((name for name in ("test", "val", "valid", "validation") if name in names), None)
+    return first_split(TEST_SPLITS, kr.data.find_splits(data))
 
 
 def find_worst(truth, found, class_names) -> list[int]:

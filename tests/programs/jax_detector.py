@@ -17,6 +17,12 @@ model = keras.saving.load_model(folder + "/detector.keras")
 images = np.load(folder + "/images.npy")
 predicted = model.predict(images, verbose=0)
 np.savez(folder + "/predicted.npz", **predicted)
+try:
+    model.predict(images / 255.0, verbose=0)
+except ValueError as error:
+    assert "must be 0 to 255" in str(error)
+else:
+    raise AssertionError("images scaled to 0-1 were accepted")
 # The same images in a batch of tf.data, with predictions as ground truth.
 assert predicted["num_detections"].min() > 0
 truth = {"boxes": predicted["boxes"][:, :1], "labels": predicted["labels"][:, :1]}

@@ -21,6 +21,8 @@ _EXPECTED = """
   CSV:  a .csv file, or a folder with <split>.csv, of rows image,x1,y1,x2,y2,label
   TFDS: "tfds:NAME", such as "tfds:voc/2007" """
 
+TEST_SPLITS = ("test", "val", "valid", "validation")  # first choice first
+
 
 def read_detection(
     source: str | os.PathLike,
@@ -108,8 +110,8 @@ def read_train_test(
         splits = find_splits(source)
         if len(splits) < 2 and not (train_split or test_split):
             return read_detection(source, on_error=on_error).hold_out(holdout, seed)
-        train_split = train_split or _first_split(("train",), splits)
-        test_split = test_split or _first_split(("test", "val", "valid", "validation"), splits)
+        train_split = train_split or first_split(("train",), splits)
+        test_split = test_split or first_split(TEST_SPLITS, splits)
     train = read_detection(source, train_split or "train", on_error=on_error)
     test = read_detection(source, test_split or "test", train.class_names, on_error=on_error)
     return train, test
@@ -218,8 +220,8 @@ def _matching_splits(name: str, splits: Iterable[str]) -> list[str]:
     return [split for split in splits if re.fullmatch(rf"{re.escape(name)}[-_ ]?\d+", split)]
 
 
-def _first_split(names: Sequence[str], splits: list[str]) -> str | None:
-    """The split of the first name that matches any."""
+def first_split(names: Sequence[str], splits: list[str]) -> str | None:
+    """Returns the split of the first name that matches any; a year may follow, as in "val2017"."""
     for name in names:
         if matches := _matching_splits(name, splits):
             return matches[0] if len(matches) == 1 else name  # several years: the reader raises
