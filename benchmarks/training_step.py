@@ -116,7 +116,7 @@ def make_keras_model(arguments, precision="float32"):
 def keras_step(arguments):
     """Returns a function that takes a step and returns the four losses."""
     from keras_resnest.backbones import load_torch_state_dict
-    from keras_resnest.detection.refinedet import STAGE_LOSSES
+    from keras_resnest.detection.loss import LOSS_NAMES
 
     model = make_keras_model(arguments, arguments.precision[0])
     with np.load(arguments.weights) as weights:
@@ -127,7 +127,7 @@ def keras_step(arguments):
     def step():
         model.reset_metrics()
         logs = model.train_on_batch(images, truth, return_dict=True)
-        return [float(logs[name]) for name in STAGE_LOSSES]
+        return [float(logs[name]) for name in LOSS_NAMES]
 
     return step, sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 

@@ -26,7 +26,7 @@ def trained():
     model = small_detector()
     model.compile(keras.optimizers.AdamW(4e-3, global_clipnorm=10.0))
     images, truth = rectangles(64)
-    model.fit(images, truth, batch_size=16, epochs=45, verbose=0)
+    model.fit(images, truth, batch_size=16, epochs=32, verbose=0)
     return model
 
 
