@@ -14,6 +14,7 @@ from keras import layers, ops
 
 from keras_resnest.backbones.graph import GraphBuilder
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
+from keras_resnest.layers.changes import KeepsLayerChanges
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone, strides 8, 16 and 32; P6 is added here
 STRIDES = (8, 16, 32, 64)
@@ -152,7 +153,7 @@ class RefineDetHeads:
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class PredictionHead(layers.Layer):
+class PredictionHead(KeepsLayerChanges, layers.Layer):
     """One 3x3 convolution for boxes and one for classes on each level.
 
     Both stages of RefineDet use it: with two logits it is the Anchor Refinement Module, with
@@ -183,6 +184,7 @@ class PredictionHead(layers.Layer):
         self.num_outputs = int(num_outputs)
         self.box_convolutions = self._convolutions("boxes", 4)
         self.class_convolutions = self._convolutions("classes", self.num_outputs)
+        self._layers_made()
 
     def _convolutions(self, name: str, outputs: int) -> list:
         return [

@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones import create_backbone
+from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
@@ -32,6 +33,7 @@ from keras_resnest.detection.detect import (
 from keras_resnest.detection.heads import LEVELS, STRIDES, RefineDetHeads
 from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
 from keras_resnest.divergence import TerminateOnDivergence
+from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.replicas import num_replicas, sum_over_replicas
 from keras_resnest.trainer import DistributedTraining, same_arguments_as
@@ -40,7 +42,7 @@ INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detecto
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDet(DistributedTraining, keras.Model):
+class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 
     The Anchor Refinement Module (ARM) finds anchors with objects and moves them; Transfer
@@ -68,6 +70,7 @@ class RefineDet(DistributedTraining, keras.Model):
         synchronized_batch_norm: whether batch statistics are taken over all replicas.
         dtype: precision of the layers, such as `"mixed_bfloat16"`. Loss and boxes are float32.
         name: name of the model.
+        trainable: whether the weights are trained, as in `keras.Model`.
 
     Raises:
         ValueError: if an argument is unusable, or if `detection_loss` and `decoder` differ in
@@ -99,6 +102,7 @@ class RefineDet(DistributedTraining, keras.Model):
         synchronized_batch_norm: bool = False,
         dtype=None,
         name: str = "refinedet",
+        trainable: bool = True,
     ):
         # === Arguments ===
         num_classes, class_names = _check_classes(num_classes, class_names)
@@ -140,10 +144,19 @@ class RefineDet(DistributedTraining, keras.Model):
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
         _check_same_offsets(self.detection_loss, self.decoder)
 
+        # What is changed from here on is in the detector's own `layer_changes`.
+        given = isinstance(backbone, Backbone) and {
+            "trainable": backbone.trainable,
+            **backbone._layer_changes(),
+        }
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" in pixels, (anchors, 4)
         self.compiled_detector = CompiledDetector(self)
         self._loss_trackers = [keras.metrics.Mean(name=n) for n in LOSS_NAMES]
+        self._layers_made()
+        self._made.backbone = given
+        if not trainable:
+            self.trainable = False
 
     # === Training ===
 
@@ -397,9 +410,13 @@ class RefineDet(DistributedTraining, keras.Model):
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object
+        backbone = serialize(self.backbone)
+        if self._made.backbone:
+            backbone["config"].pop("layer_changes", None)
+            backbone["config"].update(self._made.backbone)
         return {
             "num_classes": self.num_classes,
-            "backbone": serialize(self.backbone),
+            "backbone": backbone,
             "image_shape": self.image_shape,
             "bounding_box_format": self.bounding_box_format,
             "class_names": self.class_names,
@@ -411,13 +428,16 @@ class RefineDet(DistributedTraining, keras.Model):
             "synchronized_batch_norm": self.synchronized_batch_norm,
             "dtype": serialize(self.dtype_policy),
             "name": self.name,
+            "trainable": self.trainable,
+            **self._layer_changes(),
         }
 
     def training_config(self) -> dict:
         """Returns what must not change when `ResumeTraining` resumes a run, beside the weights."""
         config = self.get_config()
-        for name in ("backbone", "decoder", "dtype", "name"):  # a backbone's layers have own names
-            del config[name]
+        # A backbone's layers have names of their own.
+        for name in ("backbone", "decoder", "dtype", "name", "trainable", "layer_changes"):
+            config.pop(name, None)
         parts = ("anchor_generator", "heads", "detection_loss")
         return {**config, **{name: config[name]["config"] for name in parts}}
 
@@ -428,7 +448,10 @@ class RefineDet(DistributedTraining, keras.Model):
                 return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             return value
 
-        return cls(**{name: restored(value) for name, value in config.items()})
+        def construct(arguments):
+            return cls(**{name: restored(value) for name, value in arguments.items()})
+
+        return cls._changed(construct, config)
 
 
 def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:

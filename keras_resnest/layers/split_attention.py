@@ -164,6 +164,7 @@ class SplitAttention(FeatureMapLayer):
         self.bn1 = self._batch_norm("bn1") if use_batch_norm else None
         self.fc2 = self._dense(filters * radix, "fc2")
         self.radix_softmax = RadixSoftmax(radix, cardinality, name="radix_softmax", **options)
+        self._layers_made()
 
     def _dense(self, units, name):
         # A grouped dense layer over (batch, 1, 1, channels) is a grouped 1x1 convolution.
@@ -188,6 +189,7 @@ class SplitAttention(FeatureMapLayer):
         if self.use_batch_norm:
             self.bn0.build(self.conv.compute_output_shape(input_shape))
             self.bn1.build(self._pooled_shape(hidden))
+        self._layers_made()
         self.built = True
 
     def call(self, inputs, training=None):
