@@ -98,7 +98,22 @@ def unpack_batch(batch) -> tuple:
         if "images" not in images:
             raise ValueError(f'A batch must have the key "images". Received: {list(images)}')
         images, boxes = images["images"], images.get("bounding_boxes", boxes)
-    return images, boxes, sample_weight
+    return images, dense_boxes(boxes), sample_weight
+
+
+def dense_boxes(boxes):
+    """Returns ground truth with `tf.RaggedTensor`s padded: boxes with zeros, labels with -1."""
+    if not isinstance(boxes, Mapping):
+        return boxes
+    return {
+        name: value.to_tensor(-1 if name == "labels" else 0, shape=_RAGGED_SHAPES.get(name))
+        if hasattr(value, "to_tensor")
+        else value
+        for name, value in boxes.items()
+    }
+
+
+_RAGGED_SHAPES = {"boxes": (None, None, 4)}
 
 
 def check_box_dictionary(boxes) -> None:
@@ -133,6 +148,32 @@ def check_images(images):
         "the network normalizes them itself. Lowest and highest value:",
         lowest,
         highest,
+    )
+
+
+def check_sample_weight(sample_weight):
+    """Returns the weights of the images of a batch as float32 (batch,).
+
+    Args:
+        sample_weight: (batch,) or (batch, 1), or a structure of several of them that are equal:
+            for arrays, Keras repeats them for every part of the ground truth.
+
+    Raises:
+        ValueError: if there is not one weight for each image, or a weight is negative or NaN.
+    """
+    weight = ops.convert_to_tensor(keras.tree.flatten(sample_weight)[0], "float32")
+    if tuple(weight.shape[1:]) not in ((), (1,)):
+        raise ValueError(
+            "`sample_weight` must have one weight for each image, shape (batch,). "
+            f"Received: shape {tuple(weight.shape)}"
+        )
+    weight = ops.reshape(weight, (-1,))
+    return require(
+        weight,
+        ops.all((weight >= 0.0) & (weight < float("inf"))),
+        "`sample_weight` must be finite and not negative. Received lowest and highest:",
+        ops.min(weight, initial=0.0),
+        ops.max(weight, initial=0.0),
     )
 
 
@@ -195,15 +236,17 @@ def require(tensor, condition, message: str, *values):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
-        with tf.control_dependencies([check] if check is not None else []):
-            return tf.identity(tensor)
+        if not tf.executing_eagerly():
+            check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
+            with tf.control_dependencies([check]):
+                return tf.identity(tensor)
     try:
         failed = not condition
     except TypeError:  # JAX compiles a step: the value is not known
         return tensor
     if failed:
-        raise ValueError(" ".join([message, *map(str, values)]))
+        values = [str(ops.convert_to_numpy(value)) for value in values]
+        raise ValueError(" ".join([message, *values]))
     return tensor
 
 

@@ -27,6 +27,8 @@ class RefineDetLoss:
     separates objects from background on the regular anchors; the ODM learns classes and offsets
     on the anchors that the ARM has refined. No gradient flows through the refined anchors.
 
+    An image of weight 2 counts as two images: its losses and its positives count twice.
+
     Args:
         matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
         negative_ratio: hard negatives per positive, for each image.
@@ -73,7 +75,7 @@ class RefineDetLoss:
         self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
 
-    def __call__(self, outputs: dict, boxes, labels, anchors) -> dict:
+    def __call__(self, outputs: dict, boxes, labels, anchors, sample_weight=None) -> dict:
         """Computes the four losses of a batch.
 
         Args:
@@ -83,6 +85,7 @@ class RefineDetLoss:
             boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
             labels: int, (batch, objects): 0 to num_classes - 1, or -1 for padding.
             anchors: `"xyxy"` in pixels, (anchors, 4).
+            sample_weight: optional weights of the images, (batch,), not negative.
 
         Returns:
             Dictionary of float32 scalars, one for each of `LOSS_NAMES`.
@@ -91,7 +94,12 @@ class RefineDetLoss:
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class
         arm = self._stage(
-            boxes, any_object, anchors, outputs["arm_boxes"], outputs["arm_objectness"]
+            boxes,
+            any_object,
+            anchors,
+            outputs["arm_boxes"],
+            outputs["arm_objectness"],
+            sample_weight=sample_weight,
         )
 
         if self.two_step_regression:
@@ -101,18 +109,35 @@ class RefineDetLoss:
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
             hard = objectness > self.objectness_threshold
-        odm = self._stage(boxes, labels, anchors, outputs["odm_boxes"], outputs["odm_logits"], hard)
+        odm = self._stage(
+            boxes,
+            labels,
+            anchors,
+            outputs["odm_boxes"],
+            outputs["odm_logits"],
+            hard,
+            sample_weight,
+        )
         return dict(zip(LOSS_NAMES, (*arm, *odm), strict=True))
 
-    def _stage(self, boxes, labels, anchors, offsets, logits, negative_mask=None) -> tuple:
+    def _stage(
+        self, boxes, labels, anchors, offsets, logits, negative_mask=None, sample_weight=None
+    ) -> tuple:
         """Box and classification loss of one stage."""
         target_offsets, target_classes = encode_targets(
             boxes, labels, anchors, self.matcher, self.variances
         )
         box_sum, class_sum, positives = multibox_loss(
-            target_offsets, target_classes, offsets, logits, self.negative_ratio, negative_mask
+            target_offsets,
+            target_classes,
+            offsets,
+            logits,
+            self.negative_ratio,
+            negative_mask,
+            sample_weight,
         )
-        count = ops.maximum(sum_over_replicas(positives), 1.0)
+        count = sum_over_replicas(positives)
+        count = ops.where(count > 0.0, count, 1.0)
         return box_sum / count, class_sum / count
 
     def get_config(self) -> dict:
@@ -158,7 +183,13 @@ def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIAN
 
 
 def multibox_loss(
-    target_offsets, target_classes, offsets, logits, negative_ratio, negative_mask=None
+    target_offsets,
+    target_classes,
+    offsets,
+    logits,
+    negative_ratio,
+    negative_mask=None,
+    sample_weight=None,
 ):
     """Sums the box and the classification loss of one stage over a batch.
 
@@ -172,6 +203,7 @@ def multibox_loss(
         logits: predictions, (batch, anchors, classes + 1), background first.
         negative_ratio: hard negatives per positive, for each image.
         negative_mask: optional boolean (batch, anchors); negatives outside are never mined.
+        sample_weight: optional float (batch,), how often each image counts.
 
     Returns:
         Box loss, classification loss and number of positives, three float32 scalars.
@@ -180,7 +212,7 @@ def multibox_loss(
     mask = ops.cast(positive, "float32")
     # A negative's target is its own prediction: the loss is exactly zero, never 0 * inf.
     target_offsets = ops.where(positive[:, :, None], target_offsets, offsets)
-    box_loss = ops.sum(mask * smooth_l1(ops.stop_gradient(target_offsets), offsets))
+    box_loss = mask * smooth_l1(ops.stop_gradient(target_offsets), offsets)  # (B, A)
 
     log_probability = ops.log_softmax(logits, axis=-1)
     one_hot = ops.one_hot(target_classes, logits.shape[-1], dtype="float32")
@@ -190,8 +222,9 @@ def multibox_loss(
         candidates = ops.logical_and(candidates, negative_mask)
     num_wanted = ops.cast(negative_ratio * ops.sum(mask, axis=1), "int32")
     mined = hard_negatives(ops.stop_gradient(class_loss), candidates, num_wanted)
-    class_loss = ops.sum(ops.where(ops.logical_or(positive, mined), class_loss, 0.0))
-    return box_loss, class_loss, ops.sum(mask)
+    class_loss = ops.where(ops.logical_or(positive, mined), class_loss, 0.0)
+    weight = 1.0 if sample_weight is None else sample_weight[:, None]
+    return tuple(ops.sum(weight * values) for values in (box_loss, class_loss, mask))
 
 
 def smooth_l1(targets, predictions):

@@ -19,6 +19,9 @@ from keras_resnest.checks import (
     check_image_shape,
     check_images,
     check_same_classes,
+    check_sample_weight,
+    dense_boxes,
+    require,
     unpack_batch,
     value_errors,
 )
@@ -193,9 +196,16 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
 
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, y=None, validation_data=None, callbacks=None, **kwargs):
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "RefineDet takes no `class_weight`; `sample_weight` weights whole images. "
+                f"Received: class_weight={kwargs['class_weight']}"
+            )
         self._check_arrays(x)
         for data in (x, validation_data):
             check_same_classes(data, self.class_names)
+        x, y = _as_pair(x, y)
+        validation_data = _with_dense_boxes(validation_data)
         if y is None and not isinstance(x, dict):
             kwargs.setdefault("shuffle", False)  # Keras warns where it cannot shuffle
         callbacks = _with_divergence_guard(callbacks)
@@ -203,11 +213,12 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             return super().fit(x, y, validation_data=validation_data, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)
-    def evaluate(self, x=None, **kwargs):
+    def evaluate(self, x=None, y=None, **kwargs):
         self._check_arrays(x)
         check_same_classes(x, self.class_names)
+        x, y = _as_pair(x, y)
         with value_errors():
-            return super().evaluate(x, **kwargs)
+            return super().evaluate(x, y, **kwargs)
 
     def train_step(self, *args):
         """Runs one step; the batch, in either layout, is the last argument on every backend."""
@@ -231,6 +242,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         images = check_ground_truth(
             images, boxes, labels, relative, self.num_classes, self.bounding_box_format
         )
+        if sample_weight is not None:
+            sample_weight = check_sample_weight(sample_weight)
         return check_images(images), y, sample_weight
 
     def _ground_truth(self, y, sides) -> tuple:
@@ -243,7 +256,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         """Returns the two-stage loss of a batch, RefineDet eq. 1."""
         sides = self.image_shape[:2] if x is None else _sides(x)
         boxes, labels = self._ground_truth(y, sides)
-        losses = self.detection_loss(y_pred, boxes, labels, self.anchors_for(sides))
+        anchors = self.anchors_for(sides)
+        losses = self.detection_loss(y_pred, boxes, labels, anchors, sample_weight)
         batch, replicas = ops.shape(labels)[0], num_replicas()
         # Losses add up over replicas; Keras takes their mean over rows, which must be that sum.
         # Training batches are shared evenly, others need not be.
@@ -278,6 +292,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     def predict_step(self, *args):
         """Detects in one batch; the batch is the last argument on every backend."""
         images, _, _ = unpack_batch(args[-1])
+        images = self._check_size(images)
         result = super().predict_step(*args[:-1], (check_images(images),))
         if keras.backend.backend() == "jax":  # there a step returns its state too
             return self.decode(result[0]), result[1]
@@ -347,18 +362,34 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
     def _check_arrays(self, images) -> None:
-        """Checks arrays that are passed directly, on every backend."""
+        """Checks arrays and tensors that are passed directly, on every backend."""
         if isinstance(images, dict):
             images = images.get("images")
-        if not isinstance(images, np.ndarray):
-            return
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if isinstance(images, list | tuple):
             raise ValueError(
-                f"`x` must have shape (batch, {', '.join(map(str, self.image_shape))}); `detect` "
-                f"takes images of any size. Received: x.shape={images.shape}"
+                "`x` must be one array of images; `detect` takes lists. "
+                f"Received: a {type(images).__name__} of {len(images)}"
             )
+        if not hasattr(images, "shape"):
+            return
+        self._check_size(images)
         if keras.backend.backend() != "tensorflow":
             check_images(images)
+
+    def _check_size(self, images):
+        """Returns a batch of images of the model's size; raises `ValueError` for others."""
+        shape, own = tuple(images.shape), self.image_shape
+        wanted = (
+            f"`x` must have shape (batch, {', '.join(map(str, own))}); `detect` takes images of "
+            "any size. Received:"
+        )
+        if len(shape) != 4 or any(n not in (None, o) for n, o in zip(shape[1:], own, strict=True)):
+            raise ValueError(f"{wanted} x.shape={shape}")
+        if None not in shape[1:]:
+            return images
+        height, width = ops.shape(images)[1:3]
+        fits = ops.logical_and(height == own[0], width == own[1])
+        return require(images, fits, wanted, height, width)
 
     # === Other classes ===
 
@@ -392,6 +423,22 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         return model
 
     # === Saving ===
+
+    def _run_through_graph(self, *args, operation_fn=None, **kwargs):
+        if operation_fn is None:
+            return super()._run_through_graph(*args, **kwargs)
+        if operation_fn.__module__ == keras.models.clone_model.__module__:
+            raise ValueError(
+                "`clone_model` makes a network without loss and decoder; use "
+                "RefineDet.from_config(model.get_config()), then `set_weights`"
+            )
+        return super()._run_through_graph(*args, operation_fn=operation_fn, **kwargs)
+
+    def quantize(self, mode=None, *args, **kwargs):
+        raise ValueError(
+            "Keras quantizes dense layers, and RefineDet has none; `export` has a `precision`. "
+            f"Received: mode={mode!r}"
+        )
 
     def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
         """Writes the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
@@ -511,6 +558,20 @@ def _with_divergence_guard(callbacks):
     if any(isinstance(callback, TerminateOnDivergence) for callback in callbacks):
         return callbacks
     return [TerminateOnDivergence(), *callbacks]
+
+
+def _as_pair(x, y=None) -> tuple:
+    """Splits a dictionary of arrays, with which Keras would drop `sample_weight`."""
+    if y is None and isinstance(x, dict):
+        x, y, _ = unpack_batch(x)
+    return _with_dense_boxes(x), dense_boxes(y)
+
+
+def _with_dense_boxes(data):
+    """Pads the ragged boxes of a `tf.data.Dataset`; on JAX and PyTorch, Keras adds labels of 0."""
+    if keras.backend.backend() == "tensorflow" or not hasattr(data, "element_spec"):
+        return data
+    return data.map(lambda *batch: tuple(x for x in unpack_batch(batch) if x is not None))
 
 
 def _sides(images) -> tuple:
