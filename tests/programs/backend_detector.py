@@ -1,6 +1,8 @@
 """Predict with a saved detector on another backend, and with a second argument train it.
 
-KERAS_BACKEND=jax python backend_detector.py FOLDER [train]    # reads detector.keras, writes predicted.npz
+KERAS_BACKEND=jax python backend_detector.py FOLDER [train]
+
+Reads detector.keras, images.npy and truth.npz of FOLDER, writes predicted.npz.
 """
 
 import sys
