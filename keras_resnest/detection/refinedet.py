@@ -456,6 +456,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:
+        _check_same_offsets(self.detection_loss, self.decoder)  # a file could not be loaded
         serialize = keras.saving.serialize_keras_object
         backbone = serialize(self.backbone)
         if self._made.backbone:
@@ -570,6 +571,11 @@ def _as_pair(x, y=None) -> tuple:
 def _with_dense_boxes(data):
     """Pads the ragged boxes of a `tf.data.Dataset`; on JAX and PyTorch, Keras adds labels of 0."""
     if keras.backend.backend() == "tensorflow" or not hasattr(data, "element_spec"):
+        return data
+    import tensorflow as tf
+
+    specs = keras.tree.flatten(data.element_spec)
+    if not any(isinstance(spec, tf.RaggedTensorSpec) for spec in specs):
         return data
     return data.map(lambda *batch: tuple(x for x in unpack_batch(batch) if x is not None))
 
