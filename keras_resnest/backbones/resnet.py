@@ -60,7 +60,7 @@ class ResNet(Backbone):
     The other arguments are those of `Backbone`. Images may have any size.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others.
+        ValueError: if an argument is out of range or does not fit the others.
 
     Example:
         >>> model = ResNet([64, 128], [1, 1], [1, 2], radix=2, stem_width=32, deep_stem=True)

@@ -47,7 +47,7 @@ class ShuffleNet(Backbone):
     The other arguments are those of `Backbone`. Images may have any size.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others.
+        ValueError: if an argument is out of range or does not fit the others.
 
     Example:
         >>> model = ShuffleNet([116, 232, 464], [4, 8, 4], include_top=False)

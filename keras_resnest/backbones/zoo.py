@@ -106,7 +106,7 @@ def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -
         Number of multiply-adds.
 
     Raises:
-        ValueError: If `image_shape` is not three positive integers, or does not fit the model.
+        ValueError: if `image_shape` is not three positive integers, or does not fit the model.
 
     Example:
         >>> count_multiply_adds(ResNet50(), (224, 224, 3)) / 1e9

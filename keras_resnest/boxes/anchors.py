@@ -22,13 +22,12 @@ class AnchorGenerator:
         clip: whether to clip centers and sizes (not corners) to the image, as the PyTorch ports
             of RefineDet do. The authors' code does not clip.
 
-    Source: RefineDet (arXiv 1711.06897) section 3.3, "Anchors Design and Matching".
-
     Example:
+        >>> anchors = AnchorGenerator()((320, 320, 3))
+        >>> anchors.shape
+        (6375, 4)
 
-    >>> anchors = AnchorGenerator()((320, 320, 3))
-    >>> anchors.shape
-    (6375, 4)
+    Source: RefineDet (arXiv 1711.06897) section 3.3, "Anchors Design and Matching".
     """
 
     def __init__(

@@ -24,11 +24,10 @@ class BoxMatcher:
         iou_threshold: lowest IoU of a positive anchor, in (0, 1].
         force_match: whether every object keeps its best anchor.
 
-    Source: SSD (arXiv 1512.02325) section 2.2, RefineDet (arXiv 1711.06897) section 3.3.
-
     Example:
+        >>> matches = BoxMatcher()(boxes, labels >= 0, anchors)  # (batch, anchors)
 
-    >>> matches = BoxMatcher()(boxes, labels >= 0, anchors)  # (batch, anchors)
+    Source: SSD (arXiv 1512.02325) section 2.2, RefineDet (arXiv 1711.06897) section 3.3.
     """
 
     def __init__(self, iou_threshold: float = 0.5, force_match: bool = True):

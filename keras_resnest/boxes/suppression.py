@@ -165,9 +165,8 @@ def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np
         Indices of the kept rows, by falling confidence.
 
     Example:
-
-    >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
-    array([1])
+        >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
+        array([1])
     """
     boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
     kept = []
@@ -201,14 +200,13 @@ def vote_boxes(
     Returns:
         float64 boxes of shape `(k, 4)`. A box without voters does not change.
 
+    Example:
+        >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
+        array([[0. , 0. , 8. , 8.5]])
+
     Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
     segmentation-aware CNN model" (arXiv 1505.01749) section 5. RefineDet's `bbox_vote` has both
     thresholds at 0.45 and lets a box vote only for its most confident neighbor.
-
-    Example:
-
-    >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
-    array([[0. , 0. , 8. , 8.5]])
     """
     boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
     kept_boxes = np.asarray(kept_boxes, "float64").reshape(-1, 4)

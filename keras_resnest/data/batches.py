@@ -117,7 +117,8 @@ def training_batches(
         tf.errors.InvalidArgumentError: while iterating, if boxes have x1 > x2 or y1 > y2 or look
             like relative coordinates, or an image has more than `max_boxes`.
 
-    Example: `model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)`
+    Example:
+        >>> model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
@@ -188,7 +189,8 @@ def evaluation_batches(
     Raises:
         ValueError, tf.errors.InvalidArgumentError: as in `training_batches`.
 
-    Example: `model.evaluate(evaluation_batches(dataset, (320, 320), 16))`
+    Example:
+        >>> model.evaluate(evaluation_batches(dataset, (320, 320), 16))
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
@@ -403,7 +405,8 @@ def classification_batches(
     Raises:
         ValueError: if an argument is invalid, or an epoch would have no batch.
 
-    Example: `batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)`
+    Example:
+        >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
     num_classes = num_classes or getattr(dataset, "num_classes", None)

@@ -36,9 +36,8 @@ class AnchorCoverage:
         best_iou: IoU of each object with its best anchor.
 
     Example:
-
-    >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
-    0.531
+        >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
+        0.531
     """
 
     image_shape: tuple[int, int]
@@ -99,11 +98,10 @@ def anchor_coverage(
     Raises:
         ValueError: if `dataset` is none of the above or the threshold is not in (0, 1].
 
-    Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
-
     Example:
+        >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
 
-    >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
+    Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
     """
     shape = _check(image_shape, iou_threshold)
     boxes, labels, names = _labeled_boxes(dataset, shape)
@@ -162,9 +160,8 @@ def fit_anchors(
         ValueError: as in `anchor_coverage`, or if there is no object to fit to.
 
     Example:
-
-    >>> generator = fit_anchors(train, (320, 320))
-    >>> model = kr.RefineDet(3, anchor_generator=generator)
+        >>> generator = fit_anchors(train, (320, 320))
+        >>> model = kr.RefineDet(3, anchor_generator=generator)
     """
     shape = _check(image_shape, iou_threshold)
     start = anchor_generator or AnchorGenerator()

@@ -37,9 +37,8 @@ def class_sources(
         ValueError: if `mapping` has an unknown name.
 
     Example:
-
-    >>> class_sources(["sofa", "person", "sheep"], ["person", "couch"])
-    {'sofa': 'couch', 'person': 'person', 'sheep': None}
+        >>> class_sources(["sofa", "person", "sheep"], ["person", "couch"])
+        {'sofa': 'couch', 'person': 'person', 'sheep': None}
     """
     mapping = dict(mapping or {})
     for role, names, known in (

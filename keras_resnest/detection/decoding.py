@@ -34,15 +34,14 @@ class DetectionDecoder:
     Raises:
         ValueError: if a threshold is not in [0, 1] or a count is not a positive integer.
 
+    Example:
+        >>> decoder = DetectionDecoder(max_detections=100)
+        >>> detections = decoder(model(images), model.anchors, (320, 320))
+        >>> detections["boxes"].shape
+        (batch, 100, 4)
+
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
     `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has 1000 and 500.
-
-    Example:
-
-    >>> decoder = DetectionDecoder(max_detections=100)
-    >>> detections = decoder(model(images), model.anchors, (320, 320))
-    >>> detections["boxes"].shape
-    (batch, 100, 4)
     """
 
     def __init__(

@@ -193,14 +193,13 @@ class MultiScaleDetector:
     Raises:
         ValueError: if a size is not a multiple of 64, or `box_sizes` does not fit `image_sizes`.
 
-    Source: RefineDet (arXiv 1711.06897) section 4.2; Gidaris and Komodakis, arXiv 1505.01749.
-
     Example:
+        >>> detector = MultiScaleDetector(model, image_sizes=(256, 320, 448))
+        >>> detector.detect("photo.jpg")["boxes"]
+        >>> print(evaluate_detections(detector, test_batches))
+        >>> plus = MultiScaleDetector(model, **REFINEDET320_PLUS)  # the authors' settings
 
-    >>> detector = MultiScaleDetector(model, image_sizes=(256, 320, 448))
-    >>> detector.detect("photo.jpg")["boxes"]
-    >>> print(evaluate_detections(detector, test_batches))
-    >>> plus = MultiScaleDetector(model, **REFINEDET320_PLUS)  # the authors' settings
+    Source: RefineDet (arXiv 1711.06897) section 4.2; Gidaris and Komodakis, arXiv 1505.01749.
     """
 
     def __init__(

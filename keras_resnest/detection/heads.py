@@ -39,9 +39,8 @@ class RefineDetHeads:
         ValueError: if `filters` or `extra_filters` is not positive.
 
     Example:
-
-    >>> heads = RefineDetHeads(filters=64, use_batch_norm=True)
-    >>> model = RefineDet(num_classes=3, backbone="resnest14_tiny", heads=heads)
+        >>> heads = RefineDetHeads(filters=64, use_batch_norm=True)
+        >>> model = RefineDet(num_classes=3, backbone="resnest14_tiny", heads=heads)
     """
 
     def __init__(
@@ -170,11 +169,10 @@ class PredictionHead(layers.Layer):
         Offsets (batch, anchors, 4) and logits (batch, anchors, num_outputs). Anchors run over
         level, row, column, anchor of the cell.
 
-    Source: RefineDet (arXiv 1711.06897) section 3.1.
-
     Example:
+        >>> offsets, logits = PredictionHead((3, 3), num_outputs=2)([p3, p4])
 
-    >>> offsets, logits = PredictionHead((3, 3), num_outputs=2)([p3, p4])
+    Source: RefineDet (arXiv 1711.06897) section 3.1.
     """
 
     def __init__(self, num_anchors, num_outputs: int, **kwargs):

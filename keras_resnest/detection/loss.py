@@ -40,14 +40,13 @@ class RefineDetLoss:
     Raises:
         ValueError: if `negative_ratio` is negative or `objectness_threshold` is not in [0, 1].
 
+    Example:
+        >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
+        >>> sorted(losses)
+        ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
+
     Source: RefineDet (arXiv 1711.06897) section 3.4 eq. 1; mining from SSD (arXiv 1512.02325)
     section 2.2.
-
-    Example:
-
-    >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
-    >>> sorted(losses)
-    ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
     """
 
     def __init__(

@@ -46,7 +46,8 @@ from keras_resnest.data.augmentation.geometry import (
 def drop_empty_boxes(element: dict) -> dict:
     """Clips boxes to the image and drops padding rows (label -1) and boxes without area.
 
-    Example: `dataset = dataset.map(drop_empty_boxes)`
+    Example:
+        >>> dataset = dataset.map(drop_empty_boxes)
     """
     rows = element["bounding_boxes"]
     height, width = tf.unstack(size_of(element["images"]))
@@ -73,7 +74,8 @@ class PhotometricDistortion:
         channel_probability: probability of a random channel order, 0 in the code of SSD and
             RefineDet and 0.5 in some ports; keep 0 if color distinguishes the classes.
 
-    Example: `element = PhotometricDistortion(hue=0)(element, seed=(1, 2))`
+    Example:
+        >>> element = PhotometricDistortion(hue=0)(element, seed=(1, 2))
     """
 
     brightness: float = 32.0
@@ -138,7 +140,8 @@ class RandomExpand:
         probability: probability of an expansion.
         fill_color: (red, green, blue) of the canvas, 0..255.
 
-    Example: `element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))
     """
 
     max_ratio: float = 4.0
@@ -190,7 +193,8 @@ class RandomIoUCrop:
         trials: random crops per option.
         probability: probability of a crop.
 
-    Example: `element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))
     """
 
     min_ious: tuple[float | None, ...] = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -290,7 +294,8 @@ class RandomFlip(_Orientation):
         vertical: probability of a top-bottom flip, for images without a natural orientation, such
             as microscope or aerial images.
 
-    Example: `element = RandomFlip(vertical=0.5)(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomFlip(vertical=0.5)(element, seed=(1, 2))
     """
 
     horizontal: float = 0.5
@@ -312,7 +317,8 @@ class RandomRotate90(_Orientation):
     Args:
         probability: probability of a rotation; at 0.75, all four orientations are equally likely.
 
-    Example: `element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)`
+    Example:
+        >>> element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)
     """
 
     probability: float = 0.75
@@ -339,7 +345,8 @@ class Resize:
         image_shape: (height, width) or (height, width, 3) of the result.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Example: `dataset = dataset.map(Resize((320, 320)))`
+    Example:
+        >>> dataset = dataset.map(Resize((320, 320)))
     """
 
     image_shape: tuple[int, ...]
@@ -382,7 +389,8 @@ class TrainingAugmentation:
             `Resize`, so that the network trains on what it sees in use.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Example: `element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))`
+    Example:
+        >>> element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))
     """
 
     image_shape: tuple[int, ...]
