@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
 BACKGROUND = 0  # column of the background in class targets and logits
@@ -11,7 +12,7 @@ CHUNK_SIZE = 16  # objects per image whose IoU with all anchors is in memory at 
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class BoxMatcher:
+class BoxMatcher(Configurable):
     """Assigns each anchor to an object or to the background.
 
     An anchor is positive if its best object has an IoU of at least `iou_threshold`. With
@@ -89,13 +90,6 @@ class BoxMatcher:
         )
         matches = ops.where(best_iou >= self.iou_threshold, matches, NOT_MATCHED)
         return ops.where(forced >= 0, forced, matches) if self.force_match else matches
-
-    def get_config(self) -> dict:
-        return {"iou_threshold": self.iou_threshold, "force_match": self.force_match}
-
-    @classmethod
-    def from_config(cls, config: dict) -> "BoxMatcher":
-        return cls(**config)
 
 
 def _first_max(values, ids, axis):

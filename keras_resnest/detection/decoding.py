@@ -6,12 +6,13 @@ from keras import ops
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
 from keras_resnest.boxes.suppression import suppress_batch
+from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class DetectionDecoder:
+class DetectionDecoder(Configurable):
     """Cascade decoding, filtering and non-maximum suppression of a batch.
 
     The first stage (ARM) refines the anchors, the second (ODM) refines them again. Anchors whose
@@ -138,20 +139,3 @@ class DetectionDecoder:
             "labels": ops.where(real, labels, PADDING),
             "num_detections": count,
         }
-
-    def get_config(self) -> dict:
-        return {
-            "objectness_threshold": self.objectness_threshold,
-            "confidence_threshold": self.confidence_threshold,
-            "iou_threshold": self.iou_threshold,
-            "pre_nms_top_k": self.pre_nms_top_k,
-            "max_detections": self.max_detections,
-            "clip_to_image": self.clip_to_image,
-            "negative_anchor_filtering": self.negative_anchor_filtering,
-            "two_step_regression": self.two_step_regression,
-            "variances": self.variances,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict) -> "DetectionDecoder":
-        return cls(**config)

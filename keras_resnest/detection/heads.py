@@ -13,6 +13,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones.graph import GraphBuilder
+from keras_resnest.configurable import Configurable
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone, strides 8, 16 and 32; P6 is added here
@@ -21,7 +22,7 @@ L2_SCALES = (10.0, 8.0)  # initial scales of P3 and P4, as in the authors' code
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDetHeads:
+class RefineDetHeads(Configurable):
     """Everything of RefineDet's network that follows the backbone.
 
     Args:
@@ -134,20 +135,6 @@ class RefineDetHeads:
                 for level, x in enumerate(maps, start=3)
             ]
         return PredictionHead(num_anchors, num_outputs, dtype=dtype, name=name)(maps)
-
-    def get_config(self) -> dict:
-        return {
-            "filters": self.filters,
-            "extra_filters": self.extra_filters,
-            "use_batch_norm": self.use_batch_norm,
-            "use_l2_normalization": self.use_l2_normalization,
-            "use_residual_blocks": self.use_residual_blocks,
-            "use_transfer_connection": self.use_transfer_connection,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict) -> "RefineDetHeads":
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("keras_resnest")

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
 LOSS_NAMES = (
@@ -19,7 +20,7 @@ LOSS_NAMES = (
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDetLoss:
+class RefineDetLoss(Configurable):
     """The two-stage loss of RefineDet.
 
     Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
@@ -115,14 +116,8 @@ class RefineDetLoss:
         return box_sum / count, class_sum / count
 
     def get_config(self) -> dict:
-        return {
-            "matcher": keras.saving.serialize_keras_object(self.matcher),
-            "negative_ratio": self.negative_ratio,
-            "objectness_threshold": self.objectness_threshold,
-            "negative_anchor_filtering": self.negative_anchor_filtering,
-            "two_step_regression": self.two_step_regression,
-            "variances": self.variances,
-        }
+        matcher = keras.saving.serialize_keras_object(self.matcher)
+        return {**super().get_config(), "matcher": matcher}
 
     @classmethod
     def from_config(cls, config: dict) -> "RefineDetLoss":
