@@ -40,8 +40,8 @@ REFINEDET512_PLUS = {
 class CompiledDetector:
     """Network and decoder of a `RefineDet`, compiled once for each image size.
 
-    It runs in this process alone, whatever strategy the model trains under, and is compiled
-    anew after the decoder has changed.
+    It runs only in this process, under any strategy, and is recompiled after the decoder has
+    changed.
 
     Args:
         model: a `RefineDet`.
@@ -169,11 +169,11 @@ def _named(model, rows: dict, confidence_threshold: float) -> dict:
 class MultiScaleDetector:
     """Detects at several image sizes and in the mirror image, and merges the detections.
 
-    The same weights see the image once per size, and once more mirrored. The detections of all
-    passes go through non-maximum suppression, class by class, and each box that is kept moves to
-    the confidence-weighted mean of all that agree with it (box voting). The cost is that of as
-    many predictions as there are passes; small and large objects are found better. This is
-    RefineDet320+ and RefineDet512+ of the paper.
+    The network sees the image once per size, and once more mirrored. The detections of all passes
+    go through non-maximum suppression, class by class, and each remaining box moves to the
+    confidence-weighted mean of all boxes that agree with it (box voting). This detects small and
+    large objects better, at the cost of one prediction per pass. It is RefineDet320+ and
+    RefineDet512+ of the paper.
 
     `evaluate_detections` and `collect_detections` accept it as a model.
 
@@ -181,11 +181,11 @@ class MultiScaleDetector:
         model: a `RefineDet`.
         image_sizes: sizes that the network sees: (height, width) or the side of a square, in
             pixels, multiples of 64.
-        box_sizes: None, or for each of `image_sizes` None or (lowest, highest): at that size,
-            only detections count whose longer side is above `lowest` and whose shorter side is
-            below `highest` (None: no limit), in pixels of the given image.
-        flip: whether the mirror image is used too.
-        turn_sizes: whether a size that is not square is turned to the orientation of the image.
+        box_sizes: None, or for each of `image_sizes` None or (lowest, highest): at that size, a
+            detection is kept if its longer side is above `lowest` and its shorter side below
+            `highest` (None: no limit), in pixels of the given image.
+        flip: whether to use the mirror image too.
+        turn_sizes: whether to turn a size that is not square to the orientation of the image.
         iou_threshold: of two boxes of a class with a higher IoU, the less confident is dropped.
         voting_iou: lowest IoU of a box that votes; None for no voting.
         max_detections: detections per image; by default that of the model's decoder.

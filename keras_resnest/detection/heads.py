@@ -23,7 +23,7 @@ L2_SCALES = (10.0, 8.0)  # initial scales of P3 and P4, as in the authors' code
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class RefineDetHeads(Configurable):
-    """Everything of RefineDet's network that follows the backbone.
+    """The layers of RefineDet after the backbone.
 
     Args:
         filters: channels of the TCBs, and so of the maps that the ODM reads.
@@ -209,7 +209,7 @@ class PredictionHead(layers.Layer):
 
 
 def _flat_shape(feature_map, outputs: int) -> tuple:
-    """(batch, anchors, outputs) of a map; one of the first two is open, -1."""
+    """Shape (batch, anchors, outputs) of a flattened map; -1 for one of the first two."""
     sides = feature_map.shape[1:]
     if None in sides:
         return ops.shape(feature_map)[0], -1, outputs
@@ -219,8 +219,8 @@ def _flat_shape(feature_map, outputs: int) -> tuple:
 def bottleneck_block(x, filters: int, out_filters: int, strides: int = 1, *, dtype, name: str):
     """Residual block of 1x1, 3x3 and 1x1 convolutions, each batch normalized.
 
-    Unlike in the blocks of our backbones, the shortcut always has a convolution and the stride is
-    in the first 1x1 convolution.
+    Unlike in the backbones, the shortcut always has a convolution, and the stride is in the first
+    1x1 convolution.
 
     Source: `ResBody` in the authors' code, github.com/sfzhang15/RefineDet.
     """

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.checks import check_fractions
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -31,8 +32,8 @@ class RefineDetLoss(Configurable):
     Args:
         matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
         negative_ratio: hard negatives per positive, for each image.
-        objectness_threshold: anchors with an ARM objectness up to this are not mined as negatives
-            of the ODM, between 0 and 1.
+        objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
+            negatives of the ODM.
         negative_anchor_filtering: whether `objectness_threshold` applies (table 3 of the paper).
         two_step_regression: whether the ODM starts from the refined anchors, or from the regular
             ones (table 3). `DetectionDecoder` must have the same.
@@ -61,11 +62,7 @@ class RefineDetLoss(Configurable):
     ):
         if negative_ratio < 0:
             raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
-        if not 0.0 <= objectness_threshold <= 1.0:
-            raise ValueError(
-                "`objectness_threshold` must be between 0 and 1. "
-                f"Received: objectness_threshold={objectness_threshold}"
-            )
+        check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)
         self.objectness_threshold = float(objectness_threshold)
@@ -156,7 +153,7 @@ def multibox_loss(
 ):
     """Sums the box and the classification loss of one stage over a batch.
 
-    Sums are returned, not means: they are divided by the positives of the global batch, which a
+    Returns sums, not means: the caller divides by the positives of the global batch, which a
     single replica does not know.
 
     Args:

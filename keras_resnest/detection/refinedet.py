@@ -444,7 +444,7 @@ def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
 
 
 def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
-    """Training and decoding must mean the same by an offset."""
+    """Training and decoding must interpret offsets in the same way."""
     for name in ("two_step_regression", "variances"):
         trained, decoded = getattr(detection_loss, name), getattr(decoder, name)
         if trained != decoded:
