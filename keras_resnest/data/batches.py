@@ -85,11 +85,12 @@ def training_batches(
             `image_shape`. None only resizes.
         mosaic: a `Mosaic`, to combine four images of the batch.
         mixup: a `MixUp`, to blend two images of the batch, after `mosaic`.
-        image_sizes: for multi-scale training, the (height, width) from which one is drawn for each
-            batch, instead of `image_shape`. `augmentation` then gets a third argument
+        image_sizes: for multi-scale training, a list of (height, width) that replaces
+            `image_shape`: each batch draws one. `augmentation` then gets a third argument
             `image_size`, an int32 tensor (height, width).
         shuffle_buffer: number of images from which the next one is drawn; 0 keeps the order.
-            Default: all if they are cached in memory or are files and not cached, else 512.
+            Default: all images; 512 if they are cached in files, or neither cached nor loadable
+            one by one.
         seed: seed of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
@@ -104,8 +105,8 @@ def training_batches(
             `keras.utils.bounding_boxes.convert_format`.
         use_difficult: whether to keep boxes marked as difficult.
         num_parallel_calls: number of images augmented in parallel.
-        deterministic: False lets images overtake each other: slightly faster, but not reproducible
-            and not possible with `image_sizes`.
+        deterministic: False lets images overtake each other, which is slightly faster but not
+            reproducible; must be True with `image_sizes`.
 
     Returns:
         Dataset of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
@@ -177,7 +178,7 @@ def evaluation_batches(
         cache: as in `training_batches`.
         max_boxes: as in `training_batches`.
         bounding_box_format: as in `training_batches`.
-        dtype: of the images, "float32" or "uint8" (rounded; a quarter of the bytes).
+        dtype: dtype of the images, "float32", or "uint8" (rounded) to save memory.
         include_source: whether to add "image_id" (B,) and "image_size" (B, 2), the int32 height and
             width of the original image, to convert detections back to its pixels.
         num_parallel_calls: number of images resized in parallel.

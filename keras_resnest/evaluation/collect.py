@@ -1,4 +1,4 @@
-"""Run a detector on a dataset and evaluate its detections."""
+"""Runs a detector on a dataset and evaluates its detections."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ def collect_detections(
     """Runs a detector on batches and returns ground truth and detections of each image.
 
     Reads the dataset once, so it may reshuffle on each pass. Uses the model's compiled predict
-    function, which later calls do not retrace.
+    function, so later calls do not retrace.
 
     Args:
         model: a `RefineDet`, or any Keras model whose `predict_on_batch(images)` returns
@@ -95,8 +95,8 @@ def evaluate_detections(
         `AveragePrecision`; printing it shows a table.
 
     Raises:
-        ValueError: also if `dataset`, one of `keras_resnest.data`, has other classes than the
-            model, or in another order.
+        ValueError: as in `collect_detections`, or if a dataset of `keras_resnest.data` has other
+            classes than the model, or in another order.
 
     Example:
         >>> print(evaluate_detections(model, validation_dataset))

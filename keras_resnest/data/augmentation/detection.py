@@ -386,7 +386,7 @@ class TrainingAugmentation:
         min_box_size: boxes with a side shorter than this many output pixels are dropped.
         antialias: average source pixels in images that are expanded and shrunk to less than half,
             where bilinear sampling would skip pixels. Other images are always sampled as by
-            `Resize`, so that the network trains on what it sees in use.
+            `Resize`, as in prediction.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
     Example:
