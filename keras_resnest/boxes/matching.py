@@ -8,7 +8,7 @@ from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
 BACKGROUND = 0  # column of the background in class targets and logits
-CHUNK_SIZE = 16  # objects per image whose IoU with all anchors is in memory at a time
+CHUNK_SIZE = 16  # objects per image that are compared with all anchors at a time
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -64,6 +64,8 @@ class BoxMatcher(Configurable):
         object_ids = ops.arange(num_objects, dtype="int32")
         anchor_ids = ops.arange(num_anchors, dtype="int32")
 
+        # `best` and `held` are pairs (IoU, object id) of (B, A) arrays: the best object of each
+        # anchor so far, and the object that it holds.
         def match_chunk(free, best, held):
             # The first free objects of each image; the priority is 0 where none is left.
             priority, ids = ops.top_k(ops.where(free, num_objects - object_ids, 0), CHUNK_SIZE)

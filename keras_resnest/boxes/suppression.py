@@ -135,7 +135,7 @@ def _survivors(boxes, candidates, iou_threshold):
 
 
 def _drop_other_ranks(boxes, candidates):
-    """Keeps the ranks that have a candidate in any class; also returns which these are.
+    """Keeps the ranks that have a candidate in any class; also returns these ranks.
 
     They are gathered, not sliced: OpenVINO keeps everything a slice depends on, the whole
     network, in float32.

@@ -57,7 +57,7 @@ class RefineDetHeads(Configurable):
         widths = (filters, *extra_filters)
         if len(widths) != 3 or any(not isinstance(n, int | np.integer) or n < 1 for n in widths):
             raise ValueError(
-                "`filters` must be a positive integer and `extra_filters` two of them. "
+                "`filters` must be a positive integer, `extra_filters` two positive integers. "
                 f"Received: filters={filters}, extra_filters={extra_filters}"
             )
         self.filters = int(filters)
