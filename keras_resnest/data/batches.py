@@ -30,7 +30,7 @@ from keras_resnest.data.augmentation.detection import (
     TrainingAugmentation,
     drop_empty_boxes,
 )
-from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, updated
+from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
 from keras_resnest.images import center_crop_image
@@ -132,7 +132,7 @@ def training_batches(
         element = drop_empty_boxes(_check_boxes(element))
         rows = element["bounding_boxes"]
         keep = None if use_difficult else ~rows["difficult"]
-        return updated(element, element["images"], rows["boxes"], keep)
+        return update_element(element, element["images"], rows["boxes"], keep)
 
     stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 

@@ -145,7 +145,7 @@ def detect_resized(model, images: list, confidence_threshold: float) -> list[dic
         scale = image.shape[1] / width, image.shape[0] / height
         boxes = scale_boxes(rows["boxes"], model.bounding_box_format, *scale)
         rows["boxes"] = keras.ops.convert_to_numpy(boxes)
-        results.append(_named(model, rows, confidence_threshold))
+        results.append(_select_confident(model, rows, confidence_threshold))
     return results
 
 
@@ -155,7 +155,7 @@ def _rows(batch: dict, number: int) -> dict:
     return {name: batch[name][number, :count] for name in ("boxes", "confidence", "labels")}
 
 
-def _named(model, rows: dict, confidence_threshold: float) -> dict:
+def _select_confident(model, rows: dict, confidence_threshold: float) -> dict:
     """The confident detections, with class names."""
     chosen = rows["confidence"] >= confidence_threshold
     rows = {name: values[chosen] for name, values in rows.items()}
@@ -245,9 +245,9 @@ class MultiScaleDetector:
 
         def detect_batch(batch):
             return [
-                _named(
+                _select_confident(
                     self.model,
-                    self._formatted(self._detect(image[None])[0], image.shape[:2]),
+                    self._to_model_format(self._detect(image[None])[0], image.shape[:2]),
                     confidence_threshold,
                 )
                 for image in batch
@@ -276,7 +276,7 @@ class MultiScaleDetector:
             "labels": np.full(shape, PADDING, "int32"),
         }
         for i, row in enumerate(rows):
-            for name, values in self._formatted(row, images.shape[1:3]).items():
+            for name, values in self._to_model_format(row, images.shape[1:3]).items():
                 result[name][i, : counts[i]] = values
         return {**result, "num_detections": np.array(counts, "int32")}
 
@@ -284,12 +284,13 @@ class MultiScaleDetector:
         """Merged detections of images (B, H, W, 3), "xyxy" in their pixels."""
         passes = []
         for size, limits in zip(self.image_sizes, self.box_sizes, strict=True):
+            size = self._orient_size(size, images.shape[1:3])
             for mirrored in (False, True)[: 1 + self.flip]:
-                found = self._detect_at(self._turned(size, images.shape[1:3]), images, mirrored)
-                passes.append([_within(rows, limits) for rows in found])
+                found = self._detect_at(size, images, mirrored)
+                passes.append([_select_sizes(rows, limits) for rows in found])
         return [self._merge(rows) for rows in zip(*passes, strict=True)]
 
-    def _turned(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    def _orient_size(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
         (height, width), is_portrait = size, image_size[0] >= image_size[1]
         if self.turn_sizes and height != width and (height > width) != is_portrait:
             return width, height
@@ -319,7 +320,7 @@ class MultiScaleDetector:
             )
         return merged
 
-    def _formatted(self, rows: dict, image_size: tuple[int, int]) -> dict:
+    def _to_model_format(self, rows: dict, image_size: tuple[int, int]) -> dict:
         boxes = convert_boxes(rows["boxes"], "xyxy", self.bounding_box_format, *image_size)
         return {**rows, "boxes": keras.ops.convert_to_numpy(boxes)}
 
@@ -340,7 +341,7 @@ class MultiScaleDetector:
         return cls(**{**config, "model": keras.saving.deserialize_keras_object(config["model"])})
 
 
-def _within(rows: dict, limits) -> dict:
+def _select_sizes(rows: dict, limits) -> dict:
     """The detections whose sides are within `limits`."""
     if limits is None:
         return rows

@@ -54,8 +54,8 @@ def collect_detections(
         size = tuple(images.shape[1:3])
         original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
         predicted = _predict(model, images)
-        ground_truth += _split_images(boxes, given_format, size, original_sizes)
-        detections += _split_images(predicted, predicted_format, size, original_sizes)
+        ground_truth += _split_batch(boxes, given_format, size, original_sizes)
+        detections += _split_batch(predicted, predicted_format, size, original_sizes)
     if not detections:
         raise ValueError(
             "`dataset` must yield at least one batch (an iterator can be read only once). "
@@ -164,7 +164,7 @@ def _check_finite(dataset, steps: int | None) -> None:
         raise ValueError("`steps` must be given for an infinite dataset. Received: steps=None")
 
 
-def _split_images(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:
+def _split_batch(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:
     """One dictionary per image, with "xyxy" boxes and without padding."""
     arrays = {name: np.asarray(values) for name, values in batch.items()}
     if source != "xyxy":

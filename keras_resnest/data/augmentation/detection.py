@@ -36,7 +36,7 @@ from keras_resnest.data.augmentation.geometry import (
     orient,
     size_of,
     split_seed,
-    updated,
+    update_element,
     view,
     whole_window,
     window_iou,
@@ -54,7 +54,7 @@ def drop_empty_boxes(element: dict) -> dict:
     limits = tf.cast(tf.stack([width, height, width, height]), tf.float32)
     boxes = tf.clip_by_value(rows["boxes"], 0.0, limits)
     has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
-    return updated(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
+    return update_element(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class RandomExpand:
         element = drop_empty_boxes(element)
         window = self.window(size_of(element["images"]), seed)
         image, boxes = view(element, window, fill_color=self.fill_color)
-        return updated(element, image, boxes)
+        return update_element(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
         """Draws the canvas around an image of int32 `size` (height, width).
@@ -227,7 +227,7 @@ class RandomIoUCrop:
         window = self.window(whole_window(size), size, boxes, seed)
         inside = centers_inside(boxes, window)
         image, boxes = view(element, window)
-        return updated(element, image, boxes, inside)
+        return update_element(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
         """Draws a crop of a canvas, which may extend beyond the image but always overlaps it.
@@ -282,7 +282,7 @@ class _Orientation:
         """Returns the reoriented element; the image keeps its dtype."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
-        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
+        return update_element(element, *orient(element["images"], boxes, *self.orientation(seed)))
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class Resize:
         scale = tf.stack([scale[1], scale[0], scale[1], scale[0]])
         image = tf.image.resize(element["images"], tf.stack([height, width]))
         boxes = element["bounding_boxes"]["boxes"] * scale
-        return updated(element, _cast_image(image, self.dtype, height, width), boxes)
+        return update_element(element, _cast_image(image, self.dtype, height, width), boxes)
 
 
 @dataclass(frozen=True)
@@ -435,7 +435,7 @@ class TrainingAugmentation:
         image, boxes = orient(image, boxes, transpose, flip_x, flip_y)
         is_large = tf.reduce_all(boxes[:, 2:] - boxes[:, :2] >= self.min_box_size, axis=-1)
         image = _cast_image(image, self.dtype, height, width)
-        return updated(element, image, boxes, inside & is_large)
+        return update_element(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         """Draws the visible region, in pixels of the image."""
