@@ -162,18 +162,25 @@ def find_images_of(
     if given is not None:
         return FileTree(given, root, allow_outside=allow_outside), given
     split = file.stem.removeprefix("instances_")
-    beside = [here, here / "images", here / "data", here / split]
-    above = [here.parent / inner for inner in (split, f"images/{split}", "images", "data")]
-    tree = FileTree(root, *above, allow_outside=allow_outside)
-    for folders, shortest in itertools.product((beside, [*above, root]), (None, 1)):
+    tree = FileTree(root, allow_outside=allow_outside)
+    usual = [[], ["images"], ["data"], [split], ["images", split]]
+    beside, above = (
+        [path for names in usual if (path := tree.descend(folder, names))]
+        for folder in (here, here.parent)
+    )
+    above = above[not is_inner :]  # the folder above "annotations" may have images itself
+    tree.roots = (root, *above)
+    for folders, shortest in itertools.product((beside, above), (None, 1)):
         counts = []
         for folder in folders:
             found = (tree.find(folder, name, IMAGE_SUFFIXES, shortest) for name in names)
-            counts.append(sum(map(bool, found)) if folder.is_dir() else 0)
-        if max(counts):
+            counts.append(sum(map(bool, found)))
+        if any(counts):
             return tree, folders[counts.index(max(counts))]
-    tried = ", ".join(map(str, dict.fromkeys((*beside, *above))))
-    raise ValueError(f"{file}: give `image_folder`; the images are in none of {tried}")
+    names = f"images, data, {split} or images/{split}"
+    raise ValueError(
+        f"{file}: give `image_folder`; no image is in {here} or in {names} beside or above it"
+    )
 
 
 def known_classes(names: Mapping[Any, str]) -> str:

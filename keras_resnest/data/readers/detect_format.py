@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers.coco import coco_files, read_coco
 from keras_resnest.data.readers.csv import csv_files, read_csv
+from keras_resnest.data.readers.files import find_split
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
 from keras_resnest.data.readers.voc import inner_voc_folder, read_voc, voc_splits
 from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
@@ -135,12 +136,19 @@ def read_train_test(
     if _tfds_name(source) is None:
         splits = find_splits(source, options.get("format"))
         if len(splits) < 2 and not (train_split or test_split):
-            return read_detection(source, **options).hold_out(holdout, seed)
+            whole = read_detection(source, **options)
+            return _checked(source, *whole.hold_out(holdout, seed))
         train_split = train_split or first_split(("train",), splits)
         test_split = test_split or first_split(TEST_SPLITS, splits)
     train = read_detection(source, train_split or "train", **options)
     names = {"class_names": train.class_names}
     test = read_detection(source, test_split or "test", **{**options, **names})
+    return (train, test) if _tfds_name(source) else _checked(source, train, test)
+
+
+def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
+    if not train.report.num_boxes:
+        raise ValueError(f"No box to train on in the {len(train)} training images of {source}")
     return train, test
 
 
@@ -212,10 +220,10 @@ def _file_of_split(folder: Path, files: dict[str, Path], split: str | None, kind
     return files[matches[0]]
 
 
-def _matching_splits(name: str, splits: Iterable[str]) -> list[str]:
+def _matching_splits(name: str, splits: Collection[str]) -> list[str]:
     """Splits with this name, or with this name and a year: "train2017" for "train"."""
-    if name in splits:
-        return [name]
+    if same := find_split(name, splits):
+        return [same]
     return [split for split in splits if re.fullmatch(rf"{re.escape(name)}[-_ ]?\d+", split)]
 
 

@@ -10,13 +10,14 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+_SYNONYMS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
 SMALL, LARGE = 16 << 20, 4 << 30  # bytes: files of one image, files of a whole dataset
 LONGEST = 400  # characters of a file or number in a message
 _NO_DATA = ("runs", "__macosx", "thumbs.db", "desktop.ini", "@eadir")  # in lower case
@@ -93,6 +94,11 @@ def entries(folder: str | os.PathLike) -> list[Path]:
 
 def folders_in(folder: str | os.PathLike) -> list[Path]:
     return [path for path in entries(folder) if path.is_dir()]
+
+
+def find_split(split: str, known: Collection[str]) -> str | None:
+    """The split of this name or its synonym: "valid" for "val"; None if there is none."""
+    return next((name for name in (split, *_SYNONYMS.get(split, ())) if name in known), None)
 
 
 def walk(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
@@ -185,8 +191,8 @@ class FileTree:
         names = [name for name in text.split("/") if name not in ("", ".", "..")]
         first = names and self.child(folder, names[0])
         is_foreign = re.match(r"/|\.\./|\w+:", text)
-        if shortest is None or (first and first.is_dir() and not is_foreign):
-            return None  # its folder is here, and it is not
+        if not names or shortest is None or (first and first.is_dir() and not is_foreign):
+            return None  # or its folder is here, and it is not
         ends = (names[i:] for i in range(max(0, len(names) - 20), len(names) - shortest + 1))
         return next(filter(None, (self.descend(folder, end, suffixes) for end in ends)), None)
 

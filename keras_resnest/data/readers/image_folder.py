@@ -80,7 +80,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     check_folder(folder, "folder")
     if split is None:
         return folder
-    if not (folder / split).is_dir():
+    if not os.path.isdir(folder / split):
         known = [path.name for path in entries(folder) if path.is_dir()]
         raise ValueError(
             f"`split` must be a folder in {folder}. Received: {split!r}. {nearest(split, known)}"

@@ -92,9 +92,8 @@ def read_voc(
             return ImageAnnotation(image, image_id, image, (), missing="missing XML file")
         image = images[image_id]
         if image is None:
-            detail = (
-                f"no image {image_id}.* in {source.folder}, nor {xml.filename or 'a <filename>'!r}"
-            )
+            named = repr(xml.filename) if xml.filename else "a <filename>"
+            detail = f"not one image {image_id}.* in {source.folder}, nor {named}"
             raise FileError(xml.path, "missing image", detail)
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
@@ -176,11 +175,12 @@ class _VocFolder:
             what = "XML files" if inner or has_images else "images and XML files"
             raise ValueError(f"No {what} in {self.folder}{hint}")
         splits = self.splits()
-        if split is not None and split not in splits:
+        name, split = split, split and files.find_split(split, splits)
+        if name is not None and split is None:
             known = ", ".join(sorted(splits)) or f"no .txt in {self.folder}/ImageSets/Main"
             raise ValueError(
                 f"`split` must be in ImageSets/Main, or a folder such as train. "
-                f"Received: {split!r}; available: {known}"
+                f"Received: {name!r}; available: {known}"
             )
         path = None if split is None else splits[split]
         if path is None:

@@ -19,7 +19,6 @@ from keras_resnest.images import IMAGE_SUFFIXES
 YAML_SUFFIXES = (".yaml", ".yml")
 SETTINGS_SUFFIXES = (*YAML_SUFFIXES, ".data")  # obj.data: "train = data/train.txt"
 _SPLITS = ("train", "val", "valid", "test")
-_SYNONYMS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
 _CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
 _MAX_YAML = 1 << 20  # bytes; the parser takes seconds per megabyte
 
@@ -93,7 +92,9 @@ def read_yolo(
         rows = [(i, line.split()) for i, line in enumerate(lines, start=1) if line.strip()]
         objects = tuple(_object(file, i, cells, names, keypoints) for i, cells in rows)
         if more := [i for i, cells in rows if keypoints is None and _has_box_and_more(cells)]:
-            faults.add(file, "numbers behind the box", "left out", f"in {len(more)} lines")
+            faults.add(
+                file, "numbers behind the box", "left out", f"in {len(more)} of {len(rows)} lines"
+            )
         missing = "" if file else "missing text file"
         image_id = source.image_id(path)
         return ImageAnnotation(
@@ -117,10 +118,10 @@ class _YoloFolder:
     """The files of a YOLO dataset."""
 
     def __init__(self, source: str | os.PathLike, allow_outside: bool = False):
-        is_file = os.path.isfile(source)
+        is_file = os.path.exists(source) and not os.path.isdir(source)
         self.folder = files.check_folder(Path(source).parent if is_file else source, "folder")
         self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
-        self.file = Path(source) if is_file else _find_settings(self.folder)
+        self.file = Path(source) if is_file else next(iter(_settings(self.folder)), None)
         self.settings = read_settings(self.file) if self.file else {}
         self._label_folders: dict[Path, Path | None] = {}
         self._stated = self._find_stated()
@@ -150,12 +151,14 @@ class _YoloFolder:
             return usual[self._known_split(split, [name for name in usual if name])]
         wanted = list(self._stated) if split is None else [self._known_split(split, self._stated)]
         found = []
+        is_elsewhere = not self.splits()
         for key, places in self._stated.items():
             for text, path in places:
                 if path is not None:
                     found += [path] * (key in wanted)
                     continue
-                detail = f"{key}: {text!r} is not in {self.folder}{self._hint(text)}"
+                hint = self.tree.hint(self.folder / self._base(), text) if is_elsewhere else ""
+                detail = f"{key}: {text!r} is not in {self.folder}{hint}"
                 if key not in wanted:
                     faults.add(self.file, "missing images", "split left out", detail)
                     continue
@@ -167,7 +170,8 @@ class _YoloFolder:
         """Unique paths of the images in a fixed order."""
         images = list(dict.fromkeys(p for place in places for p in self._images_in(place, faults)))
         if not images:
-            raise ValueError(f"No images in {', '.join(map(str, places)) or self.folder}")
+            reasons = "".join(f". {problem.detail}" for problem in faults.problems[:1])
+            raise ValueError(f"No images in {', '.join(map(str, places)) or self.folder}{reasons}")
         if not any(self.label_file(path) for path in images):
             base, inner = _split_at_images(images[0].parent)
             place = base if inner is None else Path(base, "labels", *inner)
@@ -208,40 +212,45 @@ class _YoloFolder:
     def class_names(self) -> dict[int, str] | None:
         """Class names by number; None if the folder has none."""
         names, where = self.settings.get("names"), self.file
-        if names is None or (isinstance(names, str) and names):
-            lists = [self.tree.find(self.folder, names)] if names else self._class_lists()
-            texts = [files.read_text(path, "list of classes") for path in lists if path]
-            if len({tuple(text.split()) for text in texts}) > 1:
-                found = ", ".join(map(str, lists))
-                raise FileError(self.folder, "different lists of classes", found)
-            if not texts and names is None:
+        if not names or isinstance(names, str):
+            lists = self._class_lists(names)
+            if not lists:
                 return None
-            names, where = list(filter(str.strip, "".join(texts[:1]).splitlines())), lists[0]
+            where, lines = lists[0], files.read_text(lists[0], "list of classes").splitlines()
+            names = list(filter(str.strip, lines))
         if isinstance(names, list):
             names = dict(enumerate(names))
         is_valid = isinstance(names, dict) and names and all(map(_is_class, names))
         if not is_valid or not all(isinstance(name, str) for name in names.values()):
             detail = "expected `names: [cat, dog]` or `names: {0: cat, 1: dog}`"
-            raise FileError(where or self.file, "unreadable class names", detail)
+            raise FileError(where, "unreadable class names", detail)
         names = {int(common.number(key)): name.strip() for key, name in names.items()}
         repeated = [n for n, count in collections.Counter(names.values()).items() if count > 1]
         if repeated:
-            raise FileError(where or self.file, "class name used twice", ", ".join(repeated))
+            raise FileError(where, "class name used twice", ", ".join(repeated))
         return dict(sorted(names.items()))
 
-    def _class_lists(self) -> list[Path]:
-        """The list of classes of the dataset, or those of its splits."""
+    def _class_lists(self, stated: str | None) -> list[Path]:
+        """The stated list of classes, or that of the dataset, or those of its splits."""
+        if stated:
+            if path := self.tree.find(self.folder, stated):
+                return [path]
+            detail = f"expected a list, or the file of a list; there is no {stated!r}"
+            raise FileError(self.file, "unreadable class names", detail)
         own = [self.folder, self.folder / "labels"]
         inner = [path for folder in own if folder.is_dir() for path in files.folders_in(folder)]
         found = []
         for folder in (*own, *inner, *(path / "labels" for path in inner)):
             found += filter(None, (self.tree.child(folder, name) for name in _CLASS_LISTS))
             if found and folder in own:
-                return found[:1]
+                return found
+        if len({files.read_text(path, "list of classes") for path in found}) > 1:
+            detail = ", ".join(map(str, found))
+            raise FileError(self.folder, "different lists of classes", detail)
         return found
 
     def _known_split(self, split: str, known) -> str:
-        key = next((s for s in (split, *_SYNONYMS.get(split, ())) if s in known), None)
+        key = files.find_split(split, known)
         if key is None:
             available = f"available: {', '.join(known)}" if known else "there are no splits"
             raise ValueError(f"`split` must be in {self.folder}. Received: {split!r}; {available}")
@@ -252,12 +261,14 @@ class _YoloFolder:
         images = self.tree.child(self.folder, "images")
         if images is not None and images.is_dir():
             return {"": [images], **{path.name: [path] for path in files.folders_in(images)}}
-        inner = [path for path in files.folders_in(self.folder) if not _find_settings(path)]
+        inner = [path for path in files.folders_in(self.folder) if not _settings(path, named=True)]
         pairs = [(path.name, self.tree.child(path, "images")) for path in inner]
         if found := {name: [path] for name, path in pairs if path and path.is_dir()}:
             return found
         named = {path.name: [path] for path in inner if path.name.lower() in files.SPLIT_NAMES}
-        return {"": [self.folder], **named}
+        others = (path for path in files.folders_in(self.folder) if path not in inner)
+        is_mixed = any(next(files.walk(path, IMAGE_SUFFIXES), None) for path in others)
+        return named if is_mixed else {"": [self.folder], **named}
 
     def _find_stated(self) -> dict[str, list[tuple[str, Path | None]]]:
         """Stated folders and lists by split: all in the dataset, or else all at another place."""
@@ -295,7 +306,7 @@ class _YoloFolder:
         path = Path(os.path.normpath(self.folder / self._base() / text.replace("\\", "/")))
         above = self.folder.parent
         is_stated = not os.path.isabs(text) and not os.path.isabs(self._base())
-        is_near = above.parent != above and above in path.parents
+        is_near = above.parent != above != path and path.is_relative_to(above)
         return path if is_stated and is_near and os.path.isdir(path) else None
 
     def _outside(self, text: str) -> Path | None:
@@ -304,9 +315,6 @@ class _YoloFolder:
 
     def _base(self) -> str:
         return next(iter(self._texts("path")), "")
-
-    def _hint(self, text: str) -> str:
-        return self.tree.hint(self.folder / self._base(), text)
 
     def _label_folder(self, folder: Path) -> Path | None:
         if folder not in self._label_folders:
@@ -336,16 +344,17 @@ def _split_at_images(folder: Path) -> tuple[Path, tuple[str, ...] | None]:
     return (folder, None) if last is None else (Path(*parts[:last]), parts[last + 1 :])
 
 
-def _find_settings(folder: Path) -> Path | None:
-    """`data.yaml`, or the only file that could be; None if there is no such file."""
+def _settings(folder: Path, named: bool = False) -> list[Path]:
+    """`data.yaml` or the like, or else, unless `named`, the only file that could be such."""
     found = [p for p in files.entries(folder) if p.suffix.lower() in SETTINGS_SUFFIXES]
-    named = [p for p in found if p.stem.lower() in ("data", "dataset", "obj")]
-    if not named:
-        found = [path for path in found if _states_dataset(path)]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"{folder} has several datasets: give one of {names} instead")
-    return next(iter(named or found), None)
+    usual = [p for p in found if p.stem.lower() in ("data", "dataset", "obj")]
+    if usual or named:
+        return usual
+    found = [path for path in found if _states_dataset(path)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder} has several datasets: give one of {names} instead")
+    return found
 
 
 def _states_dataset(path: Path) -> bool:
