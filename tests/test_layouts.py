@@ -325,6 +325,15 @@ def test_images_without_annotation(tmp_path, name):
         read_detection(folder, unannotated="empty")
 
 
+def test_images_without_xml_file_of_one_split(tmp_path):
+    tree = {f"{split}/{name}": None for split in ("train", "valid") for name in ("a.png", "b.png")}
+    write(tmp_path, {**tree, "train/a.xml": xml(0), "valid/a.xml": xml(1)})
+    dataset = read_detection(tmp_path, "val", unannotated="background")
+    assert boxes(dataset, tmp_path) == {"valid/a.png": [1], "valid/b.png": []}
+    with pytest.raises(ValueError, match=r"train/b\.png: missing XML file"):
+        read_detection(tmp_path, "train")
+
+
 def test_boxes_of_polygons_and_masks(tmp_path):
     from pycocotools import mask as reference
 

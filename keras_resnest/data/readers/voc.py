@@ -67,7 +67,8 @@ def read_voc(
     """
     faults = Faults(on_error, unannotated)
     source = _VocFolder(folder)
-    wanted, is_listed = source.image_ids(split, faults)
+    split = source.known_split(split)
+    wanted = source.listed_ids(split, faults) or [k for k in source.xml_files if _is_in(split, k)]
     annotations = {}
     for image_id in source.xml_files if class_names is None else wanted:
         if image_id in source.xml_files:
@@ -80,7 +81,7 @@ def read_voc(
         if not class_names:
             raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
     images = {key: source.image_file(key, xml) for key, xml in annotations.items()}
-    if not is_listed:
+    if source.splits().get(split) is None:  # no list says which images belong to it
         wanted = sorted({*wanted, *source.unused_images(split, images, faults)})
 
     def parse(image_id):
@@ -164,27 +165,29 @@ class _VocFolder:
         first = {key.partition("/")[0] for key in self.xml_files if "/" in key}
         return found or {name: None for name in first if name.lower() in files.SPLIT_NAMES}
 
-    def image_ids(self, split: str | None, faults: Faults) -> tuple[list[str], bool]:
-        """Ids of a split or of all XML files, and whether a list names exactly these images."""
+    def known_split(self, split: str | None) -> str | None:
+        """Checks the dataset and the name of a split, which may be a synonym."""
         if not self.xml_files:
-            inner, has_images = (
-                inner_voc_folder(self.folder),
-                any(files.walk(self.folder, IMAGE_SUFFIXES)),
-            )
+            inner = inner_voc_folder(self.folder)
+            has_images = next(files.walk(self.folder, IMAGE_SUFFIXES), None) is not None
             hint = f". Did you mean {inner}?" if inner else ", only images" * has_images
-            what = "XML files" if inner or has_images else "images and XML files"
+            what = "XML files" if hint else "images and XML files"
             raise ValueError(f"No {what} in {self.folder}{hint}")
         splits = self.splits()
-        name, split = split, split and files.find_split(split, splits)
-        if name is not None and split is None:
+        found = split and files.find_split(split, splits)
+        if split is not None and found is None:
             known = ", ".join(sorted(splits)) or f"no .txt in {self.folder}/ImageSets/Main"
             raise ValueError(
                 f"`split` must be in ImageSets/Main, or a folder such as train. "
-                f"Received: {name!r}; available: {known}"
+                f"Received: {split!r}; available: {known}"
             )
-        path = None if split is None else splits[split]
+        return found
+
+    def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
+        """Ids in the list of a split; none if there is no list."""
+        path = self.splits().get(split)
         if path is None:
-            return sorted(key for key in self.xml_files if _is_in(split, key)), False
+            return []
         image_ids: dict[str, None] = {}
         for line in files.read_text(path, "list of images").splitlines():
             image_id = self._listed_id(line.strip())
@@ -194,7 +197,7 @@ class _VocFolder:
                 image_ids[image_id] = None
         if not image_ids:
             raise ValueError(f"{path}: the split is empty")
-        return list(image_ids), True
+        return list(image_ids)
 
     def _listed_id(self, line: str) -> str:
         """Id from a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
@@ -207,7 +210,7 @@ class _VocFolder:
     def image_file(self, image_id: str, xml: "_VocXml") -> Path | None:
         """The image with the path and stem of the XML file, or else the one named in the file."""
         candidates = self._candidates.get(self._image_ids.find(image_id) or "", [])
-        named = [path for path in candidates if path.name == os.path.basename(xml.filename)]
+        named = [path for path in candidates if path.name == re.split(r"[\\/]", xml.filename)[-1]]
         if len(named or candidates) == 1:
             return (named or candidates)[0]
         root = next(pair[1] for split, pair in self.roots.items() if _is_in(split, image_id))

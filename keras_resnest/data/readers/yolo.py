@@ -212,7 +212,7 @@ class _YoloFolder:
     def class_names(self) -> dict[int, str] | None:
         """Class names by number; None if the folder has none."""
         names, where = self.settings.get("names"), self.file
-        if not names or isinstance(names, str):
+        if names is None or isinstance(names, str):
             lists = self._class_lists(names)
             if not lists:
                 return None
