@@ -100,7 +100,7 @@ def read_detection(
             f"A single {kind.upper()} file has no splits: omit `split`, and split the dataset with "
             f"`hold_out`. Received: split={split!r}, {path}"
         )
-    file = _file_of_split(path, splits_of(path) or {}, split, kind) if path.is_dir() else path
+    file = _file_of_split(path, splits_of(path), split, kind) if path.is_dir() else path
     return read(file, image_folder, **options)
 
 
@@ -210,7 +210,11 @@ def _format_of(source: str | os.PathLike, given: str | None) -> str:
 # === Files of splits ===
 
 
-def _file_of_split(folder: Path, files: dict[str, Path], split: str | None, kind: str) -> Path:
+def _file_of_split(
+    folder: Path, files: dict[str, Path] | None, split: str | None, kind: str
+) -> Path:
+    if files is None:
+        raise ValueError(f"{folder} has no {kind.upper()} file. Expected:{_EXPECTED}")
     matches = list(files) if split is None else _matching_splits(split, files)
     if len(matches) != 1:
         raise ValueError(
