@@ -89,26 +89,26 @@ def coco_files(folder: Path) -> dict[str, Path] | None:
     """Annotation files by split; None if the folder is no COCO dataset."""
     inner = files.folders_in(folder)
     places = [folder, *(path for path in inner if path.name.lower() == "annotations")]
-    found = [path for place in places for path in files.entries(place)]
-    by_split = {path.stem.removeprefix("instances_"): path for path in found}
+    found = [path for place in places for path in files.entries(place, (".json",))]
+    found.sort(key=lambda path: path.name.startswith("instances_"))  # wins over person_keypoints_
+    by_split = {common.split_of(path): path for path in found if _is_coco(path)}
     for place in inner:
-        named = [path for path in files.entries(place) if path.name == "_annotations.coco.json"]
-        if not named and place.name.lower() in files.SPLIT_NAMES:
-            named = [path for path in files.entries(place) if _is_coco(path)]
-        if len(named) == 1:
+        is_split = place.name.lower() in files.SPLIT_NAMES
+        named = [path] if (path := place / "_annotations.coco.json").is_file() else []
+        named = named or (files.entries(place, (".json",)) if is_split else [])
+        if len(named := list(filter(_is_coco, named))) == 1:
             by_split[place.name] = named[0]
-    return {name: path for name, path in by_split.items() if _is_coco(path)} or None
+    return by_split or None
 
 
 def _is_coco(path: Path) -> bool:
     """Whether a file starts like a COCO file of objects."""
-    is_other = re.match(r"captions_|person_keypoints_", path.stem)
-    if path.suffix.lower() != ".json" or is_other:
+    if path.name.startswith("captions_"):
         return False
     start = files.read_start(path, 1 << 16)  # COCO's file has 450 MB
     is_whole = len(start) < 1 << 16
     found = [f'"{name}"'.encode() in start.replace(b"\0", b"") for name in SECTIONS]  # UTF-16 too
-    return all(found) if is_whole else any(found[:2])
+    return all(found) if is_whole else any(found)
 
 
 def _load(path: Path) -> dict[str, list[dict]]:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -148,6 +149,11 @@ def build_dataset(
 # === Parsing ===
 
 
+def split_of(file: Path) -> str:
+    """Name of the split of an annotation file: "train2017" of "instances_train2017.json"."""
+    return re.sub(r"^(instances|person_keypoints)_", "", file.stem)
+
+
 def find_images_of(
     file: Path, names: Sequence[str], given: Path | None, allow_outside: bool
 ) -> tuple[FileTree, Path]:
@@ -161,7 +167,7 @@ def find_images_of(
     root = here.parent if is_inner else here
     if given is not None:
         return FileTree(given, root, allow_outside=allow_outside), given
-    split = file.stem.removeprefix("instances_")
+    split = split_of(file)
     tree = FileTree(root, allow_outside=allow_outside)
     usual = [[], ["images"], ["data"], [split], ["images", split]]
     beside, above = (

@@ -104,7 +104,7 @@ def read_csv(
 
 def csv_files(folder: Path) -> dict[str, Path] | None:
     """Annotation files by split; None if the folder is no CSV dataset."""
-    found = {p.stem: p for p in files.entries(folder) if p.suffix.lower() == ".csv"}
+    found = {path.stem: path for path in files.entries(folder, (".csv",))}
     for inner in files.folders_in(folder):
         if (path := inner / "_annotations.csv").is_file():
             found[inner.name] = path

@@ -82,33 +82,42 @@ def check_folder(folder: str | os.PathLike, argument: str) -> Path:
     return Path(os.path.abspath(folder))
 
 
-def entries(folder: str | os.PathLike) -> list[Path]:
-    """The files and folders in a folder that belong to a dataset, sorted by name."""
+def _scan(folder: str | os.PathLike) -> list[os.DirEntry]:
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as found:
+            shown = [e for e in found if not is_hidden(e.name) and e.name.lower() not in _NO_DATA]
     except OSError as error:
         raise FileError(folder, "unreadable folder", error.strerror or "") from error
-    shown = (name for name in names if not is_hidden(name) and name.lower() not in _NO_DATA)
-    return [Path(folder, name) for name in sorted(shown)]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _has_suffix(name: str, suffixes: Sequence[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes
+
+
+def entries(folder: str | os.PathLike, suffixes: Sequence[str] | None = None) -> list[Path]:
+    """What is in a folder and belongs to a dataset, sorted by name; all, or with these suffixes."""
+    found = _scan(folder)
+    return [Path(e.path) for e in found if suffixes is None or _has_suffix(e.name, suffixes)]
 
 
 def folders_in(folder: str | os.PathLike) -> list[Path]:
-    return [path for path in entries(folder) if path.is_dir()]
+    return [Path(entry.path) for entry in _scan(folder) if entry.is_dir()]
+
+
+def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Files with these suffixes in a folder and its subfolders, sorted by path."""
+    for entry in _scan(folder):
+        if entry.is_dir():
+            # Links to folders could form a cycle.
+            yield from () if entry.is_symlink() else walk(entry.path, suffixes)
+        elif _has_suffix(entry.name, suffixes):
+            yield Path(entry.path)
 
 
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
     return next((name for name in (split, *_SYNONYMS.get(split, ())) if name in known), None)
-
-
-def walk(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files with these suffixes in a folder and its subfolders, sorted by path."""
-    for path in entries(folder):
-        if path.is_dir():
-            # Links to folders could form a cycle.
-            yield from () if path.is_symlink() else walk(path, suffixes)
-        elif path.suffix.lower() in suffixes:
-            yield path
 
 
 # === Finding ===
@@ -154,7 +163,9 @@ class FileTree:
         stems = closest(name, [os.path.splitext(n)[0] for n in found])
         return [n for n in found if os.path.splitext(n)[0] in stems]
 
-    def child(self, folder: str | os.PathLike, name: str, suffixes: Sequence[str] = ()):
+    def child(
+        self, folder: str | os.PathLike, name: str, suffixes: Sequence[str] = ()
+    ) -> Path | None:
         """Path of the file or folder that `name` means; None if there is none or several."""
         names = self.named(folder, name, suffixes)
         return Path(folder, names[0]) if len(names) == 1 else None
@@ -178,8 +189,8 @@ class FileTree:
             shortest: Number of names that the end of a path must have. None: only whole paths.
         """
         text = text.strip()
-        path = self.child(folder, text)  # maybe with a backslash in its name
-        if path or not text:
+        path = self.child(folder, text, suffixes)  # maybe with a backslash in its name
+        if path or not re.search(r"[/\\]|^\.+$", text):
             return path
         text = text.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: /data/local-files/?d=
         full = Path(os.path.normpath(folder / text))

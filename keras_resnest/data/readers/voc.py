@@ -137,7 +137,7 @@ def _pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _has_xml(folder: Path) -> bool:
-    return any(path.suffix.lower() in _XML for path in files.entries(folder))
+    return bool(files.entries(folder, _XML))
 
 
 class _VocFolder:
@@ -160,8 +160,7 @@ class _VocFolder:
     def splits(self) -> dict[str, Path | None]:
         """Lists of images by split; None for a folder of a split."""
         sets = self.tree.find(self.folder, "ImageSets/Main", shortest=None)
-        lists = files.entries(sets) if sets else []
-        found = {path.stem: path for path in lists if path.suffix.lower() == ".txt"}
+        found = {path.stem: path for path in (files.entries(sets, (".txt",)) if sets else ())}
         first = {key.partition("/")[0] for key in self.xml_files if "/" in key}
         return found or {name: None for name in first if name.lower() in files.SPLIT_NAMES}
 

@@ -1,7 +1,6 @@
 """Reader of YOLO's text files."""
 
 import collections
-import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -130,12 +129,14 @@ class _YoloFolder:
         """Whether there are settings, or an image with a text file."""
         if self.file is not None:
             return True
-        places = [path for paths in self._usual_places().values() for path in paths]
-        near = itertools.chain(
-            (path for place in places for path in files.walk(place, IMAGE_SUFFIXES)),
-            *map(files.entries, (self.folder, *files.folders_in(self.folder))),
-        )
-        return any(path.suffix.lower() in IMAGE_SUFFIXES and self.label_file(path) for path in near)
+        for folder in (self.folder, *self._inner_folders()):
+            images, labels = (self.tree.child(folder, name) for name in ("images", "labels"))
+            if images and labels and next(files.walk(labels, (".txt",)), None):
+                return True
+            texts = files.entries(folder, (".txt",))
+            if any(self.tree.named(folder, text.stem, IMAGE_SUFFIXES) for text in texts):
+                return True
+        return False
 
     def splits(self) -> list[str]:
         """Names of the splits, from the settings or the usual layout, that have a place."""
@@ -185,16 +186,20 @@ class _YoloFolder:
         return (labels and self.tree.child(labels, name)) or self.tree.child(image.parent, name)
 
     def labels_without_image(self, places: list[Path], images: list[Path]) -> list[Path]:
-        """Text files in "labels" folders that belong to no image."""
-        folders = {path for path in places if path.is_dir()} | {path.parent for path in images}
+        """Text files of rows that belong to no image."""
+        folders = {path for path in places if path.is_dir()}
+        if len(folders) < len(places):  # lists
+            folders |= {path.parent for path in images}
         lost: dict[Path, None] = {}
         for folder in sorted(folders):
             labels = self._label_folder(folder)
-            for file in files.walk(labels, (".txt",)) if labels else ():
-                beside = folder / file.parent.relative_to(labels)
-                if not self.tree.named(beside, file.stem, IMAGE_SUFFIXES):
+            for file in files.walk(labels or folder, (".txt",)):
+                beside = folder / file.parent.relative_to(labels or folder)
+                if not self.tree.named(beside, file.stem, IMAGE_SUFFIXES) and _starts_with_row(
+                    file
+                ):
                     lost[file] = None
-        return [file for file in lost if file.name not in _CLASS_LISTS]
+        return list(lost)
 
     def image_id(self, image: Path) -> str:
         is_inside = image.is_relative_to(self.folder)
@@ -261,7 +266,7 @@ class _YoloFolder:
         images = self.tree.child(self.folder, "images")
         if images is not None and images.is_dir():
             return {"": [images], **{path.name: [path] for path in files.folders_in(images)}}
-        inner = [path for path in files.folders_in(self.folder) if not _settings(path, named=True)]
+        inner = self._inner_folders()
         pairs = [(path.name, self.tree.child(path, "images")) for path in inner]
         if found := {name: [path] for name, path in pairs if path and path.is_dir()}:
             return found
@@ -269,6 +274,10 @@ class _YoloFolder:
         others = (path for path in files.folders_in(self.folder) if path not in inner)
         is_mixed = any(next(files.walk(path, IMAGE_SUFFIXES), None) for path in others)
         return named if is_mixed else {"": [self.folder], **named}
+
+    def _inner_folders(self) -> list[Path]:
+        """Folders in the folder, without those of other datasets."""
+        return [path for path in files.folders_in(self.folder) if not _settings(path, named=True)]
 
     def _find_stated(self) -> dict[str, list[tuple[str, Path | None]]]:
         """Stated folders and lists by split: all in the dataset, or else all at another place."""
@@ -346,7 +355,7 @@ def _split_at_images(folder: Path) -> tuple[Path, tuple[str, ...] | None]:
 
 def _settings(folder: Path, named: bool = False) -> list[Path]:
     """`data.yaml` or the like, or else, unless `named`, the only file that could be such."""
-    found = [p for p in files.entries(folder) if p.suffix.lower() in SETTINGS_SUFFIXES]
+    found = files.entries(folder, SETTINGS_SUFFIXES)
     usual = [p for p in found if p.stem.lower() in ("data", "dataset", "obj")]
     if usual or named:
         return usual
@@ -359,9 +368,11 @@ def _settings(folder: Path, named: bool = False) -> list[Path]:
 
 def _states_dataset(path: Path) -> bool:
     try:
-        return bool({"names", *_SPLITS} & set(read_settings(path)))
+        settings = read_settings(path)
     except FileError:
         return False
+    places = (settings.get(split) for split in _SPLITS)
+    return "names" in settings or any(isinstance(place, str | list) for place in places)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -390,6 +401,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _is_class(value: Any) -> bool:
     return common.number(value) >= 0 and common.number(value).is_integer()
+
+
+def _starts_with_row(file: Path) -> bool:
+    """Whether a text file is not something else, such as a list of classes or images."""
+    if file.name in _CLASS_LISTS:
+        return False
+    cells = files.read_start(file, 1000).partition(b"\n")[0].split()
+    return not cells or (len(cells) >= 5 and all(common.number(c) < np.inf for c in cells[:5]))
 
 
 def _has_box_and_more(cells: list[str]) -> bool:
