@@ -454,6 +454,20 @@ def test_files_outside_on_request(tmp_path):
     assert boxes(dataset, tmp_path) == {"far/images/a.png": [0]}
 
 
+def test_lists_that_are_links_out_of_the_dataset(tmp_path):
+    tree = {**yolo("a"), "JPEGImages/a.png": None, "Annotations/a.xml": xml(0)}
+    folder = write(tmp_path / "set", tree)
+    secret = write(tmp_path, {"secret.txt": "secret\n"}) / "secret.txt"
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    for link in ("classes.txt", "ImageSets/Main/train.txt"):
+        (folder / link).symlink_to(secret)
+    for options in ({"format": "yolo"}, {"format": "voc", "split": "train"}):
+        with pytest.raises(ValueError, match="allow_outside=True") as caught:
+            read_detection(folder, **options)
+        assert "secret" not in str(caught.value)
+    assert read_detection(folder, format="yolo", allow_outside=True).class_names == ["secret"]
+
+
 def test_class_folders_of_another_system(tmp_path):
     write(tmp_path, {f"{NFD}/a.png": None, ".cache/b.png": None, "runs/c.png": None})
     assert read_image_folder(tmp_path).class_names == [NFC]

@@ -64,7 +64,7 @@ def read_detection(
         format: "voc", "coco", "yolo" or "csv". Default: recognized.
         unannotated: Images without annotation: an "error" (the default for VOC), "skip" and report
             them, or "background" (the default for the others): they have no objects. Not for TFDS.
-        allow_outside: Whether COCO, CSV and YOLO files may name files outside of the dataset.
+        allow_outside: Whether files may name files outside of the dataset.
 
     Raises:
         ValueError: if no format or several are recognized, or see the reader.
@@ -82,7 +82,9 @@ def read_detection(
         if format is not None or unannotated is not None:
             raise ValueError("`format` and `unannotated` are for files, not for TFDS")
         return read_tfds(name, split, **options)
-    options |= {"on_error": on_error} | ({"unannotated": unannotated} if unannotated else {})
+    options |= {"on_error": on_error, "allow_outside": allow_outside}
+    if unannotated is not None:
+        options["unannotated"] = unannotated
     path, kind = Path(source), _format_of(source, format)
     splits_of, read = _FORMATS[kind]
     has_files = kind in ("coco", "csv")
@@ -91,8 +93,6 @@ def read_detection(
             f"`image_folder` is for COCO and CSV files; {path} looks like {kind.upper()}. "
             f"Received: image_folder={image_folder!r}"
         )
-    if kind != "voc":
-        options["allow_outside"] = allow_outside
     if not has_files:
         return read(path, split, **options)
     if split is not None and not path.is_dir():

@@ -27,6 +27,7 @@ def read_voc(
     use_difficult: bool = True,
     one_based_coordinates: bool = True,
     unannotated: str = "error",
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
@@ -54,6 +55,7 @@ def read_voc(
         one_based_coordinates: False for files with 0-based coordinates, which are not shifted.
         unannotated: Images without XML file: an "error" (see `on_error`), "skip" and report them,
             or "background": they have no objects.
+        allow_outside: Whether lists of images may be links to files outside of the folder.
 
     Raises:
         ValueError: if there is no such folder or split, no image or box is usable, or see
@@ -66,7 +68,7 @@ def read_voc(
     ```
     """
     faults = Faults(on_error, unannotated)
-    source = _VocFolder(folder)
+    source = _VocFolder(folder, allow_outside)
     split = source.known_split(split)
     wanted = source.listed_ids(split, faults) or [k for k in source.xml_files if _is_in(split, k)]
     annotations = {}
@@ -143,9 +145,9 @@ def _has_xml(folder: Path) -> bool:
 class _VocFolder:
     """The files of a VOC dataset; an id is the path in the folder of XML files or images."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, allow_outside: bool = False):
         self.folder = files.check_folder(folder, "folder")
-        self.tree = files.FileTree(self.folder)
+        self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
         self.roots = _roots(self.folder)
         self.xml_files: dict[str, Path] = {}
         self._candidates: dict[str, list[Path]] = collections.defaultdict(list)
@@ -188,8 +190,8 @@ class _VocFolder:
         if path is None:
             return []
         image_ids: dict[str, None] = {}
-        for line in files.read_text(path, "list of images").splitlines():
-            image_id = self._listed_id(line.strip())
+        for line in self.tree.read_lines(path, "list of images"):
+            image_id = self._listed_id(line)
             if image_id in image_ids:
                 faults.add(path, "repeated line", "used once", image_id)
             elif image_id:

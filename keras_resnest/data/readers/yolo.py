@@ -221,8 +221,7 @@ class _YoloFolder:
             lists = self._class_lists(names)
             if not lists:
                 return None
-            where, lines = lists[0], files.read_text(lists[0], "list of classes").splitlines()
-            names = list(filter(str.strip, lines))
+            where, names = lists[0], self.tree.read_lines(lists[0], "list of classes")
         if isinstance(names, list):
             names = dict(enumerate(names))
         is_valid = isinstance(names, dict) and names and all(map(_is_class, names))
@@ -249,7 +248,7 @@ class _YoloFolder:
             found += filter(None, (self.tree.child(folder, name) for name in _CLASS_LISTS))
             if found and folder in own:
                 return found
-        if len({files.read_text(path, "list of classes") for path in found}) > 1:
+        if len({tuple(self.tree.read_lines(path, "list of classes")) for path in found}) > 1:
             detail = ", ".join(map(str, found))
             raise FileError(self.folder, "different lists of classes", detail)
         return found
@@ -337,7 +336,7 @@ class _YoloFolder:
         if place.is_dir():
             yield from files.walk(place, IMAGE_SUFFIXES)
             return
-        for line in filter(str.strip, files.read_text(place, "list of images").splitlines()):
+        for line in self.tree.read_lines(place, "list of images"):
             image = None
             with faults.skipping_image():
                 image = self.tree.find(place.parent, line, IMAGE_SUFFIXES)
