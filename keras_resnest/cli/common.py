@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras_resnest as kr
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
+from keras_resnest.data.readers.files import read_text
 
 READING_OPTIONS = ("format", "unannotated", "allow_outside")
 CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
@@ -162,4 +163,4 @@ def published_weights(name: str, weights: str | None):
 
 
 def read_class_names(path: Path) -> list[str]:
-    return [name for name in path.read_text("utf-8").split("\n") if name.strip()]
+    return [name for name in read_text(path, "list of classes").splitlines() if name.strip()]

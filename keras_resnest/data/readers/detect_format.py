@@ -87,13 +87,12 @@ def read_detection(
         options["unannotated"] = unannotated
     path, kind = Path(source), _format_of(source, format)
     splits_of, read = _FORMATS[kind]
-    has_files = kind in ("coco", "csv")
-    if image_folder is not None and not has_files:
-        raise ValueError(
-            f"`image_folder` is for COCO and CSV files; {path} looks like {kind.upper()}. "
-            f"Received: image_folder={image_folder!r}"
-        )
-    if not has_files:
+    if kind not in ("coco", "csv"):
+        if image_folder is not None:
+            raise ValueError(
+                f"`image_folder` is for COCO and CSV files; {path} looks like {kind.upper()}. "
+                f"Received: image_folder={image_folder!r}"
+            )
         return read(path, split, **options)
     if split is not None and not path.is_dir():
         raise ValueError(

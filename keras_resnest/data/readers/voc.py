@@ -83,15 +83,15 @@ def read_voc(
         if not class_names:
             raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
     images = {key: source.image_file(key, xml) for key, xml in annotations.items()}
-    if source.splits().get(split) is None:  # no list says which images belong to it
+    if source.splits.get(split) is None:  # no list says which images belong to it
         wanted = sorted({*wanted, *source.unused_images(split, images, faults)})
 
     def parse(image_id):
         xml = annotations.get(image_id)
         if xml is None:
-            image = source.images.get(image_id)
-            if image is None:
+            if image_id not in source.images:
                 raise FileError(f"{image_id}.xml", "missing image and XML file")
+            image = source.images[image_id][0]
             return ImageAnnotation(image, image_id, image, (), missing="missing XML file")
         image = images[image_id]
         if image is None:
@@ -107,7 +107,7 @@ def read_voc(
 def voc_splits(folder: str | os.PathLike) -> list[str] | None:
     """Names of the splits; None if the folder is no VOC dataset."""
     source = _VocFolder(folder)
-    return sorted(source.splits()) if source.xml_files else None
+    return sorted(source.splits) if source.xml_files else None
 
 
 def inner_voc_folder(folder: Path) -> Path | None:
@@ -150,16 +150,16 @@ class _VocFolder:
         self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
         self.roots = _roots(self.folder)
         self.xml_files: dict[str, Path] = {}
-        self._candidates: dict[str, list[Path]] = collections.defaultdict(list)
+        self.images: dict[str, list[Path]] = collections.defaultdict(list)
         for split, (xml_root, image_root) in self.roots.items():
             for path in files.walk(xml_root, _XML):
                 self.xml_files[_id(split, path, xml_root)] = path
             for path in files.walk(image_root, IMAGE_SUFFIXES):
-                self._candidates[_id(split, path, image_root)].append(path)
-        self.images = {key: paths[0] for key, paths in self._candidates.items()}
-        self._image_ids, self._xml_ids = _Ids(self._candidates), _Ids(self.xml_files)
+                self.images[_id(split, path, image_root)].append(path)
+        self._image_ids, self._xml_ids = _Ids(self.images), _Ids(self.xml_files)
+        self.splits = self._find_splits()
 
-    def splits(self) -> dict[str, Path | None]:
+    def _find_splits(self) -> dict[str, Path | None]:
         """Lists of images by split; None for a folder of a split."""
         sets = self.tree.find(self.folder, "ImageSets/Main", shortest=None)
         found = {path.stem: path for path in (files.entries(sets, (".txt",)) if sets else ())}
@@ -174,10 +174,9 @@ class _VocFolder:
             hint = f". Did you mean {inner}?" if inner else ", only images" * has_images
             what = "XML files" if hint else "images and XML files"
             raise ValueError(f"No {what} in {self.folder}{hint}")
-        splits = self.splits()
-        found = split and files.find_split(split, splits)
+        found = split and files.find_split(split, self.splits)
         if split is not None and found is None:
-            known = ", ".join(sorted(splits)) or f"no .txt in {self.folder}/ImageSets/Main"
+            known = ", ".join(sorted(self.splits)) or f"no .txt in {self.folder}/ImageSets/Main"
             raise ValueError(
                 f"`split` must be in ImageSets/Main, or a folder such as train. "
                 f"Received: {split!r}; available: {known}"
@@ -186,7 +185,7 @@ class _VocFolder:
 
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
         """Ids in the list of a split; none if there is no list."""
-        path = self.splits().get(split)
+        path = self.splits.get(split)
         if path is None:
             return []
         image_ids: dict[str, None] = {}
@@ -210,7 +209,7 @@ class _VocFolder:
 
     def image_file(self, image_id: str, xml: "_VocXml") -> Path | None:
         """The image with the path and stem of the XML file, or else the one named in the file."""
-        candidates = self._candidates.get(self._image_ids.find(image_id) or "", [])
+        candidates = self._images_of(image_id)
         named = [path for path in candidates if path.name == re.split(r"[\\/]", xml.filename)[-1]]
         if len(named or candidates) == 1:
             return (named or candidates)[0]
@@ -218,19 +217,21 @@ class _VocFolder:
         return self.tree.find(root, xml.filename, IMAGE_SUFFIXES)
 
     def unused_images(self, split: str | None, images: dict, faults: Faults) -> list[str]:
-        """Ids of the images without XML file."""
-        used = set(images.values()) | {
-            self.images.get(self._image_ids.find(key) or "")
-            for key in self.xml_files.keys() - images
-        }
+        """Ids of the images without XML file; reports others of the same name as an image."""
+        used = set(images.values())
+        for key in self.xml_files.keys() - images:  # not read, or unreadable
+            used.update(self._images_of(key))
         unused = []
-        for image_id, paths in self._candidates.items():
-            rest = [path for path in paths if path not in used] if _is_in(split, image_id) else []
-            if len(rest) == len(paths):
+        for image_id, paths in self.images.items():
+            rest = [path for path in paths if path not in used and _is_in(split, image_id)]
+            if rest and rest == paths:
                 unused.append(image_id)
-            for path in rest[len(rest) == len(paths) :]:
+            for path in rest[rest == paths :]:
                 faults.add(path, "image of the same name as another", "left out")
         return unused
+
+    def _images_of(self, image_id: str) -> list[Path]:
+        return self.images.get(self._image_ids.find(image_id) or "", [])
 
 
 def _id(split: str, path: Path, root: Path) -> str:
