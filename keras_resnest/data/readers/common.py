@@ -33,6 +33,7 @@ from keras_resnest.data.readers.files import FileError, FileTree
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, orientation_flags, read_image_info
 
 UNANNOTATED = ("error", "skip", "background")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")  # in lower case
 ROUNDING = 0.5  # boxes that cross the border by fewer pixels are not reported
 
 
@@ -159,34 +160,26 @@ def find_images_of(
 ) -> tuple[FileTree, Path]:
     """Returns where to look for the images that a file names, and their folder.
 
-    The folder is the one that the user names, or that with the most images among the usual ones
-    beside the file, or else among those above it.
+    The folder is the one that the user names, or that with the most images among the usual ones:
+    beside the file, or else above a folder of annotations.
     """
     here = Path(os.path.abspath(file)).parent
-    is_inner = here.name.lower() == "annotations"
-    root = here.parent if is_inner else here
+    root = here.parent if here.name.lower() in _ANNOTATION_FOLDERS else here
+    tree = FileTree(*filter(None, (given, root)), allow_outside=allow_outside)
     if given is not None:
-        return FileTree(given, root, allow_outside=allow_outside), given
+        return tree, given
     split = split_of(file)
-    tree = FileTree(root, allow_outside=allow_outside)
     usual = [[], ["images"], ["data"], [split], ["images", split]]
-    beside, above = (
-        [path for names in usual if (path := tree.descend(folder, names))]
-        for folder in (here, here.parent)
-    )
-    above = above[not is_inner :]  # the folder above "annotations" may have images itself
-    tree.roots = (root, *above)
-    for folders, shortest in itertools.product((beside, above), (None, 1)):
+    for base, shortest in itertools.product(dict.fromkeys((here, root)), (None, 1)):
+        folders = [path for names in usual if (path := tree.descend(base, names))]
         counts = []
         for folder in folders:
             found = (tree.find(folder, name, IMAGE_SUFFIXES, shortest) for name in names)
             counts.append(sum(map(bool, found)))
         if any(counts):
             return tree, folders[counts.index(max(counts))]
-    names = f"images, data, {split} or images/{split}"
-    raise ValueError(
-        f"{file}: give `image_folder`; no image is in {here} or in {names} beside or above it"
-    )
+    tried = f"images, data, {split} or images/{split}"
+    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}")
 
 
 def known_classes(names: Mapping[Any, str]) -> str:

@@ -90,7 +90,8 @@ def read_voc(
         xml = annotations.get(image_id)
         if xml is None:
             if image_id not in source.images:
-                raise FileError(f"{image_id}.xml", "missing image and XML file")
+                name = f"{image_id[: files.LONGEST]}.xml"
+                raise FileError(name, "missing image and XML file")
             image = source.images[image_id][0]
             return ImageAnnotation(image, image_id, image, (), missing="missing XML file")
         image = images[image_id]
