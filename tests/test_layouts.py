@@ -473,5 +473,8 @@ def test_lists_that_are_links_out_of_the_dataset(tmp_path):
 
 def test_class_folders_of_another_system(tmp_path):
     write(tmp_path, {f"{NFD}/a.png": None, ".cache/b.png": None, "runs/c.png": None})
-    assert read_image_folder(tmp_path).class_names == [NFC]
+    write(tmp_path / NFD, {"._a.png": b"\0", "Thumbs.db": b"\0"})
+    assert [path.name for path in data.find_images(tmp_path / NFD)] == ["a.png"]
+    dataset = read_image_folder(tmp_path)
+    assert dataset.class_names == [NFC] and not dataset.report.problems
     assert read_image_folder(tmp_path, class_names=[NFD, "b"]).records[0].label == 0
