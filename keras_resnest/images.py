@@ -98,8 +98,13 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
     return ImageInfo(height, width, orientation, plain)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, such as ".ipynb_checkpoints" and macOS' "._photo.jpg"."""
+    return name.startswith(".")
+
+
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Returns the paths of the images directly in a folder, sorted by name.
+    """Returns the paths of the images directly in a folder, sorted by name, without hidden files.
 
     Args:
         folder: Folder of images, recognized by their suffixes (`IMAGE_SUFFIXES`, in any case).
@@ -112,7 +117,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"Expected a folder of images. Received: {folder} (no such folder)")
-    files = list(folder.iterdir())
+    files = [path for path in folder.iterdir() if not is_hidden(path.name)]
     paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise ValueError(

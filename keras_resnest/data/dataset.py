@@ -220,8 +220,8 @@ class ImageDataset:
         """Returns one of several disjoint shards, for training on several machines.
 
         The shards are the same in every run, cover all images, differ in size by at most one
-        image, and keep all class names. Their `report` omits the problems. All shards yield the
-        same number of training batches.
+        image, and keep all class names. Their `report` lists the problems of the whole dataset. All
+        shards yield the same number of training batches.
 
         Args:
             num_shards: Number of shards, at most the number of images.
@@ -258,7 +258,8 @@ class ImageDataset:
             seed: Integer; the same seed draws the same images.
 
         Returns:
-            (the remaining images, the images split off), both with all class names.
+            (the remaining images, the images split off), both with all class names and the
+            `report.problems` of the whole dataset.
 
         Raises:
             ValueError: if `fraction` is out of range, a part would be empty, or the dataset is
@@ -281,7 +282,7 @@ class ImageDataset:
             (held_out if is_held_out else remaining).append(record)
         if not (remaining and held_out):
             raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
-        return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
+        return self._subset(remaining), self._subset(held_out)
 
     @property
     def smallest_shard(self) -> int:
@@ -289,7 +290,12 @@ class ImageDataset:
         return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
-        return type(self)(self.records[shard_index::num_shards], self.class_names)
+        return self._subset(self.records[shard_index::num_shards])
+
+    def _subset(self, records: list) -> "ImageDataset":
+        part = type(self)(records, self.class_names)
+        part.report.problems = list(self.report.problems)
+        return part
 
 
 class DetectionDataset(ImageDataset):
