@@ -62,8 +62,8 @@ def load_image(source: Any) -> np.ndarray:
             array has a wrong shape, NaN, or values outside 0 to 255.
 
     Example:
-    >>> load_image(np.zeros((4, 5), "uint8")).shape
-    (4, 5, 3)
+        >>> load_image(np.zeros((4, 5), "uint8")).shape
+        (4, 5, 3)
     """
     from PIL import Image
 
@@ -112,7 +112,8 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: if there is no such folder, or no image in it.
 
-    Example: `for path in find_images("photos"): image = load_image(path)`
+    Example:
+        >>> images = [load_image(path) for path in find_images("photos")]
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -177,8 +178,8 @@ def center_crop_image(
         ValueError: if an argument is out of range.
 
     Example:
-    >>> center_crop_image(load_image("photo.jpg"), 224).shape
-    (224, 224, 3)
+        >>> center_crop_image(load_image("photo.jpg"), 224).shape
+        (224, 224, 3)
     """
     from PIL import Image
 

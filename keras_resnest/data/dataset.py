@@ -114,7 +114,8 @@ class ImageRecord:
     Raises:
         ValueError: if the numbers of boxes and labels differ, or the image is unreadable.
 
-    Example: `ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])`
+    Example:
+        >>> ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])
     """
 
     image: str | os.PathLike | bytes | np.ndarray | None
@@ -230,7 +231,8 @@ class ImageDataset:
         Raises:
             ValueError: if an argument is out of range.
 
-        Example: `train.shard(num_shards=4, shard_index=worker)`
+        Example:
+            >>> part = train.shard(num_shards=4, shard_index=worker)
         """
         if not 0 <= shard_index < num_shards:
             raise ValueError(
@@ -265,7 +267,8 @@ class ImageDataset:
             ValueError: if `fraction` is out of range, a part would be empty, or the dataset is
                 from TFDS.
 
-        Example: `train, test = dataset.hold_out(0.2, seed=1)`
+        Example:
+            >>> train, test = dataset.hold_out(0.2, seed=1)
         """
         if not 0 < fraction < 1:
             raise ValueError(f"`fraction` must be above 0 and below 1. Received: {fraction}")
@@ -311,12 +314,10 @@ class DetectionDataset(ImageDataset):
             extends beyond its image.
 
     Example:
-    ```python
-    records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
-    dataset = DetectionDataset(records, class_names=["cat"])
-    for element in dataset.as_dataset(shuffle=True, seed=1):
-        print(element["images"].shape, element["bounding_boxes"]["boxes"])
-    ```
+        >>> records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
+        >>> dataset = DetectionDataset(records, class_names=["cat"])
+        >>> for element in dataset.as_dataset(shuffle=True, seed=1):
+        ...     print(element["images"].shape, element["bounding_boxes"]["boxes"])
     """
 
     def __init__(
@@ -378,7 +379,9 @@ class ClassificationDataset(ImageDataset):
     Raises:
         ValueError: if there is no record, or a label has no class name.
 
-    Example: `train, test = ClassificationDataset(records, class_names=["cat", "dog"]).hold_out()`
+    Example:
+        >>> dataset = ClassificationDataset(records, class_names=["cat", "dog"])
+        >>> train, test = dataset.hold_out()
     """
 
     def __init__(
