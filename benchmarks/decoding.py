@@ -1,4 +1,4 @@
-"""Time of decoding and non-maximum suppression beside the network, on any Keras backend.
+"""Times decoding and non-maximum suppression, and the network, on any Keras backend.
 
     KERAS_BACKEND=jax python benchmarks/decoding.py
     python benchmarks/decoding.py --classes 80 --batches 1 8 32
@@ -46,7 +46,7 @@ def milliseconds(function, *inputs, runs: int) -> float:
 
 
 def raw_outputs(batch: int, num_anchors: int, num_classes: int, crowded: bool) -> dict:
-    """Random raw outputs; unless crowded, ten stretches of 30 anchors per image hold objects."""
+    """Random raw outputs; unless crowded, ten runs of 30 anchors per image have objects."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1, (batch, num_anchors, num_classes + 1)).astype("float32")
     logits[..., 0] += 0 if crowded else 12
