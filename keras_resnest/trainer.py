@@ -69,7 +69,7 @@ class DistributedTraining:
             sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
             check_global_batch(sizes, strategy.num_replicas_in_sync)
         if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
-            callbacks = [_SetEpoch(x.epoch_counter), *keras.tree.flatten(callbacks or [])]
+            callbacks = [_TrainingData(x), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
         with report_lost_workers(strategy):
@@ -202,15 +202,19 @@ def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
     return {min(batch_size, rows), rows % batch_size or batch_size}
 
 
-class _SetEpoch(keras.callbacks.Callback):
-    """Sets the epoch of the data, which may have been iterated before."""
+class _TrainingData(keras.callbacks.Callback):
+    """Sets the epoch of the data, which may have been iterated before; tells others its origin."""
 
-    def __init__(self, epoch_counter):
+    def __init__(self, batches):
         super().__init__()
-        self.epoch_counter = epoch_counter
+        self.batches = batches
+
+    def set_params(self, params):
+        super().set_params(params)
+        params["data"] = getattr(self.batches, "fingerprint", {})  # all callbacks share `params`
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch_counter.set_epoch(epoch)
+        self.batches.epoch_counter.set_epoch(epoch)
 
 
 def _clip_summed_gradients(gradients: list, optimizer) -> list:
