@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras_resnest as kr
+from keras_resnest.atomic import naming_path
 
 CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
 
 
 class Failure(Exception):
     """A command ran without a usable result: exit status 1."""
+
+
+@contextlib.contextmanager
+def writing_results(path: Path):
+    """Turns errors of writing to `path` into a `Failure` that names a file."""
+    try:
+        with naming_path(path):
+            yield
+    except OSError as error:
+        raise Failure(str(error)) from error
 
 
 # === Arguments ===

@@ -36,8 +36,8 @@ class ResumeTraining(keras.callbacks.Callback):
     and names of the images, batch size and seed. `epochs`, the learning rate and its schedule,
     other callbacks, folders and the number of devices may change.
 
-    Put this callback last: what the others write for an epoch is then written before its
-    checkpoint, and again if a crash comes between.
+    Put callbacks that write files for each epoch before this one: after a crash between the file
+    and the checkpoint, the epoch is repeated and its file written again.
 
     Args:
         folder: folder of the checkpoints of one run; shared by all machines.
@@ -49,6 +49,7 @@ class ResumeTraining(keras.callbacks.Callback):
 
     Attributes:
         initial_epoch: number of complete epochs in `folder`; 0 for a new training.
+        rows: the logs of all epochs, also of those before resuming: `{"epoch": 0, "loss": ...}`.
 
     Raises:
         ValueError: if `folder` has checkpoints of another model or run, or of more epochs than
@@ -85,6 +86,7 @@ class ResumeTraining(keras.callbacks.Callback):
         self.metadata = _to_json(dict(metadata or {}))
         found = _latest_checkpoint(self.folder)
         self.initial_epoch = found[1]["epoch"] if found else 0
+        self.rows = []
         self._epoch = self._saved_step = 0
         self._restored_metrics, self._restored_callbacks = None, []
 
@@ -177,6 +179,7 @@ class ResumeTraining(keras.callbacks.Callback):
         self._restored_metrics = values
         self.model._initial_epoch = state["epoch"]
         self._saved_step = state["step"]
+        self.rows = state["rows"]
         for i, attributes in enumerate(state["callbacks"]):
             weights = [values[name] for name in values if name.startswith(f"callback_{i}_")]
             if weights:
@@ -242,6 +245,8 @@ class ResumeTraining(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._saved_step = 0
+        numbers = {name: float(np.asarray(value)) for name, value in (logs or {}).items()}
+        self.rows.append({"epoch": epoch, **numbers})
         self._save(epoch + 1, 0, self._history_after(epoch, logs or {}))
 
     def _history_after(self, epoch: int, logs: dict) -> dict:
@@ -277,6 +282,7 @@ class ResumeTraining(keras.callbacks.Callback):
                 "epoch": epoch,
                 "step": step,
                 "signature": self._signature,
+                "rows": self.rows,
                 "callbacks": [history, *map(_attributes, self.callbacks)],
                 "checksum": _checksum(folder / ARRAYS),
             }
