@@ -6,6 +6,7 @@ On a single device, the only change is that non-finite gradients become zeros.
 import contextlib
 import functools
 import inspect
+import os
 
 import keras
 
@@ -62,8 +63,18 @@ class DistributedTraining:
         ...     pass
     """
 
+    def __new__(cls, *args, **kwargs):
+        check_not_forked()
+        return super().__new__(cls, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        """Runs the network; see `call`."""
+        check_not_forked()
+        return super().__call__(*args, **kwargs)
+
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
+        check_not_forked()
         strategy = getattr(self, "_distribute_strategy", None)
         if strategy is not None:
             sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
@@ -77,13 +88,20 @@ class DistributedTraining:
 
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(**kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(**kwargs)
+
+    @same_arguments_as(keras.Model.predict_on_batch)
+    def predict_on_batch(self, x):
+        check_not_forked()
+        return super().predict_on_batch(x)
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""
@@ -149,6 +167,21 @@ class DistributedTraining:
                 lambda part: getattr(part, "_value_specs", (part,))[0], spec
             )
         return super()._maybe_symbolic_build(data_batch=data_batch)
+
+
+_process = None  # that built the first model
+
+
+def check_not_forked() -> None:
+    """Raises `RuntimeError` where TensorFlow would wait forever for threads that a fork loses."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid() and keras.backend.backend() == "tensorflow":
+        raise RuntimeError(
+            "A forked process cannot use TensorFlow after its parent has built a model. Start "
+            'processes with multiprocessing.get_context("spawn"), or build models only after the '
+            f"fork. Received: process {os.getpid()}, forked from {_process}"
+        )
 
 
 def check_global_batch(sizes, replicas: int) -> None:
