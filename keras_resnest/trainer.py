@@ -244,7 +244,7 @@ class _TrainingData(keras.callbacks.Callback):
 
     def set_params(self, params):
         super().set_params(params)
-        params["data"] = getattr(self.batches, "fingerprint", {})  # all callbacks share `params`
+        params["data"] = getattr(self.batches, "identity", {})  # all callbacks share `params`
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.epoch_counter.set_epoch(epoch)

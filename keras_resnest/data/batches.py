@@ -624,5 +624,5 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
-    batches.fingerprint = {**getattr(dataset, "fingerprint", {}), **settings}  # for a checkpoint
+    batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

@@ -248,7 +248,7 @@ class ImageDataset:
             return self
         part = self._part(num_shards, shard_index)
         part._smallest_shard = self.smallest_shard // num_shards
-        part.fingerprint = self.fingerprint
+        part.identity = self.identity
         return part
 
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
@@ -287,7 +287,7 @@ class ImageDataset:
         return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
 
     @functools.cached_property
-    def fingerprint(self) -> dict:
+    def identity(self) -> dict:
         """What tells this data from other data when a training is resumed; all shards have it."""
         names = "\n".join(self._image_names()).encode(errors="surrogateescape")
         names = {"images": len(self), "hash_of_image_names": zlib.crc32(names)}
