@@ -6,6 +6,7 @@ On a single device, the only change is that non-finite gradients become zeros.
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 
 import keras
@@ -64,14 +65,24 @@ class DistributedTraining:
         ...     pass
     """
 
+    def __new__(cls, *args, **kwargs):
+        check_not_forked()
+        return super().__new__(cls, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        """Runs the network; see `call`."""
+        check_not_forked()
+        return super().__call__(*args, **kwargs)
+
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
+        check_not_forked()
         strategy = getattr(self, "_distribute_strategy", None)
         own_data = x
         if strategy is not None and strategy.num_replicas_in_sync > 1:
             x, kwargs = _leave_out_rest(x, kwargs, batch_size, strategy.num_replicas_in_sync)
         if hasattr(own_data, "epoch_counter"):  # of `keras_resnest.data.training_batches`
-            callbacks = [_SetEpoch(own_data.epoch_counter), *keras.tree.flatten(callbacks or [])]
+            callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
         with report_lost_workers(strategy):
@@ -79,13 +90,20 @@ class DistributedTraining:
 
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(**kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(**kwargs)
+
+    @same_arguments_as(keras.Model.predict_on_batch)
+    def predict_on_batch(self, x):
+        check_not_forked()
+        return super().predict_on_batch(x)
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""
@@ -151,6 +169,21 @@ class DistributedTraining:
                 lambda part: getattr(part, "_value_specs", (part,))[0], spec
             )
         return super()._maybe_symbolic_build(data_batch=data_batch)
+
+
+_process = None  # that built the first model
+
+
+def check_not_forked() -> None:
+    """Raises `RuntimeError` where TensorFlow would wait forever for threads that a fork loses."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid() and keras.backend.backend() == "tensorflow":
+        raise RuntimeError(
+            "A forked process cannot use TensorFlow after its parent has built a model. Start "
+            'processes with multiprocessing.get_context("spawn"), or build models only after the '
+            f"fork. Received: process {os.getpid()}, forked from {_process}"
+        )
 
 
 def check_global_batch(sizes, replicas: int) -> None:
@@ -279,15 +312,19 @@ class _SharedBatches(keras.utils.PyDataset):
         self.data.on_epoch_end()
 
 
-class _SetEpoch(keras.callbacks.Callback):
-    """Sets the epoch of the data, which may have been iterated before."""
+class _TrainingData(keras.callbacks.Callback):
+    """Sets the epoch of the data, which may have been iterated before; tells others its origin."""
 
-    def __init__(self, epoch_counter):
+    def __init__(self, batches):
         super().__init__()
-        self.epoch_counter = epoch_counter
+        self.batches = batches
+
+    def set_params(self, params):
+        super().set_params(params)
+        params["data"] = getattr(self.batches, "identity", {})  # all callbacks share `params`
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch_counter.set_epoch(epoch)
+        self.batches.epoch_counter.set_epoch(epoch)
 
 
 def _clip_summed_gradients(gradients: list, optimizer) -> list:

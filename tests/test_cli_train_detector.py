@@ -86,6 +86,29 @@ def test_the_checkpoint_of_another_model_ends_the_training(voc_folder, trained, 
     assert (tmp_path / "result.json").read_text() == "of the other model"
 
 
+def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    (voc_folder / "ImageSets/Main/fewer.txt").write_text("0\n1\n2\n3\n4\n5\n")
+    data = ["--train-split", "fewer", "--test-split", "train", "--batch-size", 2, "--seed", 2]
+    recipe = ["--learning-rate", 0.1, "--recipe", "refinedet_voc", "--mosaic", 0.5]
+    options = [*OPTIONS, *data, *recipe, "--epochs", 2, "--output", tmp_path]
+    assert main(["train", voc_folder, *options]) == 1
+    errors = capsys.readouterr().err
+    for words in (
+        "images: 8, here 6",
+        "test_images: 2, here 8",
+        "hash_of_image_names: ",
+        "steps_per_epoch: 2, here 3",
+        "batch_size: 4, here 2",
+        "seed: 1, here 2",
+        'recipe: "detector_from_scratch", here "refinedet_voc"',
+        "learning_rate: ",
+        "mosaic: 0.0, here 0.5",
+    ):
+        assert words in errors, words
+    assert "epochs" not in errors and "output" not in errors
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -22,6 +22,7 @@ from keras_resnest.cli.common import (
     load_model,
     positive,
     read_class_names,
+    writing_results,
 )
 
 
@@ -57,5 +58,6 @@ def run(arguments) -> int:
             entries = [{"id": str(i), "name": n, "probability": float(p)} for i, n, p in classes]
             results.append({"file": str(path), "classes": entries})
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        with writing_results(arguments.json):
+            arguments.json.write_text(json.dumps(results, indent=1))
     return 0 if results else 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras_resnest as kr
+from keras_resnest.atomic import naming_path
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
 from keras_resnest.data.readers.files import read_text
@@ -18,6 +19,16 @@ CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
 
 class Failure(Exception):
     """A command ran without a usable result: exit status 1."""
+
+
+@contextlib.contextmanager
+def writing_results(path: Path):
+    """Turns errors of writing to `path` into a `Failure` that names a file."""
+    try:
+        with naming_path(path):
+            yield
+    except OSError as error:
+        raise Failure(str(error)) from error
 
 
 # === Arguments ===

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_resnest as kr
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
     READING_OPTIONS,
@@ -32,6 +33,7 @@ from keras_resnest.cli.common import (
     published_weights,
     reading_options,
     refuse_options,
+    writing_results,
 )
 from keras_resnest.cli.train_classifier import read_labeled
 from keras_resnest.cli.train_detector import plot_examples
@@ -64,9 +66,11 @@ def run(arguments) -> int:
     else:
         refuse_options(arguments, READING_OPTIONS, "for detectors")
         result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
-    (arguments.output / "result.json").write_text(json.dumps({**facts, **result}, indent=2))
+    with writing_results(arguments.output):
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with atomic_file(arguments.output / "result.json") as file:
+            file.write_text(json.dumps({**facts, **result}, indent=2))
     print(f"result.json is in {arguments.output}")
     return 0
 
@@ -94,12 +98,11 @@ def evaluate_detector(model, arguments) -> dict:
     coco = kr.evaluation.coco_average_precision(truth, found, names)
     if np.isnan(voc.mAP):
         raise Failure(f"{arguments.data} contains no objects")
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
-    first = range(min(NUM_EXAMPLES, len(truth)))
-    plot_examples(model, dataset, first, output / "detections.png")
-    plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
+    output, first = arguments.output, range(min(NUM_EXAMPLES, len(truth)))
+    with writing_results(output):
+        kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
+        plot_examples(model, dataset, first, output / "detections.png")
+        plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
     print(f"{voc}\n{coco}\nmAP@0.5 {voc.mAP:.3f}, mAP@[.5:.95] {coco.metrics['AP']:.3f}")
     return {
         "images": len(truth),

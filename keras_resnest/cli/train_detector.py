@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import keras_resnest as kr
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import add_reading_arguments, fraction, positive, reading_options
 
 EPOCHS = "60, or those of the published recipe"
@@ -77,10 +78,6 @@ class Training:
             kr.callbacks.DetectionPlot(self.test_batches, self.output / "progress", frequency=every)
         ]
 
-    def resume_callback(self):
-        options = {"every_steps": self.arguments.checkpoint_steps, "callbacks": self.measures}
-        return kr.callbacks.ResumeTraining(self.output / "checkpoint", **options)
-
     def fit(self, callbacks, verbose):
         options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
         return self.model.fit(self.train_batches, **options)
@@ -95,7 +92,8 @@ class Training:
             kr.visualization.plot_history([history, *self.measures], path=output / "history.png")
         kr.visualization.plot_precision_recall(result, path=output / "precision_recall.png")
         plot_examples(self.model, self.test_set, range(6), output / "detections.png")
-        self.model.save(output / "detector.keras")
+        with atomic_file(output / "detector.keras") as file:
+            self.model.save(file)
         self.model.export(output / "serving" / "1")
         print(f"{result}\nmAP@0.5 {result.mAP:.3f}")
         return {"mAP50": result.mAP, "AP50": result.per_class()}

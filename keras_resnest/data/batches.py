@@ -152,7 +152,7 @@ def training_batches(
     batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    return _finish(batches, dataset, counter, deterministic)
+    return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
 
 
 def evaluation_batches(
@@ -447,7 +447,7 @@ def classification_batches(
         elements, side, num_classes, batch_size, drop_remainder, mixup if training else 0.0
     )
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    return _finish(batches, dataset, counter, deterministic)
+    return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
 
 
 def _classification_augmentation(augmentation, side: int, crop: Callable) -> Callable:
@@ -618,7 +618,7 @@ def _take_smallest_shard(
 
 
 def _finish(
-    batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True
+    batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True, **settings
 ) -> tf.data.Dataset:
     """Prefetches, and attaches the attributes that `fit` reads."""
     options = tf.data.Options()
@@ -628,4 +628,5 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
+    batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

@@ -16,7 +16,9 @@ an area; the `AnnotationReport` lists what the readers clipped or dropped.
 import collections
 import dataclasses
 import difflib
+import functools
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -248,6 +250,7 @@ class ImageDataset:
             return self
         part = self._part(num_shards, shard_index)
         part._smallest_shard = self.smallest_shard // num_shards
+        part.identity = self.identity
         return part
 
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
@@ -286,6 +289,16 @@ class ImageDataset:
         if not (remaining and held_out):
             raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
         return self._subset(remaining), self._subset(held_out)
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What tells this data from other data when a training is resumed; all shards have it."""
+        names = "\n".join(self._image_names()).encode(errors="surrogateescape")
+        names = {"images": len(self), "hash_of_image_names": zlib.crc32(names)}
+        return {"class_names": self.class_names, **names}
+
+    def _image_names(self) -> list[str]:
+        return [record.image_id for record in self.records]
 
     @property
     def smallest_shard(self) -> int:

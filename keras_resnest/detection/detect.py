@@ -15,6 +15,7 @@ from keras_resnest.boxes.formats import convert_boxes, scale_boxes
 from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.checks import check_image_shape, check_images, value_errors
 from keras_resnest.images import find_images, load_image, resize_image
+from keras_resnest.trainer import check_not_forked
 
 PADDING = -1  # fills the rows beyond `num_detections`
 SIDE_MULTIPLE = 64  # stride of the coarsest level
@@ -62,6 +63,7 @@ class CompiledDetector:
 
     def __call__(self, images) -> dict:
         """Returns detections, as `RefineDet.predict`, of images (batch, height, width, 3)."""
+        check_not_forked()
         self.discard_stale()
         size = tuple(int(side) for side in images.shape[1:3])
         if keras.backend.backend() == "tensorflow":

@@ -39,7 +39,7 @@ from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.replicas import num_replicas, sum_over_replicas
-from keras_resnest.trainer import DistributedTraining, same_arguments_as
+from keras_resnest.trainer import DistributedTraining, check_not_forked, same_arguments_as
 
 INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detector overflow
 
@@ -328,6 +328,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
 
     def predict_on_batch(self, x) -> dict:
         """Detects in one batch, in this process alone under any strategy; see `predict`."""
+        check_not_forked()
         images = np.asarray(x)
         self._check_arrays(images)
         with value_errors():
