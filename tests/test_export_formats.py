@@ -343,7 +343,6 @@ ERRORS = {
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(0, ",
     ),
-    "variables": ({"format": "onnx", "freeze": False}, "model.onnx", r"`freeze=False` is only"),
     "raw saved model": ({"decode": False}, "model", r"`raw_outputs`.*decode=False"),
     "decoded int8 in OpenVINO": (
         {

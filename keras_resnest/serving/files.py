@@ -82,28 +82,33 @@ def _check_representative_images(task, images):
     return images
 
 
-def _concrete_function(task, decode: bool, batch_size=None, precision: str = "float32"):
-    """Returns the frozen function of `images`, with operations that every runtime supports."""
+def _concrete_function(
+    task, decode: bool, batch_size=None, precision: str = "float32", freeze: bool = False
+):
+    """Returns the function of `images`, with operations that every runtime supports."""
     import tensorflow as tf
 
     # Only LiteRT has a fixed batch size; it does not support variable image sizes either.
     shape = task.signature_shape if batch_size is None else task.image_shape
     specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
-    network = deployment_function(task.network, specification, precision)
+    network = deployment_function(task.network, specification, precision, freeze)
 
     def infer(images):
         raw = network(images)
         return task.results(raw, portable=True) if decode else raw
 
-    return tf.function(infer, autograph=False).get_concrete_function(specification)
+    function = tf.function(infer, autograph=False).get_concrete_function(specification)
+    function.network_variables = network.network_variables
+    return function
 
 
 def _write_saved_model(function, folder: str) -> str:
     """Writes a SavedModel for a converter and returns its path."""
     import tensorflow as tf
 
-    path = os.path.join(folder, "saved_model")
-    tf.saved_model.save(tf.Module(), path, signatures={"serving_default": function})
+    path, module = os.path.join(folder, "saved_model"), tf.Module()
+    module.network_variables = function.network_variables
+    tf.saved_model.save(module, path, signatures={"serving_default": function})
     return path
 
 
@@ -117,7 +122,7 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
     from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
     network_precision = "float16" if precision == "float16" else "float32"
-    function = _concrete_function(task, decode, precision=network_precision)
+    function = _concrete_function(task, decode, precision=network_precision, freeze=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about `np.object`
         patch_tf2onnx()  # Keras' patch for names that numpy 2 removed
