@@ -5,7 +5,7 @@
 
 The second command also calls a server that runs the export:
 
-    docker run -p 8501:8501 -e MODEL_NAME=detector \\
+    docker run -p 8501:8501 -e MODEL_NAME=detector -e TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 \\
         -v "$PWD/serving/detector:/models/detector" tensorflow/serving
 """
 
