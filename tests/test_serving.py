@@ -34,12 +34,9 @@ TOLERANCES = {"boxes": 1e-2, "confidence": 1e-4, "predictions": 1e-5}
 @functools.cache
 def encoded_images():
     """Images of different sizes and kinds, by file name."""
-    from PIL import Image
-
     wide = rectangles(1, (96, 200, 3), seed=4)[0][0]
     tall = rectangles(1, (150, 90, 3), seed=5)[0][0]
     other = rectangles(1, (75, 75, 3), seed=6, objects=1)[0][0]
-    frames = [Image.fromarray(a.astype("uint8")).convert("P") for a in (wide, wide[::-1])]
     return {
         "0_wide.jpg": encode(wide, "JPEG", quality=80),
         "1_tall.png": encode(tall, "PNG"),
@@ -49,9 +46,6 @@ def encoded_images():
         "5_rgba.png": encode(with_alpha(wide), "PNG", "RGBA"),
         "6_gray_alpha.png": encode(with_alpha(tall), "PNG", "LA"),
         "7_palette.png": encode(other, "PNG", "P", transparency=3),
-        "8_frames.gif": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        "9_other.bmp": encode(other, "BMP"),
-        "9_other.webp": encode(other, "WEBP"),
     }
 
 
@@ -134,7 +128,7 @@ def test_files_give_what_detect_gives(answers, kind):
     """For images of any kind and size; boxes in the pixels of each, or fractions."""
     images, model = encoded_images(), model_of(kind)
     got = answers[kind, "bytes"]
-    want = model.detect(list(images.values()), confidence_threshold=0.0, batch_size=11)
+    want = model.detect(list(images.values()), confidence_threshold=0.0, batch_size=8)
     assert got["readable"].all()
     for i, (file_name, encoded) in enumerate(images.items()):
         n = got["num_detections"][i]

@@ -32,10 +32,10 @@ def export_saved_model(
 
     - `serving_default`: `images` (batch, height, width, 3), float32, RGB, 0 to 255.
     - `serve_uint8`: the same as uint8.
-    - `serve_bytes`: `image_bytes` (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files of any
-      size. A detector stretches images to its size and returns boxes in the pixels of each
-      original; a classifier resizes the shorter side and crops the center. Results equal those of
-      `detect`, but TensorFlow ignores EXIF orientation and the transparency of GIFs.
+    - `serve_bytes`: `image_bytes` (batch,), JPEG or PNG files of any size. A detector stretches
+      images to its size and returns boxes in the pixels of each original; a classifier resizes the
+      shorter side and crops the center. Results equal those of `detect`, but TensorFlow ignores
+      EXIF orientation.
     - `raw_outputs`: `images` as in `serving_default`; returns the outputs of the network itself.
 
     A detector returns what `model.predict` returns: `"boxes"` (batch, max_detections, 4) float32,
@@ -43,8 +43,8 @@ def export_saved_model(
     `"num_detections"` (batch,) int32. A classifier returns `"predictions"` (batch, classes), a
     backbone without classifier `"features"`. `serve_bytes` adds `"readable"` (batch,), bool.
 
-    Invalid files (not an image, truncated, empty, above 178 megapixels) and float images with NaN
-    or infinite values get no detections, or zeros, and do not affect others in their batch.
+    Invalid files (not a JPEG or PNG, truncated, empty, above 178 megapixels) and float images with
+    NaN or infinite values get no detections, or zeros, and do not affect others in their batch.
 
     The loaded object's `serve` takes float32 and uint8 images. `assets.extra` holds `model.json`
     (image shape, box format, class names, decoder), `class_names.txt`, warm-up requests and
