@@ -2,8 +2,7 @@
 
 import tensorflow as tf
 
-# Reject larger images, as Pillow does: a small file can hold a huge image.
-MAX_PIXELS = 178_956_970
+from keras_resnest.images import MAX_PIXELS
 
 
 def decode_images(image_bytes, preprocess, image_shape):
