@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
+from keras_resnest.checks import reading_config
 from keras_resnest.trainer import DistributedTraining
 
 # Names in `locals()` of a constructor that are not in its config, or that `get_config` adds.
@@ -140,4 +141,5 @@ class Backbone(DistributedTraining, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         # keras.Model would expect a list of layers; here the arguments suffice.
-        return cls(**config)
+        with reading_config(cls.__name__):
+            return cls(**config)

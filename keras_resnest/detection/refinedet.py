@@ -18,6 +18,7 @@ from keras_resnest.checks import (
     check_image_shape,
     check_images,
     check_same_classes,
+    reading_config,
     unpack_batch,
     value_errors,
 )
@@ -439,7 +440,8 @@ class RefineDet(DistributedTraining, keras.Model):
                 return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             return value
 
-        return cls(**{name: restored(value) for name, value in config.items()})
+        with reading_config(cls.__name__):
+            return cls(**{name: restored(value) for name, value in config.items()})
 
 
 def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:

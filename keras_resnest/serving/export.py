@@ -40,7 +40,9 @@ def export_model(
     Every format takes `images` (batch, height, width, 3), RGB, 0 to 255, float32, and returns
     what `predict` returns, under the same names. LiteRT takes one image at a time. SavedModels
     have further signatures, see `export_saved_model`. The other formats write image shape, box
-    format and class names to a JSON file named after the model, such as `detector.onnx.json`.
+    format and class names to a JSON file named after the model, such as `detector.onnx.json`, and
+    ONNX and OpenVINO the configurations of model servers: `detector.onnx.config.pbtxt` for Triton,
+    `detector.xml.ovms.json` for OpenVINO Model Server.
 
     `"float16"` halves the file; ONNX also computes in float16 where the device can, OpenVINO
     chooses. `"int8"` quantizes the network, calibrated on `representative_images`; LiteRT and

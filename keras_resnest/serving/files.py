@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 
 from keras_resnest.serving.graph import deployment_function
+from keras_resnest.serving.server_configs import write_server_configs
 from keras_resnest.serving.tasks import create_task, write_metadata
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
@@ -48,7 +49,10 @@ def export_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         folder = pathlib.Path(folder)
-        convert(task, folder / path.name, precision, decode, images)
+        function = convert(task, folder / path.name, precision, decode, images)
+        (specification,), _ = function.structured_input_signature
+        outputs = function.structured_outputs
+        write_server_configs(folder / path.name, format, specification, outputs)
         entries = {"precision": precision, "decode": decode}
         if is_detector and not decode:
             entries["anchors"] = f"{path.name}.anchors.npy"
@@ -115,7 +119,8 @@ def _write_saved_model(function, folder: str) -> str:
 # === ONNX ===
 
 
-def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
+def _to_onnx(task, path, precision: str, decode: bool, images):
+    """Writes the file and returns the function in it, as do the other converters."""
     import onnx
     import tensorflow as tf
     import tf2onnx
@@ -137,6 +142,7 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
         _quantize_onnx(model, path, images)
     else:
         onnx.save(model, path)
+    return function
 
 
 def _quantize_onnx(model, path, images) -> None:
@@ -198,25 +204,28 @@ def _node_inputs(node) -> list[str]:
 # === OpenVINO and LiteRT ===
 
 
-def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
+def _to_openvino(task, path, precision: str, decode: bool, images):
     import openvino
 
     # `openvino.convert_model` would send usage statistics over the network.
     with tempfile.TemporaryDirectory() as folder:
         if precision == "int8":  # OpenVINO reads networks that onnxruntime has quantized
             source = os.path.join(folder, "int8.onnx")
-            _to_onnx(task, source, precision, decode, images)
+            function = _to_onnx(task, source, precision, decode, images)
         else:
-            source = _write_saved_model(_concrete_function(task, decode), folder)
+            function = _concrete_function(task, decode)
+            source = _write_saved_model(function, folder)
         model = openvino.Core().read_model(source)
         openvino.save_model(model, path, compress_to_fp16=precision == "float16")
+    return function
 
 
-def _to_litert(task, path, precision: str, decode: bool, images) -> None:
+def _to_litert(task, path, precision: str, decode: bool, images):
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
-        source = _write_saved_model(_concrete_function(task, decode, batch_size=1), folder)
+        function = _concrete_function(task, decode, batch_size=1)
+        source = _write_saved_model(function, folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(source)
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -225,3 +234,4 @@ def _to_litert(task, path, precision: str, decode: bool, images) -> None:
         if precision == "int8":
             converter.representative_dataset = lambda: ([image[None]] for image in images)
         path.write_bytes(converter.convert())
+    return function
