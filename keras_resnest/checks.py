@@ -25,6 +25,22 @@ def check_fractions(**arguments: float) -> None:
             raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
 
 
+@contextlib.contextmanager
+def reading_config(kind: str):
+    """Turns what an invalid configuration raises into a ValueError: strangers write `.keras` files.
+
+    Args:
+        kind: what is configured, for the message.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"The configuration of {kind} is not valid: {type(error).__name__}: {reason}"
+        ) from error
+
+
 def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
     """Returns `class_names` as a list.
 

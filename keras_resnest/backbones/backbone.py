@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
+from keras_resnest.checks import reading_config
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.trainer import DistributedTraining
 
@@ -146,4 +147,5 @@ class Backbone(KeepsLayerChanges, DistributedTraining, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         # keras.Model would expect a list of layers; here the arguments suffice.
-        return cls._changed(lambda arguments: cls(**arguments), config)
+        with reading_config(cls.__name__):
+            return cls._changed(lambda arguments: cls(**arguments), config)

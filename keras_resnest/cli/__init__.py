@@ -5,7 +5,7 @@ import os
 import sys
 
 from keras_resnest.cli import classify, evaluate, export, list_networks, predict, train
-from keras_resnest.cli.common import Failure
+from keras_resnest.cli.common import Failure, printable
 from keras_resnest.version import __version__
 
 COMMANDS = {
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     try:
         return COMMANDS[arguments.command].run(arguments)
     except (Failure, ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, Failure) else 2
     except KeyboardInterrupt as stop:
         how = str(stop) or "to start over, run the same command"

@@ -21,6 +21,7 @@ from keras_resnest.cli.common import (
     load_images,
     load_model,
     positive,
+    printable,
     read_class_names,
     writing_results,
 )
@@ -54,7 +55,8 @@ def run(arguments) -> int:
         probabilities = model.predict(crops, verbose=0)
         decoded = kr.backbones.decode_predictions(probabilities, top, names)
         for path, classes in zip(readable, decoded, strict=True):
-            print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for _, name, p in classes))
+            text = ", ".join(f"{name} {p:.1%}" for _, name, p in classes)
+            print(printable(f"{path}: {text}"))
             entries = [{"id": str(i), "name": n, "probability": float(p)} for i, n, p in classes]
             results.append({"file": str(path), "classes": entries})
     if arguments.json:

@@ -31,6 +31,11 @@ def writing_results(path: Path):
         raise Failure(str(error)) from error
 
 
+def printable(text: str) -> str:
+    """Escapes what could control a terminal: strangers choose file names and servers' answers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 # === Arguments ===
 
 
@@ -110,7 +115,7 @@ def load_images(paths: list[Path], batch_size: int):
                 images.append(kr.data.load_image(path))
                 readable.append(path)
             except ValueError as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                print(f"skipped: {printable(str(error))}", file=sys.stderr)
         if images:
             yield readable, images
 

@@ -4,10 +4,12 @@
     keras-resnest predict serving/detector/1 photos/ --confidence 0.5 --format csv --no-images
     keras-resnest predict http://localhost:8501 photos/ --name detector --class-names names.txt
     keras-resnest predict http://localhost:8501 photos/ --grpc localhost:8500
+    keras-resnest predict http://localhost:8000 photos/ --protocol kserve
 
-MODEL is a .keras file, an exported SavedModel folder, or the URL of TensorFlow Serving's REST
-interface. For each image, the command prints a line and writes a PNG with the boxes. EXIF
-orientation is applied: boxes refer to the upright image.
+MODEL is a .keras file, an exported SavedModel folder, or the URL of the REST interface of
+TensorFlow Serving or, with --protocol kserve, of Triton or OpenVINO Model Server. For each image,
+the command prints a line and writes a PNG with the boxes. EXIF orientation is applied: boxes refer
+to the upright image.
 
 detections.json   [{"file", "width", "height", "detections": [
                      {"box": [x1, y1, x2, y2], "label", "class_name", "confidence"}]}]
@@ -30,13 +32,14 @@ from keras_resnest.cli.common import (
     fraction,
     load_images,
     positive,
+    printable,
     refuse_options,
     writing_results,
 )
 from keras_resnest.cli.detectors import SIGNATURES, load_detector
 from keras_resnest.cli.drawing import draw_detections, unused_path
 
-SERVER_OPTIONS = ("name", "grpc", "class_names", "box_format")
+SERVER_OPTIONS = ("name", "protocol", "grpc", "class_names", "box_format")
 
 
 def add_arguments(parser, argv) -> None:
@@ -52,6 +55,8 @@ def add_arguments(parser, argv) -> None:
     add("--signature", choices=SIGNATURES, help=f"{text}resized (default for SavedModels)")
     server = parser.add_argument_group("server")
     server.add_argument("--name", help="model name; default: detector")
+    protocols = ("tensorflow", "kserve")
+    server.add_argument("--protocol", choices=protocols, help="of the URL; default: tensorflow")
     server.add_argument("--grpc", metavar="HOST:PORT", help="use gRPC instead of REST")
     server.add_argument("--class-names", type=Path, metavar="FILE", help="one name per line")
     server.add_argument("--box-format", help="bounding_box_format of the model; default: xyxy")
@@ -92,7 +97,7 @@ def detect_and_write(detect, paths: list[Path], arguments) -> list[dict]:
                 target = unused_path(arguments.output, path.stem, used)
                 draw_detections(image, record["detections"]).save(target, compress_level=3)
                 text += f" -> {target}"
-            print(f"{path}: {text}")
+            print(printable(f"{path}: {text}"))
     if not records:
         raise Failure(f"none of the {len(paths)} images could be read")
     if arguments.format in ("json", "both"):

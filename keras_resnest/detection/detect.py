@@ -14,7 +14,7 @@ import numpy as np
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
 from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.checks import check_image_shape, check_images, value_errors
-from keras_resnest.images import find_images, load_image, resize_image
+from keras_resnest.images import MAX_PIXELS, find_images, load_image, resize_image
 from keras_resnest.trainer import check_not_forked
 
 PADDING = -1  # fills the rows beyond `num_detections`
@@ -90,7 +90,9 @@ class CompiledDetector:
 # === One scale ===
 
 
-def detect_images(images, detect_batch: Callable[[list], list], batch_size: int):
+def detect_images(
+    images, detect_batch: Callable[[list], list], batch_size: int, max_pixels: int = MAX_PIXELS
+):
     """Loads images and runs a detector on them, batch by batch.
 
     Args:
@@ -98,6 +100,7 @@ def detect_images(images, detect_batch: Callable[[list], list], batch_size: int)
             channels) 0 to 255, a folder, or a list or 4-D array of images.
         detect_batch: maps a list of arrays (height, width, 3) to a list of detections.
         batch_size: images that are loaded and passed on together.
+        max_pixels: as in `load_image`.
 
     Returns:
         Detections of a single image, or a list of them. An image of a list that cannot be read
@@ -109,19 +112,19 @@ def detect_images(images, detect_batch: Callable[[list], list], batch_size: int)
     if isinstance(images, str | os.PathLike) and os.path.isdir(images):
         images = find_images(images)
     if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
-        return detect_batch([load_image(images)])[0]
+        return detect_batch([load_image(images, max_pixels)])[0]
     results = []
     for start in range(0, len(images), batch_size):
-        loaded = [_load_or_warn(image) for image in images[start : start + batch_size]]
+        loaded = [_load_or_warn(i, max_pixels) for i in images[start : start + batch_size]]
         readable = [image for image in loaded if image is not None]
         found = iter(detect_batch(readable) if readable else ())
         results += [None if image is None else next(found) for image in loaded]
     return results
 
 
-def _load_or_warn(image):
+def _load_or_warn(image, max_pixels: int):
     try:
-        return load_image(image)
+        return load_image(image, max_pixels)
     except ValueError as error:
         warnings.warn(f"Skipped an image: {error}", stacklevel=4)
         return None

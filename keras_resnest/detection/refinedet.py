@@ -21,6 +21,7 @@ from keras_resnest.checks import (
     check_same_classes,
     check_sample_weight,
     dense_boxes,
+    reading_config,
     require,
     unpack_batch,
     value_errors,
@@ -36,6 +37,7 @@ from keras_resnest.detection.detect import (
 from keras_resnest.detection.heads import LEVELS, STRIDES, RefineDetHeads
 from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
 from keras_resnest.divergence import TerminateOnDivergence
+from keras_resnest.images import MAX_PIXELS
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.replicas import num_replicas, sum_over_replicas
@@ -335,7 +337,13 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             check_images(images)
         return self.compiled_detector(images)
 
-    def detect(self, images, confidence_threshold: float = 0.3, batch_size: int = 8):
+    def detect(
+        self,
+        images,
+        confidence_threshold: float = 0.3,
+        batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
+    ):
         """Detects in images of any size.
 
         Args:
@@ -343,6 +351,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
                 channels) 0 to 255, a folder, or a list or 4-D array of images.
             confidence_threshold: lowest confidence that is returned, 0 to 1.
             batch_size: images that pass through the network together.
+            max_pixels: height times width above which a file is not read.
 
         Returns:
             For a single image a dictionary of arrays: `"boxes"` (n, 4) in `bounding_box_format`
@@ -354,7 +363,10 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             ValueError: if a single image cannot be read.
         """
         return detect_images(
-            images, lambda batch: detect_resized(self, batch, confidence_threshold), batch_size
+            images,
+            lambda batch: detect_resized(self, batch, confidence_threshold),
+            batch_size,
+            max_pixels,
         )
 
     def class_name(self, label: int) -> str:
@@ -498,7 +510,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         def construct(arguments):
             return cls(**{name: restored(value) for name, value in arguments.items()})
 
-        return cls._changed(construct, config)
+        with reading_config(cls.__name__):
+            return cls._changed(construct, config)
 
 
 def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
