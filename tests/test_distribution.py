@@ -193,6 +193,22 @@ def test_positional_arguments():
     assert loss == pytest.approx(np.mean(model.predict(TEN, 3, 0) ** 2), abs=1e-6)
 
 
+@pytest.mark.parametrize("method", ["fit", "train_on_batch"])
+def test_a_step_is_traced_once(method):
+    traces = []
+
+    class Counted(Model):
+        def train_step(self, *args):
+            traces.append(args)
+            return super().train_step(*args)
+
+    inputs = keras.Input((3,))
+    model = Counted(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("adam", "mse")
+    getattr(model, method)(TEN, TEN[:, :1])
+    assert len(traces) == 1 and int(model.optimizer.iterations) == 1
+
+
 def test_a_worker_prints_for_whom_it_waits():
     """The other worker never starts; TensorFlow would wait silently."""
     addresses = free_addresses(2)
