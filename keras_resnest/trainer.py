@@ -151,6 +151,12 @@ class DistributedTraining:
         x, *_ = keras.utils.unpack_x_y_sample_weight(args[-1])
         return call_with_rows(functools.partial(self, training=False), x)
 
+    def make_train_function(self, force=False):
+        """As in Keras, but TensorFlow traces a step twice if the first trace creates variables."""
+        if self.optimizer is not None and not self.optimizer.built and self.built:
+            self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
     @staticmethod
     def _add_worker_axis(logs):
         """Adds the axis over which Keras averages the logs of all workers."""

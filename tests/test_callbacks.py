@@ -2,9 +2,6 @@
 
 import csv
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -373,15 +370,6 @@ def test_bad_data_raise_before_the_first_epoch():
         evaluate_detections(plain, dataset)
     with pytest.raises(ValueError, match=r"list of 2 different names.*'c'"):
         train([DetectionEvaluation(dataset, ["a", "b", "c"], verbose=0)])
-
-
-def test_two_replicas():
-    """Detections are neither doubled nor reordered under MirroredStrategy."""
-    program = Path(__file__).with_name("evaluation_on_replicas.py")
-    done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, timeout=120
-    )
-    assert "two replicas agree" in done.stdout, done.stderr[-2000:]
 
 
 def test_data_of_other_classes_raise():
