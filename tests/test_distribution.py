@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -45,28 +46,37 @@ def many_devices(tmp_path_factory):
     )
 
 
+def line_of(process, text):
+    """The next line of its output with a text, within two minutes."""
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    line = next((line for line in process.stdout if text in line), "")
+    timer.cancel()
+    return line
+
+
 def run_workers(*arguments, outputs):
     """Return codes and outputs of workers that run in parallel."""
     addresses = free_addresses(len(outputs))
-    processes, texts = [], []
-    for i, output in enumerate(outputs):
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, (WORKER, output, *arguments))],
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+    processes = []
+    try:
+        for i, output in enumerate(outputs):
+            config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, (WORKER, output, *arguments))],
+                    env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
             )
-        )
-        if i == 0:  # TensorFlow would wait silently for the others, which are not yet started
-            lines = []
-            while not (lines and "Waiting for all workers" in lines[-1]):
-                lines.append(processes[0].stdout.readline())
-                assert lines[-1], "".join(lines)
-            assert addresses[1] in lines[-1]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
+            if i == 0:  # TensorFlow would wait silently for the others, which do not run yet
+                assert addresses[1] in line_of(processes[0], "Waiting for all workers")
+        texts = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [process.returncode for process in processes], texts
 
 
