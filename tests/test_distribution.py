@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -42,31 +43,41 @@ def many_devices(tmp_path_factory):
         "distributed_training.main",
         "clipped_gradients.main",
         "evaluation_on_replicas.main",
+        "uneven_batches.main",
     )
+
+
+def line_of(process, text):
+    """The next line of its output with a text, within two minutes."""
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    line = next((line for line in process.stdout if text in line), "")
+    timer.cancel()
+    return line
 
 
 def run_workers(*arguments, outputs):
     """Return codes and outputs of workers that run in parallel."""
     addresses = free_addresses(len(outputs))
-    processes, texts = [], []
-    for i, output in enumerate(outputs):
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, (WORKER, output, *arguments))],
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+    processes = []
+    try:
+        for i, output in enumerate(outputs):
+            config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, (WORKER, output, *arguments))],
+                    env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
             )
-        )
-        if i == 0:  # TensorFlow would wait silently for the others, which are not yet started
-            lines = []
-            while not (lines and "Waiting for all workers" in lines[-1]):
-                lines.append(processes[0].stdout.readline())
-                assert lines[-1], "".join(lines)
-            assert addresses[1] in lines[-1]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
+            if i == 0:  # TensorFlow would wait silently for the others, which do not run yet
+                assert addresses[1] in line_of(processes[0], "Waiting for all workers")
+        texts = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [process.returncode for process in processes], texts
 
 
@@ -78,7 +89,9 @@ def assert_same_training(one, many, found=True):
     assert set(many) == (set(one) if found else set(one) - is_found)
     moved = 0.0
     for name in many:
-        rtol, atol = 0.0, 1e-5 if name.startswith("weight") else 1e-4 * np.abs(one[name]).max()
+        rtol, atol = 0.0, 1e-4 * np.abs(one[name]).max()
+        if name.startswith("weight"):
+            rtol, atol = 2e-6, 1e-5  # moving variances are 10
         if name in is_found:
             rtol, atol = 1e-4, 1e-4
         assert np.shape(many[name]) == np.shape(one[name]), name
@@ -128,13 +141,9 @@ def test_two_processes_train_as_one(many_devices, tmp_path, kind):
         assert_same_training(many_devices / f"{kind}_1.npz", output, found=False)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "detector"])
-def test_replicas_may_receive_no_rows(kind):
+def test_replicas_may_receive_no_rows(many_devices):
     """`fit`, `evaluate`, `predict` and validation on two replicas equal those on one device."""
-    program = PROGRAM.with_name("uneven_batches.py")
-    done = subprocess.run([sys.executable, str(program), kind], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[0]) >= 5
+    assert_passed(many_devices, "uneven_batches.main")
 
 
 class Batches(keras.utils.PyDataset):
