@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras_resnest as kr
+from keras_resnest.backbones.weights.fetching import check_finite_weights
 
 CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
 
@@ -118,7 +119,9 @@ def load_keras_file(path: str):
     if not Path(path).exists():
         raise ValueError(f"no such model: {path}")
     with reporting_unusable_model(path):
-        return keras.saving.load_model(path, compile=False)
+        model = keras.saving.load_model(path, compile=False)
+        check_finite_weights(model)
+        return model
 
 
 @contextlib.contextmanager
