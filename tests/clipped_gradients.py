@@ -1,23 +1,14 @@
 """Program of test_distribution: clipped gradients of two replicas against the formula.
 
 Every kind of clipping, with and without loss scaling, on one and on two devices.
-
-    python tests/clipped_gradients.py
 """
-
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 import tensorflow as tf
+from distributed_training import replicas
 
 from keras_resnest.training import DistributedTraining
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
 
 
 class Model(DistributedTraining, keras.Model):
@@ -59,9 +50,12 @@ def truth(start, clipping):
     return [v * limit / n for v, n in zip(g, norms, strict=True)]
 
 
-for clipping in ({"clipnorm": 0.05}, {"global_clipnorm": 0.05}, {"clipvalue": 0.02}):
-    for strategy in (tf.distribute.get_strategy(), two):
-        for scaled in (False, True):
-            start, gradient = weights(strategy, scaled, **clipping)
-            for got, want in zip(gradient, truth(start, clipping), strict=True):
-                np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str((clipping, scaled)))
+def main(folder):
+    for clipping in ({"clipnorm": 0.05}, {"global_clipnorm": 0.05}, {"clipvalue": 0.02}):
+        for strategy in (tf.distribute.get_strategy(), replicas(2)):
+            for scaled in (False, True):
+                start, gradient = weights(strategy, scaled, **clipping)
+                for got, want in zip(gradient, truth(start, clipping), strict=True):
+                    np.testing.assert_allclose(
+                        got, want, atol=1e-6, err_msg=str((clipping, scaled))
+                    )

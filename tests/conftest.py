@@ -10,6 +10,18 @@ from sample_images import photograph, write_odd_images
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
+# The files that take longest start first, so that all processes end at the same time.
+LONGEST = (
+    *("test_distribution", "test_refinedet", "test_precision", "test_zoo_promises"),
+    *("test_resume", "test_export_formats", "test_pretrained", "test_epochs", "test_callbacks"),
+    *("test_cli_train_detector", "test_golden_backbones", "test_drop_in", "test_mixing"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

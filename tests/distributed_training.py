@@ -1,8 +1,8 @@
-"""Program of test_distribution: five SGD steps on fixed batches, weights to a file.
+"""Programs of test_distribution: SGD steps on fixed batches, and what the model finds.
 
-    python tests/distributed_training.py OUTPUT --model detector --batch-norm frozen --replicas 2
+    TF_CONFIG=... python tests/distributed_training.py OUTPUT.npz frozen_detector
 
-With TF_CONFIG set, it is one of several workers.
+trains as one of several workers. `many_devices.py` calls `main` and `with_more_replicas`.
 """
 
 import argparse
@@ -19,31 +19,19 @@ from detectors import CLASS_NAMES, rectangles, small_detector
 from keras_resnest.backbones import ResNet
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.training.callbacks import ResumeTraining
-from keras_resnest.training.strategies import distribute_batches
+from keras_resnest.training.strategies import create_strategy, distribute_batches
 
 STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
+UNEVEN_ROWS = 5  # the last batch, of four, has one
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output")
-    parser.add_argument("--model", choices=("detector", "classifier"), default="detector")
-    parser.add_argument("--batch-norm", choices=("frozen", "synchronized"), default="frozen")
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1])
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--checkpoint", help="folder of ResumeTraining")
-    parser.add_argument("--kill-at", type=int, default=-1, help="step at which worker 1 dies")
-    return parser.parse_args()
-
-
-def detector(batch_norm: str):
-    option = {"frozen": "freeze_batch_norm", "synchronized": "synchronized_batch_norm"}
-    model = small_detector(image_shape=SHAPE, **{option[batch_norm]: True})
+def detector(**batch_norm):
+    model = small_detector(image_shape=SHAPE, **batch_norm)
     model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0))
     return model
 
 
-def classifier(batch_norm: str):
+def classifier(**batch_norm):
     keras.utils.set_random_seed(1)
     model = ResNet(
         stackwise_num_filters=[8, 16],
@@ -55,42 +43,58 @@ def classifier(batch_norm: str):
         classes=3,
         image_shape=SHAPE,
     )
-    set_batch_norm(model, freeze=batch_norm == "frozen", synchronized=batch_norm != "frozen")
+    set_batch_norm(model, **batch_norm)
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
-def batches(kind: str):
+MODELS = {
+    "frozen_detector": lambda: detector(freeze_batch_norm=True),
+    "synchronized_detector": lambda: detector(synchronized_batch_norm=True),
+    "frozen_classifier": lambda: classifier(freeze=True),
+    "synchronized_classifier": lambda: classifier(synchronized=True),
+}
+
+
+def training_batches(kind: str):
     """The second half of every batch, which the last replicas get, has no objects."""
     images, truth = rectangles(STEPS * GLOBAL_BATCH, SHAPE, objects=2)
-    if kind == "classifier":
-        return tf.data.Dataset.from_tensor_slices((images, truth["labels"][:, 0])).batch(
-            GLOBAL_BATCH, drop_remainder=True
-        )
-    empty = np.arange(len(images)) % GLOBAL_BATCH >= GLOBAL_BATCH // 2
-    truth["labels"][empty] = -1
-    return tf.data.Dataset.from_tensor_slices((images, truth)).batch(
-        GLOBAL_BATCH, drop_remainder=True
-    )
+    if "classifier" in kind:
+        truth = truth["labels"][:, 0]
+    else:
+        truth["labels"][np.arange(len(images)) % GLOBAL_BATCH >= GLOBAL_BATCH // 2] = -1
+    data = tf.data.Dataset.from_tensor_slices((images, truth))
+    return data.batch(GLOBAL_BATCH, drop_remainder=True)
+
+
+def uneven_batches(kind: str, size: int = GLOBAL_BATCH):
+    """Of the last batch, some replicas get no rows."""
+    images, truth = rectangles(UNEVEN_ROWS, SHAPE, objects=2)
+    y = truth["labels"][:, 0] if "classifier" in kind else truth
+    return tf.data.Dataset.from_tensor_slices((images, y)).batch(size)
 
 
 def check_classes_of_distributed_batches(model):
     """`distribute_batches` keeps the class names of the data, so `fit` compares them."""
 
     def make_batches(num_workers, worker, batch_size):
-        data = batches("detector").unbatch().shard(num_workers, worker)
+        data = training_batches("detector").unbatch().shard(num_workers, worker)
         data = data.batch(batch_size, drop_remainder=True)
         data.class_names = [*CLASS_NAMES[1:], "black"]
         return data
 
     data = distribute_batches(model.distribute_strategy, make_batches, GLOBAL_BATCH)
+    refuses(lambda: model.fit(data, verbose=0), "same classes")
+
+
+def refuses(train, message: str) -> None:
     try:
-        model.fit(data, verbose=0)
+        train()
     except ValueError as error:
-        assert "same classes" in str(error), error
+        assert message in str(error), error
     else:
-        raise AssertionError("fit accepted data of other classes")
+        raise AssertionError("fit accepted unusable batches")
 
 
 class Kill(keras.callbacks.Callback):
@@ -106,43 +110,74 @@ class Kill(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(arguments, strategy) -> dict:
+def train(model, kind: str, callbacks=(), **options) -> dict:
+    """Weights and logs after a training."""
+    # In a detector's sixth step, rounding would decide which negatives are mined.
+    epochs = 2 if "classifier" in kind else 1
+    options |= {"epochs": epochs, "verbose": 0, "callbacks": list(callbacks)}
+    history = model.fit(training_batches(kind), **options).history
+    weights = {f"weight_{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
+    return {**weights, **{name: np.asarray(values) for name, values in history.items()}}
+
+
+def results(kind: str, strategy) -> dict:
+    """All that a model returns on the replicas of a strategy."""
     with strategy.scope():
-        model = {"detector": detector, "classifier": classifier}[arguments.model](
-            arguments.batch_norm
-        )
-    if arguments.model == "detector" and "TF_CONFIG" in os.environ:
+        model = MODELS[kind]()
+    uneven = uneven_batches(kind)
+    evaluated = model.evaluate(uneven, return_dict=True, verbose=0)
+    predicted = keras.tree.flatten(model.predict(uneven.map(lambda x, y: x), verbose=0))
+    if strategy.num_replicas_in_sync > 1:
+        images, y = next(iter(uneven_batches(kind, UNEVEN_ROWS)))
+        refuses(lambda: model.fit(uneven, verbose=0), "drop_remainder=True")
+        rows = UNEVEN_ROWS  # a positional batch size
+        refuses(lambda: model.fit(images.numpy(), y, rows), "a batch of 5")
+    return {
+        **{f"evaluate_{name}": value for name, value in evaluated.items()},
+        **{f"predict_{i}": leaf for i, leaf in enumerate(predicted)},
+        **train(model, kind, validation_data=uneven),
+    }
+
+
+def save_results(folder, kind: str, *counts: int) -> None:
+    for count in counts:
+        strategy = replicas(count) if count > 1 else tf.distribute.get_strategy()
+        np.savez(folder / f"{kind}_{count}", **results(kind, strategy))
+
+
+def replicas(count: int):
+    """The strategy of the first devices of `many_devices.py`."""
+    devices = [f"CPU:{i}" for i in range(count)]
+    return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
+
+
+def main(folder):
+    for kind in ("frozen_detector", "synchronized_classifier", "frozen_classifier"):
+        save_results(folder, kind, 1, 2)
+
+
+def with_more_replicas(folder):
+    save_results(folder, "frozen_detector", 1, 4)
+    save_results(folder, "synchronized_detector", 1, 2)
+    save_results(folder, "frozen_classifier", 1, 4)
+
+
+def train_as_worker():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--checkpoint", help="folder of ResumeTraining")
+    parser.add_argument("--kill-at", type=int, default=-1, help="step at which worker 1 dies")
+    arguments = parser.parse_args()
+    with create_strategy().scope():
+        model = MODELS[arguments.model]()
+    if "detector" in arguments.model:
         check_classes_of_distributed_batches(model)
     callbacks = [Kill(arguments.kill_at)]
     if arguments.checkpoint:
         callbacks.append(ResumeTraining(arguments.checkpoint))
-    data = batches(arguments.model)
-    history = model.fit(data, epochs=arguments.epochs, verbose=0, callbacks=callbacks)
-    weights = {f"weight_{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
-    return {**weights, **{k: np.asarray(v) for k, v in history.history.items()}}
-
-
-def main():
-    arguments = parse_arguments()
-    if "TF_CONFIG" in os.environ:
-        result = train(arguments, tf.distribute.MultiWorkerMirroredStrategy())
-        np.savez(arguments.output, **result)
-        return
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    count = max(arguments.replicas)
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
-    )
-    devices = tf.config.list_logical_devices("CPU")
-    for replicas in arguments.replicas:
-        strategy = tf.distribute.get_strategy()
-        if replicas > 1:
-            strategy = tf.distribute.MirroredStrategy(
-                [device.name for device in devices[:replicas]],
-                tf.distribute.ReductionToOneDevice(),
-            )
-        np.savez(f"{arguments.output}_{replicas}", **train(arguments, strategy))
+    np.savez(arguments.output, **train(model, arguments.model, callbacks))
 
 
 if __name__ == "__main__":
-    main()
+    train_as_worker()

@@ -1,19 +1,25 @@
-"""ResNeSt-50 as the backbone of detectors and segmentation networks of other packages.
+"""ResNeSt as the backbone of detectors and segmentation networks of other packages.
 
-KerasHub's segmentation network trains in a graph; the others eagerly, because tracing takes long.
+ResNeSt-14, with the levels and widths of ResNeSt-50, trains a step; ResNeSt-50 comes back from a
+file. KerasHub's segmentation network trains in a graph; the others eagerly, because tracing takes
+long.
 """
 
 import keras
 import numpy as np
 import pytest
 
-from keras_resnest.backbones import ResNeSt50
+from keras_resnest.backbones import create_backbone
 
 SHAPE = (64, 64, 3)
 BOXES = np.array([[[8, 8, 40, 40]], [[16, 4, 60, 50]]], "float32")  # "xyxy"
 LABELS = np.array([[0], [1]])
 # Levels P3 to P7 of 64 x 64 pixels have 8 x 8, 4 x 4, 2 x 2, 1 and 1 cells of 9 anchors.
 ANCHORS = (64 + 16 + 4 + 1 + 1) * 9
+
+
+def backbone(name):
+    return create_backbone(name, include_top=False, input_shape=SHAPE)
 
 
 def images():
@@ -24,43 +30,41 @@ def masks():
     return np.random.default_rng(0).integers(0, 3, (2, 64, 64, 1))
 
 
-def keras_cv_retinanet():
+def keras_cv_retinanet(name="resnest14"):
     keras_cv = pytest.importorskip("keras_cv", reason="KerasCV is not installed")
     return keras_cv.models.RetinaNet(
         num_classes=2,
         bounding_box_format="xyxy",
-        backbone=ResNeSt50(include_top=False, input_shape=SHAPE),
+        backbone=backbone(name),
     )
 
 
-def keras_cv_deeplab():
+def keras_cv_deeplab(name="resnest14"):
     keras_cv = pytest.importorskip("keras_cv", reason="KerasCV is not installed")
-    return keras_cv.models.DeepLabV3Plus(
-        num_classes=3, backbone=ResNeSt50(include_top=False, input_shape=SHAPE)
-    )
+    return keras_cv.models.DeepLabV3Plus(num_classes=3, backbone=backbone(name))
 
 
-def keras_hub_retinanet():
+def keras_hub_retinanet(name="resnest14"):
     keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
-    backbone = keras_hub.models.RetinaNetBackbone(
-        image_encoder=ResNeSt50(include_top=False, input_shape=SHAPE),
+    levels = keras_hub.models.RetinaNetBackbone(
+        image_encoder=backbone(name),
         min_level=3,
         max_level=7,
         use_p5=False,
         image_shape=SHAPE,
     )
     return keras_hub.models.RetinaNetObjectDetector(
-        backbone=backbone,
+        backbone=levels,
         num_classes=2,
         bounding_box_format="xyxy",
         use_prediction_head_norm=True,
     )
 
 
-def keras_hub_deeplab():
+def keras_hub_deeplab(name="resnest14"):
     keras_hub = pytest.importorskip("keras_hub", reason="KerasHub is not installed")
-    backbone = keras_hub.models.DeepLabV3Backbone(
-        image_encoder=ResNeSt50(include_top=False, input_shape=SHAPE),
+    levels = keras_hub.models.DeepLabV3Backbone(
+        image_encoder=backbone(name),
         low_level_feature_key="P2",
         spatial_pyramid_pooling_key="P5",
         dilation_rates=[6, 12, 18],
@@ -68,7 +72,7 @@ def keras_hub_deeplab():
         image_shape=SHAPE,
     )
     return keras_hub.models.DeepLabV3ImageSegmenter(
-        backbone=backbone, num_classes=3, activation="softmax"
+        backbone=levels, num_classes=3, activation="softmax"
     )
 
 
@@ -138,7 +142,7 @@ def test_keras_hub_deeplab():
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [keras_cv_retinanet, keras_hub_retinanet])
 def test_detectors_have_all_anchors_and_come_back_from_a_file(build, tmp_path):
-    model = build()
+    model = build("resnest50")
     outputs = list(model(images()).values())
     assert {tuple(output.shape) for output in outputs} == {(2, ANCHORS, 4), (2, ANCHORS, 2)}
     model.save(tmp_path / "detector.keras")
@@ -150,7 +154,7 @@ def test_detectors_have_all_anchors_and_come_back_from_a_file(build, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [keras_cv_deeplab, keras_hub_deeplab])
 def test_segmenters_come_back_from_a_file(build, tmp_path):
-    model = build()
+    model = build("resnest50")
     model.save(tmp_path / "segmenter.keras")
     loaded = keras.saving.load_model(tmp_path / "segmenter.keras")
     np.testing.assert_allclose(loaded(images()), model(images()), rtol=1e-5, atol=1e-6)

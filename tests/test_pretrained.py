@@ -89,63 +89,70 @@ def check_sentence(result, kind, *parts):
         assert part in result["error"], result
 
 
-def test_the_hub_gives_weights_or_a_sentence(weights, golden_case, tmp_path):
-    image, want = golden_case
-    good = ("resnet18:imagenet", "resnet18:gluon_in1k", "resnet18:tv_in1k")
-    bad = ("resnet18:a2_in1k", "resnet18:a3_in1k", "resnet34:a2_in1k", "resnet34:a1_in1k")
+GOOD = ("resnet18:imagenet", "resnet18:gluon_in1k", "resnet18:tv_in1k", "resnet18:url")
+FAULTY = (
+    *("resnet18:a2_in1k", "resnet18:a3_in1k", "resnet34:a2_in1k", "resnet34:a1_in1k"),
+    *("resnet18:url_wrong_hash", "resnet18:url_cut", "resnet18:url_absent"),
+)
+AGAIN = ("resnet18:imagenet", "resnet18:url")
+UNCACHED = ("resnet34:tv_in1k", "resnet18:url_cut")
+
+
+@pytest.fixture(scope="module")
+def fetched(weights, golden_case, tmp_path_factory):
+    """Folder, address of the server, its requests, and answers while it runs and after."""
+    folder = tmp_path_factory.mktemp("fetched")
     with running(save(weights), WAYS) as server:
-        answers = fetch(tmp_path, server.address, server.sha256, image, *good, *bad)
-    for answer in answers[:3]:
-        check_logits(answer, want)
-    wrong_hash, truncated, absent, other = answers[3:]
+        facts = server.address, server.sha256, golden_case[0]
+        online = fetch(folder, *facts, *GOOD, *FAULTY, *AGAIN)
+    kept = cached_files(folder)
+    offline = fetch(folder, *facts, *AGAIN, *UNCACHED)
+    assert cached_files(folder) == kept
+    return folder, server, online, offline
+
+
+def test_servers_give_weights(fetched, golden_case):
+    _, _, online, _ = fetched
+    for answer in online[: len(GOOD)]:
+        check_logits(answer, golden_case[1])
+
+
+def test_servers_give_a_sentence(fetched):
+    folder, _, online, _ = fetched
+    answers = dict(zip(FAULTY, online[len(GOOD) :], strict=False))
+    wrong_hash, truncated, absent, other, url_wrong_hash, url_cut, url_absent = answers.values()
     check_sentence(wrong_hash, "ValueError", "not the published one", "ffffffff", "removed")
     check_sentence(truncated, "ConnectionError", "resnet18.a3_in1k", "could not be fetched")
     check_sentence(absent, "ConnectionError", "resnet34.a2_in1k", "weights=<path>")
     assert other["kind"] == "ValueError" and "missing: layer4_2_conv2" in other["error"]
-    # The file of the last request is complete and has the right checksum.
-    assert len(cached_files(tmp_path)) == len(good) + 1
-
-
-def test_a_file_server_gives_weights_or_a_sentence(weights, golden_case, tmp_path):
-    image, want = golden_case
-    requests = [f"resnet18:{tag}" for tag in ("url", "url_wrong_hash", "url_cut", "url_absent")]
-    with running(save(weights), WAYS) as server:
-        answers = fetch(tmp_path, server.address, server.sha256, image, *requests)
-    check_logits(answers[0], want)
-    check_sentence(answers[1], "ValueError", "not the published one", "00000000")
-    check_sentence(answers[2], "ConnectionError", "could not be fetched")
-    check_sentence(answers[3], "ConnectionError", "404")
-    assert len(cached_files(tmp_path)) == 1
+    check_sentence(url_wrong_hash, "ValueError", "not the published one", "00000000")
+    check_sentence(url_cut, "ConnectionError", "could not be fetched")
+    check_sentence(url_absent, "ConnectionError", "404")
+    # The file of another network is complete and has the right checksum.
+    assert len(cached_files(folder)) == len(GOOD) + 1
     # Interrupted downloads leave nothing behind.
-    assert [path.name for path in (tmp_path / "keras").rglob("*") if path.is_dir()] == [
+    assert [path.name for path in (folder / "keras").rglob("*") if path.is_dir()] == [
         "models",
         "keras_resnest",
     ]
 
 
-def test_without_network_the_cache_serves(weights, golden_case, tmp_path):
-    image, want = golden_case
-    requests = ("resnet18:imagenet", "resnet18:url")
-    with running(save(weights), WAYS) as server:
-        address, sha256 = server.address, server.sha256
-        answers = fetch(tmp_path, address, sha256, image, *requests, *requests)
-        # Cached files are not requested again.
-        assert len(set(server.requests)) == len(server.requests) > 0
-    # The server is down now.
-    answers += fetch(tmp_path, address, sha256, image, *requests)
-    assert len(answers) == 6
-    for answer in answers:
-        check_logits(answer, want)
+def test_without_network_the_cache_serves(fetched, golden_case):
+    _, server, online, offline = fetched
+    for answer in (*online[-len(AGAIN) :], *offline[: len(AGAIN)]):
+        check_logits(answer, golden_case[1])
+    # Cached files are not requested again.
+    url = f"/files/right/resnet18-right-{server.sha256[:8]}.safetensors"
+    asked = [(m, p) for m, p in server.requests if p == url or "/resnet18.a1_in1k/" in p]
+    assert len(set(asked)) == len(asked) > 1
 
 
-def test_without_network_and_cache_there_is_a_sentence(golden_case, tmp_path):
-    with running(b"", {}) as server:
-        address = server.address
-    requests = ("resnet34:tv_in1k", "resnet18:url")
-    hub, url = fetch(tmp_path, address, "0" * 64, golden_case[0], *requests)
+def test_without_network_and_cache_there_is_a_sentence(fetched):
+    _, server, _, offline = fetched
+    hub, url = offline[len(AGAIN) :]
     check_sentence(hub, "ConnectionError", "timm/resnet34.tv_in1k", "weights=<path>")
-    check_sentence(url, "ConnectionError", address, "Connection refused", "weights=<path>")
-    assert not cached_files(tmp_path)
+    refused = (server.address, "Connection refused", "weights=<path>")
+    check_sentence(url, "ConnectionError", *refused)
 
 
 # === Files ===

@@ -1,4 +1,4 @@
-"""Program of test_distribution: `evaluate` and `predict` where a replica gets no rows.
+"""Program of test_distribution: batches that two replicas cannot share evenly.
 
     python tests/uneven_batches.py detector
 
@@ -7,6 +7,7 @@ Fails unless two replicas return what one device returns.
 
 import os
 import sys
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -17,12 +18,49 @@ from detectors import rectangles, small_detector
 from distributed_training import SHAPE, classifier
 
 ROWS = 5  # the last batch, of four, has one
+TRAINED = 7  # the last batch, of four, has three: two are trained
 
 
-def batches(kind: str, size: int = 4):
-    images, truth = rectangles(ROWS, SHAPE, objects=2)
-    y = truth["labels"][:, 0] if kind == "classifier" else truth
-    return tf.data.Dataset.from_tensor_slices((images, y)).batch(size)
+def arrays(kind: str, rows: int):
+    images, truth = rectangles(rows, SHAPE, objects=2)
+    return images, truth["labels"][:, 0] if kind == "classifier" else truth
+
+
+class Batches(keras.utils.PyDataset):
+    """Arrays in batches of four."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return keras.tree.map_structure(lambda part: part[4 * i : 4 * i + 4], self.data)
+
+
+def trained(kind: str, model, replicas: int) -> dict:
+    """Losses of every form of data, and weights at the end."""
+    # One device gets what two replicas can share.
+    data = arrays(kind, TRAINED)
+    data = keras.tree.map_structure(lambda part: part[: 6 if replicas == 1 else None], data)
+    dataset = tf.data.Dataset.from_tensor_slices(data)
+    found = {}
+    forms = [
+        ("dataset", dataset.batch(4), {}),
+        ("rest of one", dataset.take(5 if replicas > 1 else 4).batch(4), {}),
+        ("arrays", data[0], {"y": data[1], "batch_size": 4, "shuffle": False}),
+        ("PyDataset", Batches(data), {"shuffle": False}),
+    ]
+    for name, x, options in forms[: 1 if kind == "detector" else None]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found[name] = model.fit(x, verbose=0, **options).history["loss"][0]
+        said = [w for w in caught if "replicas share every batch evenly" in str(w.message)]
+        assert len(said) == replicas - 1, (name, [str(w.message) for w in caught])
+    weights = {f"weight_{i}": w for i, w in enumerate(model.get_weights())}
+    return {**found, **weights}
 
 
 def results(kind: str, strategy) -> dict:
@@ -33,7 +71,8 @@ def results(kind: str, strategy) -> dict:
         else:
             model = small_detector(image_shape=SHAPE, freeze_batch_norm=True)
             model.compile(keras.optimizers.SGD(1e-3))
-    data = batches(kind)
+    learned = trained(kind, model, strategy.num_replicas_in_sync)
+    data = tf.data.Dataset.from_tensor_slices(arrays(kind, ROWS)).batch(4)
     evaluated = model.evaluate(data, return_dict=True, verbose=0)
     predicted = model.predict(data.map(lambda x, y: x), verbose=0)
     train = data.take(1).unbatch().batch(4, drop_remainder=True)
@@ -41,10 +80,8 @@ def results(kind: str, strategy) -> dict:
     validated = {k: v[0] for k, v in history.items() if k.startswith("val_")}
     leaves = {f"predict_{i}": leaf for i, leaf in enumerate(keras.tree.flatten(predicted))}
     if strategy.num_replicas_in_sync > 1:
-        images, y = next(iter(batches(kind, ROWS)))
-        refuses(lambda: model.fit(data, verbose=0), "drop_remainder=True")
-        refuses(lambda: model.fit(images.numpy(), y, ROWS), "a batch of 5")  # positional batch_size
-    return {**evaluated, **validated, **leaves}
+        refuses(lambda: model.fit(*arrays(kind, ROWS), ROWS), "a batch of 5")
+    return {**learned, **evaluated, **validated, **leaves}
 
 
 def refuses(train, message: str) -> None:

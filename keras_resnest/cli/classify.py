@@ -23,6 +23,7 @@ from keras_resnest.cli.common import (
     positive,
     printable,
     read_class_names,
+    writing_results,
 )
 
 
@@ -59,5 +60,6 @@ def run(arguments) -> int:
             entries = [{"id": str(i), "name": n, "probability": float(p)} for i, n, p in classes]
             results.append({"file": str(path), "classes": entries})
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        with writing_results(arguments.json):
+            arguments.json.write_text(json.dumps(results, indent=1))
     return 0 if results else 1

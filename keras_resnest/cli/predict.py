@@ -25,6 +25,7 @@ import json
 import time
 from pathlib import Path
 
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     Failure,
     collect_images,
@@ -33,6 +34,7 @@ from keras_resnest.cli.common import (
     positive,
     printable,
     refuse_options,
+    writing_results,
 )
 from keras_resnest.cli.detectors import SIGNATURES, load_detector
 from keras_resnest.cli.drawing import draw_detections, unused_path
@@ -69,7 +71,22 @@ def run(arguments) -> int:
     paths = collect_images(arguments.images)
     detect = load_detector(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    start, records, used = time.perf_counter(), [], {path.resolve() for path in paths}
+    start = time.perf_counter()
+    with writing_results(arguments.output):
+        records = detect_and_write(detect, paths, arguments)
+    objects = sum(len(record["detections"]) for record in records)
+    skipped = f", {len(paths) - len(records)} skipped" if len(records) < len(paths) else ""
+    seconds = (time.perf_counter() - start) / len(records)
+    print(
+        f"{len(records)} images, {objects} objects{skipped}, {seconds:.2f} s per image, "
+        f"written to {arguments.output}"
+    )
+    return 0
+
+
+def detect_and_write(detect, paths: list[Path], arguments) -> list[dict]:
+    """Returns the records of all readable images, and writes images and tables."""
+    records, used = [], {path.resolve() for path in paths}
     for readable, images in load_images(paths, arguments.batch_size):
         found = detect(readable, images, arguments.confidence)
         for path, image, detections in zip(readable, images, found, strict=True):
@@ -85,17 +102,12 @@ def run(arguments) -> int:
         raise Failure(f"none of the {len(paths)} images could be read")
     if arguments.format in ("json", "both"):
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-        (arguments.output / "detections.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        with atomic_file(arguments.output / "detections.json") as file:
+            file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if arguments.format in ("csv", "both"):
-        write_csv(records, arguments.output / "detections.csv")
-    objects = sum(len(record["detections"]) for record in records)
-    skipped = f", {len(paths) - len(records)} skipped" if len(records) < len(paths) else ""
-    seconds = (time.perf_counter() - start) / len(records)
-    print(
-        f"{len(records)} images, {objects} objects{skipped}, {seconds:.2f} s per image, "
-        f"written to {arguments.output}"
-    )
-    return 0
+        with atomic_file(arguments.output / "detections.csv") as file:
+            write_csv(records, file)
+    return records
 
 
 def make_record(path: Path, image, detections: dict) -> dict:

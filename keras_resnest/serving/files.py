@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 
+from keras_resnest.atomic import atomic_file
 from keras_resnest.serving.graph import deployment_function
 from keras_resnest.serving.server_configs import write_server_configs
 from keras_resnest.serving.tasks import create_task, write_metadata
@@ -47,19 +48,15 @@ def export_file(
     _check_packages(format, precision)
     convert = {"onnx": _to_onnx, "openvino": _to_openvino, "litert": _to_litert}[format]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        folder = pathlib.Path(folder)
-        function = convert(task, folder / path.name, precision, decode, images)
+    with atomic_file(path) as file:
+        function = convert(task, file, precision, decode, images)
         (specification,), _ = function.structured_input_signature
-        outputs = function.structured_outputs
-        write_server_configs(folder / path.name, format, specification, outputs)
+        write_server_configs(file, format, specification, function.structured_outputs)
         entries = {"precision": precision, "decode": decode}
         if is_detector and not decode:
             entries["anchors"] = f"{path.name}.anchors.npy"
-            np.save(folder / entries["anchors"], np.asarray(model.anchors, "float32"))
-        write_metadata(task, folder / f"{path.name}.json", **entries)
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):
-            os.replace(file, path.parent / file.name)  # the model itself last
+            np.save(file.with_name(entries["anchors"]), np.asarray(model.anchors, "float32"))
+        write_metadata(task, file.with_name(f"{path.name}.json"), **entries)
 
 
 def _check_packages(format: str, precision: str) -> None:

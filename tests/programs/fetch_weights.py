@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from keras_resnest.backbones import PRETRAINED, create_backbone
 from keras_resnest.backbones.weights.table import PretrainedWeights
 
 address, sha256, image = sys.argv[1:4]
+time.sleep = lambda seconds: None  # huggingface_hub waits half a minute for a lost server
 
 
 def row(way, expected):
