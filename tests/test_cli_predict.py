@@ -223,6 +223,14 @@ def test_wrong_commands(arguments, word, capsys):
     assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
+def test_a_model_with_nan_is_refused(model, folder, tmp_path, capsys):
+    broken = small_detector(decoder=model.decoder)
+    broken.variables[3].assign(broken.variables[3] * np.nan)
+    broken.save(tmp_path / "broken.keras")
+    assert predict(tmp_path / "broken.keras", folder / "images") == 2
+    assert "broken.keras is not a usable model. 1 arrays hold NaN" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, word",
     [

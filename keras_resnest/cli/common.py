@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import keras_resnest as kr
 from keras_resnest.atomic import naming_path
+from keras_resnest.backbones.weights.fetching import check_finite_weights
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
 from keras_resnest.data.readers.files import read_text
@@ -148,7 +149,9 @@ def load_keras_file(path: str):
     if not Path(path).exists():
         raise ValueError(f"no such model: {path}")
     with reporting_unusable_model(path):
-        return keras.saving.load_model(path, compile=False)
+        model = keras.saving.load_model(path, compile=False)
+        check_finite_weights(model)
+        return model
 
 
 @contextlib.contextmanager
