@@ -1,8 +1,7 @@
 """Checks of what users pass in: class names, image shapes, batches, images, ground truth.
 
-Batches of an input pipeline are known to the graph alone. TensorFlow can stop there, and
-`value_errors` turns what it raises into a `ValueError`. Inside a compiled step of JAX nothing is
-checked.
+The values of a batch are known only when the graph runs. A TensorFlow graph can raise errors, which
+`value_errors` turns into `ValueError`s; a compiled step of JAX cannot, so it checks nothing.
 """
 
 import contextlib
@@ -12,11 +11,18 @@ import keras
 import numpy as np
 from keras import ops
 
-PREFIX = "keras_resnest:"  # tells the errors of these checks from TensorFlow's own
+PREFIX = "keras_resnest:"  # distinguishes errors of these checks from TensorFlow's own
 MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
 # === Arguments ===
+
+
+def check_fractions(**arguments: float) -> None:
+    """Raises `ValueError` if an argument is not between 0 and 1."""
+    for name, value in arguments.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
@@ -57,7 +63,7 @@ def check_image_shape(
 
     Args:
         image_shape: sides in pixels.
-        multiple_of: what both sides must be a multiple of.
+        multiple_of: number that must divide both sides.
         name: name of the argument, for the message.
 
     Raises:
@@ -122,7 +128,7 @@ def check_images(images):
     """
     values = ops.cast(images, "float32")
     highest, lowest = ops.max(values, initial=0.0), ops.min(values, initial=0.0)
-    # A dark image holds zeros and ones; a scaled one hardly anything but fractions.
+    # A dark image holds zeros and ones; a scaled image, mostly fractions.
     fractions = ops.mean(ops.cast(values != ops.floor(values), "float32")) > 0.5
     finite = ops.isfinite(ops.sum(values))
     images = require(images, finite, "`images` must be finite, 0 to 255. Received NaN or infinity")
@@ -176,7 +182,7 @@ def check_ground_truth(images, boxes, labels, relative, num_classes: int, box_fo
 
 
 def _unit_check(extent, boxes, real, box_format: str, declared: str):
-    """Pixels where fractions were declared, or fractions where pixels were."""
+    """Detects pixels where fractions were declared, and fractions where pixels were."""
     if box_format.startswith("rel_"):
         return (
             extent <= MAX_RELATIVE,

@@ -62,8 +62,8 @@ def load_image(source: Any) -> np.ndarray:
             array has a wrong shape, NaN, or values outside 0 to 255.
 
     Example:
-    >>> load_image(np.zeros((4, 5), "uint8")).shape
-    (4, 5, 3)
+        >>> load_image(np.zeros((4, 5), "uint8")).shape
+        (4, 5, 3)
     """
     from PIL import Image
 
@@ -98,8 +98,13 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
     return ImageInfo(height, width, orientation, plain)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, such as ".ipynb_checkpoints" and macOS' "._photo.jpg"."""
+    return name.startswith(".")
+
+
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Returns the paths of the images directly in a folder, sorted by name.
+    """Returns the paths of the images directly in a folder, sorted by name, without hidden files.
 
     Args:
         folder: Folder of images, recognized by their suffixes (`IMAGE_SUFFIXES`, in any case).
@@ -107,12 +112,13 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: if there is no such folder, or no image in it.
 
-    Example: `for path in find_images("photos"): image = load_image(path)`
+    Example:
+        >>> images = [load_image(path) for path in find_images("photos")]
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"Expected a folder of images. Received: {folder} (no such folder)")
-    files = list(folder.iterdir())
+    files = [path for path in folder.iterdir() if not is_hidden(path.name)]
     paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise ValueError(
@@ -172,8 +178,8 @@ def center_crop_image(
         ValueError: if an argument is out of range.
 
     Example:
-    >>> center_crop_image(load_image("photo.jpg"), 224).shape
-    (224, 224, 3)
+        >>> center_crop_image(load_image("photo.jpg"), 224).shape
+        (224, 224, 3)
     """
     from PIL import Image
 

@@ -9,6 +9,7 @@ from detectors import CLASS_NAMES, rectangles
 from PIL import Image
 
 from keras_resnest.cli import main, parse_arguments
+from keras_resnest.cli.common import reading_options
 from keras_resnest.data import read_train_test
 
 OBJECT = (
@@ -113,6 +114,7 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     [
         (["no_such_folder"], "no_such_folder"),
         (["FOLDER", "--test-split", "valid"], "valid"),
+        (["FOLDER", "--format", "coco"], "has no COCO file"),
         (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
         (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
     ],
@@ -209,6 +211,15 @@ def test_a_dataset_without_splits_is_split(voc_folder):
         file.unlink()
     assert [len(part) for part in first] == [8, 2] and len({*first[0], *first[1]}) == 10
     assert first == again and first != other
+
+
+def test_options_of_reading(voc_folder, tmp_path):
+    folder = shutil.copytree(voc_folder, tmp_path / "voc")
+    (folder / "Annotations/0.xml").unlink()
+    options = ["--format", "voc", "--unannotated", "background", "--allow-outside"]
+    arguments = parse_arguments(["train", str(folder), *options])
+    train, _ = read_train_test(folder, **reading_options(arguments))
+    assert [record.boxes.size > 0 for record in train.records[:2]] == [False, True]
 
 
 @pytest.mark.parametrize("test_split", ["test", "val", "valid"])

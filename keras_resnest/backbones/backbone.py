@@ -42,7 +42,7 @@ class Backbone(DistributedTraining, keras.Model):
         **kwargs: `name` and `trainable` of `keras.Model`.
 
     Raises:
-        ValueError: If a shared argument has a wrong value.
+        ValueError: if a shared argument has a wrong value.
 
     Example:
         >>> backbone = create_backbone("resnest50", include_top=False)
@@ -94,7 +94,7 @@ class Backbone(DistributedTraining, keras.Model):
             A new model with a copy of all weights; those of the last dense layer are random.
 
         Raises:
-            ValueError: If the architecture has no classifier.
+            ValueError: if the architecture has no classifier.
 
         Example:
             >>> model = ResNeSt50(weights="imagenet").replace_top(classes=5)

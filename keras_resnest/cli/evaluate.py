@@ -23,12 +23,15 @@ import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
+    READING_OPTIONS,
     Failure,
     add_model_arguments,
+    add_reading_arguments,
     find_crop,
     load_model,
     positive,
     published_weights,
+    reading_options,
     refuse_options,
     writing_results,
 )
@@ -45,6 +48,7 @@ def add_arguments(parser, argv) -> None:
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     add("--split", help="default: test or val, if present; validation for TFDS classifiers")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
+    add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
     add_model_arguments(parser)
@@ -60,6 +64,7 @@ def run(arguments) -> int:
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
+        refuse_options(arguments, READING_OPTIONS, "for detectors")
         result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
     with writing_results(arguments.output):
@@ -79,11 +84,9 @@ def check_num_classes(arguments, wanted: int, dataset) -> None:
 
 
 def evaluate_detector(model, arguments) -> dict:
-    arguments.split = arguments.split or find_test_split(arguments.data)
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    dataset = kr.data.read_detection(
-        arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
-    )
+    arguments.split = arguments.split or find_test_split(arguments.data, arguments.format)
+    options = {"class_names": model.class_names, **reading_options(arguments)}
+    dataset = kr.data.read_detection(arguments.data, arguments.split, **options)
     check_num_classes(arguments, model.num_classes, dataset)
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
@@ -109,11 +112,11 @@ def evaluate_detector(model, arguments) -> dict:
     }
 
 
-def find_test_split(data: str) -> str | None:
+def find_test_split(data: str, format: str | None) -> str | None:
     """Returns the usual test split of `data`, or None if it has no splits."""
     if data.startswith("tfds:"):
         return "test"
-    return first_split(TEST_SPLITS, kr.data.find_splits(data))
+    return first_split(TEST_SPLITS, kr.data.find_splits(data, format))
 
 
 def find_worst(truth, found, class_names) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
-from keras_resnest.cli.common import fraction, positive
+from keras_resnest.cli.common import add_reading_arguments, fraction, positive, reading_options
 
 EPOCHS = "60, or those of the published recipe"
 BATCH_SIZE = 8
@@ -16,6 +16,7 @@ BATCH_NORMS = ("train", "frozen", "synchronized")
 
 
 def add_arguments(parser) -> None:
+    add_reading_arguments(parser)
     add = parser.add_argument
     add("--model", default="refinedet_tiny", help="`list --kind detectors`; default: %(default)s")
     add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 64")
@@ -53,7 +54,7 @@ class Training:
             train_split=arguments.train_split,
             test_split=arguments.test_split,
             seed=arguments.seed,
-            on_error="skip" if arguments.skip_faulty else "raise",
+            **reading_options(arguments),
         )
         self.recipe = make_recipe(arguments, batch_size, len(self.train_set))
         self.output.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.checks import check_fractions
+from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
 LOSS_NAMES = (
@@ -19,7 +21,7 @@ LOSS_NAMES = (
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDetLoss:
+class RefineDetLoss(Configurable):
     """The two-stage loss of RefineDet.
 
     Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
@@ -30,8 +32,8 @@ class RefineDetLoss:
     Args:
         matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
         negative_ratio: hard negatives per positive, for each image.
-        objectness_threshold: anchors with an ARM objectness up to this are not mined as negatives
-            of the ODM, between 0 and 1.
+        objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
+            negatives of the ODM.
         negative_anchor_filtering: whether `objectness_threshold` applies (table 3 of the paper).
         two_step_regression: whether the ODM starts from the refined anchors, or from the regular
             ones (table 3). `DetectionDecoder` must have the same.
@@ -40,14 +42,13 @@ class RefineDetLoss:
     Raises:
         ValueError: if `negative_ratio` is negative or `objectness_threshold` is not in [0, 1].
 
+    Example:
+        >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
+        >>> sorted(losses)
+        ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
+
     Source: RefineDet (arXiv 1711.06897) section 3.4 eq. 1; mining from SSD (arXiv 1512.02325)
     section 2.2.
-
-    Example:
-
-    >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
-    >>> sorted(losses)
-    ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
     """
 
     def __init__(
@@ -61,11 +62,7 @@ class RefineDetLoss:
     ):
         if negative_ratio < 0:
             raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
-        if not 0.0 <= objectness_threshold <= 1.0:
-            raise ValueError(
-                "`objectness_threshold` must be between 0 and 1. "
-                f"Received: objectness_threshold={objectness_threshold}"
-            )
+        check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)
         self.objectness_threshold = float(objectness_threshold)
@@ -116,14 +113,8 @@ class RefineDetLoss:
         return box_sum / count, class_sum / count
 
     def get_config(self) -> dict:
-        return {
-            "matcher": keras.saving.serialize_keras_object(self.matcher),
-            "negative_ratio": self.negative_ratio,
-            "objectness_threshold": self.objectness_threshold,
-            "negative_anchor_filtering": self.negative_anchor_filtering,
-            "two_step_regression": self.two_step_regression,
-            "variances": self.variances,
-        }
+        matcher = keras.saving.serialize_keras_object(self.matcher)
+        return {**super().get_config(), "matcher": matcher}
 
     @classmethod
     def from_config(cls, config: dict) -> "RefineDetLoss":
@@ -162,7 +153,7 @@ def multibox_loss(
 ):
     """Sums the box and the classification loss of one stage over a batch.
 
-    Sums are returned, not means: they are divided by the positives of the global batch, which a
+    Returns sums, not means: the caller divides by the positives of the global batch, which a
     single replica does not know.
 
     Args:

@@ -73,15 +73,14 @@ class RefineDet(DistributedTraining, keras.Model):
         ValueError: if an argument is unusable, or if `detection_loss` and `decoder` differ in
             `two_step_regression` or `variances`.
 
+    Example:
+        >>> model = RefineDet(num_classes=3, backbone="resnest50", image_shape=(320, 320, 3))
+        >>> model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
+        >>> model.fit(train_batches, epochs=10)
+        >>> model.detect("photo.jpg")["boxes"]
+
     Source: Zhang et al., "Single-Shot Refinement Neural Network for Object Detection",
     arXiv 1711.06897.
-
-    Example:
-
-    >>> model = RefineDet(num_classes=3, backbone="resnest50", image_shape=(320, 320, 3))
-    >>> model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
-    >>> model.fit(train_batches, epochs=10)
-    >>> model.detect("photo.jpg")["boxes"]
     """
 
     def __init__(
@@ -367,8 +366,7 @@ class RefineDet(DistributedTraining, keras.Model):
                 the other arguments change the network.
 
         Example:
-
-        >>> voc = coco_model.replace_classes(["aeroplane", "bicycle", "bird"])
+            >>> voc = coco_model.replace_classes(["aeroplane", "bicycle", "bird"])
         """
         if self.class_names is None:
             raise ValueError("`replace_classes` needs a model with `class_names`. Received: none")
@@ -445,7 +443,7 @@ def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
 
 
 def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
-    """Training and decoding must mean the same by an offset."""
+    """Training and decoding must interpret offsets in the same way."""
     for name in ("two_step_regression", "variances"):
         trained, decoded = getattr(detection_loss, name), getattr(decoder, name)
         if trained != decoded:

@@ -23,7 +23,7 @@ class SqueezeExcitation(FeatureMapLayer):
         Feature map of the input's shape.
 
     Raises:
-        ValueError: If `hidden_channels` is not positive.
+        ValueError: if `hidden_channels` is not positive.
 
     Example:
         >>> SqueezeExcitation(16)(keras.ops.ones((1, 8, 8, 64))).shape
@@ -77,7 +77,7 @@ class SelectiveKernel(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of the input.
 
     Raises:
-        ValueError: If an argument is out of range, or the input channels cannot be split
+        ValueError: if an argument is out of range, or the input channels cannot be split
             evenly among the paths.
 
     Example:

@@ -24,7 +24,7 @@ class L2Normalization(keras.layers.Layer):
         Tensor of the same shape.
 
     Raises:
-        ValueError: If `epsilon` is not positive or the number of channels is unknown.
+        ValueError: if `epsilon` is not positive or the number of channels is unknown.
 
     Example:
         >>> float(L2Normalization(scale=10.0)(keras.ops.ones((1, 1, 1, 4)))[0, 0, 0, 0])

@@ -12,7 +12,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Keras 3 computes mean, variance and output in separate passes over the feature map. One fused
     kernel computes the same numbers: a training step of `refinedet_tiny` on a CPU takes 0.85 of
-    the time. Arguments, weights and inference are Keras' own, as is training where the kernel
+    the time. Arguments, weights and inference are those of Keras, as is training where the kernel
     does not apply (other backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale`
     or `center`).
 

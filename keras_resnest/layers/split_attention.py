@@ -28,7 +28,7 @@ class RadixSoftmax(FeatureMapLayer):
         to `(r + 1) * C - 1` belong to split `r`.
 
     Raises:
-        ValueError: If `radix` or `cardinality` is not positive, or their product does not
+        ValueError: if `radix` or `cardinality` is not positive, or their product does not
             divide the number of channels.
 
     Example:
@@ -95,7 +95,7 @@ class SplitAttention(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of the input.
 
     Raises:
-        ValueError: If an argument is out of range, or the groups do not divide the input
+        ValueError: if an argument is out of range, or the groups do not divide the input
             channels, the hidden channels or `filters`.
 
     Example:

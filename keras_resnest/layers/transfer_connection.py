@@ -29,7 +29,7 @@ class TransferConnectionBlock(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of `inputs`.
 
     Raises:
-        ValueError: If `filters` is not positive.
+        ValueError: if `filters` is not positive.
 
     Example:
         >>> top = TransferConnectionBlock(256)(keras.Input((10, 10, 512)))

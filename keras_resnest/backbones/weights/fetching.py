@@ -40,10 +40,10 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
         ignore: further PyTorch modules to skip.
 
     Raises:
-        ValueError: If `weights` is unknown, or the file does not fit the network, is broken or
+        ValueError: if `weights` is unknown, or the file does not fit the network, is broken or
             has the wrong checksum.
-        ConnectionError: If the file cannot be fetched.
-        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
+        ConnectionError: if the file cannot be fetched.
+        ImportError: if a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> model = ResNeSt50(weights=None)
@@ -84,8 +84,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         Dict of arrays by PyTorch name, in PyTorch's layout.
 
     Raises:
-        ValueError: If the file does not exist, is broken, or holds anything but arrays.
-        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
+        ValueError: if the file does not exist, is broken, or holds anything but arrays.
+        ImportError: if a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> read_state_dict("resnest50-528c19ca.pth")["fc.weight"].shape
