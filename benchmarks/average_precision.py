@@ -1,4 +1,4 @@
-"""Time of the average precision over a large random dataset: VOC's rule, and COCO's.
+"""Times VOC's and COCO's average precision on a large random dataset.
 
 python benchmarks/average_precision.py --images 5000 --detections 100 --classes 20
 """

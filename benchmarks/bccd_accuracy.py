@@ -1,16 +1,16 @@
-"""Accuracy on BCCD from random weights, beside YOLOv8n: mAP, AP per class, CPU seconds.
+"""Measures the accuracy of training on BCCD from random weights, and compares with YOLOv8n.
 
-DATA is the blood cell set (github.com/Shenggan/BCCD_Dataset) in Pascal-VOC layout. Anchors are
-fitted to the training split alone; the test split is looked at once, after the training.
+DATA is the blood cell dataset (github.com/Shenggan/BCCD_Dataset) in Pascal VOC layout. Anchors are
+fitted only to the training split; the test split is evaluated once, after training.
 
     python benchmarks/bccd_accuracy.py --data bccd
     python benchmarks/bccd_accuracy.py --data bccd --model refinedet320_resnest50 --split val
     python benchmarks/bccd_accuracy.py --data bccd --ablation --seeds 1 2 3
     python benchmarks/bccd_accuracy.py --data bccd --ablation paper --seeds 1 2 3
 
-`--ablation` switches off one part of RefineDet at a time; `--ablation paper` one after the other,
-as in table 3 of the paper. CPU seconds are those of this process from the fitting of the anchors
-to the end of the training. A run takes minutes.
+`--ablation` removes one part of RefineDet at a time; `--ablation paper` one after another, as in
+table 3 of the paper. CPU seconds are those of this process, from fitting the anchors to the end of
+training. A run takes minutes.
 """
 
 import argparse

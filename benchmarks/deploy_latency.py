@@ -26,8 +26,11 @@ PyTorch, OpenVINO, onnxruntime and LiteRT are skipped where they are not install
 - `postprocess`: decoding and NMS alone, of such outputs and of the worst case ("crowded": all
   anchors are candidates of all classes and none overlap). PyTorch's ports loop over the classes in
   Python; `deploy_workers.py` does the same in code of its own.
-- `export`: RefineDet512 on ResNeSt-101: time and size of an export, and a fresh process that loads
-  it.
+- `export`: RefineDet320 on ResNeSt-50 and RefineDet512 on ResNeSt-101: time, size and memory of an
+  export; a fresh process that loads it; a C program that loads it and answers one request.
+
+The worker processes inherit TF_ONEDNN_ASSUME_FROZEN_WEIGHTS, which makes variables as fast as
+constants.
 
 `--model` selects another backbone for all parts; `--fast` uses small images and few turns, to try
 the program. Linux only.
@@ -39,15 +42,17 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-from deploy_workers import NUM_CLASSES, PEERS
+from deploy_workers import NUM_CLASSES, PEERS, SAVED_MODELS
 
 WORKERS = pathlib.Path(__file__).with_name("deploy_workers.py")
+LOADER = WORKERS.parents[1] / "tests" / "programs" / "saved_model_loader.c"
 # Packages that each runtime and its export need.
 PACKAGES = {
     "torch": ("torch", "resnest"),
@@ -267,6 +272,8 @@ def report_classifier(times, batch):
         times.print_goal(ours, peer, 0.95 if batch == 1 else 0.70)
         if batch > 1:
             times.print_goal("our SavedModel, bfloat16", peer, 0.40)
+    if os.environ.get("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS") == "1":
+        times.print_goal("our SavedModel, float32", "our SavedModel, frozen", 1.05)
     for precision in ("float32", "bfloat16"):
         ours, theirs = f"our OpenVINO, {precision}", f"OpenVINO of PyTorch, {precision}"
         if theirs in times.turns:
@@ -358,21 +365,55 @@ def growth(times, label, few, many):
 
 
 def export(arguments, folder):
-    """Exports a large detector and loads it in a fresh process."""
-    model, side = arguments.model or "resnest101", 128 if arguments.fast else 512
-    facts = make(arguments, "export", "tensorflow", folder, model=model, sizes=side)
-    name = arguments.weights and os.path.basename(arguments.weights)
-    print(f"\nexport: {name or f'RefineDet{side} on {model}'}; seconds, megabytes, MiB of memory")
-    columns = ("export", "CPU", "MB", "peak", "import", "load", "first", "second", "third", "peak")
-    print(f"{'':10}" + "".join(f"{column:>9}" for column in columns))
-    for precision, values in facts.items():
-        loads = [
-            make(arguments, "load", "tensorflow", folder, formats=precision)
-            for _ in range(1 if arguments.fast else 3)
-        ]
-        medians = [statistics.median(load[key] for load in loads) for key in loads[0]]
-        row = "".join(f"{value:9.2f}" for value in (*values.values(), *medians))
-        print(f"{precision:10}{row}", flush=True)
+    """Exports detectors and loads each export in fresh processes."""
+    cases = [("resnest50", 320), ("resnest101", 512)]
+    if arguments.weights or arguments.model or arguments.fast:
+        cases = [(arguments.model or "resnest50", 128 if arguments.fast else 320)]
+    program = build_loader(folder)
+    for model, side in cases:
+        name = arguments.weights and os.path.basename(arguments.weights)
+        print(f"\nexport: {name or f'RefineDet{side} on {model}'}; seconds, MB, MiB of memory")
+        columns = ("export", "CPU", "MB", "peak", "import", "load", "first", "second", "third")
+        columns = (*columns, "peak", "C", "peak")
+        print(f"{'':10}" + "".join(f"{column:>9}" for column in columns))
+        for kind in SAVED_MODELS:
+            options = {"formats": kind, "model": model, "sizes": side}
+            facts, words = make(arguments, "export", "tensorflow", folder, **options)
+            loads = [
+                make(arguments, "load", "tensorflow", folder, formats=kind)
+                for _ in range(1 if arguments.fast else 3)
+            ]
+            medians = [statistics.median(load[key] for load in loads) for key in loads[0]]
+            in_c = run_loader(program, words)
+            row = "".join(f"{value:9.2f}" for value in (*facts.values(), *medians, *in_c))
+            print(f"{kind:10}{row}", flush=True)
+
+
+def build_loader(folder):
+    """Compiles the C program of the tests; returns None where there is no compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        print("skipped C: there is no compiler")
+        return None
+    (package,) = importlib.util.find_spec("tensorflow").submodule_search_locations
+    libraries = [f"{package}/libtensorflow_{name}.so.2" for name in ("cc", "framework")]
+    command = [compiler, "-isystem", f"{package}/include", LOADER, *libraries]
+    subprocess.run([*command, f"-Wl,-rpath,{package}", "-o", folder / "loader"], check=True)
+    return folder / "loader"
+
+
+def run_loader(program, words):
+    """Returns the seconds and the MiB of a C program that loads an export and runs it once."""
+    if program is None:
+        return ()
+    start = time.perf_counter()
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([program, *words], stdout=null, stderr=null, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)  # of this process alone
+    if status:
+        raise SystemExit(f"The C program failed: {program} {' '.join(words)}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
 PARTS = {

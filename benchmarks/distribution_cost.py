@@ -1,13 +1,13 @@
 """Times a training step under MirroredStrategy with one device against one without a strategy.
 
-Two models in one process with the same weights and the same batch take turns, `fit` by `fit`, so
-that the ratio holds on a busy machine too, that of the CPU seconds above all. That both have the
-same loss is checked. The first `fit` of each, which traces, is not counted.
+Two models with the same weights and batch take turns in one process, one `fit` each, so that their
+ratio is valid on a busy machine too, especially that of the CPU seconds. Their losses must be
+equal. The first `fit` of each, which traces, is not counted.
 
     python benchmarks/distribution_cost.py
     python benchmarks/distribution_cost.py --model resnest50 --image-size 320 --batch-size 8
 
-Set TF_ENABLE_ONEDNN_OPTS=1 where TensorFlow leaves oneDNN off.
+Set TF_ENABLE_ONEDNN_OPTS=1 where TensorFlow disables oneDNN.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def parse_arguments():
     parser.add_argument("--image-size", type=int, default=128, help="side, pixels (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="images (%(default)s)")
     parser.add_argument("--objects", type=int, default=10, help="per image (%(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="of a turn (%(default)s)")
-    parser.add_argument("--turns", type=int, default=10, help="of each (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="per turn (%(default)s)")
+    parser.add_argument("--turns", type=int, default=10, help="per model (%(default)s)")
     return parser.parse_args()
 
 

@@ -1,17 +1,17 @@
-"""Times networks with our grouped convolution against the same ones with Keras' own.
+"""Times networks with our grouped convolution against the same networks with Keras' own.
 
-Both have the same weights and images in one process and take turns, so that the ratio holds on a
-busy machine too; that they have the same loss is checked first. TensorFlow only.
+Both have the same weights and images and take turns in one process, so that their ratio is valid on
+a busy machine too. Their losses must be equal. TensorFlow only.
 
     python benchmarks/grouped_convolution.py
     python benchmarks/grouped_convolution.py resnest50 --image-size 160 --batch-size 2
 
-Keras' own gradient needs minutes for a batch where a convolution has many groups: there the
-batch and the images are smaller unless the options say otherwise, and no turn begins once
-`--seconds` have passed. The first step of each, which traces and compiles, is not counted.
+Keras' gradient of a convolution with many groups takes minutes. For such networks, batch and images
+are smaller by default, and no turn starts after `--seconds`. The first step of each, which traces
+and compiles, is not counted.
 
-On a processor for which TensorFlow leaves oneDNN off (it says so when it starts), set
-TF_ENABLE_ONEDNN_OPTS=1 to have its grouped kernels; without them ours convolves group by group.
+Where TensorFlow disables oneDNN (it prints a message at its start), set TF_ENABLE_ONEDNN_OPTS=1 to
+use its grouped kernels; without them, our layer convolves group by group.
 """
 
 import argparse

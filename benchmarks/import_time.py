@@ -1,4 +1,4 @@
-"""Time of `import keras_resnest` against `import keras`, each in fresh processes, in turn.
+"""Times `import keras_resnest` against `import keras`, each in fresh processes, in turns.
 
 python benchmarks/import_time.py --runs 7
 """

@@ -1,13 +1,12 @@
-"""Images per second of the input pipeline, on generated images of 640x480.
+"""Measures the images per second of the input pipeline, on generated images of 640 x 480.
 
 Prints, for each number of threads, the speed and the processor time per image of each step:
 decoding JPEG, resizing, the training augmentation, and complete batches (from the memory cache,
 and with decoding in every epoch; with mosaic and mixup; with sizes drawn for each batch).
 
-With --feed instead: whether the pipeline keeps a training step of `refinedet_tiny` fed. The time
-of a step with batches of the pipeline is compared with that of one fixed batch repeated, in turns,
-the best round of each; a ratio near 1 means that the step never waits (on a CPU both share the
-cores, which costs).
+With --feed, measures whether the pipeline keeps up with a training step of `refinedet_tiny`. Steps
+on batches of the pipeline and on one constant batch take turns; their best rounds are compared. A
+ratio near 1 means that the step never waits. (On a CPU, both share the cores.)
 
     python benchmarks/input_pipeline.py --images 400 --threads 1 2
     python benchmarks/input_pipeline.py --feed --batch-size 8 --steps 20

@@ -1,19 +1,18 @@
-"""Prints the memory of a training step of RefineDet: by batch size, by ground-truth boxes.
+"""Prints the memory of a training step of RefineDet by batch size and number of objects.
 
-Every case is a process of its own that builds the model and takes `--steps` steps. "peak" is the
-most resident memory that the process ever had (VmHWM of /proc/self/status), "step" the part of it
-that came after the model was built: optimizer, graph, feature maps, loss. One array with a
-float32 for each pair of an object and an anchor would need batch x anchors x boxes x 4 bytes, the
-column "pairs". Matching reads the pairs of 16 objects at a time, so "growth", what a case needs
-more than the one with the fewest boxes, stays at some arrays of that size however many boxes
-there are. Linux only.
+Each case runs in its own process, which builds the model and takes `--steps` steps. "peak" is the
+largest resident memory of the process (VmHWM of /proc/self/status), "step" its growth after the
+model was built: optimizer, graph, feature maps, loss. "pairs" is the size of an array with a
+float32 for each pair of an object and an anchor: batch x anchors x boxes x 4 bytes. "growth" is the
+additional memory relative to the case with the fewest boxes; since matching compares 16 objects at
+a time, it does not grow with the number of boxes. Linux only.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --image-size 128 --batch-sizes 1 2 --object-counts 10 1000
     python benchmarks/training_memory.py --loss-only
 
-`--loss-only` leaves the network out: matching and loss alone, forward and backward, on random
-outputs. There the growth isn't hidden below the peak of the network's backward pass.
+`--loss-only` measures matching and loss without the network, forward and backward, on random
+outputs, so that the peak of the network's backward pass does not hide the growth.
 """
 
 import argparse

@@ -1,19 +1,18 @@
 """Times a training step of RefineDet on ResNeSt against the same network in PyTorch.
 
-The step is forward pass, two-stage loss, backward pass and SGD with momentum. Each framework has
-a process of its own; the two take turns, step by step, so that the ratio holds on a busy machine
-too; on a very busy one the CPU seconds tell more. They start from the same weights and see the
-same batch, and that their losses agree is checked. PyTorch and the authors' backbone are needed:
-`pip install torch resnest`.
+A step is forward pass, two-stage loss, backward pass and SGD with momentum. Each framework has its
+own process; the two take turns, step by step, so that their ratio is valid on a busy machine too.
+On a very busy machine, trust the CPU seconds. Both start from the same weights and batch, and their
+losses must agree. Requires PyTorch and the authors' backbone: `pip install torch resnest`.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --image-size 128 --batch-size 2 --precision float32
     python benchmarks/training_step.py --onednn on off
 
-Where TensorFlow leaves oneDNN off (on processors without AVX-512), a training needs
-TF_ENABLE_ONEDNN_OPTS=1 in its environment to be as fast as the rows "oneDNN on" of this table.
-The first step of each, which traces and allocates, is not counted. "peak" is the most resident
-memory of the process (VmHWM), "step" the part of it that came after the model was built.
+Where TensorFlow disables oneDNN (on processors without AVX-512), set TF_ENABLE_ONEDNN_OPTS=1 for
+the speed of the rows "oneDNN on". The first step of each, which traces and allocates, is not
+counted. "peak" is the largest resident memory of the process (VmHWM), "step" its growth after the
+model was built.
 """
 
 import argparse
@@ -170,7 +169,7 @@ WORKERS = {"keras": keras_step, "torch": torch_step}
 
 
 def work(arguments):
-    """A worker's life: a step for every line that comes in, a line of JSON for every step."""
+    """Runs a worker: takes a step for every line of input, and prints a line of JSON for each."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the lines
     step, parameters = WORKERS[arguments.worker](arguments)

@@ -1,8 +1,7 @@
 """Checks of what users pass in: class names, image shapes, batches, images, ground truth.
 
-Batches of an input pipeline are known to the graph alone. TensorFlow can stop there, and
-`value_errors` turns what it raises into a `ValueError`. Inside a compiled step of JAX nothing is
-checked.
+The values of a batch are known only when the graph runs. A TensorFlow graph can raise errors, which
+`value_errors` turns into `ValueError`s; a compiled step of JAX cannot, so it checks nothing.
 """
 
 import contextlib
@@ -12,11 +11,34 @@ import keras
 import numpy as np
 from keras import ops
 
-PREFIX = "keras_resnest:"  # tells the errors of these checks from TensorFlow's own
+PREFIX = "keras_resnest:"  # distinguishes errors of these checks from TensorFlow's own
 MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
 # === Arguments ===
+
+
+def check_fractions(**arguments: float) -> None:
+    """Raises `ValueError` if an argument is not between 0 and 1."""
+    for name, value in arguments.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+
+
+@contextlib.contextmanager
+def reading_config(kind: str):
+    """Turns what an invalid configuration raises into a ValueError: strangers write `.keras` files.
+
+    Args:
+        kind: what is configured, for the message.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"The configuration of {kind} is not valid: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
@@ -57,7 +79,7 @@ def check_image_shape(
 
     Args:
         image_shape: sides in pixels.
-        multiple_of: what both sides must be a multiple of.
+        multiple_of: number that must divide both sides.
         name: name of the argument, for the message.
 
     Raises:
@@ -98,7 +120,22 @@ def unpack_batch(batch) -> tuple:
         if "images" not in images:
             raise ValueError(f'A batch must have the key "images". Received: {list(images)}')
         images, boxes = images["images"], images.get("bounding_boxes", boxes)
-    return images, boxes, sample_weight
+    return images, dense_boxes(boxes), sample_weight
+
+
+def dense_boxes(boxes):
+    """Returns ground truth with `tf.RaggedTensor`s padded: boxes with zeros, labels with -1."""
+    if not isinstance(boxes, Mapping):
+        return boxes
+    return {
+        name: value.to_tensor(-1 if name == "labels" else 0, shape=_RAGGED_SHAPES.get(name))
+        if hasattr(value, "to_tensor")
+        else value
+        for name, value in boxes.items()
+    }
+
+
+_RAGGED_SHAPES = {"boxes": (None, None, 4)}
 
 
 def check_box_dictionary(boxes) -> None:
@@ -122,7 +159,7 @@ def check_images(images):
     """
     values = ops.cast(images, "float32")
     highest, lowest = ops.max(values, initial=0.0), ops.min(values, initial=0.0)
-    # A dark image holds zeros and ones; a scaled one hardly anything but fractions.
+    # A dark image holds zeros and ones; a scaled image, mostly fractions.
     fractions = ops.mean(ops.cast(values != ops.floor(values), "float32")) > 0.5
     finite = ops.isfinite(ops.sum(values))
     images = require(images, finite, "`images` must be finite, 0 to 255. Received NaN or infinity")
@@ -133,6 +170,32 @@ def check_images(images):
         "the network normalizes them itself. Lowest and highest value:",
         lowest,
         highest,
+    )
+
+
+def check_sample_weight(sample_weight):
+    """Returns the weights of the images of a batch as float32 (batch,).
+
+    Args:
+        sample_weight: (batch,) or (batch, 1), or a structure of several of them that are equal:
+            for arrays, Keras repeats them for every part of the ground truth.
+
+    Raises:
+        ValueError: if there is not one weight for each image, or a weight is negative or NaN.
+    """
+    weight = ops.convert_to_tensor(keras.tree.flatten(sample_weight)[0], "float32")
+    if tuple(weight.shape[1:]) not in ((), (1,)):
+        raise ValueError(
+            "`sample_weight` must have one weight for each image, shape (batch,). "
+            f"Received: shape {tuple(weight.shape)}"
+        )
+    weight = ops.reshape(weight, (-1,))
+    return require(
+        weight,
+        ops.all((weight >= 0.0) & (weight < float("inf"))),
+        "`sample_weight` must be finite and not negative. Received lowest and highest:",
+        ops.min(weight, initial=0.0),
+        ops.max(weight, initial=0.0),
     )
 
 
@@ -176,7 +239,7 @@ def check_ground_truth(images, boxes, labels, relative, num_classes: int, box_fo
 
 
 def _unit_check(extent, boxes, real, box_format: str, declared: str):
-    """Pixels where fractions were declared, or fractions where pixels were."""
+    """Detects pixels where fractions were declared, and fractions where pixels were."""
     if box_format.startswith("rel_"):
         return (
             extent <= MAX_RELATIVE,
@@ -195,15 +258,17 @@ def require(tensor, condition, message: str, *values):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
-        with tf.control_dependencies([check] if check is not None else []):
-            return tf.identity(tensor)
+        if not tf.executing_eagerly():
+            check = tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
+            with tf.control_dependencies([check]):
+                return tf.identity(tensor)
     try:
         failed = not condition
     except TypeError:  # JAX compiles a step: the value is not known
         return tensor
     if failed:
-        raise ValueError(" ".join([message, *map(str, values)]))
+        values = [str(ops.convert_to_numpy(value)) for value in values]
+        raise ValueError(" ".join([message, *values]))
     return tensor
 
 

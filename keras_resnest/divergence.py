@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_resnest.atomic import atomic_file
 from keras_resnest.replicas import is_chief
 
 # Lower bound of the reference loss. Networks of this package start below it, so an easy first
@@ -134,7 +135,8 @@ class TerminateOnDivergence(keras.callbacks.Callback):
             return "The model holds the last finite weights."
         if is_chief(getattr(model, "distribute_strategy", None)):
             self.filepath.parent.mkdir(parents=True, exist_ok=True)
-            model.save_weights(self.filepath)
+            with atomic_file(self.filepath) as file:
+                model.save_weights(file)
         return f"The last finite weights are in {self.filepath}."
 
 

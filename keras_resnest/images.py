@@ -20,10 +20,14 @@ import numpy as np
 # Suffixes, in lower case, of the files that `find_images` returns.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
+# A small file can hold a huge image: larger ones are refused, as Pillow does.
+MAX_PIXELS = 178_956_970
+
 # Pillow reads more formats, but some start other programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
+_STRIP = 2**20  # pixels that are converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
 
-def load_image(source: Any) -> np.ndarray:
+def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads one image.
 
     Pillow decodes files and bytes: JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and PPM. Gray,
@@ -53,26 +57,29 @@ def load_image(source: Any) -> np.ndarray:
     Args:
         source: Path, bytes of an encoded image, Pillow image, or array (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4: RGBA) with values 0 to 255; floats are rounded.
+        max_pixels: Height times width above which a file is refused. Decoding takes up to 8 bytes
+            per pixel.
 
     Returns:
         uint8 array (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ValueError: if a file is missing, empty, truncated, too large or not an image; or if an
-            array has a wrong shape, NaN, or values outside 0 to 255.
+        ValueError: if a file is missing, empty, truncated, not an image, or too large for
+            `max_pixels` or the memory; or if an array has a wrong shape, NaN, or values outside 0
+            to 255.
 
     Example:
-    >>> load_image(np.zeros((4, 5), "uint8")).shape
-    (4, 5, 3)
+        >>> load_image(np.zeros((4, 5), "uint8")).shape
+        (4, 5, 3)
     """
     from PIL import Image
 
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         with _open(source) as image:
-            return _decode(image)
+            return _decode(image, max_pixels)
     if isinstance(source, Image.Image):
         with _naming("the Pillow image"):
-            return _decode(source)
+            return _decode(source, max_pixels)
     return _from_array(source)
 
 
@@ -98,8 +105,13 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
     return ImageInfo(height, width, orientation, plain)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, such as ".ipynb_checkpoints" and macOS' "._photo.jpg"."""
+    return name.startswith(".")
+
+
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Returns the paths of the images directly in a folder, sorted by name.
+    """Returns the paths of the images directly in a folder, sorted by name, without hidden files.
 
     Args:
         folder: Folder of images, recognized by their suffixes (`IMAGE_SUFFIXES`, in any case).
@@ -107,12 +119,13 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: if there is no such folder, or no image in it.
 
-    Example: `for path in find_images("photos"): image = load_image(path)`
+    Example:
+        >>> images = [load_image(path) for path in find_images("photos")]
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"Expected a folder of images. Received: {folder} (no such folder)")
-    files = list(folder.iterdir())
+    files = [path for path in folder.iterdir() if not is_hidden(path.name)]
     paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise ValueError(
@@ -144,14 +157,34 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if min(height, width) < 1 or int(height) != height or int(width) != width:
         raise ValueError(f"`height, width` must be positive integers. Received: {height}, {width}")
-    image = np.asarray(image, "float32")  # Keras rounds a resized uint8 image
+    image = np.asarray(image)
     if image.ndim not in (3, 4) or 0 in image.shape:
         raise ValueError(f"`image` must be (H, W, 3) or (B, H, W, 3). Received: {image.shape}")
-    size = int(height), int(width)
-    resized = keras.ops.image.resize(
-        image, size, "bilinear", antialias=False, data_format="channels_last"
-    )
-    return keras.ops.convert_to_numpy(resized)
+    # Only the pixels that are needed become floats: large images stay 3 bytes per pixel.
+    top, bottom, y = _neighbors(int(height), image.shape[-3])
+    left, right, x = _neighbors(int(width), image.shape[-2])
+
+    def between(start, end, fraction):
+        end -= start  # in place, which is twice as fast
+        end *= fraction
+        end += start
+        return end
+
+    def resize_rows(rows):
+        rows = image.take(rows, -3)
+        pair = (rows.take(columns, -2).astype("float32", copy=False) for columns in (left, right))
+        return between(*pair, x[:, None])
+
+    return between(resize_rows(top), resize_rows(bottom), y[:, None, None])
+
+
+def _neighbors(size: int, source_size: int):
+    """For each resized pixel the two source pixels around it, and its distance from the first."""
+    scale = np.float32(source_size) / np.float32(size)
+    center = (np.arange(size, dtype="float32") + np.float32(0.5)) * scale - np.float32(0.5)
+    first = np.floor(center)
+    pair = np.clip([first, np.ceil(center)], 0, source_size - 1).astype(int)
+    return *pair, center - first
 
 
 def center_crop_image(
@@ -172,8 +205,8 @@ def center_crop_image(
         ValueError: if an argument is out of range.
 
     Example:
-    >>> center_crop_image(load_image("photo.jpg"), 224).shape
-    (224, 224, 3)
+        >>> center_crop_image(load_image("photo.jpg"), 224).shape
+        (224, 224, 3)
     """
     from PIL import Image
 
@@ -223,7 +256,8 @@ def _naming(image: str):
     try:
         yield
     except _pillow_errors() as error:
-        raise ValueError(f"Cannot read the image {image!r}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"Cannot read the image {image!r}: {reason}") from error
 
 
 def _pillow_errors() -> tuple[type[Exception], ...]:
@@ -231,7 +265,8 @@ def _pillow_errors() -> tuple[type[Exception], ...]:
     from PIL import Image
 
     python_errors = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
-    return (*python_errors, struct.error, zlib.error, Image.DecompressionBombError)
+    others = (MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
+    return *python_errors, *others
 
 
 def _tail(source: str | bytes) -> bytes:
@@ -259,10 +294,18 @@ def _has_alpha(image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _decode(image) -> np.ndarray:
+def _decode(image, max_pixels: int) -> np.ndarray:
     """Pixels of a Pillow image: 8-bit RGB, upright, contiguous and writable."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than max_pixels={max_pixels}")
     image.load()
-    pixels = _to_rgb(image)
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    pixels = np.empty((height, width, 3), "uint8")
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):  # Pillow converts to 4 bytes per pixel, over and over
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = _to_rgb(strip, is_16_bit)
     transpose, flip_columns, flip_rows = orientation_flags(_orientation(image))
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
@@ -270,16 +313,16 @@ def _decode(image) -> np.ndarray:
         pixels = pixels[:, ::-1]
     if flip_rows:
         pixels = pixels[::-1]
-    return np.array(pixels, order="C")
+    return np.ascontiguousarray(pixels)
 
 
-def _to_rgb(image) -> np.ndarray:
+def _to_rgb(image, is_16_bit: bool) -> np.ndarray:
     from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if is_16_bit:
         # 65535 / 255 = 257; Pillow's own convert("RGB") would clip at 255.
         gray = np.rint(np.asarray(image) / 257.0).clip(0, 255).astype("uint8")
-        return np.repeat(gray[..., None], 3, axis=-1)
+        return gray[..., None]
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range: use 8 or 16 bits")
     if _has_alpha(image):

@@ -54,7 +54,7 @@ def run_on_replicas(strategy, function):
 
 
 def call_with_rows(function, x):
-    """Returns `function(x)`, for which an empty batch is padded with one row.
+    """Returns `function(x)`; pads an empty batch with one row and removes it from the result.
 
     TensorFlow's oneDNN convolutions return a wrong shape for an empty batch.
 

@@ -6,6 +6,8 @@ On a single device, the only change is that non-finite gradients become zeros.
 import contextlib
 import functools
 import inspect
+import os
+import warnings
 
 import keras
 
@@ -54,6 +56,7 @@ class DistributedTraining:
       20585). Keras reduces a whole batch over the workers to learn its shapes, and averages over
       axis 0 of logs that have no axis. Here shapes come from the dataset's element spec, and
       logs get an axis.
+    - `fit` leaves out the images at the end of a batch that the replicas cannot share evenly.
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
@@ -62,14 +65,24 @@ class DistributedTraining:
         ...     pass
     """
 
+    def __new__(cls, *args, **kwargs):
+        check_not_forked()
+        return super().__new__(cls, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        """Runs the network; see `call`."""
+        check_not_forked()
+        return super().__call__(*args, **kwargs)
+
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
+        check_not_forked()
         strategy = getattr(self, "_distribute_strategy", None)
-        if strategy is not None:
-            sizes = _batch_sizes(x, batch_size, kwargs.get("validation_split") or 0.0)
-            check_global_batch(sizes, strategy.num_replicas_in_sync)
-        if hasattr(x, "epoch_counter"):  # of `keras_resnest.data.training_batches`
-            callbacks = [_SetEpoch(x.epoch_counter), *keras.tree.flatten(callbacks or [])]
+        own_data = x
+        if strategy is not None and strategy.num_replicas_in_sync > 1:
+            x, kwargs = _leave_out_rest(x, kwargs, batch_size, strategy.num_replicas_in_sync)
+        if hasattr(own_data, "epoch_counter"):  # of `keras_resnest.data.training_batches`
+            callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
         with report_lost_workers(strategy):
@@ -77,13 +90,20 @@ class DistributedTraining:
 
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(**kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, **kwargs):
+        check_not_forked()
         with report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(**kwargs)
+
+    @same_arguments_as(keras.Model.predict_on_batch)
+    def predict_on_batch(self, x):
+        check_not_forked()
+        return super().predict_on_batch(x)
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""
@@ -157,6 +177,21 @@ class DistributedTraining:
         return super()._maybe_symbolic_build(data_batch=data_batch)
 
 
+_process = None  # that built the first model
+
+
+def check_not_forked() -> None:
+    """Raises `RuntimeError` where TensorFlow would wait forever for threads that a fork loses."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid() and keras.backend.backend() == "tensorflow":
+        raise RuntimeError(
+            "A forked process cannot use TensorFlow after its parent has built a model. Start "
+            'processes with multiprocessing.get_context("spawn"), or build models only after the '
+            f"fork. Received: process {os.getpid()}, forked from {_process}"
+        )
+
+
 def check_global_batch(sizes, replicas: int) -> None:
     """Checks that the replicas can share every batch evenly.
 
@@ -175,7 +210,7 @@ def check_global_batch(sizes, replicas: int) -> None:
     if None in sizes:
         raise ValueError(
             f"The {replicas} replicas must share every batch evenly, but the batch size is not "
-            "known beforehand. Pass a tf.data.Dataset made with batch(..., drop_remainder=True)"
+            "known beforehand. Pass arrays or a tf.data.Dataset"
         )
     uneven = [size for size in sizes if size % replicas]
     if uneven:
@@ -190,33 +225,112 @@ def batch_size_of(dataset) -> int | None:
     return keras.tree.flatten(dataset.element_spec)[0].shape[0]
 
 
-def _batch_sizes(x, batch_size: int | None, validation_split: float) -> set:
-    """Batch sizes that `fit` makes of `x`; None if unknown."""
+def _leave_out_rest(x, others: dict, batch_size: int | None, replicas: int) -> tuple:
+    """Returns the data of `fit` without the rows that the replicas cannot share, and says so.
+
+    Args:
+        x: the argument of `fit`.
+        others: its keyword arguments, of which `y` and `sample_weight` may change.
+        batch_size: its argument.
+        replicas: number of replicas, more than one.
+
+    Raises:
+        ValueError: if the batch size is unknown, or not a multiple of `replicas`.
+    """
     if isinstance(x, keras.utils.PyDataset):
-        last = (x.num_batches or 0) - 1
-        return {len(keras.tree.flatten(x[i])[0]) for i in (0, last)} if last >= 0 else {None}
-    if hasattr(x, "element_spec"):
-        # A distributed dataset was checked by `distribute_batches`.
+        shared = _SharedBatches(x, replicas)
+        check_global_batch(shared.whole_sizes, replicas)
+        uneven = shared.last_size % replicas
+        x = shared if uneven else x
+    elif hasattr(x, "element_spec"):
         import tensorflow as tf
 
-        return {batch_size_of(x)} if isinstance(x, tf.data.Dataset) else set()
-    leaves = [leaf for leaf in keras.tree.flatten(x) if hasattr(leaf, "shape")]
-    if not leaves:
-        return {None}
-    rows = int(leaves[0].shape[0] * (1.0 - validation_split))
-    batch_size = batch_size or 32  # as Keras
-    return {min(batch_size, rows), rows % batch_size or batch_size}
+        # A distributed dataset was checked by `distribute_batches`.
+        size = batch_size_of(x) if isinstance(x, tf.data.Dataset) else 0
+        uneven = size is None
+        if uneven:
+            x = x.map(lambda *batch: _first_rows(batch, replicas), tf.data.AUTOTUNE)
+            x = x.filter(lambda *batch: _num_rows(batch) > 0)
+        else:
+            check_global_batch({size}, replicas)
+    else:
+        arrays = x, others.get("y"), others.get("sample_weight")
+        if not any(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+            check_global_batch({None}, replicas)
+        total, batch_size = _num_rows(x), batch_size or 32  # as Keras
+        trained = 1.0 - (others.get("validation_split") or 0.0)
+        rows = next(
+            n for n in range(total, -1, -1) if int(n * trained) % batch_size % replicas == 0
+        )
+        check_global_batch({batch_size} if int(rows * trained) >= batch_size else (), replicas)
+        uneven = rows < total
+        if uneven:
+            x, y, sample_weight = _slice_rows(arrays, rows)
+            others = {**others, "y": y, "sample_weight": sample_weight}
+    if uneven:
+        warnings.warn(
+            f"The {replicas} replicas share every batch evenly: up to {replicas - 1} image(s) at "
+            "the end of a batch are left out",
+            stacklevel=4,
+        )
+    return x, others
 
 
-class _SetEpoch(keras.callbacks.Callback):
-    """Sets the epoch of the data, which may have been iterated before."""
+def _num_rows(batch):
+    """Rows of a batch or of arrays; a tensor inside a graph."""
+    leaf = next(leaf for leaf in keras.tree.flatten(batch) if hasattr(leaf, "shape"))
+    if hasattr(leaf, "nrows"):  # tf.RaggedTensor
+        return leaf.nrows()
+    return keras.ops.shape(leaf)[0]
 
-    def __init__(self, epoch_counter):
+
+def _slice_rows(batch, rows):
+    return keras.tree.map_structure(lambda part: None if part is None else part[:rows], batch)
+
+
+def _first_rows(batch, replicas: int):
+    """The rows of a batch that the replicas can share evenly."""
+    rows = _num_rows(batch)
+    return _slice_rows(batch, rows - rows % replicas)
+
+
+class _SharedBatches(keras.utils.PyDataset):
+    """The batches of a `PyDataset` without the rows that the replicas cannot share."""
+
+    def __init__(self, data, replicas: int):
+        names = ("workers", "use_multiprocessing", "max_queue_size")
+        super().__init__(**{name: getattr(data, name) for name in names})
+        self.data, self.replicas = data, replicas
+        count = data.num_batches or 0
+        self.last_size = _num_rows(data[count - 1]) if count else 0
+        self.whole_sizes = {_num_rows(data[0])} if count > 1 else (set() if count else {None})
+
+    def __len__(self):
+        return self.data.num_batches - (self.last_size < self.replicas)
+
+    def __getitem__(self, index):
+        return _first_rows(self.data[index], self.replicas)
+
+    def on_epoch_begin(self):
+        self.data.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.data.on_epoch_end()
+
+
+class _TrainingData(keras.callbacks.Callback):
+    """Sets the epoch of the data, which may have been iterated before; tells others its origin."""
+
+    def __init__(self, batches):
         super().__init__()
-        self.epoch_counter = epoch_counter
+        self.batches = batches
+
+    def set_params(self, params):
+        super().set_params(params)
+        params["data"] = getattr(self.batches, "identity", {})  # all callbacks share `params`
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch_counter.set_epoch(epoch)
+        self.batches.epoch_counter.set_epoch(epoch)
 
 
 def _clip_summed_gradients(gradients: list, optimizer) -> list:

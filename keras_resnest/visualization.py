@@ -1,4 +1,4 @@
-"""Plots with matplotlib: images with boxes, training history, precision-recall curves.
+"""Plots images with boxes, training history and precision-recall curves with Matplotlib.
 
 Every function returns a `matplotlib.figure.Figure` that pyplot does not manage: notebooks show it
 as the last value of a cell, `path=` writes it to a file, and no display is needed.
@@ -70,7 +70,7 @@ def plot_detections(
     Only the 40 most confident boxes of each image are labeled.
 
     Args:
-        image: one image, array (H, W, 3) or (H, W), 0 to 255, or a file name; or several, as a
+        image: one image, as an array (H, W, 3) or (H, W), 0 to 255, or a path; or several, as a
             list or an array (B, H, W, 3).
         detections: for one image a dictionary with `"boxes"` (n, 4), `"labels"` (n,) and
             optionally `"confidence"` (n,) and `"class_names"` (n names), as returned by
@@ -325,7 +325,7 @@ def _draw_boxes(axes, boxes: np.ndarray, labels: np.ndarray, dashed: bool) -> No
 
 
 def _draw_labels(axes, texts: list[str], boxes: np.ndarray, labels: np.ndarray) -> None:
-    """Writes each text at the corner of its box where it hides least of the other texts."""
+    """Writes each text at the corner of its box where it covers other texts least."""
     axes.apply_aspect()  # updates transData
     to_figure, bounds = axes.transData, axes.get_window_extent()
     placed = np.zeros((0, 4))  # left, bottom, right, top in pixels, y upwards
@@ -382,10 +382,10 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
     Args:
         history: the result of `model.fit`, a dictionary of lists (optionally with `"epoch"`,
             from 0), a `DetectionEvaluation` callback, or a list of these. A Keras `History` does
-            not record the epochs of values that only some epochs compute: these are spread evenly
-            up to the last epoch. `[history, evaluation]` places them correctly.
+            not record the epochs of values that are not computed in every epoch: these are spread
+            evenly up to the last epoch. `[history, evaluation]` places them correctly.
         path: file to write.
-        log_scale: whether the axis of the losses is logarithmic.
+        log_scale: whether the loss axis is logarithmic.
 
     Raises:
         ValueError: if there is neither a loss nor an average precision.

@@ -20,7 +20,7 @@ DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
 # kind: (name of the model, options of its export)
 KINDS = {
     "detector": ("detector", {}),
-    "variables": ("detector", {"freeze": False}),
+    "frozen": ("detector", {"freeze": True}),
     "bfloat16": ("detector", {"precision": "bfloat16"}),
     "relative": ("relative", {}),
     "classifier": ("classifier", {"image_shape": (64, 64, 3)}),

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST and gRPC interfaces on this machine, answered by a SavedModel."""
+"""REST and gRPC interfaces of model servers on this machine, answered by exported models."""
 
 import base64
 import concurrent.futures
@@ -8,6 +8,7 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
@@ -64,6 +65,43 @@ class ServingStandIn:
             for name, signature in proto.meta_graphs[0].signature_def.items()
         }
         return {"metadata": {"signature_def": {"signature_def": signatures}}}
+
+
+class KServeStandIn:
+    """Answers requests of KServe's protocol v2 in JSON, as its specification has them."""
+
+    def __init__(self, path: Path, name: str):
+        import openvino
+
+        self.name = name
+        options = {"INFERENCE_PRECISION_HINT": "f32"}
+        self.network = openvino.Core().compile_model(path, "CPU", options)
+
+    def rest(self, path: str, body: bytes | None) -> bytes:
+        """Answers a GET (without body) or a POST."""
+        if path == f"/v2/models/{self.name}" and body is None:
+            sides = [
+                d.get_length() if d.is_static else -1 for d in self.network.input(0).partial_shape
+            ]
+            inputs = [{"name": "images", "datatype": "FP32", "shape": sides}]
+            return json.dumps(
+                {"name": self.name, "platform": "openvino", "inputs": inputs}
+            ).encode()
+        if path == f"/v2/models/{self.name}/infer" and body is not None:
+            request = json.loads(body)
+            (images,) = request["inputs"]
+            if (images["name"], images["datatype"]) != ("images", "FP32"):
+                raise RequestError('{"error": "unexpected input"}')
+            array = np.array(images["data"], "float32").reshape(images["shape"])
+            found = self.network(array)
+            outputs = [self.tensor(o["name"], found[o["name"]]) for o in request["outputs"]]
+            return json.dumps({"model_name": self.name, "outputs": outputs}).encode()
+        raise RequestError(f'{{"error": "unknown: {path}"}}')
+
+    def tensor(self, name: str, array) -> dict:
+        datatype = {"float32": "FP32", "int32": "INT32"}[array.dtype.name]
+        shape, data = list(array.shape), array.ravel().tolist()
+        return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
 
 def from_json(value):

@@ -18,6 +18,7 @@ PACKAGE = Path(kr.__file__).parent
 FLOORS = {
     "version": 0,
     "atomic": 0,
+    "configurable": 0,
     "replicas": 0,
     "images": 1,
     "boxes": 2,

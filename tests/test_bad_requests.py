@@ -67,15 +67,6 @@ def png(array, depth=8, interlaced=False):
     return png_file((height, width), depth, color, zlib.compress(b"".join(rows)), interlaced)
 
 
-def bmp(bits, pixels, size, palette=b"", compression=0):
-    """A BMP with any header: bits of a pixel, bytes of all rows, (height, width)."""
-    start = 54 + len(palette)
-    head = struct.pack("<IHHI", start + len(pixels), 0, 0, start)
-    info = struct.pack("<IiiHHI", 40, size[1], size[0], 1, bits, compression)
-    info += struct.pack("<IiiII", len(pixels), 0, 0, len(palette) // 4, 0)
-    return b"BM" + head + info + palette + pixels
-
-
 def one_color_png(height, width):
     """A huge image in a small file."""
     compressor = zlib.compressobj(1)
@@ -91,37 +82,12 @@ def patched(encoded, position, form, *values):
 
 
 def bombs():
-    """Small files whose headers claim 60 000 x 60 000 pixels, or the most of the format."""
+    """Small files whose headers claim 60 000 x 60 000 pixels."""
     side = 60_000
-    files = {name: encode(scene(), name.upper()) for name in ("jpeg", "gif", "bmp")}
-    frame = files["gif"].index(struct.pack("<HHHH", 0, 0, 200, 96))  # the one image in it
-    webp = encode(np.full((16, 16, 3), 9, "uint8"), "WEBP", lossless=True)
-    sides = webp.index(b"VP8L") + 9  # 14 bits each, less 1
-    (bits,) = struct.unpack_from("<I", webp, sides)
+    jpeg = encode(scene(), "JPEG")
     return {
         "png": png_file((side, side), 8, 2, zlib.compress(bytes(3 * side + 1))),
-        "jpeg": patched(files["jpeg"], files["jpeg"].index(b"\xff\xc0") + 5, ">HH", side, side),
-        "gif screen": patched(files["gif"], 6, "<HH", side, side),
-        "gif frame": patched(files["gif"], frame + 4, "<HH", side, side),
-        "bmp": patched(files["bmp"], 18, "<ii", side, side),
-        "bmp top down": patched(files["bmp"], 18, "<ii", side, -side),
-        # Complete: one color needs no bits, whatever the size.
-        "webp": patched(webp, sides, "<I", bits >> 28 << 28 | 16382 << 14 | 16382),
-    }
-
-
-def large_gifs():
-    """GIFs with a frame above the limit: on a screen of 1 x 1, and after a small first frame."""
-    from PIL import Image
-
-    height, width = 12_000, 15_500
-    assert height * width > MAX_PIXELS
-    large = encode(Image.new("L", (width, height)), "GIF")
-    frame = large.rindex(struct.pack("<HHHH", 0, 0, width, height)) - 1
-    small = encode(scene(), "GIF")
-    return {
-        "large frame": patched(large, 6, "<HH", 1, 1),
-        "large second frame": small[:-1] + large[frame:],
+        "jpeg": patched(jpeg, jpeg.index(b"\xff\xc0") + 5, ">HH", side, side),
     }
 
 
@@ -134,9 +100,6 @@ def cuts():
         size = len(encoded)
         for length in (2, 3, 8, 20, 33, 60, size // 4, size // 2, 9 * size // 10, size - 30):
             cut[f"{name} {length}"] = encoded[:length]
-    for name in ("GIF", "BMP", "WEBP"):
-        encoded = encode(scene(), name)
-        cut |= {f"{name} {n}": encoded[:n] for n in (6, 20, len(encoded) // 2, len(encoded) - 4)}
     return cut
 
 
@@ -150,7 +113,6 @@ def no_images():
         "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
         "no size": png_file((0, 0), 8, 2, zlib.compress(b"")),
         "negative size": png_file((2**31, 2**32 - 1), 8, 2, zlib.compress(b"")),
-        "least size": bmp(24, bytes(99), (-(2**31), -(2**31))),
         "wrong sum": encode(scene(), "PNG")[:40] + b"?" + encode(scene(), "PNG")[41:],
     }
 
@@ -180,42 +142,28 @@ def odd_images():
         "jpeg rgb": encode(pillow(), "JPEG", keep_rgb=True),
         "jpeg and more": encode(image, "JPEG") + b"more" * 99,
         "two jpegs": encode(image, "MPO", save_all=True, append_images=[pillow(seed=5)]),
-        "gif": encode(pillow().quantize(16), "GIF"),
-        "gif frames": encode(
-            pillow("L"), "GIF", save_all=True, append_images=[pillow("L", seed=5)]
-        ),
-        "bmp": encode(image, "BMP"),
-        "bmp top down": bmp(24, scene(5, (64, 128, 3)).tobytes(), (-64, 128)),
-        "webp": encode(image, "WEBP"),
-        "webp lossless": encode(image, "WEBP", lossless=True),
-        "webp and alpha": encode(with_alpha(image), "WEBP"),
+        "two pngs": encode(image, "PNG", save_all=True, append_images=[pillow(seed=5)]),
     }
 
 
 def strange_images():
     """Files that few programs write: a decoder must read them right or reject them."""
-    palette = pillow().quantize(64)
     image = scene(5, (64, 128, 3))
-    four = image[..., [0, 1, 2, 2]].tobytes()
-    gif = encode(palette, "GIF")
     cmyk = encode(pillow("CMYK"), "JPEG")
     adobe = cmyk.index(b"\xff\xee")
     return {
-        "bmp gray": encode(pillow("L"), "BMP"),
-        "bmp palette": encode(palette, "BMP"),
-        "bmp 1 bit": encode(pillow("1"), "BMP"),
-        "bmp 4 bits": bmp(4, image[..., 0].tobytes()[: 64 * 64], (64, 128), bytes(range(64))),
-        "bmp 16 bits": bmp(16, four[: 64 * 128 * 2], (64, 128)),
-        "bmp 32 bits": bmp(32, four, (64, 128)),
-        "bmp 32 bits, fourth 0": bmp(32, with_alpha(image, 0).tobytes(), (64, 128)),
-        "bmp runs": bmp(8, bytes([128, 7, 0, 0]) * 64 + b"\0\1", (64, 128), bytes(1024), 1),
         "png gray, one clear": encode(pillow("L"), "PNG", transparency=100),
         "png rgb, one clear": encode(image, "PNG", transparency=tuple(image[0, 0].tolist())),
         "cmyk not of Adobe": cmyk[:adobe] + cmyk[adobe + 16 :],
-        "gif frame below the screen": patched(gif, 6, "<HH", 300, 150),
-        "tiff": encode(pillow(), "TIFF"),
-        "ppm": encode(pillow(), "PPM"),
     }
+
+
+def other_formats():
+    """Images that `detect` reads; the last cost 11 s for each megabyte of its one-byte blocks."""
+    formats = ("GIF", "BMP", "WEBP", "TIFF", "PPM")
+    gif = encode(pillow().quantize(4), "GIF")
+    blocks = gif[:13] + b"\0" * 12 + b"!\xfe" + b"\x01a" * 2**19 + b"\0"
+    return {name: encode(pillow(), name) for name in formats} | {"blocks": blocks}
 
 
 # === Answers ===
@@ -271,7 +219,9 @@ def rows(answer, which):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", [cuts, no_images, bombs], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [cuts, no_images, bombs, other_formats], ids=lambda kind: kind.__name__
+)
 def test_bad_images_are_empty_and_good_ones_as_if_alone(name, kind):
     bad = kind()
     good, alone = served_alone(name)
@@ -307,22 +257,7 @@ def test_nothing_but_bad_images(name):
 # === Memory and crashes, in a fresh process ===
 
 
-def animations():
-    """Animations by file name, repeated because damaged memory may go unnoticed for a while."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    noise = [Image.fromarray(rng.integers(0, 256, (48, 64, 3), "uint8")) for _ in range(5)]
-    files = {}
-    for file_format, options in (("WEBP", {"lossless": True}), ("GIF", {}), ("PNG", {})):
-        for frames in (2, 5):
-            files[f"{file_format} of {frames}"] = encode(
-                noise[0], file_format, save_all=True, append_images=noise[1:frames], **options
-            )
-    return {f"{name}, {i}": encoded for i in range(12) for name, encoded in files.items()}
-
-
-REJECTED, READ = ("large frame", *bombs()), ("144 megapixels", "8 megapixels and alpha")
+REJECTED, READ = tuple(bombs()), ("144 megapixels", "8 megapixels and alpha")
 
 
 @pytest.fixture(scope="module")
@@ -330,10 +265,9 @@ def fresh(tmp_path_factory):
     """Answers of a fresh process by file name, and the finished process."""
     if sys.platform != "linux":
         pytest.skip("memory is read from /proc")
-    files = {"warm up": encode(scene(), "JPEG"), **bombs(), **large_gifs()}
+    files = {"warm up": encode(scene(), "JPEG"), **bombs()}
     files["144 megapixels"] = one_color_png(12_000, 12_000)
     files["8 megapixels and alpha"] = png(np.full((2000, 4000, 4), 99, "uint8"))
-    files |= animations()
     root = tmp_path_factory.mktemp("files")
     paths = [root / name for name in files]
     for path, encoded in zip(paths, files.values(), strict=True):
@@ -351,26 +285,11 @@ def test_files_of_too_many_pixels_are_rejected_at_once(fresh, name):
     assert answer["bytes"] < GIGABYTE / 4, answer
 
 
-def test_unused_frames_take_no_memory(fresh):
-    answer = fresh[0]["large second frame"]
-    assert answer["bytes"] < GIGABYTE / 4, answer
-
-
 @pytest.mark.parametrize(("name", "pixels"), [(READ[0], 144e6), (READ[1], 8e6)])
 def test_large_images_are_read(fresh, name, pixels):
     answer = fresh[0][name]
     assert answer["readable"] and answer["num_detections"] > 0, answer
     assert answer["bytes"] < 24 * pixels, answer
-
-
-def test_animations_do_not_crash_the_server(fresh):
-    """TensorFlow 2.21 writes out of bounds for WebP animations without alpha."""
-    answers, run = fresh
-    last = list(answers)[-1] if answers else "nothing"
-    assert run.returncode == 0, f"status {run.returncode} after {last}: {run.stderr[-300:]}"
-    for name, answer in answers.items():
-        if name.startswith(("GIF", "PNG")):
-            assert answer["readable"], name
 
 
 # === Odd images ===

@@ -179,8 +179,8 @@ def test_sizes_of_boxes_and_turned_images(detector):
     sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
     assert len(sides) and sides.max(axis=1).min() > 25 and sides.min(axis=1).max() < 30
     several = MultiScaleDetector(detector, [(64, 128)], turn_sizes=True)
-    assert several._turned((64, 128), (300, 200)) == (128, 64)
-    assert several._turned((64, 128), (200, 300)) == (64, 128)
+    assert several._orient_size((64, 128), (300, 200)) == (128, 64)
+    assert several._orient_size((64, 128), (200, 300)) == (64, 128)
     assert np.isfinite(several.detect(image.transpose(1, 0, 2), 0.0)["boxes"]).all()
 
 

@@ -252,11 +252,18 @@ def test_frequency_first_and_last_epoch(tmp_path):
     evaluation = DetectionEvaluation(as_dataset(*planted()), NAMES, frequency=3, verbose=0)
     plot = DetectionPlot(as_dataset(*planted()), tmp_path, NAMES, frequency=3, num_images=1)
     logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
-    _, history = train([evaluation, plot, logger], epochs=8)
+    path = str(tmp_path / "{epoch}_{val_mAP50:.3f}.keras")
+    checkpoint = keras.callbacks.ModelCheckpoint(path)
+    _, history = train([evaluation, plot, logger, checkpoint], epochs=8)
+    assert len(list(tmp_path.glob("*.keras"))) == 8
     assert evaluation.epoch == [0, 2, 5, 7]
-    assert len(history.history["val_mAP50"]) == 4
-    written = [row["val_mAP50"] for row in csv.DictReader((tmp_path / "log.csv").open())]
-    assert [epoch for epoch, value in enumerate(written) if value != "NA"] == [0, 2, 5, 7]
+    # Between evaluations, the logs repeat the last values.
+    first, third, sixth, last = evaluation.history["val_mAP50"]
+    want = [first, first, third, third, third, sixth, sixth, last]
+    assert history.history["val_mAP50"] == want
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [float(row["val_mAP50"]) for row in rows] == want
+    assert [int(row["val_evaluated_epoch"]) for row in rows] == [1, 1, 3, 3, 3, 6, 6, 8]
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == [f"epoch_{n:04d}.png" for n in (1, 3, 6, 8)]
 

@@ -16,6 +16,7 @@ from keras_resnest.data import (
     classification_batches,
     mix_up,
     read_image_folder,
+    read_tfds,
     read_tfds_classification,
     set_epoch,
 )
@@ -195,6 +196,9 @@ def test_tfds_by_builder(tfds_builder):
         read_tfds_classification(tfds_builder, "train", ["light", "gray"])
     with pytest.raises(ValueError, match="not a classification dataset"):
         read_tfds_classification("shapes", "train", data_dir=tfds_builder.data_dir)
+    for read in (read_tfds, read_tfds_classification):
+        with pytest.raises(ValueError, match="A builder has its own `data_dir`"):
+            read(tfds_builder, "train", data_dir="elsewhere")
 
 
 # --- Batches ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def test_wrong_commands_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and "usage: keras-resnest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_ctrl_c_ends_in_one_sentence(command, capsys, monkeypatch):
+    monkeypatch.setattr(COMMANDS[command], "run", lambda _: signal.raise_signal(signal.SIGINT))
+    arguments = {"list": [], "train": ["data"], "classify": ["photo.jpg"]}
+    assert main([command, *arguments.get(command, ["model", "data"])]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said == "interrupted: to start over, run the same command"
 
 
 def test_version(capsys):

@@ -1,8 +1,12 @@
 """`keras-resnest predict`: a .keras file, a SavedModel, and a server over REST and gRPC."""
 
+import contextlib
 import csv
 import json
 import re
+import socketserver
+import threading
+import time
 from pathlib import Path
 
 import keras
@@ -20,7 +24,14 @@ from keras_resnest.visualization import class_color
 if keras.backend.backend() != "tensorflow":
     pytest.skip("SavedModels are TensorFlow's", allow_module_level=True)
 
-from serving_stand_in import RequestError, ServingStandIn, grpc_server, rest_server
+import tensorflow as tf
+from serving_stand_in import (
+    KServeStandIn,
+    RequestError,
+    ServingStandIn,
+    grpc_server,
+    rest_server,
+)
 
 CONFIDENCE = 0.95
 ORIENTATION = 0x0112  # the EXIF tag
@@ -300,6 +311,20 @@ def test_every_way_to_the_server_gives_what_detect_gives(
     assert_records(tmp_path, want)
 
 
+def test_kserve_gives_what_detect_gives(model, folder, want, tmp_path, capsys):
+    """The protocol of Triton and OpenVINO Model Server, answered by OpenVINO."""
+    pytest.importorskip("openvino")
+    model.export(tmp_path / "detector.xml", format="openvino")
+    options = ["--protocol", "kserve", "--output", tmp_path, "--no-images"]
+    with rest_server(KServeStandIn(tmp_path / "detector.xml", "detector")) as url:
+        names = ["--class-names", folder / "names.txt"]
+        assert predict(url, *want, *options, *names) == 0
+        assert_records(tmp_path, want)
+        assert predict(url, *want, *options, "--name", "other") == 1
+        assert predict(url, *want, *options, "--signature", "serve_bytes") == 2
+    assert "answers 400" in (errors := capsys.readouterr().err) and "--protocol kserve" in errors
+
+
 def test_server_with_broken_images_and_drawing(folder, url, want, tmp_path, capsys):
     options = ["--class-names", folder / "names.txt", "--box-format", "rel_yxyx"]
     images = [folder / "images", folder / "others/a.png"]
@@ -326,6 +351,105 @@ def test_servers_that_fail(folder, url, tmp_path, capsys, address, options, stat
     assert errors.startswith("error: ") and word in errors
 
 
+def http_answer(body, status="200 OK", *headers):
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def one_prediction(**changes):
+    row = {"boxes": [[1.0, 2.0, 3.0, 4.0]], "confidence": [0.9], "labels": [0], **changes}
+    return http_answer(json.dumps({"predictions": [row]}).encode())
+
+
+ELSEWHERE = "127.0.0.1:1"
+STRANGE_ANSWERS = {
+    "none": (b"", "cannot be reached"),
+    "another protocol": (b"SSH-2.0-OpenSSH_9.6\r\n", "cannot be reached"),
+    "cut short": (http_answer(b"{}" * 99)[:-50], "is not JSON"),
+    "no JSON": (http_answer(b"\x1b]0;title\x07"), "is not JSON"),
+    "deep JSON": (http_answer(b"[" * 4000), "is not JSON"),
+    "another object": (http_answer(b'["predictions"]'), "not that of a detector"),
+    "no images": (http_answer(b'{"predictions": []}'), "0 results for 1 images"),
+    "ragged": (one_prediction(boxes=[[1.0, 2.0], [3.0]]), "not that of a detector"),
+    "three sides": (one_prediction(boxes=[[1.0, 2.0, 3.0]]), "shapes [[1, 3], [1], [1]]"),
+    "fewer labels": (one_prediction(labels=[]), "shapes"),
+    "words": (one_prediction(labels=["\x1b[2Jcat"]), "not that of a detector"),
+    "NaN": (one_prediction(confidence=[float("nan")]), "no numbers"),
+    "half a label": (one_prediction(labels=[0.5]), "no numbers"),
+    "unknown label": (one_prediction(labels=[7]), "label 7, but there are 2 classes"),
+    "escapes": (http_answer(b"\x1b[31mred\n", "500 Oops"), r"answers 500: '\x1b[31mred\n'"),
+    "redirected": (http_answer(b"", "307 Go", f"Location: http://{ELSEWHERE}/"), "answers 307"),
+    "moved": (http_answer(b"", "302 Go", f"Location: http://{ELSEWHERE}/"), "answers 302"),
+    "too large": (http_answer(b" " * 5000), "more than 4096 bytes"),
+    "byte by byte": (None, "did not answer within 1 s"),
+}
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """URL of a server that sends these bytes, or one byte after the other for ever."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            length = 0
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            self.rfile.read(length)
+            self.wfile.write(answer if answer is not None else b"HTTP/1.1 200 OK\r\nX: ")
+            with contextlib.suppress(OSError):
+                while answer is None:
+                    self.wfile.write(b"x")
+                    time.sleep(0.2)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", STRANGE_ANSWERS)
+def test_strange_answers_end_in_one_sentence(folder, tmp_path, capsys, monkeypatch, kind):
+    answer, words = STRANGE_ANSWERS[kind]
+    monkeypatch.setattr(detectors, "MAX_ANSWER", 4096)
+    monkeypatch.setattr(detectors, "TIMEOUT", 1 if answer is None else 30)
+    (tmp_path / "names.txt").write_text("red\ngreen\n")
+    options = ["--class-names", tmp_path / "names.txt", "--output", tmp_path]
+    with answering(answer) as url:
+        assert predict(url, folder / "images/a.jpg", *options) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and words in errors
+    assert errors.count("\n") == 1 and errors.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("protocol", ["tensorflow", "kserve"])
+@pytest.mark.parametrize("answer", [b"", b"7", b'{"metadata": 3}', b'{"inputs": [{"shape": "x"}]}'])
+def test_strange_descriptions_of_models(folder, tmp_path, capsys, protocol, answer):
+    options = ["--signature", "serving_default", "--protocol", protocol, "--output", tmp_path]
+    with answering(http_answer(answer)) as url:
+        assert predict(url, folder / "images/a.jpg", *options) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_grpc_answers_that_are_strange():
+    """The last stands for 2**40 numbers in a few bytes."""
+    pytest.importorskip("grpc")
+    from tensorflow_serving.apis.predict_pb2 import PredictResponse
+
+    huge = PredictResponse()
+    for name in ("boxes", "confidence", "labels"):
+        huge.outputs[name].CopyFrom(tf.make_tensor_proto(np.zeros(1, "float32")))
+        huge.outputs[name].tensor_shape.dim[0].size = 2**40
+    for answer in (b"\xff\xff", b"", huge.SerializeToString()):
+        with pytest.raises(Failure, match="not that of a detector"):
+            detectors.read_grpc_response(answer)
+
+
 def test_refused_requests(stand_in):
     """A file that is not an image has an empty answer; an unknown signature is an error."""
     request = detectors.rest_request("serve_bytes", {"image_bytes": [b"no image"]})
@@ -348,6 +472,7 @@ def test_rest_format():
         {"num_detections": 1, "labels": [2, -1], "confidence": [0.5, -1.0],
          "boxes": [[1.0, 2.0, 3.0, 4.5], [-1.0, -1.0, -1.0, -1.0]]}]}"""
     (one,) = detectors.read_rest_response(answer)
+    one = detectors.check_answer(one, 3)
     assert one["boxes"].shape == (2, 4) and one["labels"].tolist() == [2, -1]
     with pytest.raises(Failure, match="not that of a detector"):
         detectors.read_rest_response(b'{"error": "no"}')

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -96,6 +97,51 @@ def test_learns_shapes_killed_and_restarted(folder, tmp_path, capsys):
     assert (predictions.argmax(axis=1) == labels).mean() == pytest.approx(summary["top1"])
     served = keras.layers.TFSMLayer(tmp_path / "serving" / "1", "serve")(images)
     np.testing.assert_allclose(served["predictions"], predictions, atol=1e-4)
+
+
+def when_written(path, action):
+    """Starts a thread that does something as soon as a file exists."""
+
+    def wait():
+        deadline = time.monotonic() + 200
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_interrupted_then_its_folder_is_removed(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = [folder, *OPTIONS, "--skip-faulty", "--epochs", 200, "--output", output]
+    program = [sys.executable, "-m", "keras_resnest", "train", "--classifier", *map(str, command)]
+    process = subprocess.Popen(
+        program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    interrupt = when_written(
+        output / "checkpoint/epoch_000001_step_00000000",
+        lambda: process.send_signal(signal.SIGINT),
+    )
+    said = process.communicate()[1]
+    interrupt.join()
+    assert process.returncode == 130 and "Traceback" not in said
+    wanted = f"interrupted: to resume from the last checkpoint in {output}, run the same command"
+    assert said.splitlines()[-1] == wanted
+
+    # Without its folder, a training leaves nothing to resume from.
+    newest = int(max(path.name for path in output.glob("checkpoint/epoch_*"))[6:12])
+    command[command.index(200)] = 300  # more epochs are allowed
+    remove = when_written(
+        output / f"checkpoint/epoch_{newest + 1:06d}_step_00000000",
+        lambda: output.rename(tmp_path / "elsewhere"),
+    )
+    assert train(*command) == 1
+    remove.join()
+    printed = capsys.readouterr()
+    assert f"Resuming the training in {output} after epoch {newest}" in printed.out
+    assert "removed" in printed.err or "No such file" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from detectors import CLASS_NAMES, rectangles
 from PIL import Image
 
 from keras_resnest.cli import main, parse_arguments
+from keras_resnest.cli.common import reading_options
 from keras_resnest.data import read_train_test
 
 OBJECT = (
@@ -85,11 +86,35 @@ def test_the_checkpoint_of_another_model_ends_the_training(voc_folder, trained, 
     assert (tmp_path / "result.json").read_text() == "of the other model"
 
 
+def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    (voc_folder / "ImageSets/Main/fewer.txt").write_text("0\n1\n2\n3\n4\n5\n")
+    data = ["--train-split", "fewer", "--test-split", "train", "--batch-size", 2, "--seed", 2]
+    recipe = ["--learning-rate", 0.1, "--recipe", "refinedet_voc", "--mosaic", 0.5]
+    options = [*OPTIONS, *data, *recipe, "--epochs", 2, "--output", tmp_path]
+    assert main(["train", voc_folder, *options]) == 1
+    errors = capsys.readouterr().err
+    for words in (
+        "images: 8, here 6",
+        "test_images: 2, here 8",
+        "hash_of_image_names: ",
+        "steps_per_epoch: 2, here 3",
+        "batch_size: 4, here 2",
+        "seed: 1, here 2",
+        'recipe: "detector_from_scratch", here "refinedet_voc"',
+        "learning_rate: ",
+        "mosaic: 0.0, here 0.5",
+    ):
+        assert words in errors, words
+    assert "epochs" not in errors and "output" not in errors
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["no_such_folder"], "no_such_folder"),
         (["FOLDER", "--test-split", "valid"], "valid"),
+        (["FOLDER", "--format", "coco"], "has no COCO file"),
         (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
         (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
     ],
@@ -186,6 +211,15 @@ def test_a_dataset_without_splits_is_split(voc_folder):
         file.unlink()
     assert [len(part) for part in first] == [8, 2] and len({*first[0], *first[1]}) == 10
     assert first == again and first != other
+
+
+def test_options_of_reading(voc_folder, tmp_path):
+    folder = shutil.copytree(voc_folder, tmp_path / "voc")
+    (folder / "Annotations/0.xml").unlink()
+    options = ["--format", "voc", "--unannotated", "background", "--allow-outside"]
+    arguments = parse_arguments(["train", str(folder), *options])
+    train, _ = read_train_test(folder, **reading_options(arguments))
+    assert [record.boxes.size > 0 for record in train.records[:2]] == [False, True]
 
 
 @pytest.mark.parametrize("test_split", ["test", "val", "valid"])

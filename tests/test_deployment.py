@@ -1,4 +1,4 @@
-"""The deployment graph: frozen and folded, it computes what the Keras model computes."""
+"""The deployment graph: folded, it computes what the Keras model computes."""
 
 import importlib.util
 import os
@@ -390,6 +390,26 @@ def test_large_kernels_are_folded():
     scale, offset = numbers(600), numbers(600)
     assert kernel.nbytes > 2**16
     check_graph(lambda x: conv(x, kernel) * scale + offset, IMAGE, ["Conv2D", "BiasAdd"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_weights_are_copied_a_few_times_only():
+    """TensorFlow's own freezing takes a dozen copies."""
+    kernel = tf.Variable(tf.ones((4096, 4096)))
+    specification = tf.TensorSpec((None, 4096), name="rows")
+
+    def memory(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    function = deployment_function(
+        lambda x: {"y": tf.matmul(x, kernel) * 2.0}, specification, freeze=False
+    )
+    assert memory("VmHWM") - before < 5.5 * 2**26
+    assert function(tf.ones((1, 4096)))["y"].numpy().max() == 8192.0
+    assert [v.shape for v in function.network_variables] == [(4096, 4096)]
 
 
 def test_one_kernel_of_two_convolutions():

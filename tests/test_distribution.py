@@ -41,6 +41,7 @@ def many_devices(tmp_path_factory):
     return run_on_many_devices(
         tmp_path_factory.mktemp("devices"),
         "distributed_training.main",
+        "uneven_batches.main",
         "clipped_gradients.main",
         "evaluation_on_replicas.main",
     )
@@ -118,6 +119,10 @@ def test_more_replicas_are_as_one_device(tmp_path):
         assert_same_training(tmp_path / f"{kind}_1.npz", tmp_path / f"{kind}_{count}.npz")
 
 
+def test_rows_that_replicas_cannot_share_are_left_out(many_devices):
+    assert_passed(many_devices, "uneven_batches.main")
+
+
 def test_gradients_are_clipped_after_they_are_summed(many_devices):
     assert_passed(many_devices, "clipped_gradients.main")
 
@@ -158,30 +163,39 @@ TEN = np.zeros((10, 3), "float32")
 
 
 @pytest.mark.parametrize(
-    ("data", "batch_size", "split", "message"),
+    ("data", "batch_size", "split", "want"),
     [
-        (ROWS.batch(8, drop_remainder=True), None, 0.0, None),
+        (ROWS.batch(8, drop_remainder=True), None, 0.0, [8, 8]),
         (ROWS.batch(9, drop_remainder=True), None, 0.0, "a batch of 9"),
-        (ROWS.batch(8), None, 0.0, "drop_remainder=True"),
-        (TEN, 4, 0.0, None),
+        (ROWS.batch(8), None, 0.0, [8, 8]),
+        (ROWS.take(15).batch(4), None, 0.0, [4, 4, 4, 2]),
+        (ROWS.take(13).batch(4), None, 0.0, [4, 4, 4]),
+        (TEN, 4, 0.0, 10),
         (TEN, 5, 0.0, "a batch of 5"),
-        (TEN[:9], 4, 0.0, "a batch of 1"),
-        (TEN[:9], None, 0.0, "a batch of 9"),
-        (TEN, 4, 0.3, "a batch of 3"),
-        ({"images": TEN}, 4, 0.4, None),
-        (Batches(8), None, 0.0, None),
-        (Batches(3), None, 0.0, "a batch of 3"),
+        (TEN[:9], 4, 0.0, 8),
+        (TEN[:9], None, 0.0, 8),
+        (TEN, 4, 0.3, 9),  # of which 6 are trained
+        (TEN, 4, 0.4, 10),
+        (Batches(8), None, 0.0, [8, 8, 8]),
+        (Batches(3), None, 0.0, [8, 8, 2]),
+        (Batches(1), None, 0.0, [8, 8]),
         ((row for row in [(TEN, TEN)]), None, 0.0, "not known beforehand"),
     ],
 )
-def test_batches_that_two_replicas_cannot_share(data, batch_size, split, message):
-    sizes = trainer._batch_sizes(data, batch_size, split)
-    trainer.check_global_batch(sizes, 1)
-    if message is None:
-        trainer.check_global_batch(sizes, 2)
+@pytest.mark.filterwarnings("ignore:The 2 replicas")
+def test_batches_that_two_replicas_cannot_share(data, batch_size, split, want):
+    """`want`: sizes of the batches, rows of the arrays, or an error."""
+    others = {"validation_split": split, "y": data}
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            trainer._leave_out_rest(data, others, batch_size, 2)
         return
-    with pytest.raises(ValueError, match=message):
-        trainer.check_global_batch(sizes, 2)
+    x, others = trainer._leave_out_rest(data, others, batch_size, 2)
+    if isinstance(want, int):
+        assert len(x) == len(others["y"]) == want
+        return
+    batches = [x[i] for i in range(len(x))] if hasattr(x, "num_batches") else x
+    assert [len(rows) for rows, _ in batches] == want
 
 
 class Model(trainer.DistributedTraining, keras.Model):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -276,12 +277,54 @@ def test_facts(exported, detector):
     assert facts["task"] == "classification" and facts["class_names"] == CLASS_NAMES
 
 
+def tensors_of(path):
+    """Name, element type and dimensions (-1: any) of the inputs and outputs of a model file."""
+    if path.suffix == ".onnx":
+        graph = pytest.importorskip("onnx").load(path).graph
+        types = {1: "FP32", 6: "INT32"}
+        rows = [(t.name, t.type.tensor_type) for t in (*graph.input, *graph.output)]
+        return [
+            (name, types[t.elem_type], [d.dim_value or -1 for d in t.shape.dim]) for name, t in rows
+        ]
+    model = pytest.importorskip("openvino").Core().read_model(path)
+    types, tensors = {"f32": "FP32", "i32": "INT32"}, (*model.inputs, *model.outputs)
+    shapes = [[side.get_max_length() for side in t.partial_shape] for t in tensors]
+    kinds = [types[t.element_type.to_string()] for t in tensors]
+    return list(zip([t.any_name for t in tensors], kinds, shapes, strict=True))
+
+
+@pytest.mark.parametrize("name", ["detector", "detector_raw", "classifier", "open"])
+def test_triton_knows_the_tensors(exported, name):
+    if exported.format == "litert":
+        pytest.skip("there is no server for LiteRT")
+    path = exported.path(name)
+    lines = path.with_name(f"{path.name}.config.pbtxt").read_text().splitlines()
+    backend = {"onnx": "onnxruntime", "openvino": "openvino"}[exported.format]
+    assert f'backend: "{backend}"' in lines and f'default_model_filename: "{path.name}"' in lines
+    described = []
+    for line in lines:
+        if match := re.match(r'\w+ { name: "(\w+)", data_type: TYPE_(\w+), dims: (\[.*?\])', line):
+            dims = [] if "reshape: { shape: [] }" in line else json.loads(match[3])
+            described.append((match[1], match[2], [-1, *dims]))
+    assert sorted(described) == sorted(tensors_of(path))
+
+
+def test_openvino_model_server_finds_the_model(exported):
+    if exported.format == "openvino":
+        text = (exported.folder / "detector.xml.ovms.json").read_text()
+        (model,) = json.loads(text)["model_config_list"]
+        assert model == {"config": {"name": "detector", "base_path": "/models/detector"}}
+
+
 def test_no_other_files(exported):
     models = {path.stem for path in exported.folder.glob(f"*{exported.suffix}")}
     wanted = {
         f"{stem}{end}" for stem in models for end in (exported.suffix, f"{exported.suffix}.json")
     }
-    wanted |= {f"{stem}.bin" for stem in models if exported.format == "openvino"}
+    if exported.format != "litert":
+        wanted |= {f"{stem}{exported.suffix}.config.pbtxt" for stem in models}
+    if exported.format == "openvino":
+        wanted |= {f"{stem}{end}" for stem in models for end in (".bin", ".xml.ovms.json")}
     raw = {stem for stem in models if stem.startswith("detector_") and "decoded" not in stem}
     wanted |= {f"{stem}{exported.suffix}.anchors.npy" for stem in raw}
     ours = {"found.npz", "runtime.json"} | {p.name for p in exported.folder.glob("*_images*.npy")}
@@ -343,7 +386,6 @@ ERRORS = {
         "model.onnx",
         r"`representative_images` must be \(n, 64, 128, 3\).*\(0, ",
     ),
-    "variables": ({"format": "onnx", "freeze": False}, "model.onnx", r"`freeze=False` is only"),
     "raw saved model": ({"decode": False}, "model", r"`raw_outputs`.*decode=False"),
     "decoded int8 in OpenVINO": (
         {

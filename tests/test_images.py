@@ -2,7 +2,9 @@
 
 import io
 import struct
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,46 @@ def test_decompression_bomb_is_refused_at_once():
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     with pytest.raises(ValueError, match="exceeds limit"):
         load_image(bomb)
+
+
+@pytest.fixture(scope="module")
+def large_png():
+    """49 megapixels of one color in a few kB."""
+    image = Image.new("RGBA", (7000, 7000), (200, 30, 30, 255))
+    return encode(image, "PNG", compress_level=9)
+
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_large_images_take_8_bytes_per_pixel(large_png):
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    resized = resize_image(load_image(large_png), 64, 64)
+    assert memory("VmHWM") - before < 8.5 * 49e6
+    assert (resized == np.array([200, 30, 30], "float32")).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_images_that_do_not_fit_into_memory_cannot_be_read(large_png):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 2**26, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"Cannot read the image .*MemoryError"):
+            load_image(large_png)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_max_pixels(large_png):
+    with pytest.raises(ValueError, match=r"7000 x 7000 pixels .*max_pixels=48000000"):
+        load_image(large_png, max_pixels=48_000_000)
+    assert load_image(noise(4, 5, 3), max_pixels=1).shape == (4, 5, 3)  # arrays are there already
 
 
 def test_formats_that_start_other_programs_are_refused():

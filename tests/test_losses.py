@@ -78,10 +78,8 @@ def test_smooth_l1_is_huber():
 
 def test_hard_negatives_of_equal_loss():
     """Ties must not let more negatives in than were asked for."""
-    loss, candidates = np.ones((1, 10), "f4"), np.ones((1, 10), bool)
-    mined = hard_negatives(
-        ops.convert_to_tensor(loss), ops.convert_to_tensor(candidates), np.array([4])
-    )
+    loss, candidates = ops.ones((1, 10)), ops.ones((1, 10), "bool")
+    mined = hard_negatives(loss, candidates, ops.convert_to_tensor([4]))
     assert np.array(mined).sum() == 4
 
 

@@ -88,3 +88,14 @@ def test_mixed_precision(dtype):
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(keras.ops.cast(got, "float32")), want, atol=0.05
     )
+
+
+def test_the_first_batch_sets_the_statistics_of_an_untrained_layer():
+    """Inference after one step is what was trained; in Keras it still has 0.8 of 0 and 1."""
+    layer = BatchNormalization(**OPTIONS)
+    x = np.random.default_rng(6).normal(5.0, 9.0, (4, 6, 5, 7)).astype("float32")
+    trained = layer(x, training=True)
+    np.testing.assert_allclose(layer(x, training=False), trained, atol=1e-4)
+    layer(3.0 * x, training=True)
+    mean = (0.8 + 0.2 * 3.0) * x.mean((0, 1, 2))
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-4)

@@ -211,6 +211,50 @@ def test_torch_files(weights, golden_case, tmp_path):
         read_state_dict(tmp_path / "absent.pth")
 
 
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64"])
+def test_safetensors_of_unusual_types_are_refused(tmp_path, kind):
+    path = tmp_path / "model.safetensors"
+    size = {"F4": 4, "C64": 64}.get(kind, 8)
+    facts = {"dtype": kind, "shape": [8], "data_offsets": [0, size]}
+    header = json.dumps({"fc.weight": facts}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(ValueError, match=rf"model.safetensors must hold .*'fc.weight' \({kind}\)"):
+        read_state_dict(path)
+
+
+def test_torch_tensors_of_unusual_kinds_are_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    one, path = torch.ones(2, 2), tmp_path / "model.pth"
+    for tensor in (
+        one.to(torch.float8_e4m3fn),
+        one.to_sparse(),
+        one.bfloat16().to_sparse_csr(),
+        torch.quantize_per_tensor(one, 0.1, 0, torch.qint8),
+        one.to("meta"),
+        torch.nested.nested_tensor([one[0], one[0, :1]]),
+    ):
+        torch.save({"good": one, "fc.weight": tensor}, path)
+        with pytest.raises(ValueError, match=r"model.pth must hold .* 1 others.*'fc.weight'"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "above float32", "int8"])
+def test_arrays_that_are_no_weights_are_refused(weights, tmp_path, value):
+    changed = weights["fc.bias"].astype("int8" if value == "int8" else "float64")
+    changed[3] = {"nan": np.nan, "above float32": 1e300, "int8": 1}[value]
+    save_file({**weights, "fc.bias": changed}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"not (finite|floating-point numbers): fc.bias"):
+        ResNet18(weights=tmp_path / "x.safetensors")
+
+
+def test_a_keras_file_with_nan_is_refused(tmp_path):
+    model = create_backbone("resnest14_tiny", classes=5)
+    model.get_layer("fc").bias.assign([0.0, np.nan, 0.0, 0.0, 0.0])
+    model.save_weights(tmp_path / "x.weights.h5")
+    with pytest.raises(ValueError, match=r"x.weights.h5 .*1 arrays hold NaN .*fc/bias"):
+        create_backbone("resnest14_tiny", classes=5, weights=tmp_path / "x.weights.h5")
+
+
 def test_a_torch_that_executes_files_is_refused(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")

@@ -500,7 +500,7 @@ def test_yolo_without_class_names(tmp_path):
         ("1.5 0.5 0.5 1 1", "unreadable line"),
         ("dog 0.5 0.5 1 1", "unreadable line"),
         ("1 0.5 0.5 1", "unreadable line"),
-        ("1 0.5 0.5 1 1 0.9", "unreadable line"),
+        ("1 0.5 0.5 1 1 0.9 1", "unreadable line"),  # a triangle, or confidence and track id
         ("1 30 20 10 8", "coordinates above 1"),
     ],
 )
@@ -529,7 +529,7 @@ def test_yolo_faulty_folders(tmp_path):
         ("names: {a: b}", "unreadable class names"),
         ("- cat", "unreadable YAML"),
         ("names: [", "unreadable YAML"),
-        ("names: !!python/object/apply:os.getcwd []", "unreadable YAML"),
+        ("names: !!python/object/apply:os.getcwd []", "unreadable class names"),
     ]:
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -572,11 +572,11 @@ def test_csv_names_with_commas_and_line_breaks_and_difficult(tmp_path):
 
 
 def test_csv_paths(tmp_path):
-    save_images(tmp_path / "images", ["a.png", "sub/b.png"])
-    rows = ["C:\\data\\a.png,1,2,3,4,dog", "sub\\b.png,1,2,3,4,dog", "/home/me/a.png,5,6,7,8,dog"]
+    save_images(tmp_path / "images", ["a.png", "sub/b.png", "c.png"])
+    rows = ["C:\\data\\a.png,1,2,3,4,dog", "sub\\b.png,1,2,3,4,dog", "/home/me/c.png,5,6,7,8,dog"]
     (tmp_path / "x.csv").write_text("\n".join(rows))
     dataset = read_csv(tmp_path / "x.csv", tmp_path / "images")
-    assert [record.image[-5:] for record in dataset.records] == ["a.png", "b.png", "a.png"]
+    assert [record.image[-5:] for record in dataset.records] == ["a.png", "b.png", "c.png"]
     (tmp_path / "y.csv").write_text(rows[1])
     assert len(read_csv(tmp_path / "y.csv")) == 1  # "images" beside the file is found
 

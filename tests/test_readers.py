@@ -237,8 +237,13 @@ def test_size_in_xml(tmp_path):
     for size in (None, (0, 0)):  # unknown
         write_xml(xml_file, [("dog", 1, 1, 9, 9)], size)
         assert only_boxes(tmp_path, warns=False) == ([[0, 0, 9, 9]], [])
-    write_xml(xml_file, [("dog", 1, 1, 9, 9)], (120, 80))
+    write_xml(xml_file, [("dog", 21, 11, 40, 30)], (120, 80))  # drawn before the image was halved
+    assert only_boxes(tmp_path) == ([[10, 5, 20, 15]], ["wrong size"])
+    write_xml(xml_file, [("dog", 1, 1, 9, 9)], (61, 40))  # rounding
     assert only_boxes(tmp_path) == ([[0, 0, 9, 9]], ["wrong size"])
+    write_xml(xml_file, [("dog", 1, 1, 9, 9)], (120, 60))
+    with pytest.raises(ValueError, match=r"1\.xml: wrong size: 120 x 60, the image has 60 x 40"):
+        read_voc(tmp_path)
 
 
 # === Faults raise, or skip an image ===
@@ -354,12 +359,13 @@ def test_encodings_and_named_images(tmp_path):
         f'<?xml version="1.0" encoding="UTF-16"?>{text}', encoding="utf-16"
     )
     (tmp_path / "JPEGImages/1.png").rename(tmp_path / "JPEGImages/other.png")
-    write_xml(tmp_path / "Annotations/2.xml", [], filename="../2.png")
     (tmp_path / "JPEGImages/other.png").unlink()
+    with pytest.raises(ValueError, match=r"2\.png: image used twice"):  # as 1.xml names it too
+        read_voc(tmp_path)
+    (tmp_path / "Annotations/2.xml").unlink()
     dataset = read_voc(tmp_path)
     assert dataset.class_names == ["Käfer & Co"]
-    # the image of 1 is missing, and 1.xml names 2.png
-    assert [record.image.endswith("2.png") for record in dataset.records] == [True, True]
+    assert [record.image.endswith("2.png") for record in dataset.records] == [True]
 
 
 # === Annotations and pixels agree ===

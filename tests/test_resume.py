@@ -13,7 +13,10 @@ import pytest
 import tensorflow as tf
 from detectors import small_detector
 
+from keras_resnest.data import ClassificationDataset, LabeledImage, classification_batches
 from keras_resnest.detection import AnchorGenerator, BoxMatcher, RefineDetLoss
+from keras_resnest.images import ImageInfo
+from keras_resnest.trainer import DistributedTraining
 from keras_resnest.training.callbacks import ResumeTraining
 from keras_resnest.training.strategies import create_strategy, read_tf_config
 
@@ -175,6 +178,124 @@ def test_a_checkpoint_of_other_classes(tmp_path):
         fit(small_model(), resume("dog", "cat"), 3)
 
 
+# === What a checkpoint rests on ===
+
+
+class Classifier(DistributedTraining, keras.Model):
+    def __init__(self):
+        images = keras.Input((8, 8, 3))
+        features = keras.layers.GlobalAveragePooling2D()(images)
+        super().__init__(images, keras.layers.Dense(2)(features))
+
+
+def train_on_images(folder, names="abcdef", batch_size=2, seed=1, epochs=1, optimizer=None):
+    """Trains on one gray image for each name."""
+    pixels, info = np.full((8, 8, 3), 100, "uint8"), ImageInfo(8, 8)
+    records = [LabeledImage(pixels, name, i % 2, info) for i, name in enumerate(names)]
+    dataset = ClassificationDataset(records, ["cat", "dog"])
+    batches = classification_batches(
+        dataset, (8, 8), batch_size, training=True, augmentation=None, seed=seed
+    )
+    model = Classifier()
+    model.compile(optimizer or keras.optimizers.SGD(1e-3, momentum=0.9), "mse")
+    return model.fit(batches, epochs=epochs, verbose=0, callbacks=[ResumeTraining(folder)])
+
+
+@pytest.fixture(scope="module")
+def run_on_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    train_on_images(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("run. Its images: 6, here 7", {"names": "abcdefg"}),
+        ("run. Its hash_of_image_names: [0-9]+, here", {"names": "abcdeg"}),
+        ("run. Its steps_per_epoch: 3, here 2; batch_size: 2, here 3", {"batch_size": 3}),
+        ("run. Its seed: 1, here 2", {"seed": 2}),
+        ("run. Its seed: 1, here null", {"seed": None}),
+        (
+            "model. Its optimizer_settings: .*, here",
+            {"optimizer": keras.optimizers.SGD(1e-3, momentum=0.8)},
+        ),
+        ("model. Its optimizer: ", {"optimizer": keras.optimizers.Adam(1e-3)}),
+    ],
+)
+def test_a_checkpoint_of_another_run(run_on_images, message, options):
+    with pytest.raises(ValueError, match=f"has a checkpoint of another {message}"):
+        train_on_images(run_on_images, epochs=2, **options)
+
+
+def test_epochs_and_the_schedule_may_change(tmp_path):
+    for epochs in (1, 2):
+        schedule = keras.optimizers.schedules.CosineDecay(1e-3, 100 * epochs)
+        history = train_on_images(tmp_path, epochs=epochs, optimizer=keras.optimizers.SGD(schedule))
+    assert history.epoch == [0, 1]
+
+
+def test_fewer_epochs_than_the_checkpoint_has(tmp_path):
+    fit(small_model(), ResumeTraining(tmp_path), 2)
+    with pytest.raises(ValueError, match="`epochs` must be at least those of the checkpoint"):
+        fit(small_model(), ResumeTraining(tmp_path), 1)
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_fewer_steps_than_the_checkpoint_has(tmp_path, steps):
+    """Of a generator, the number of steps is not known beforehand."""
+
+    def train(count, crash_at):
+        def batches():
+            for _ in range(3):
+                yield from ((X[i : i + 1], Y[i : i + 1]) for i in range(count))
+
+        data = (
+            batches()
+            if steps is None
+            else tf.data.Dataset.from_generator(
+                batches, output_signature=tuple(tf.TensorSpec((1, a.shape[1])) for a in (X, Y))
+            )
+        )
+        callbacks = [ResumeTraining(tmp_path, every_steps=1), Crash(crash_at)]
+        small_model().fit(data, verbose=0, callbacks=callbacks, steps_per_epoch=steps and count)
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(8, 6)
+    message = (
+        "steps_per_epoch: 8, here 3" if steps else "rests on 6 batches.* Received: data with 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(3 if steps else 1, -1)
+
+
+def test_the_next_training_starts_at_the_first_epoch(tmp_path):
+    model = small_model()
+    fit(model, ResumeTraining(tmp_path), 1)
+    fit(model, ResumeTraining(tmp_path), 3)
+    assert model.fit(X, Y, epochs=2, verbose=0).epoch == [0, 1]
+
+
+def test_early_stopping_keeps_its_state_and_the_best_weights(tmp_path):
+    """Also in front of the other callback, and not the state of one that monitors another value."""
+
+    def train(epochs, monitor="loss"):
+        stop = keras.callbacks.EarlyStopping(
+            monitor, mode="max", patience=9, restore_best_weights=True
+        )
+        model = small_model()
+        resume = ResumeTraining(tmp_path, callbacks=[stop])
+        model.fit(X, Y, epochs=epochs, verbose=0, shuffle=False, callbacks=[resume, stop, resume])
+        return stop, model.get_weights()
+
+    best, weights = train(1)  # the loss falls: the first epoch has the highest
+    stop, after = train(3)
+    assert stop.best == best.best and stop.best_epoch == 0 and stop.wait == 2
+    for one, other in zip(weights, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert train(4, "other")[0].best is None
+
+
 def begin_detector_training(folder, **options):
     model, resume = small_detector(**options), ResumeTraining(folder)
     model.compile(keras.optimizers.SGD(0.1))
@@ -218,11 +339,38 @@ def test_an_unwritable_folder_is_reported_at_the_start(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_full_disk_is_reported_at_the_start(tmp_path, monkeypatch):
-    free = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OSError, match="needs room for 2 checkpoints"):
-        fit(small_model(), ResumeTraining(tmp_path), 1)
+def test_the_room_for_checkpoints_is_what_they_take(tmp_path, monkeypatch):
+    """Three while the last is written; those that are there count."""
+
+    def train(model, epochs, free):
+        usage = shutil.disk_usage(tmp_path)._replace(free=int(free))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            fit(model, ResumeTraining(tmp_path / "run"), epochs)
+
+    units = 5000
+    fit(small_model(units), ResumeTraining(tmp_path / "other"), 1)
+    (arrays,) = (tmp_path / "other").glob("*/arrays.npz")
+    size = arrays.stat().st_size
+    with pytest.raises(OSError, match="needs room for 2 checkpoints and the one"):
+        train(small_model(units), 1, free=2.9 * size)
+    train(small_model(units), 2, free=3.1 * size)
+    with pytest.raises(OSError, match="needs room"):
+        train(small_model(units), 3, free=0.9 * size)
+    train(small_model(units), 3, free=1.1 * size)
+
+
+def test_a_removed_folder_ends_the_training(tmp_path):
+    def remove(epoch, logs):
+        shutil.rmtree(tmp_path / "run")
+
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_epoch_begin=remove),
+        ResumeTraining(tmp_path / "run" / "checkpoint"),
+    ]
+    with pytest.raises(OSError, match="`folder` was removed during the training"):
+        small_model().fit(X, Y, verbose=0, callbacks=callbacks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_steps_with_steps_per_execution(tmp_path):

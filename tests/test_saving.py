@@ -210,3 +210,26 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
     path.write_bytes(Path(saved[0] / "trained.keras").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"damaged\.keras"):
         keras.saving.load_model(path)
+
+
+PARTS = ("backbone", "anchor_generator", "heads", "detection_loss", "decoder")
+
+
+@pytest.mark.parametrize("value", ["text", 5])
+def test_files_with_other_things_in_place_of_objects_are_refused(value):
+    config = keras.saving.serialize_keras_object(small_detector((64, 64, 3)))
+    for part in PARTS:
+        broken = {**config, "config": {**config["config"], part: value}}
+        with pytest.raises(ValueError, match=r"RefineDet is not valid|backbone|text"):
+            keras.saving.deserialize_keras_object(broken)
+        own = {**config["config"][part], "config": value}
+        broken = {**config, "config": {**config["config"], part: own}}
+        with pytest.raises(ValueError, match=r"The configuration of RefineDet is not valid"):
+            keras.saving.deserialize_keras_object(broken)
+
+
+def test_a_backbone_with_text_in_place_of_a_list_is_refused():
+    config = keras.saving.serialize_keras_object(small_backbone())
+    config["config"] = {**config["config"], "stackwise_num_filters": "text"}
+    with pytest.raises(ValueError):
+        keras.saving.deserialize_keras_object(config)

@@ -3,6 +3,8 @@
 One network of each family always runs, all of them with `pytest -m slow`.
 """
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -49,10 +51,21 @@ def relative_error(actual, expected):
 
 def with_quiet_branches(model):
     """A hundred random residual branches in a row would magnify rounding errors."""
+    paths = {variable.path for variable in model.variables}
     for variable in model.variables:
-        if variable.path.endswith("bn3/gamma"):
+        ends_block = variable.path.endswith("bn3/gamma") or (
+            variable.path.endswith("bn2/gamma") and variable.path.replace("bn2", "bn3") not in paths
+        )
+        if ends_block:
             variable.assign(0.2 * variable)
     return model
+
+
+@pytest.fixture(autouse=True)
+def release_memory():
+    """Sixty networks would fill the memory: graphs hold reference cycles."""
+    yield
+    gc.collect()
 
 
 def test_pyramid_of_any_size_and_keras_file(backbone, tmp_path):
@@ -128,7 +141,7 @@ def test_detector_on_top_trains_a_step(backbone):
 
 @pytest.mark.parametrize("name", networks(EXPORTED))
 def test_saved_model_has_standard_operations_only(name, tmp_path):
-    backbone = create_backbone(name, include_top=False)
+    backbone = with_quiet_branches(create_backbone(name, include_top=False))
     backbone.export(tmp_path / "model", verbose=False)
     graph = (tmp_path / "model" / "saved_model.pb").read_bytes()
     assert b"_XlaMustCompile" not in graph and b"PyFunc" not in graph

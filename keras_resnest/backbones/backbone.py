@@ -5,13 +5,15 @@ from collections.abc import Callable
 import keras
 
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
+from keras_resnest.checks import reading_config
+from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.trainer import DistributedTraining
 
 # Names in `locals()` of a constructor that are not in its config, or that `get_config` adds.
 NOT_IN_CONFIG = ("self", "dtype", "kwargs", "__class__")
 
 
-class Backbone(DistributedTraining, keras.Model):
+class Backbone(KeepsLayerChanges, DistributedTraining, keras.Model):
     """Functional model with named feature maps.
 
     With `include_top` it returns class probabilities (batch, classes), otherwise features.
@@ -42,7 +44,7 @@ class Backbone(DistributedTraining, keras.Model):
         **kwargs: `name` and `trainable` of `keras.Model`.
 
     Raises:
-        ValueError: If a shared argument has a wrong value.
+        ValueError: if a shared argument has a wrong value.
 
     Example:
         >>> backbone = create_backbone("resnest50", include_top=False)
@@ -58,12 +60,16 @@ class Backbone(DistributedTraining, keras.Model):
         inputs = keras.Input(config["image_shape"], name="images")
         graph = GraphBuilder(config["data_format"], dtype)
         outputs, pyramid_outputs = build_graph(graph, inputs, config)
+        trainable = kwargs.pop("trainable", True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.dtype_policy = dtype
         self._pyramid_outputs = pyramid_outputs
         self._config_names = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
+        self._layers_made()
+        if not trainable:
+            self.trainable = False
 
     @property
     def pyramid_outputs(self) -> dict:
@@ -94,7 +100,7 @@ class Backbone(DistributedTraining, keras.Model):
             A new model with a copy of all weights; those of the last dense layer are random.
 
         Raises:
-            ValueError: If the architecture has no classifier.
+            ValueError: if the architecture has no classifier.
 
         Example:
             >>> model = ResNeSt50(weights="imagenet").replace_top(classes=5)
@@ -135,9 +141,11 @@ class Backbone(DistributedTraining, keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
+            **self._layer_changes(),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         # keras.Model would expect a list of layers; here the arguments suffice.
-        return cls(**config)
+        with reading_config(cls.__name__):
+            return cls._changed(lambda arguments: cls(**arguments), config)

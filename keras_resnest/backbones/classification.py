@@ -22,7 +22,7 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
         `x`, or a normalized float copy.
 
     Raises:
-        ValueError: If `mode` is anything else.
+        ValueError: if `mode` is anything else.
 
     Example:
         >>> model.predict(preprocess_input(images))
@@ -51,8 +51,8 @@ def decode_predictions(preds, top: int = 5, class_names=None):
         The id is the index into `class_names`, or ImageNet's WordNet id.
 
     Raises:
-        ValueError: If the shapes do not match.
-        ConnectionError: If ImageNet's names cannot be downloaded.
+        ValueError: if the shapes do not match.
+        ConnectionError: if ImageNet's names cannot be downloaded.
 
     Example:
         >>> decode_predictions(model.predict(images), top=1, class_names=["cat", "dog"])

@@ -40,8 +40,8 @@ _DOCSTRING = """Builds {title}.
         A `{network}`, which is a `keras.Model`.
 
     Raises:
-        ValueError: If an argument is out of range, or `weights` do not fit the network.
-        ConnectionError: If published weights cannot be fetched.
+        ValueError: if an argument is out of range, or `weights` do not fit the network.
+        ConnectionError: if published weights cannot be fetched.
 
     Example:
         >>> model = {title}(include_top=False)
@@ -97,7 +97,7 @@ def create_backbone(name: str, **kwargs) -> Backbone:
         A `Backbone`, which is a `keras.Model`.
 
     Raises:
-        ValueError: If the name is unknown or an argument is out of range.
+        ValueError: if the name is unknown or an argument is out of range.
 
     Example:
         >>> backbone = create_backbone("resnest50", include_top=False)

@@ -29,7 +29,7 @@ def regnet_arguments(
         Dict of arguments of `keras_resnest.backbones.ResNet`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> regnet_arguments(13, 24, 36.44, 2.49, 8)["stackwise_num_filters"]

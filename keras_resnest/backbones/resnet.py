@@ -41,7 +41,7 @@ class ResNet(Backbone):
         group_width: integer, channels per group of the 3x3 convolution of bottleneck blocks, as
             an alternative to `cardinality`; or None.
         stem_width: integer, channels of the first convolution.
-        stem_kernel_size: integer, kernel size of the stem, unless that is deep.
+        stem_kernel_size: integer, kernel size of the stem without `deep_stem`.
         stem_pooling: whether 3x3 max pooling with stride 2 ends the stem.
         deep_stem: whether the stem has three 3x3 convolutions of `stem_width`, `stem_width` and
             `2 * stem_width` channels ("C") instead of one of `stem_width`.
@@ -60,7 +60,7 @@ class ResNet(Backbone):
     The other arguments are those of `Backbone`. Images may have any size.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others.
+        ValueError: if an argument is out of range or does not fit the others.
 
     Example:
         >>> model = ResNet([64, 128], [1, 1], [1, 2], radix=2, stem_width=32, deep_stem=True)

@@ -32,7 +32,7 @@ class ShuffleNet(Backbone):
             depthwise and 1x1 convolutions. None for 3 everywhere.
         stackwise_activations: activation of each stage; None for `"relu"` everywhere.
         stackwise_se: list of booleans, whether the blocks of a stage end with
-            squeeze-and-excitation; None for nowhere.
+            squeeze-and-excitation; None for no stage.
         stem_width: integer, channels of the stem's 3x3 convolution.
         stem_activation: activation of the stem.
         stem_pooling: whether 3x3 max pooling with stride 2 ends the stem.
@@ -47,7 +47,7 @@ class ShuffleNet(Backbone):
     The other arguments are those of `Backbone`. Images may have any size.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others.
+        ValueError: if an argument is out of range or does not fit the others.
 
     Example:
         >>> model = ShuffleNet([116, 232, 464], [4, 8, 4], include_top=False)

@@ -34,7 +34,7 @@ class VGG(Backbone):
     classifier requires images of at least 224 x 224.
 
     Raises:
-        ValueError: If there is not one number per stage, `reduced_top` is combined with
+        ValueError: if there is not one number per stage, `reduced_top` is combined with
             `include_top`, or images are too small for the classifier.
 
     Example:

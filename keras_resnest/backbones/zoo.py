@@ -95,8 +95,8 @@ def count_parameters(model: keras.Model) -> int:
 def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -> int:
     """Counts the multiply-adds of all convolution and dense layers for one image.
 
-    Papers call this FLOPs. The count covers nested layers, and layers that are called repeatedly
-    once per call. No numbers are computed, only shapes.
+    Papers call this FLOPs. The count covers nested layers, and counts a layer once per call. Only
+    shapes are computed.
 
     Args:
         model: a network on images.
@@ -106,7 +106,7 @@ def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -
         Number of multiply-adds.
 
     Raises:
-        ValueError: If `image_shape` is not three positive integers, or does not fit the model.
+        ValueError: if `image_shape` is not three positive integers, or does not fit the model.
 
     Example:
         >>> count_multiply_adds(ResNet50(), (224, 224, 3)) / 1e9

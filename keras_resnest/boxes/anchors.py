@@ -4,9 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnest.configurable import Configurable
+
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class AnchorGenerator:
+class AnchorGenerator(Configurable):
     """Generates the anchors of every cell of every feature map.
 
     On a level with stride `s`, the anchors of a cell are centered at
@@ -22,13 +24,12 @@ class AnchorGenerator:
         clip: whether to clip centers and sizes (not corners) to the image, as the PyTorch ports
             of RefineDet do. The authors' code does not clip.
 
-    Source: RefineDet (arXiv 1711.06897) section 3.3, "Anchors Design and Matching".
-
     Example:
+        >>> anchors = AnchorGenerator()((320, 320, 3))
+        >>> anchors.shape
+        (6375, 4)
 
-    >>> anchors = AnchorGenerator()((320, 320, 3))
-    >>> anchors.shape
-    (6375, 4)
+    Source: RefineDet (arXiv 1711.06897) section 3.3, "Anchors Design and Matching".
     """
 
     def __init__(
@@ -97,16 +98,3 @@ class AnchorGenerator:
         grid = xp.stack(xp.meshgrid(x, y), axis=-1)[:, :, None]  # (rows, columns, 1, 2)
         centers, sizes = grid + xp.zeros_like(shapes), xp.zeros_like(grid) + shapes
         return xp.reshape(centers, (-1, 2)), xp.reshape(sizes, (-1, 2))
-
-    def get_config(self) -> dict:
-        return {
-            "strides": self.strides,
-            "sizes": self.sizes,
-            "aspect_ratios": self.aspect_ratios,
-            "offset": self.offset,
-            "clip": self.clip,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict) -> "AnchorGenerator":
-        return cls(**config)

@@ -58,7 +58,7 @@ def scale_boxes(boxes, bounding_box_format: str, scale_x, scale_y):
     Args:
         boxes: tensor or array of shape `(..., 4)`.
         bounding_box_format: format of `boxes`. `rel_*` boxes do not change.
-        scale_x: new width divided by old width: a number, or a tensor of shape `(...)`.
+        scale_x: new width divided by old width, a number or a tensor of shape `(...)`.
         scale_y: new height divided by old height, likewise.
 
     Returns:

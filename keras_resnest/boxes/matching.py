@@ -4,14 +4,15 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
 BACKGROUND = 0  # column of the background in class targets and logits
-CHUNK_SIZE = 16  # objects per image whose IoU with all anchors is in memory at a time
+CHUNK_SIZE = 16  # objects per image that are compared with all anchors at a time
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class BoxMatcher:
+class BoxMatcher(Configurable):
     """Assigns each anchor to an object or to the background.
 
     An anchor is positive if its best object has an IoU of at least `iou_threshold`. With
@@ -24,11 +25,10 @@ class BoxMatcher:
         iou_threshold: lowest IoU of a positive anchor, in (0, 1].
         force_match: whether every object keeps its best anchor.
 
-    Source: SSD (arXiv 1512.02325) section 2.2, RefineDet (arXiv 1711.06897) section 3.3.
-
     Example:
+        >>> matches = BoxMatcher()(boxes, labels >= 0, anchors)  # (batch, anchors)
 
-    >>> matches = BoxMatcher()(boxes, labels >= 0, anchors)  # (batch, anchors)
+    Source: SSD (arXiv 1512.02325) section 2.2, RefineDet (arXiv 1711.06897) section 3.3.
     """
 
     def __init__(self, iou_threshold: float = 0.5, force_match: bool = True):
@@ -64,6 +64,8 @@ class BoxMatcher:
         object_ids = ops.arange(num_objects, dtype="int32")
         anchor_ids = ops.arange(num_anchors, dtype="int32")
 
+        # `best` and `held` are pairs (IoU, object id) of (B, A) arrays: the best object of each
+        # anchor so far, and the object that it holds.
         def match_chunk(free, best, held):
             # The first free objects of each image; the priority is 0 where none is left.
             priority, ids = ops.top_k(ops.where(free, num_objects - object_ids, 0), CHUNK_SIZE)
@@ -90,13 +92,6 @@ class BoxMatcher:
         )
         matches = ops.where(best_iou >= self.iou_threshold, matches, NOT_MATCHED)
         return ops.where(forced >= 0, forced, matches) if self.force_match else matches
-
-    def get_config(self) -> dict:
-        return {"iou_threshold": self.iou_threshold, "force_match": self.force_match}
-
-    @classmethod
-    def from_config(cls, config: dict) -> "BoxMatcher":
-        return cls(**config)
 
 
 def _first_max(values, ids, axis):

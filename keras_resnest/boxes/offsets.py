@@ -41,6 +41,7 @@ def encode_boxes(boxes, anchors, variances=VARIANCES, epsilon: float = 1e-5):
 
     Source: SSD (arXiv 1512.02325) eq. 2, with the variances of its code.
     """
+    boxes, anchors = ops.convert_to_tensor(boxes), ops.convert_to_tensor(anchors)
     centers, sizes = center_form(boxes)
     anchor_centers, anchor_sizes = center_form(anchors)
     # A refined anchor may have collapsed, and its size is a divisor here.
@@ -61,6 +62,7 @@ def decode_boxes(offsets, anchors, variances=VARIANCES):
     Returns:
         `"xyxy"` boxes of shape `(..., 4)` in the unit of the anchors, not clipped.
     """
+    offsets, anchors = ops.convert_to_tensor(offsets), ops.convert_to_tensor(anchors)
     anchor_centers, anchor_sizes = center_form(anchors)
     centers = anchor_centers + offsets[..., :2] * variances[0] * anchor_sizes
     log_sizes = ops.minimum(offsets[..., 2:] * variances[1], MAX_LOG_SIZE_RATIO)

@@ -19,9 +19,8 @@ def pairwise_iou(boxes1, boxes2):
         IoU 0 with every box.
 
     Example:
-
-    >>> pairwise_iou(np.array([[0, 0, 2, 2]]), np.array([[0, 0, 2, 1], [1, 1, 3, 3]]))
-    array([[0.5       , 0.14285714]])
+        >>> pairwise_iou(np.array([[0, 0, 2, 2]]), np.array([[0, 0, 2, 1], [1, 1, 3, 3]]))
+        array([[0.5       , 0.14285714]])
     """
     xp = np if isinstance(boxes1, np.ndarray) and isinstance(boxes2, np.ndarray) else ops
     # One coordinate at a time, so that no array of shape (..., M, N, 4) is needed.

@@ -46,9 +46,9 @@ def suppress_batch(
 
 
 def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
-    """Keeps the anchors that are candidates of any image and class, padded to at least k.
+    """Keeps the anchors that are candidates in any image and class, padded to at least k.
 
-    For TensorFlow graphs in other runtimes, which sort slowly: sorting all anchors took three
+    TensorFlow graphs may run in other runtimes, which sort slowly: sorting all anchors took three
     quarters of OpenVINO's time for decoding and NMS.
     """
     import tensorflow as tf
@@ -87,9 +87,7 @@ def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max
 def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
     """Uses elementary operations, for other backends and runtimes."""
     num_classes, k = confidence.shape[1:]
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-    survivors = _survivors_by_matrix if on_tensorflow else _survivors_by_loop
-    alive = survivors(boxes, confidence > confidence_threshold, iou_threshold)
+    alive = _survivors(boxes, confidence > confidence_threshold, iou_threshold)
     confidence = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
     missing = max(0, max_detections - num_classes * k)
     confidence, index = ops.top_k(confidence, max_detections - missing)
@@ -101,56 +99,53 @@ def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, m
     return boxes, confidence, labels, count
 
 
-def _survivors_by_loop(boxes, candidates, iou_threshold):
-    """Greedy NMS, one box at a time: needs little memory.
-
-    `boxes` (B, C, k, 4) and `candidates` (B, C, k) are sorted by falling confidence.
-    """
-    k = candidates.shape[2]
-    position = ops.arange(k, dtype="int32")
-
-    def drop_neighbors(i, alive):
-        box = ops.take(boxes, ops.reshape(i, (1,)), axis=2)  # (B, C, 1, 4)
-        iou = pairwise_iou(box, boxes)[:, :, 0]  # (B, C, k)
-        is_alive = ops.take(alive, ops.reshape(i, (1,)), axis=2)  # (B, C, 1)
-        return alive & ~(is_alive & (iou > iou_threshold) & (position > i))
-
-    return ops.fori_loop(0, k, drop_neighbors, candidates)
-
-
-def _survivors_by_matrix(boxes, candidates, iou_threshold):
-    """The same in a few large steps, for runtimes in which every step is slow. TensorFlow only.
+def _survivors(boxes, candidates, iou_threshold):
+    """Greedy NMS in a few large steps: many small ones are slow on accelerators and other runtimes.
 
     Repeats "a candidate survives if no survivor suppresses it" until nothing changes. After n
-    rounds the first n boxes of a class are final; in practice all are after a few.
+    rounds the first n boxes of a class are final; in practice all are after a few. `boxes`
+    (B, C, k, 4) and `candidates` (B, C, k) are sorted by falling confidence.
     """
-    import tensorflow as tf
-
     num_classes, k = candidates.shape[1:]
-    # LiteRT slices only tensors of few axes, so images and classes share one.
-    boxes, candidates = tf.reshape(boxes, (-1, k, 4)), tf.reshape(candidates, (-1, k))
-    # Only ranks with a candidate of any class matter. They are gathered, not sliced: OpenVINO
-    # keeps everything a slice depends on, the whole network, in float32.
-    ranks = tf.range(k)
-    chosen = tf.where(tf.reduce_any(candidates, axis=0) | (ranks == 0))[:, 0]
-    boxes, candidates = (tf.gather(x, chosen, axis=1) for x in (boxes, candidates))
+    # LiteRT slices only tensors with few axes, so images and classes share one.
+    boxes, candidates = ops.reshape(boxes, (-1, k, 4)), ops.reshape(candidates, (-1, k))
+    ranks = chosen = ops.arange(k, dtype="int32")
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if on_tensorflow:
+        boxes, candidates, chosen = _drop_other_ranks(boxes, candidates)
     comes_later = chosen[None, :] > chosen[:, None]
     suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
-    suppresses = tf.cast(suppresses, tf.float32)  # (B * C, chosen, chosen)
+    if on_tensorflow:  # which, like the runtimes of its exports, is slow at reducing booleans
+        suppresses = ops.cast(suppresses, "float32")  # (B * C, chosen, chosen)
 
     def settle(alive, _):
-        suppressed = tf.matmul(tf.cast(alive, tf.float32)[:, None], suppresses)[:, 0] > 0.5
+        if on_tensorflow:
+            suppressed = ops.matmul(ops.cast(alive, "float32")[:, None], suppresses)[:, 0] > 0.5
+        else:
+            suppressed = ops.any(alive[:, :, None] & suppresses, axis=1)
         return candidates & ~suppressed, alive
 
     def changed(alive, before):
-        return tf.reduce_any(tf.not_equal(alive, before))
+        return ops.any(ops.not_equal(alive, before))  # LiteRT does not support `!=`
 
-    alive, _ = tf.while_loop(
-        changed, settle, settle(candidates, None), maximum_iterations=k, parallel_iterations=1
-    )
-    places = tf.cast(chosen[:, None] == tf.cast(ranks, chosen.dtype)[None], tf.float32)
-    alive = tf.matmul(tf.cast(alive, tf.float32), places) > 0.5
-    return tf.reshape(alive, (-1, num_classes, k))
+    alive, _ = ops.while_loop(changed, settle, settle(candidates, None), maximum_iterations=k)
+    places = ops.cast(chosen[:, None] == ranks, "float32")
+    alive = ops.matmul(ops.cast(alive, "float32"), places) > 0.5
+    return ops.reshape(alive, (-1, num_classes, k))
+
+
+def _drop_other_ranks(boxes, candidates):
+    """Keeps the ranks that have a candidate in any class; also returns these ranks.
+
+    They are gathered, not sliced: OpenVINO keeps everything a slice depends on, the whole
+    network, in float32.
+    """
+    import tensorflow as tf
+
+    wanted = tf.reduce_any(candidates, axis=0) | (tf.range(tf.shape(candidates)[1]) == 0)
+    chosen = tf.where(wanted)[:, 0]
+    boxes, candidates = (tf.gather(x, chosen, axis=1) for x in (boxes, candidates))
+    return boxes, candidates, tf.cast(chosen, "int32")
 
 
 # === The detections of one image, with NumPy ===
@@ -162,7 +157,7 @@ def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np
     Args:
         boxes: `"xyxy"` boxes of shape `(n, 4)`.
         confidence: array of shape `(n,)`.
-        labels: int array of shape `(n,)`; rows of label -1 are padding and never kept.
+        labels: int array of shape `(n,)`; rows with label -1 are padding and never kept.
         iou_threshold: a box is dropped if its IoU with a more confident box of its class
             exceeds this.
 
@@ -170,9 +165,8 @@ def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np
         Indices of the kept rows, by falling confidence.
 
     Example:
-
-    >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
-    array([1])
+        >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
+        array([1])
     """
     boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
     kept = []
@@ -197,23 +191,22 @@ def vote_boxes(
 
     Args:
         kept_boxes: `"xyxy"` boxes of shape `(k, 4)` that survived NMS.
-        kept_labels: int array of shape `(k,)`; rows of label -1 are padding and do not change.
+        kept_labels: int array of shape `(k,)`; rows with label -1 are padding and do not change.
         boxes: `"xyxy"` boxes of shape `(n, 4)` before NMS.
         confidence: array of shape `(n,)`, not negative.
-        labels: int array of shape `(n,)`; rows of label -1 are padding and have no vote.
+        labels: int array of shape `(n,)`; rows with label -1 are padding and have no vote.
         voting_iou: lowest IoU of a voter, 0 to 1.
 
     Returns:
         float64 boxes of shape `(k, 4)`. A box without voters does not change.
 
+    Example:
+        >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
+        array([[0. , 0. , 8. , 8.5]])
+
     Source: Gidaris and Komodakis, "Object detection via a multi-region and semantic
     segmentation-aware CNN model" (arXiv 1505.01749) section 5. RefineDet's `bbox_vote` has both
     thresholds at 0.45 and lets a box vote only for its most confident neighbor.
-
-    Example:
-
-    >>> vote_boxes([[0, 0, 8, 8]], [0], [[0, 0, 8, 8], [0, 0, 8, 10]], [0.6, 0.2], [0, 0])
-    array([[0. , 0. , 8. , 8.5]])
     """
     boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
     kept_boxes = np.asarray(kept_boxes, "float64").reshape(-1, 4)

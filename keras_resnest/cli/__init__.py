@@ -5,7 +5,7 @@ import os
 import sys
 
 from keras_resnest.cli import classify, evaluate, export, list_networks, predict, train
-from keras_resnest.cli.common import Failure
+from keras_resnest.cli.common import Failure, printable
 from keras_resnest.version import __version__
 
 COMMANDS = {
@@ -26,7 +26,7 @@ def main(argv=None) -> int:
 
     Returns:
         Exit status: 0; 1 if training ended early or there is no usable result; 2 if data or
-        arguments are unusable.
+        arguments are unusable; 130 after Ctrl-C.
 
     Example:
 
@@ -38,8 +38,12 @@ def main(argv=None) -> int:
     try:
         return COMMANDS[arguments.command].run(arguments)
     except (Failure, ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, Failure) else 2
+    except KeyboardInterrupt as stop:
+        how = str(stop) or "to start over, run the same command"
+        print(f"\ninterrupted: {how}", file=sys.stderr)
+        return 130
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +52,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         prog="keras-resnest",
         description="ResNeSt backbones and the RefineDet detector for Keras 3.",
         epilog="Exit status: 0; 1 if training ended early or there is no usable result; 2 if data "
-        "or arguments are unusable.",
+        "or arguments are unusable; 130 after Ctrl-C.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)

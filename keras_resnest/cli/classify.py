@@ -21,7 +21,9 @@ from keras_resnest.cli.common import (
     load_images,
     load_model,
     positive,
+    printable,
     read_class_names,
+    writing_results,
 )
 
 
@@ -53,9 +55,11 @@ def run(arguments) -> int:
         probabilities = model.predict(crops, verbose=0)
         decoded = kr.backbones.decode_predictions(probabilities, top, names)
         for path, classes in zip(readable, decoded, strict=True):
-            print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for _, name, p in classes))
+            text = ", ".join(f"{name} {p:.1%}" for _, name, p in classes)
+            print(printable(f"{path}: {text}"))
             entries = [{"id": str(i), "name": n, "probability": float(p)} for i, n, p in classes]
             results.append({"file": str(path), "classes": entries})
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        with writing_results(arguments.json):
+            arguments.json.write_text(json.dumps(results, indent=1))
     return 0 if results else 1

@@ -8,12 +8,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras_resnest as kr
+from keras_resnest.atomic import naming_path
+from keras_resnest.data.readers.common import UNANNOTATED
+from keras_resnest.data.readers.detect_format import FORMATS
+from keras_resnest.data.readers.files import read_text
 
+READING_OPTIONS = ("format", "unannotated", "allow_outside")
 CLASSIFIER_OPTIONS = ("weights", "crop_size", "classes", "data_dir", "limit")
 
 
 class Failure(Exception):
     """A command ran without a usable result: exit status 1."""
+
+
+@contextlib.contextmanager
+def writing_results(path: Path):
+    """Turns errors of writing to `path` into a `Failure` that names a file."""
+    try:
+        with naming_path(path):
+            yield
+    except OSError as error:
+        raise Failure(str(error)) from error
+
+
+def printable(text: str) -> str:
+    """Escapes what could control a terminal: strangers choose file names and servers' answers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 # === Arguments ===
@@ -44,6 +64,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a model given as a .keras file or as the name of a classifier."""
     parser.add_argument("--weights", help="tag or file for a named network; default: imagenet")
     parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of reading a detection dataset."""
+    add = parser.add_argument
+    add("--format", choices=FORMATS, help="of the data; default: recognized")
+    text = "images without annotation; default: error for VOC, else background"
+    add("--unannotated", choices=UNANNOTATED, help=text)
+    add("--allow-outside", action="store_true", help="read files outside of the data that it names")
+
+
+def reading_options(arguments) -> dict:
+    """Returns the arguments of `read_detection` from the command line."""
+    options = {name: getattr(arguments, name) for name in READING_OPTIONS}
+    return {**options, "on_error": "skip" if arguments.skip_faulty else "raise"}
 
 
 def refuse_options(arguments, names, requirement: str) -> None:
@@ -80,7 +115,7 @@ def load_images(paths: list[Path], batch_size: int):
                 images.append(kr.data.load_image(path))
                 readable.append(path)
             except ValueError as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                print(f"skipped: {printable(str(error))}", file=sys.stderr)
         if images:
             yield readable, images
 
@@ -144,4 +179,4 @@ def published_weights(name: str, weights: str | None):
 
 
 def read_class_names(path: Path) -> list[str]:
-    return [name for name in path.read_text("utf-8").split("\n") if name.strip()]
+    return [name for name in read_text(path, "list of classes").splitlines() if name.strip()]

@@ -5,10 +5,13 @@ with "xyxy" boxes in pixels of the image.
 """
 
 import base64
+import http.client
 import io
 import json
+import multiprocessing
 import urllib.error
 import urllib.request
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +24,25 @@ from keras_resnest.images import read_image_info
 SIGNATURES = ("serve_bytes", "serving_default")
 OUTPUTS = ("boxes", "confidence", "labels")
 GRPC_METHOD = "/tensorflow.serving.PredictionService/Predict"
-TIMEOUT = 60  # seconds
-MAX_MESSAGE = 256 * 2**20  # bytes; gRPC's default of 4 MiB does not fit a few photographs
+TIMEOUT = 60  # seconds for a whole answer
+MAX_REQUEST = 256 * 2**20  # bytes; gRPC's default of 4 MiB does not fit a few photographs
+MAX_ANSWER = 32 * 2**20  # bytes
 
 
 def load_detector(arguments):
     """Returns the detector for a .keras file, a SavedModel folder or a server URL."""
     name, signature = arguments.model, arguments.signature
     if "://" in name:
-        server = RestServer(name, arguments.name or "detector")
+        is_kserve = arguments.protocol == "kserve"
+        if is_kserve and (arguments.grpc or signature == "serve_bytes"):
+            raise ValueError("--protocol kserve: without --grpc and --signature serve_bytes")
+        server = (KServeServer if is_kserve else RestServer)(name, arguments.name or "detector")
         if arguments.grpc:
             server = GrpcServer(arguments.grpc, server)
+        signature = signature or ("serving_default" if is_kserve else "serve_bytes")
         names = arguments.class_names and arguments.class_names.read_text("utf-8").splitlines()
         box_format = arguments.box_format or "xyxy"
-        return ServedDetector(server, signature or "serve_bytes", box_format, names)
+        return ServedDetector(server, signature, box_format, names)
     if not Path(name).is_dir():
         if signature:
             raise ValueError("--signature: only for SavedModels and servers")
@@ -70,7 +78,7 @@ class ServedDetector:
     """A detector behind a serving signature.
 
     Args:
-        model: `SavedModel`, `RestServer` or `GrpcServer`.
+        model: `SavedModel`, `RestServer`, `GrpcServer` or `KServeServer`.
         signature: `"serve_bytes"` or `"serving_default"`.
         box_format: `bounding_box_format` of the model.
         class_names: class names, if known.
@@ -89,6 +97,10 @@ class ServedDetector:
             sizes = [size] * len(images)
             inputs = {"images": [kr.data.resize_image(image, *size) for image in images]}
         answers = self.model.predict(self.signature, inputs)
+        classes = len(self.class_names) if self.class_names else 2**31
+        answers = [check_answer(answer, classes) for answer in answers]
+        if len(answers) != len(images):
+            raise Failure(f"the answer has {len(answers)} results for {len(images)} images")
         found = []
         for answer, image, (height, width) in zip(answers, images, sizes, strict=True):
             # Rows with label -1 are padding.
@@ -100,6 +112,24 @@ class ServedDetector:
             values = (boxes * scale, confidences, labels, names)
             found.append(dict(zip((*OUTPUTS, "class_names"), values, strict=True)))
         return found
+
+
+def check_answer(answer: dict, classes: int) -> dict:
+    """Returns the arrays of one image, whatever a server sent."""
+    try:
+        boxes, confidence, labels = (np.asarray(answer[name], "float64") for name in OUTPUTS)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise Failure(f"the answer is not that of a detector: {error}") from error
+    count = labels.shape
+    if len(count) != 1 or confidence.shape != count or boxes.shape != (*count, 4):
+        shapes = [list(array.shape) for array in (boxes, confidence, labels)]
+        raise Failure(f"the answer is not that of a detector: shapes {shapes}")
+    whole = labels == np.rint(labels)
+    if not (np.isfinite(boxes).all() and np.isfinite(confidence).all() and whole.all()):
+        raise Failure("the answer is not that of a detector: it has values that are no numbers")
+    if (labels >= classes).any():
+        raise Failure(f"the answer has label {labels.max():g}, but there are {classes} classes")
+    return dict(zip(OUTPUTS, (boxes, confidence, labels.astype(int)), strict=True))
 
 
 def to_xyxy(boxes, box_format: str, size: tuple[int, int]) -> np.ndarray:
@@ -161,10 +191,13 @@ class RestServer:
         self.url, self.name = url.rstrip("/"), name
 
     def image_size(self) -> tuple[int, int]:
-        answer = json.loads(self.request(f"/v1/models/{self.name}/metadata"))
-        signatures = answer["metadata"]["signature_def"]["signature_def"]
-        shape = signatures["serving_default"]["inputs"]["images"]["tensor_shape"]["dim"]
-        return int(shape[1]["size"]), int(shape[2]["size"])
+        answer = read_json(self.request(f"/v1/models/{self.name}/metadata"))
+        try:
+            signatures = answer["metadata"]["signature_def"]["signature_def"]
+            shape = signatures["serving_default"]["inputs"]["images"]["tensor_shape"]["dim"]
+            return check_size([int(dim["size"]) for dim in shape])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise Failure(f"{self.url} does not describe a detector: {answer!s:.200}") from error
 
     def predict(self, signature: str, inputs: dict) -> list[dict]:
         body = rest_request(signature, inputs)
@@ -173,15 +206,48 @@ class RestServer:
     def request(self, path: str, body: bytes | None = None) -> bytes:
         """Sends a POST request with a body, or a GET request."""
         url, headers = self.url + path, {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, data=body, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return response.read()
+            request = urllib.request.Request(url, data=body, headers=headers)
+            # The timeout of a socket does not bound an answer that comes byte by byte.
+            with ThreadPool(1) as pool:
+                answer = pool.apply_async(_read_answer, [request]).get(TIMEOUT)
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise Failure(f"{url} answers {error.code}: {text[:500]}") from error
-        except OSError as error:
-            raise Failure(f"{self.url} cannot be reached: {error}") from error
+            text = error.read(500).decode(errors="replace")
+            raise Failure(f"{url} answers {error.code}: {text!r}") from error
+        except multiprocessing.TimeoutError as error:
+            raise Failure(f"{self.url} did not answer within {TIMEOUT} s") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Failure(f"{self.url} cannot be reached: {error!r}") from error
+        if len(answer) > MAX_ANSWER:
+            raise Failure(f"{self.url} answers with more than {MAX_ANSWER} bytes")
+        return answer
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Images go to the host that was named, and to no other."""
+
+    def redirect_request(self, *arguments):
+        return None
+
+
+def _read_answer(request) -> bytes:
+    opener = urllib.request.build_opener(NoRedirects)
+    with opener.open(request, timeout=TIMEOUT) as response:
+        return response.read(MAX_ANSWER + 1)
+
+
+def read_json(body: bytes):
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"the answer is not JSON: {body[:200]!r}") from error
+
+
+def check_size(shape: list[int]) -> tuple[int, int]:
+    """Returns the height and width of an input (batch, height, width, 3)."""
+    if len(shape) != 4 or shape[3] != 3 or not all(0 < side <= 2**14 for side in shape[1:3]):
+        raise ValueError(f"Images of shape {shape}")
+    return shape[1], shape[2]
 
 
 def rest_request(signature: str, inputs: dict) -> bytes:
@@ -197,9 +263,43 @@ def rest_request(signature: str, inputs: dict) -> bytes:
 
 def read_rest_response(body: bytes) -> list[dict]:
     try:
-        predictions = json.loads(body)["predictions"]
-        return [{name: np.array(p[name]) for name in OUTPUTS} for p in predictions]
-    except (ValueError, KeyError, TypeError) as error:
+        return [{name: row[name] for name in OUTPUTS} for row in read_json(body)["predictions"]]
+    except (KeyError, TypeError) as error:
+        raise Failure(f"the answer is not that of a detector: {body[:200]!r}") from error
+
+
+class KServeServer(RestServer):
+    """A model behind KServe's protocol v2 in JSON: Triton, OpenVINO Model Server, KServe."""
+
+    def image_size(self) -> tuple[int, int]:
+        answer = read_json(self.request(f"/v2/models/{self.name}"))
+        try:
+            (images,) = answer["inputs"]
+            return check_size([int(side) for side in images["shape"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Failure(f"{self.url} does not describe a detector: {answer!s:.200}") from error
+
+    def predict(self, signature: str, inputs: dict) -> list[dict]:
+        body = kserve_request(as_batch(inputs["images"]))
+        return read_kserve_response(self.request(f"/v2/models/{self.name}/infer", body))
+
+
+def kserve_request(images: np.ndarray) -> bytes:
+    tensor = {"name": "images", "shape": images.shape, "datatype": "FP32"}
+    tensor["data"] = images.ravel().tolist()
+    outputs = [{"name": name} for name in OUTPUTS]
+    return json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+
+
+def read_kserve_response(body: bytes) -> list[dict]:
+    try:
+        tensors = {tensor["name"]: tensor for tensor in read_json(body)["outputs"]}
+        columns = {
+            name: np.asarray(tensors[name]["data"]).reshape(tensors[name]["shape"])
+            for name in OUTPUTS
+        }
+        return split_rows(columns)
+    except (KeyError, TypeError, ValueError) as error:
         raise Failure(f"the answer is not that of a detector: {body[:200]!r}") from error
 
 
@@ -210,7 +310,8 @@ class GrpcServer:
         import grpc
 
         self.address, self.name, self.image_size = address, rest.name, rest.image_size
-        options = [(f"grpc.max_{way}_message_length", MAX_MESSAGE) for way in ("send", "receive")]
+        options = [("grpc.max_send_message_length", MAX_REQUEST)]
+        options += [("grpc.max_receive_message_length", MAX_ANSWER)]
         self.call = grpc.insecure_channel(address, options=options).unary_unary(GRPC_METHOD)
 
     def predict(self, signature: str, inputs: dict) -> list[dict]:
@@ -220,7 +321,7 @@ class GrpcServer:
         try:
             return read_grpc_response(self.call(request, timeout=TIMEOUT))
         except grpc.RpcError as error:
-            raise Failure(f"{self.address}: {error.code().name}, {error.details()}") from error
+            raise Failure(f"{self.address}: {error.code().name}, {error.details()!r}") from error
 
 
 def grpc_request(name: str, signature: str, inputs: dict) -> bytes:
@@ -237,9 +338,15 @@ def grpc_request(name: str, signature: str, inputs: dict) -> bytes:
 
 def read_grpc_response(response: bytes) -> list[dict]:
     import tensorflow as tf
+    from google.protobuf.message import DecodeError
     from tensorflow_serving.apis.predict_pb2 import PredictResponse
 
-    outputs = PredictResponse.FromString(response).outputs
-    if not set(OUTPUTS) <= set(outputs):
-        raise Failure(f"the answer is not that of a detector: it holds {sorted(outputs)}")
-    return split_rows({name: tf.make_ndarray(outputs[name]) for name in OUTPUTS})
+    try:
+        outputs = PredictResponse.FromString(response).outputs
+        for name in OUTPUTS:  # a few bytes may stand for a huge array of equal numbers
+            shape = tf.TensorShape(outputs[name].tensor_shape)
+            if not shape.rank or shape.num_elements() > MAX_ANSWER // 4:
+                raise ValueError(f"{name} of shape {shape}, of {sorted(outputs)}")
+        return split_rows({name: tf.make_ndarray(outputs[name]) for name in OUTPUTS})
+    except (DecodeError, ValueError, TypeError) as error:
+        raise Failure(f"the answer is not that of a detector: {error}") from error

@@ -20,15 +20,20 @@ from pathlib import Path
 import numpy as np
 
 import keras_resnest as kr
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
+    READING_OPTIONS,
     Failure,
     add_model_arguments,
+    add_reading_arguments,
     find_crop,
     load_model,
     positive,
     published_weights,
+    reading_options,
     refuse_options,
+    writing_results,
 )
 from keras_resnest.cli.train_classifier import read_labeled
 from keras_resnest.cli.train_detector import plot_examples
@@ -43,6 +48,7 @@ def add_arguments(parser, argv) -> None:
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     add("--split", help="default: test or val, if present; validation for TFDS classifiers")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
+    add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
     add_model_arguments(parser)
@@ -58,10 +64,13 @@ def run(arguments) -> int:
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
+        refuse_options(arguments, READING_OPTIONS, "for detectors")
         result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
-    (arguments.output / "result.json").write_text(json.dumps({**facts, **result}, indent=2))
+    with writing_results(arguments.output):
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with atomic_file(arguments.output / "result.json") as file:
+            file.write_text(json.dumps({**facts, **result}, indent=2))
     print(f"result.json is in {arguments.output}")
     return 0
 
@@ -75,11 +84,9 @@ def check_num_classes(arguments, wanted: int, dataset) -> None:
 
 
 def evaluate_detector(model, arguments) -> dict:
-    arguments.split = arguments.split or find_test_split(arguments.data)
-    on_error = "skip" if arguments.skip_faulty else "raise"
-    dataset = kr.data.read_detection(
-        arguments.data, arguments.split, class_names=model.class_names, on_error=on_error
-    )
+    arguments.split = arguments.split or find_test_split(arguments.data, arguments.format)
+    options = {"class_names": model.class_names, **reading_options(arguments)}
+    dataset = kr.data.read_detection(arguments.data, arguments.split, **options)
     check_num_classes(arguments, model.num_classes, dataset)
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
@@ -91,12 +98,11 @@ def evaluate_detector(model, arguments) -> dict:
     coco = kr.evaluation.coco_average_precision(truth, found, names)
     if np.isnan(voc.mAP):
         raise Failure(f"{arguments.data} contains no objects")
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
-    first = range(min(NUM_EXAMPLES, len(truth)))
-    plot_examples(model, dataset, first, output / "detections.png")
-    plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
+    output, first = arguments.output, range(min(NUM_EXAMPLES, len(truth)))
+    with writing_results(output):
+        kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
+        plot_examples(model, dataset, first, output / "detections.png")
+        plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
     print(f"{voc}\n{coco}\nmAP@0.5 {voc.mAP:.3f}, mAP@[.5:.95] {coco.metrics['AP']:.3f}")
     return {
         "images": len(truth),
@@ -106,11 +112,11 @@ def evaluate_detector(model, arguments) -> dict:
     }
 
 
-def find_test_split(data: str) -> str | None:
+def find_test_split(data: str, format: str | None) -> str | None:
     """Returns the usual test split of `data`, or None if it has no splits."""
     if data.startswith("tfds:"):
         return "test"
-    return first_split(TEST_SPLITS, kr.data.find_splits(data))
+    return first_split(TEST_SPLITS, kr.data.find_splits(data, format))
 
 
 def find_worst(truth, found, class_names) -> list[int]:

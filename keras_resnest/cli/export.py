@@ -35,7 +35,7 @@ def add_arguments(parser, argv) -> None:
     add("--format", choices=("tf_saved_model", *FORMATS.values()), help="default: see above")
     add("--precision", default="float32", help="bfloat16, float16, int8; default: %(default)s")
     add("--raw", action="store_true", help="without box decoding and non-maximum suppression")
-    add("--no-freeze", action="store_true", help="a SavedModel that loads with less memory")
+    add("--freeze", action="store_true", help="a SavedModel of constants, see docs/serving.md")
     add("--images", nargs="+", metavar="IMAGE", help="for int8: a few dozen typical images")
     add_model_arguments(parser)
     add("--classes", type=Path, help="of a classifier: text file, one class name per line")
@@ -44,7 +44,7 @@ def add_arguments(parser, argv) -> None:
 def run(arguments) -> int:
     model = load_model(arguments.model, arguments.weights)
     format = arguments.format or FORMATS.get(arguments.target.suffix, "tf_saved_model")
-    options = {"precision": arguments.precision, "freeze": not arguments.no_freeze}
+    options = {"precision": arguments.precision, "freeze": arguments.freeze}
     if isinstance(model, kr.RefineDet):
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         options["decode"] = not arguments.raw

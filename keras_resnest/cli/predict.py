@@ -4,10 +4,12 @@
     keras-resnest predict serving/detector/1 photos/ --confidence 0.5 --format csv --no-images
     keras-resnest predict http://localhost:8501 photos/ --name detector --class-names names.txt
     keras-resnest predict http://localhost:8501 photos/ --grpc localhost:8500
+    keras-resnest predict http://localhost:8000 photos/ --protocol kserve
 
-MODEL is a .keras file, an exported SavedModel folder, or the URL of TensorFlow Serving's REST
-interface. For each image, the command prints a line and writes a PNG with the boxes. EXIF
-orientation is applied: boxes refer to the upright image.
+MODEL is a .keras file, an exported SavedModel folder, or the URL of the REST interface of
+TensorFlow Serving or, with --protocol kserve, of Triton or OpenVINO Model Server. For each image,
+the command prints a line and writes a PNG with the boxes. EXIF orientation is applied: boxes refer
+to the upright image.
 
 detections.json   [{"file", "width", "height", "detections": [
                      {"box": [x1, y1, x2, y2], "label", "class_name", "confidence"}]}]
@@ -23,18 +25,21 @@ import json
 import time
 from pathlib import Path
 
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     Failure,
     collect_images,
     fraction,
     load_images,
     positive,
+    printable,
     refuse_options,
+    writing_results,
 )
 from keras_resnest.cli.detectors import SIGNATURES, load_detector
 from keras_resnest.cli.drawing import draw_detections, unused_path
 
-SERVER_OPTIONS = ("name", "grpc", "class_names", "box_format")
+SERVER_OPTIONS = ("name", "protocol", "grpc", "class_names", "box_format")
 
 
 def add_arguments(parser, argv) -> None:
@@ -50,6 +55,8 @@ def add_arguments(parser, argv) -> None:
     add("--signature", choices=SIGNATURES, help=f"{text}resized (default for SavedModels)")
     server = parser.add_argument_group("server")
     server.add_argument("--name", help="model name; default: detector")
+    protocols = ("tensorflow", "kserve")
+    server.add_argument("--protocol", choices=protocols, help="of the URL; default: tensorflow")
     server.add_argument("--grpc", metavar="HOST:PORT", help="use gRPC instead of REST")
     server.add_argument("--class-names", type=Path, metavar="FILE", help="one name per line")
     server.add_argument("--box-format", help="bounding_box_format of the model; default: xyxy")
@@ -64,7 +71,22 @@ def run(arguments) -> int:
     paths = collect_images(arguments.images)
     detect = load_detector(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    start, records, used = time.perf_counter(), [], {path.resolve() for path in paths}
+    start = time.perf_counter()
+    with writing_results(arguments.output):
+        records = detect_and_write(detect, paths, arguments)
+    objects = sum(len(record["detections"]) for record in records)
+    skipped = f", {len(paths) - len(records)} skipped" if len(records) < len(paths) else ""
+    seconds = (time.perf_counter() - start) / len(records)
+    print(
+        f"{len(records)} images, {objects} objects{skipped}, {seconds:.2f} s per image, "
+        f"written to {arguments.output}"
+    )
+    return 0
+
+
+def detect_and_write(detect, paths: list[Path], arguments) -> list[dict]:
+    """Returns the records of all readable images, and writes images and tables."""
+    records, used = [], {path.resolve() for path in paths}
     for readable, images in load_images(paths, arguments.batch_size):
         found = detect(readable, images, arguments.confidence)
         for path, image, detections in zip(readable, images, found, strict=True):
@@ -75,22 +97,17 @@ def run(arguments) -> int:
                 target = unused_path(arguments.output, path.stem, used)
                 draw_detections(image, record["detections"]).save(target, compress_level=3)
                 text += f" -> {target}"
-            print(f"{path}: {text}")
+            print(printable(f"{path}: {text}"))
     if not records:
         raise Failure(f"none of the {len(paths)} images could be read")
     if arguments.format in ("json", "both"):
         lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-        (arguments.output / "detections.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        with atomic_file(arguments.output / "detections.json") as file:
+            file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if arguments.format in ("csv", "both"):
-        write_csv(records, arguments.output / "detections.csv")
-    objects = sum(len(record["detections"]) for record in records)
-    skipped = f", {len(paths) - len(records)} skipped" if len(records) < len(paths) else ""
-    seconds = (time.perf_counter() - start) / len(records)
-    print(
-        f"{len(records)} images, {objects} objects{skipped}, {seconds:.2f} s per image, "
-        f"written to {arguments.output}"
-    )
-    return 0
+        with atomic_file(arguments.output / "detections.csv") as file:
+            write_csv(records, file)
+    return records
 
 
 def make_record(path: Path, image, detections: dict) -> dict:

@@ -13,21 +13,34 @@ fifth of the data is held out for testing.
 
 Training uses all GPUs of this machine. To train on several machines, run the same command on each,
 with TF_CONFIG set; all must see the data and the output folder. --workers N starts N processes on
-this machine instead. To resume a training that ended early, rerun the same command.
+this machine instead.
+
+To resume a training that ended early, rerun the same command. --epochs may change, and what affects
+neither model nor data: a moved dataset or OUTPUT, the number of devices, --evaluate-every,
+--checkpoint-steps, --no-cache, --deterministic. Anything else needs another OUTPUT.
 
 OUTPUT receives the model, an export for TensorFlow Serving, plots, and result.json.
 """
 
+import csv
 import json
 import os
 import time
 from pathlib import Path
 
+import keras
+
 import keras_resnest as kr
+from keras_resnest.atomic import atomic_file, naming_path
 from keras_resnest.cli import train_classifier, train_detector, workers
 from keras_resnest.cli.common import Failure, positive
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+# Options that may change when a training is resumed ...
+FREE = "epochs output workers restarts evaluate_every checkpoint_steps no_cache deterministic"
+# ... and options of the data and the model, which are compared themselves.
+COMPARED = "data data_dir train_split test_split skip_faulty batch_size seed"
+COMPARED += " image_size anchor_sizes fit_anchors"
 
 
 def add_arguments(parser, argv) -> None:
@@ -54,21 +67,26 @@ def add_arguments(parser, argv) -> None:
 def run(arguments) -> int:
     if arguments.restarts and arguments.workers is None:
         raise ValueError("--restarts needs --workers")
-    if arguments.workers is not None and not os.environ.get("TF_CONFIG"):
-        return workers.run_workers(arguments.argv, arguments.workers, arguments.restarts)
-    workers.check_cluster_size(arguments.workers)
-    training = prepare(arguments)
     try:
-        train(training, arguments)
-    # Divergence, the checkpoint of another model, a full disk, a lost worker
-    except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
-        raise Failure(f"training ended early: {error}") from error
+        if arguments.workers is not None and not os.environ.get("TF_CONFIG"):
+            return workers.run_workers(arguments.argv, arguments.workers, arguments.restarts)
+        workers.check_cluster_size(arguments.workers)
+        training = prepare(arguments)
+        try:
+            with naming_path(arguments.output):
+                train(training, arguments)
+        # Divergence, the checkpoint of another run, a full disk, a lost worker
+        except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
+            raise Failure(f"training ended early: {error}") from error
+    except KeyboardInterrupt:
+        found = any((arguments.output / "checkpoint").glob("epoch_*"))
+        how = f"resume from the last checkpoint in {arguments.output}" if found else "start over"
+        raise KeyboardInterrupt(f"to {how}, run the same command") from None
     return 0
 
 
 def prepare(arguments):
     """Returns the `Training`. Raises ValueError or OSError for unusable arguments or data."""
-    import keras
     import tensorflow as tf
 
     keras.utils.set_random_seed(arguments.seed)
@@ -82,7 +100,12 @@ def train(training, arguments) -> None:
     """Trains, evaluates and saves, as the only process or as one of several workers."""
     strategy, output = training.model.distribute_strategy, arguments.output
     chief = kr.training.is_chief(strategy)
-    resume = training.resume_callback()
+    resume = kr.callbacks.ResumeTraining(
+        output / "checkpoint",
+        every_steps=getattr(arguments, "checkpoint_steps", None),
+        callbacks=training.measures,
+        metadata=remembered_options(training, arguments),
+    )
     if chief:
         print(f"Training data: {training.train_set.report}\nTest data: {training.test_set.report}")
         if resume.initial_epoch:
@@ -101,23 +124,45 @@ def train(training, arguments) -> None:
             "cpu_seconds": round(cpu_seconds),
             "arguments": shown,
         }
-        (output / "result.json").write_text(json.dumps(summary, indent=2, default=str))
+        if not resume.folder.is_dir():
+            raise OSError(f"the output folder was removed during the training: {output}")
+        with atomic_file(output / "result.json") as file:
+            file.write_text(json.dumps(summary, indent=2, default=str))
         print(f"Training took {seconds:.0f} s, CPU time {cpu_seconds:.0f} s")
         print(f"The model, serving/1, plots and result.json are in {output}")
     kr.training.wait_for_workers(strategy)
 
 
-def make_callbacks(training, resume, chief: bool) -> list:
-    import keras
+def remembered_options(training, arguments) -> dict:
+    """Returns what a checkpoint remembers of the command, with the recipe's values for None."""
+    others = {"argv", "command", *FREE.split(), *COMPARED.split()}
+    options = {k: v for k, v in vars(arguments).items() if k not in others}
+    for name in [name for name, value in options.items() if value is None]:
+        options[name] = getattr(training.recipe, name, None)
+    return options | {f"test_{k}": v for k, v in training.test_set.identity.items()}
 
+
+def make_callbacks(training, resume, chief: bool) -> list:
     output = training.output
     guard = kr.callbacks.TerminateOnDivergence(output / "last_finite.weights.h5")
-    callbacks = [guard, *training.measures, resume]
+    callbacks = [guard, *training.measures]
     if not chief:
-        return callbacks
-    log = keras.callbacks.CSVLogger(output / "log.csv", append=resume.initial_epoch > 0)
-    # An unusable checkpoint ends the training before the result of an earlier run is deleted.
-    clear = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: (output / "result.json").unlink(missing_ok=True)
-    )
-    return [*callbacks, *training.plots, log, clear]
+        return [*callbacks, resume]
+
+    def write(*_):
+        # An unusable checkpoint has ended the training before an earlier result is deleted.
+        (output / "result.json").unlink(missing_ok=True)
+        write_log(resume.rows, output / "log.csv")
+
+    log = keras.callbacks.LambdaCallback(on_train_begin=write, on_epoch_end=write)
+    # A kill loses no file of an epoch: plots come before its checkpoint, which holds the log.
+    return [*callbacks, *training.plots, resume, log]
+
+
+def write_log(rows: list[dict], path: Path) -> None:
+    """Writes a CSV file with a row for each epoch."""
+    columns = dict.fromkeys(name for row in rows for name in row) or ["epoch"]
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, restval="NA")
+        table.writeheader()
+        table.writerows(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_resnest as kr
+from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import positive
 
 EPOCHS = BATCH_SIZE = "that of the recipe"
@@ -70,10 +71,6 @@ class Training:
             self.test_set, shape, batch_size, training=False, crop_ratio=recipe.crop_ratio
         )
 
-    def resume_callback(self):
-        metadata = {"class_names": list(self.class_names)}
-        return kr.callbacks.ResumeTraining(self.output / "checkpoint", metadata=metadata)
-
     def fit(self, callbacks, verbose):
         options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
         # The batches are shuffled already.
@@ -90,7 +87,8 @@ class Training:
         if log["epoch"]:
             kr.visualization.plot_history(log, path=output / "history.png")
             plot_accuracy(log, output / "accuracy.png")
-        model.save(output / "classifier.keras")
+        with atomic_file(output / "classifier.keras") as file:
+            model.save(file)
         options = {"class_names": self.class_names, "crop_ratio": self.recipe.crop_ratio}
         model.export(output / "serving" / "1", **options)
         (output / "class_names.txt").write_text("\n".join(self.class_names) + "\n", "utf-8")

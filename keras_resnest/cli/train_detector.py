@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import keras_resnest as kr
-from keras_resnest.cli.common import fraction, positive
+from keras_resnest.atomic import atomic_file
+from keras_resnest.cli.common import add_reading_arguments, fraction, positive, reading_options
 
 EPOCHS = "60, or those of the published recipe"
 BATCH_SIZE = 8
@@ -15,6 +16,7 @@ BATCH_NORMS = ("train", "frozen", "synchronized")
 
 
 def add_arguments(parser) -> None:
+    add_reading_arguments(parser)
     add = parser.add_argument
     add("--model", default="refinedet_tiny", help="`list --kind detectors`; default: %(default)s")
     add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 64")
@@ -52,7 +54,7 @@ class Training:
             train_split=arguments.train_split,
             test_split=arguments.test_split,
             seed=arguments.seed,
-            on_error="skip" if arguments.skip_faulty else "raise",
+            **reading_options(arguments),
         )
         self.recipe = make_recipe(arguments, batch_size, len(self.train_set))
         self.output.mkdir(parents=True, exist_ok=True)
@@ -76,10 +78,6 @@ class Training:
             kr.callbacks.DetectionPlot(self.test_batches, self.output / "progress", frequency=every)
         ]
 
-    def resume_callback(self):
-        options = {"every_steps": self.arguments.checkpoint_steps, "callbacks": self.measures}
-        return kr.callbacks.ResumeTraining(self.output / "checkpoint", **options)
-
     def fit(self, callbacks, verbose):
         options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
         return self.model.fit(self.train_batches, **options)
@@ -94,7 +92,8 @@ class Training:
             kr.visualization.plot_history([history, *self.measures], path=output / "history.png")
         kr.visualization.plot_precision_recall(result, path=output / "precision_recall.png")
         plot_examples(self.model, self.test_set, range(6), output / "detections.png")
-        self.model.save(output / "detector.keras")
+        with atomic_file(output / "detector.keras") as file:
+            self.model.save(file)
         self.model.export(output / "serving" / "1")
         print(f"{result}\nmAP@0.5 {result.mAP:.3f}")
         return {"mAP50": result.mAP, "AP50": result.per_class()}

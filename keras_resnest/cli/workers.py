@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,21 +51,27 @@ def free_addresses(count: int) -> list[str]:
 def start_workers(argv: list[str], count: int) -> list[subprocess.Popen]:
     command, addresses = [sys.executable, "-m", "keras_resnest", *argv], free_addresses(count)
     processes = []
+    # Workers ignore Ctrl-C, which reaches them too: `wait_for` ends them, and one sentence is said.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for index in range(count):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
         processes.append(subprocess.Popen(command, env=environment))
+    signal.signal(signal.SIGINT, handler)
     return processes
 
 
 def wait_for(processes: list[subprocess.Popen]) -> list[int]:
     """Returns the exit statuses. Kills workers that outlive a failed one by `PATIENCE`."""
     deadline = None
-    while None in (statuses := [process.poll() for process in processes]):
-        if deadline is None and any(statuses):
-            deadline = time.monotonic() + PATIENCE
-        if UNUSABLE in statuses or (deadline and time.monotonic() > deadline):
-            for process in processes:
-                process.kill()
-        time.sleep(0.2)
-    return statuses
+    try:
+        while None in (statuses := [process.poll() for process in processes]):
+            if deadline is None and any(statuses):
+                deadline = time.monotonic() + PATIENCE
+            if UNUSABLE in statuses or (deadline and time.monotonic() > deadline):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes]

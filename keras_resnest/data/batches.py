@@ -30,7 +30,7 @@ from keras_resnest.data.augmentation.detection import (
     TrainingAugmentation,
     drop_empty_boxes,
 )
-from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, updated
+from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
 from keras_resnest.images import center_crop_image
@@ -85,11 +85,12 @@ def training_batches(
             `image_shape`. None only resizes.
         mosaic: a `Mosaic`, to combine four images of the batch.
         mixup: a `MixUp`, to blend two images of the batch, after `mosaic`.
-        image_sizes: for multi-scale training, the (height, width) from which one is drawn for each
-            batch, instead of `image_shape`. `augmentation` then gets a third argument
+        image_sizes: for multi-scale training, a list of (height, width) that replaces
+            `image_shape`: each batch draws one. `augmentation` then gets a third argument
             `image_size`, an int32 tensor (height, width).
         shuffle_buffer: number of images from which the next one is drawn; 0 keeps the order.
-            Default: all if they are cached in memory or are files and not cached, else 512.
+            Default: all images; 512 if they are cached in files, or neither cached nor loadable
+            one by one.
         seed: seed of all random numbers. Default: drawn from Python's `random`, which
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
@@ -104,8 +105,8 @@ def training_batches(
             `keras.utils.bounding_boxes.convert_format`.
         use_difficult: whether to keep boxes marked as difficult.
         num_parallel_calls: number of images augmented in parallel.
-        deterministic: False lets images overtake each other: slightly faster, but not reproducible
-            and not possible with `image_sizes`.
+        deterministic: False lets images overtake each other, which is slightly faster but not
+            reproducible; must be True with `image_sizes`.
 
     Returns:
         Dataset of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
@@ -117,7 +118,8 @@ def training_batches(
         tf.errors.InvalidArgumentError: while iterating, if boxes have x1 > x2 or y1 > y2 or look
             like relative coordinates, or an image has more than `max_boxes`.
 
-    Example: `model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)`
+    Example:
+        >>> model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
@@ -130,7 +132,7 @@ def training_batches(
         element = drop_empty_boxes(_check_boxes(element))
         rows = element["bounding_boxes"]
         keep = None if use_difficult else ~rows["difficult"]
-        return updated(element, element["images"], rows["boxes"], keep)
+        return update_element(element, element["images"], rows["boxes"], keep)
 
     stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 
@@ -150,7 +152,7 @@ def training_batches(
     batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    return _finish(batches, dataset, counter, deterministic)
+    return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
 
 
 def evaluation_batches(
@@ -176,7 +178,7 @@ def evaluation_batches(
         cache: as in `training_batches`.
         max_boxes: as in `training_batches`.
         bounding_box_format: as in `training_batches`.
-        dtype: of the images, "float32" or "uint8" (rounded; a quarter of the bytes).
+        dtype: dtype of the images, "float32", or "uint8" (rounded) to save memory.
         include_source: whether to add "image_id" (B,) and "image_size" (B, 2), the int32 height and
             width of the original image, to convert detections back to its pixels.
         num_parallel_calls: number of images resized in parallel.
@@ -188,7 +190,8 @@ def evaluation_batches(
     Raises:
         ValueError, tf.errors.InvalidArgumentError: as in `training_batches`.
 
-    Example: `model.evaluate(evaluation_batches(dataset, (320, 320), 16))`
+    Example:
+        >>> model.evaluate(evaluation_batches(dataset, (320, 320), 16))
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
@@ -403,7 +406,8 @@ def classification_batches(
     Raises:
         ValueError: if an argument is invalid, or an epoch would have no batch.
 
-    Example: `batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)`
+    Example:
+        >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
     num_classes = num_classes or getattr(dataset, "num_classes", None)
@@ -443,7 +447,7 @@ def classification_batches(
         elements, side, num_classes, batch_size, drop_remainder, mixup if training else 0.0
     )
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    return _finish(batches, dataset, counter, deterministic)
+    return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
 
 
 def _classification_augmentation(augmentation, side: int, crop: Callable) -> Callable:
@@ -614,7 +618,7 @@ def _take_smallest_shard(
 
 
 def _finish(
-    batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True
+    batches: tf.data.Dataset, dataset, counter: EpochCounter, deterministic: bool = True, **settings
 ) -> tf.data.Dataset:
     """Prefetches, and attaches the attributes that `fit` reads."""
     options = tf.data.Options()
@@ -624,4 +628,5 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
+    batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

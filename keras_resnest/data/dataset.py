@@ -16,7 +16,9 @@ an area; the `AnnotationReport` lists what the readers clipped or dropped.
 import collections
 import dataclasses
 import difflib
+import functools
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -114,7 +116,8 @@ class ImageRecord:
     Raises:
         ValueError: if the numbers of boxes and labels differ, or the image is unreadable.
 
-    Example: `ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])`
+    Example:
+        >>> ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])
     """
 
     image: str | os.PathLike | bytes | np.ndarray | None
@@ -220,8 +223,8 @@ class ImageDataset:
         """Returns one of several disjoint shards, for training on several machines.
 
         The shards are the same in every run, cover all images, differ in size by at most one
-        image, and keep all class names. Their `report` omits the problems. All shards yield the
-        same number of training batches.
+        image, and keep all class names. Their `report` lists the problems of the whole dataset. All
+        shards yield the same number of training batches.
 
         Args:
             num_shards: Number of shards, at most the number of images.
@@ -230,7 +233,8 @@ class ImageDataset:
         Raises:
             ValueError: if an argument is out of range.
 
-        Example: `train.shard(num_shards=4, shard_index=worker)`
+        Example:
+            >>> part = train.shard(num_shards=4, shard_index=worker)
         """
         if not 0 <= shard_index < num_shards:
             raise ValueError(
@@ -246,6 +250,7 @@ class ImageDataset:
             return self
         part = self._part(num_shards, shard_index)
         part._smallest_shard = self.smallest_shard // num_shards
+        part.identity = self.identity
         return part
 
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
@@ -258,13 +263,15 @@ class ImageDataset:
             seed: Integer; the same seed draws the same images.
 
         Returns:
-            (the remaining images, the images split off), both with all class names.
+            (the remaining images, the images split off), both with all class names and the
+            `report.problems` of the whole dataset.
 
         Raises:
             ValueError: if `fraction` is out of range, a part would be empty, or the dataset is
                 from TFDS.
 
-        Example: `train, test = dataset.hold_out(0.2, seed=1)`
+        Example:
+            >>> train, test = dataset.hold_out(0.2, seed=1)
         """
         if not 0 < fraction < 1:
             raise ValueError(f"`fraction` must be above 0 and below 1. Received: {fraction}")
@@ -281,7 +288,17 @@ class ImageDataset:
             (held_out if is_held_out else remaining).append(record)
         if not (remaining and held_out):
             raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
-        return tuple(type(self)(records, self.class_names) for records in (remaining, held_out))
+        return self._subset(remaining), self._subset(held_out)
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What tells this data from other data when a training is resumed; all shards have it."""
+        names = "\n".join(self._image_names()).encode(errors="surrogateescape")
+        names = {"images": len(self), "hash_of_image_names": zlib.crc32(names)}
+        return {"class_names": self.class_names, **names}
+
+    def _image_names(self) -> list[str]:
+        return [record.image_id for record in self.records]
 
     @property
     def smallest_shard(self) -> int:
@@ -289,7 +306,12 @@ class ImageDataset:
         return len(self) if self._smallest_shard is None else self._smallest_shard
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
-        return type(self)(self.records[shard_index::num_shards], self.class_names)
+        return self._subset(self.records[shard_index::num_shards])
+
+    def _subset(self, records: list) -> "ImageDataset":
+        part = type(self)(records, self.class_names)
+        part.report.problems = list(self.report.problems)
+        return part
 
 
 class DetectionDataset(ImageDataset):
@@ -305,12 +327,10 @@ class DetectionDataset(ImageDataset):
             extends beyond its image.
 
     Example:
-    ```python
-    records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
-    dataset = DetectionDataset(records, class_names=["cat"])
-    for element in dataset.as_dataset(shuffle=True, seed=1):
-        print(element["images"].shape, element["bounding_boxes"]["boxes"])
-    ```
+        >>> records = [ImageRecord("cat.jpg", "cat", boxes=[[10, 20, 110, 220]], labels=[0])]
+        >>> dataset = DetectionDataset(records, class_names=["cat"])
+        >>> for element in dataset.as_dataset(shuffle=True, seed=1):
+        ...     print(element["images"].shape, element["bounding_boxes"]["boxes"])
     """
 
     def __init__(
@@ -372,7 +392,9 @@ class ClassificationDataset(ImageDataset):
     Raises:
         ValueError: if there is no record, or a label has no class name.
 
-    Example: `train, test = ClassificationDataset(records, class_names=["cat", "dog"]).hold_out()`
+    Example:
+        >>> dataset = ClassificationDataset(records, class_names=["cat", "dog"])
+        >>> train, test = dataset.hold_out()
     """
 
     def __init__(

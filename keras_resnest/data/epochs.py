@@ -15,7 +15,10 @@ class EpochCounter:
     Args:
         initial_epoch: epoch of the first pass, from 0.
 
-    Example: `EpochCounter(3).next_epoch()` returns 3, then 4; after `set_epoch(7)`, always 7.
+    Example:
+        >>> counter = EpochCounter(3)
+        >>> counter.next_epoch(), counter.next_epoch()
+        (3, 4)
     """
 
     def __init__(self, initial_epoch: int = 0):
@@ -56,11 +59,9 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
         ValueError: if `batches` is another dataset, or `epoch` is not a nonnegative integer.
 
     Example:
-        ```python
-        on_epoch_begin = lambda epoch, logs: set_epoch(batches, epoch)
-        callback = keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin)
-        model.fit(batches, initial_epoch=12, epochs=60, callbacks=[callback])
-        ```
+        >>> on_epoch_begin = lambda epoch, logs: set_epoch(batches, epoch)
+        >>> callback = keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin)
+        >>> model.fit(batches, initial_epoch=12, epochs=60, callbacks=[callback])
     """
     counter = getattr(batches, "epoch_counter", None)
     if not isinstance(counter, EpochCounter):

@@ -1,7 +1,8 @@
 """Shapes: a synthetic detection dataset, which needs no download.
 
 Six kinds of figures, rotated, stretched and overlapping, each kind in its range of hues, on
-textured grayish backgrounds. It is drawn in seconds and trains a detector on a CPU in minutes.
+textured grayish backgrounds. The dataset is drawn in seconds and trains a detector on a CPU in
+minutes.
 
 `draw_scene(plan_scene(seed))` draws one image. `Shapes` is the TFDS builder; importing this module
 registers it for `tfds.load("shapes")`. `keras_resnest.data.read_shapes` draws and reads it.
@@ -77,7 +78,9 @@ def plan_scene(seed, size: int = 192) -> Scene:
     Raises:
         ValueError: if `size` is below 48.
 
-    Example: `scene = plan_scene(7); image, boxes = draw_scene(scene), scene.boxes`
+    Example:
+        >>> scene = plan_scene(7)
+        >>> image, boxes = draw_scene(scene), scene.boxes
     """
     if size < 48:
         raise ValueError(f"`size` must be at least 48 pixels. Received: {size}")
@@ -340,17 +343,15 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """TFDS dataset of drawn figures: circle, square, triangle, star, cross, ring.
 
     Predefined configurations: "small" (default: 192 x 192; 1600 training, 200 validation, 200 test
-    images), "medium" (320 x 320; as many images) and "tiny" (96 x 96; 48, 16, 16). Pass a
+    images), "medium" (320 x 320; the same numbers) and "tiny" (96 x 96; 48, 16, 16). Pass a
     `ShapesConfig` for others. Images are JPEG (quality 95).
 
     Features of an example: `image`, `image_id` ("train_00000"), and `objects` with `bbox` (relative
     yxyx, see `Scene.boxes`), `label` and `is_difficult` (see `Scene.difficult`).
 
     Example:
-    ```python
-    train = tfds.load("shapes", split="train")
-    builder = Shapes(config=ShapesConfig(size=256, num_train=500), data_dir="data")
-    ```
+        >>> train = tfds.load("shapes", split="train")
+        >>> builder = Shapes(config=ShapesConfig(size=256, num_train=500), data_dir="data")
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,7 +1,7 @@
-"""How well anchors cover the objects of a dataset, and anchors fitted to them.
+"""Measures how well anchors cover the objects of a dataset, and fits anchors to them.
 
-An object that no anchor overlaps at an IoU of 0.5 is learned from its single best anchor, which is
-far off. `anchor_coverage` counts such objects, `fit_anchors` finds sizes that leave fewer of them.
+An object that no anchor overlaps at an IoU of 0.5 is learned only from its best anchor, which is
+far off. `anchor_coverage` counts such objects; `fit_anchors` finds sizes that leave fewer of them.
 """
 
 import functools
@@ -36,9 +36,8 @@ class AnchorCoverage:
         best_iou: IoU of each object with its best anchor.
 
     Example:
-
-    >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
-    0.531
+        >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
+        0.531
     """
 
     image_shape: tuple[int, int]
@@ -56,7 +55,7 @@ class AnchorCoverage:
         return float(_ratio(self.covered.sum(), self.counts.sum()))
 
     def per_class(self) -> dict[str, float]:
-        """Returns that fraction for each class, nan for a class without objects."""
+        """Returns the covered fraction of each class; nan for a class without objects."""
         return dict(zip(self.class_names, _ratio(self.covered, self.counts).tolist(), strict=True))
 
     def __str__(self) -> str:
@@ -87,8 +86,8 @@ def anchor_coverage(
     Args:
         dataset: a `DetectionDataset`; an iterable, such as a `tf.data.Dataset`, of its elements
             or of batches; or a dictionary `{"boxes": (..., 4), "labels": (...)}` of `"xyxy"`
-            boxes in pixels of `image_shape`. Rows with label -1 and boxes without area do not
-            count. Images are not decoded if the dataset knows their sizes.
+            boxes in pixels of `image_shape`. Rows with label -1 and boxes without area are
+            ignored. Images are not decoded if the dataset knows their sizes.
         anchor_generator: the anchors.
         image_shape: (height, width, ...) that images are stretched to.
         iou_threshold: lowest IoU at which an anchor covers an object, as in `BoxMatcher`.
@@ -99,11 +98,10 @@ def anchor_coverage(
     Raises:
         ValueError: if `dataset` is none of the above or the threshold is not in (0, 1].
 
-    Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
-
     Example:
+        >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
 
-    >>> print(anchor_coverage(train, AnchorGenerator(), (320, 320)))
+    Source: the matching rule of RefineDet (arXiv 1711.06897) section 3.3.
     """
     shape = _check(image_shape, iou_threshold)
     boxes, labels, names = _labeled_boxes(dataset, shape)
@@ -137,8 +135,8 @@ def fit_anchors(
 ) -> AnchorGenerator:
     """Fits anchor sizes, and optionally aspect ratios, to the objects of a dataset.
 
-    Coordinate search from the given anchors, from the quantiles of the objects' sizes and from
-    random places. It maximizes the sum of two means over the classes: the fraction of covered
+    Coordinate search starts from the given anchors, from the quantiles of the objects' sizes and
+    from random points. It maximizes the sum of two means over the classes: the fraction of covered
     objects, and the IoU with the best anchor. All classes count the same, as in mAP. Neither the
     fraction of all covered objects nor its mean over the classes falls below that of the given
     anchors. Fit to training images only.
@@ -146,13 +144,13 @@ def fit_anchors(
     Args:
         dataset: as in `anchor_coverage`.
         image_shape: as in `anchor_coverage`.
-        anchor_generator: where to start, `AnchorGenerator()` by default; strides, offset, number
-            of sizes and of ratios stay.
+        anchor_generator: where to start, by default `AnchorGenerator()`; its strides, offset and
+            numbers of sizes and ratios are kept.
         iou_threshold: as in `anchor_coverage`.
         fit_aspect_ratios: whether ratios are fitted too, between 1/4 and 4.
-        max_boxes: number of objects, drawn at random, that are used of a larger dataset.
-        restarts: number of random starting places.
-        seed: the same arguments give the same anchors.
+        max_boxes: number of objects to draw at random from a larger dataset.
+        restarts: number of random starting points.
+        seed: seed of all random numbers.
 
     Returns:
         `AnchorGenerator` with sizes between 1.5 and 8 strides of their level that do not fall
@@ -162,9 +160,8 @@ def fit_anchors(
         ValueError: as in `anchor_coverage`, or if there is no object to fit to.
 
     Example:
-
-    >>> generator = fit_anchors(train, (320, 320))
-    >>> model = kr.RefineDet(3, anchor_generator=generator)
+        >>> generator = fit_anchors(train, (320, 320))
+        >>> model = kr.RefineDet(3, anchor_generator=generator)
     """
     shape = _check(image_shape, iou_threshold)
     start = anchor_generator or AnchorGenerator()
@@ -175,10 +172,10 @@ def fit_anchors(
     rows = np.sort(rng.permutation(len(boxes))[:max_boxes])
     search = _Search(boxes[rows], labels[rows], shape, start, iou_threshold)
     best = search.climb(search.start, fit_aspect_ratios)
-    for place in [search.quantiles(), *(search.random(rng) for _ in range(restarts))]:
-        best = max(best, search.climb(place, fit_aspect_ratios), key=search.score)
+    for point in [search.quantiles(), *(search.random(rng) for _ in range(restarts))]:
+        best = max(best, search.climb(point, fit_aspect_ratios), key=search.score)
     fitted = search.generator(best)
-    # The search has used a sample; the guarantee must hold for all objects.
+    # The search used a sample; the guarantee must hold for all objects.
     before, after = (
         _coverage(_best_iou(boxes, shape, g) >= iou_threshold, labels) for g in (start, fitted)
     )
@@ -186,7 +183,7 @@ def fit_anchors(
 
 
 class _Search:
-    """Places are (sizes of all levels in one tuple, aspect ratios)."""
+    """Coordinate search over points (sizes of all levels in one tuple, aspect ratios)."""
 
     def __init__(self, boxes, labels, shape, start: AnchorGenerator, iou_threshold: float):
         self.boxes, self.labels, self.shape = boxes, labels, shape
@@ -201,13 +198,13 @@ class _Search:
         self.score = functools.cache(self._score)
         self.floor = self._coverages(self._best(self.start))
 
-    def generator(self, place) -> AnchorGenerator:
+    def generator(self, point) -> AnchorGenerator:
         sizes = [
-            tuple(sorted(s for s, of in zip(place[0], self.levels, strict=True) if of == level))
+            tuple(sorted(s for s, of in zip(point[0], self.levels, strict=True) if of == level))
             for level in range(len(self.generator_config["strides"]))
         ]
         return AnchorGenerator(
-            **{**self.generator_config, "sizes": sizes, "aspect_ratios": place[1]}
+            **{**self.generator_config, "sizes": sizes, "aspect_ratios": point[1]}
         )
 
     def quantiles(self):
@@ -222,37 +219,37 @@ class _Search:
     def _on_grid(self, sizes) -> tuple[float, ...]:
         return tuple(_nearest(g, size) for g, size in zip(self.grids, sizes, strict=True))
 
-    def climb(self, place, with_ratios: bool):
+    def climb(self, point, with_ratios: bool):
         """Improves one number after the other until no change helps."""
         while True:
-            before = place
+            before = point
             for i, grid in enumerate(self.grids):
-                changed = [(_replace(place[0], i, float(size)), place[1]) for size in grid]
-                place = max([place, *changed], key=self.score)
-            for i in range(len(place[1]) if with_ratios else 0):
-                changed = [(place[0], _replace(place[1], i, float(r))) for r in ASPECT_RATIOS]
-                place = max([place, *changed], key=self.score)
-            if place == before:
-                return place
+                changed = [(_replace(point[0], i, float(size)), point[1]) for size in grid]
+                point = max([point, *changed], key=self.score)
+            for i in range(len(point[1]) if with_ratios else 0):
+                changed = [(point[0], _replace(point[1], i, float(r))) for r in ASPECT_RATIOS]
+                point = max([point, *changed], key=self.score)
+            if point == before:
+                return point
 
-    def _score(self, place) -> tuple[float, float]:
-        """Coverage lost against the start, then the sum of the two means over the classes.
+    def _score(self, point) -> tuple[float, float]:
+        """Coverage lost relative to the start, then the sum of the two means over the classes.
 
-        Coarser levels are for larger objects: falling sizes count as a loss too.
+        Coarser levels are for larger objects: sizes that fall from level to level count as lost.
         """
-        best = self._best(place)
+        best = self._best(point)
         coverages = self._coverages(best)
-        lost = np.minimum(coverages - self.floor, 0.0).sum() - (np.diff(place[0]) < 0).sum()
+        lost = np.minimum(coverages - self.floor, 0.0).sum() - (np.diff(point[0]) < 0).sum()
         return float(lost), float(coverages[1] + _class_means(best, self.labels).mean())
 
     def _coverages(self, best_iou):
         return _coverage(best_iou >= self.iou_threshold, self.labels)
 
-    def _best(self, place):
+    def _best(self, point):
         shapes = [
             self.iou_of(level, size, ratio)
-            for level, size in zip(self.levels, place[0], strict=True)
-            for ratio in place[1]
+            for level, size in zip(self.levels, point[0], strict=True)
+            for ratio in point[1]
         ]
         return np.max(shapes, axis=0)
 

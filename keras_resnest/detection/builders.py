@@ -79,8 +79,7 @@ def _builder(name: str):
         ConnectionError: if published weights cannot be fetched.
 
     Example:
-
-    >>> model = keras_resnest.builders.{name}(class_names=["cat", "dog"])
+        >>> model = keras_resnest.builders.{name}(class_names=["cat", "dog"])
     """
     return build
 

@@ -37,9 +37,8 @@ def class_sources(
         ValueError: if `mapping` has an unknown name.
 
     Example:
-
-    >>> class_sources(["sofa", "person", "sheep"], ["person", "couch"])
-    {'sofa': 'couch', 'person': 'person', 'sheep': None}
+        >>> class_sources(["sofa", "person", "sheep"], ["person", "couch"])
+        {'sofa': 'couch', 'person': 'person', 'sheep': None}
     """
     mapping = dict(mapping or {})
     for role, names, known in (
@@ -50,7 +49,7 @@ def class_sources(
         if unknown:
             raise ValueError(
                 f"`mapping` must be {{new class: class of the model or None}}. Received {unknown}, "
-                f"no {role}; there are {list(known)}"
+                f"which is no {role}. Known: {list(known)}"
             )
     by_key = {_key(name): name for name in reversed(source_names)}
     return {name: mapping.get(name, by_key.get(_key(name))) for name in class_names}

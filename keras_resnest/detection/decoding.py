@@ -6,12 +6,14 @@ from keras import ops
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
 from keras_resnest.boxes.suppression import suppress_batch
+from keras_resnest.checks import check_fractions
+from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class DetectionDecoder:
+class DetectionDecoder(Configurable):
     """Cascade decoding, filtering and non-maximum suppression of a batch.
 
     The first stage (ARM) refines the anchors, the second (ODM) refines them again. Anchors whose
@@ -27,22 +29,20 @@ class DetectionDecoder:
         max_detections: detections per image, all classes together.
         clip_to_image: whether the resulting boxes are clipped to the image.
         negative_anchor_filtering: whether `objectness_threshold` applies.
-        two_step_regression: whether the ODM refines the ARM's boxes; otherwise it refines the
-            regular anchors.
+        two_step_regression: whether the ODM refines the ARM's boxes, or the regular anchors.
         variances: as in training, see `encode_boxes`.
 
     Raises:
         ValueError: if a threshold is not in [0, 1] or a count is not a positive integer.
 
+    Example:
+        >>> decoder = DetectionDecoder(max_detections=100)
+        >>> detections = decoder(model(images), model.anchors, (320, 320))
+        >>> detections["boxes"].shape
+        (batch, 100, 4)
+
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
     `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has 1000 and 500.
-
-    Example:
-
-    >>> decoder = DetectionDecoder(max_detections=100)
-    >>> detections = decoder(model(images), model.anchors, (320, 320))
-    >>> detections["boxes"].shape
-    (batch, 100, 4)
     """
 
     def __init__(
@@ -57,13 +57,11 @@ class DetectionDecoder:
         two_step_regression: bool = True,
         variances=VARIANCES,
     ):
-        for name, value in (
-            ("objectness_threshold", objectness_threshold),
-            ("confidence_threshold", confidence_threshold),
-            ("iou_threshold", iou_threshold),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+        check_fractions(
+            objectness_threshold=objectness_threshold,
+            confidence_threshold=confidence_threshold,
+            iou_threshold=iou_threshold,
+        )
         for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
             if int(value) != value or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
@@ -88,19 +86,17 @@ class DetectionDecoder:
         """Decodes a batch.
 
         Args:
-            outputs: raw outputs of the model: `"arm_boxes"` (batch, anchors, 4),
-                `"arm_objectness"` (batch, anchors, 2), `"odm_boxes"` (batch, anchors, 4) and
-                `"odm_logits"` (batch, anchors, classes + 1).
+            outputs: raw outputs of the model, as in `RefineDetLoss`.
             anchors: `"xyxy"` in pixels, (anchors, 4).
             image_shape: (height, width, ...) in pixels.
             bounding_box_format: format of the resulting boxes.
-            portable: whether NMS consists of elementary operations that every runtime has, where
-                TensorFlow has an operation of its own. The results are equal.
+            portable: whether NMS uses elementary operations, which every runtime has, instead of
+                TensorFlow's NMS operation. The results are equal.
 
         Returns:
             Dictionary of `"boxes"` (batch, max_detections, 4) in `bounding_box_format`,
             `"confidence"` and `"labels"` (batch, max_detections), by falling confidence, and
-            `"num_detections"` (batch,). Rows beyond are -1.
+            `"num_detections"` (batch,). Rows beyond `num_detections` are -1.
         """
         boxes, confidence = self.candidates(outputs, anchors)
         boxes, confidence, labels, count = suppress_batch(
@@ -139,20 +135,3 @@ class DetectionDecoder:
             "labels": ops.where(real, labels, PADDING),
             "num_detections": count,
         }
-
-    def get_config(self) -> dict:
-        return {
-            "objectness_threshold": self.objectness_threshold,
-            "confidence_threshold": self.confidence_threshold,
-            "iou_threshold": self.iou_threshold,
-            "pre_nms_top_k": self.pre_nms_top_k,
-            "max_detections": self.max_detections,
-            "clip_to_image": self.clip_to_image,
-            "negative_anchor_filtering": self.negative_anchor_filtering,
-            "two_step_regression": self.two_step_regression,
-            "variances": self.variances,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict) -> "DetectionDecoder":
-        return cls(**config)

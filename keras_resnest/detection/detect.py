@@ -14,7 +14,8 @@ import numpy as np
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
 from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.checks import check_image_shape, check_images, value_errors
-from keras_resnest.images import find_images, load_image, resize_image
+from keras_resnest.images import MAX_PIXELS, find_images, load_image, resize_image
+from keras_resnest.trainer import check_not_forked
 
 PADDING = -1  # fills the rows beyond `num_detections`
 SIDE_MULTIPLE = 64  # stride of the coarsest level
@@ -40,8 +41,8 @@ REFINEDET512_PLUS = {
 class CompiledDetector:
     """Network and decoder of a `RefineDet`, compiled once for each image size.
 
-    It runs in this process alone, whatever strategy the model trains under, and is compiled
-    anew after the decoder has changed.
+    It runs only in this process, under any strategy, and is recompiled after the decoder has
+    changed.
 
     Args:
         model: a `RefineDet`.
@@ -62,6 +63,7 @@ class CompiledDetector:
 
     def __call__(self, images) -> dict:
         """Returns detections, as `RefineDet.predict`, of images (batch, height, width, 3)."""
+        check_not_forked()
         self.discard_stale()
         size = tuple(int(side) for side in images.shape[1:3])
         if keras.backend.backend() == "tensorflow":
@@ -88,7 +90,9 @@ class CompiledDetector:
 # === One scale ===
 
 
-def detect_images(images, detect_batch: Callable[[list], list], batch_size: int):
+def detect_images(
+    images, detect_batch: Callable[[list], list], batch_size: int, max_pixels: int = MAX_PIXELS
+):
     """Loads images and runs a detector on them, batch by batch.
 
     Args:
@@ -96,6 +100,7 @@ def detect_images(images, detect_batch: Callable[[list], list], batch_size: int)
             channels) 0 to 255, a folder, or a list or 4-D array of images.
         detect_batch: maps a list of arrays (height, width, 3) to a list of detections.
         batch_size: images that are loaded and passed on together.
+        max_pixels: as in `load_image`.
 
     Returns:
         Detections of a single image, or a list of them. An image of a list that cannot be read
@@ -107,19 +112,19 @@ def detect_images(images, detect_batch: Callable[[list], list], batch_size: int)
     if isinstance(images, str | os.PathLike) and os.path.isdir(images):
         images = find_images(images)
     if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
-        return detect_batch([load_image(images)])[0]
+        return detect_batch([load_image(images, max_pixels)])[0]
     results = []
     for start in range(0, len(images), batch_size):
-        loaded = [_load_or_warn(image) for image in images[start : start + batch_size]]
+        loaded = [_load_or_warn(i, max_pixels) for i in images[start : start + batch_size]]
         readable = [image for image in loaded if image is not None]
         found = iter(detect_batch(readable) if readable else ())
         results += [None if image is None else next(found) for image in loaded]
     return results
 
 
-def _load_or_warn(image):
+def _load_or_warn(image, max_pixels: int):
     try:
-        return load_image(image)
+        return load_image(image, max_pixels)
     except ValueError as error:
         warnings.warn(f"Skipped an image: {error}", stacklevel=4)
         return None
@@ -145,7 +150,7 @@ def detect_resized(model, images: list, confidence_threshold: float) -> list[dic
         scale = image.shape[1] / width, image.shape[0] / height
         boxes = scale_boxes(rows["boxes"], model.bounding_box_format, *scale)
         rows["boxes"] = keras.ops.convert_to_numpy(boxes)
-        results.append(_named(model, rows, confidence_threshold))
+        results.append(_select_confident(model, rows, confidence_threshold))
     return results
 
 
@@ -155,7 +160,7 @@ def _rows(batch: dict, number: int) -> dict:
     return {name: batch[name][number, :count] for name in ("boxes", "confidence", "labels")}
 
 
-def _named(model, rows: dict, confidence_threshold: float) -> dict:
+def _select_confident(model, rows: dict, confidence_threshold: float) -> dict:
     """The confident detections, with class names."""
     chosen = rows["confidence"] >= confidence_threshold
     rows = {name: values[chosen] for name, values in rows.items()}
@@ -169,11 +174,11 @@ def _named(model, rows: dict, confidence_threshold: float) -> dict:
 class MultiScaleDetector:
     """Detects at several image sizes and in the mirror image, and merges the detections.
 
-    The same weights see the image once per size, and once more mirrored. The detections of all
-    passes go through non-maximum suppression, class by class, and each box that is kept moves to
-    the confidence-weighted mean of all that agree with it (box voting). The cost is that of as
-    many predictions as there are passes; small and large objects are found better. This is
-    RefineDet320+ and RefineDet512+ of the paper.
+    The network sees the image once per size, and once more mirrored. The detections of all passes
+    go through non-maximum suppression, class by class, and each remaining box moves to the
+    confidence-weighted mean of all boxes that agree with it (box voting). This detects small and
+    large objects better, at the cost of one prediction per pass. It is RefineDet320+ and
+    RefineDet512+ of the paper.
 
     `evaluate_detections` and `collect_detections` accept it as a model.
 
@@ -181,11 +186,11 @@ class MultiScaleDetector:
         model: a `RefineDet`.
         image_sizes: sizes that the network sees: (height, width) or the side of a square, in
             pixels, multiples of 64.
-        box_sizes: None, or for each of `image_sizes` None or (lowest, highest): at that size,
-            only detections count whose longer side is above `lowest` and whose shorter side is
-            below `highest` (None: no limit), in pixels of the given image.
-        flip: whether the mirror image is used too.
-        turn_sizes: whether a size that is not square is turned to the orientation of the image.
+        box_sizes: None, or for each of `image_sizes` None or (lowest, highest): at that size, a
+            detection is kept if its longer side is above `lowest` and its shorter side below
+            `highest` (None: no limit), in pixels of the given image.
+        flip: whether to use the mirror image too.
+        turn_sizes: whether to turn a size that is not square to the orientation of the image.
         iou_threshold: of two boxes of a class with a higher IoU, the less confident is dropped.
         voting_iou: lowest IoU of a box that votes; None for no voting.
         max_detections: detections per image; by default that of the model's decoder.
@@ -193,14 +198,13 @@ class MultiScaleDetector:
     Raises:
         ValueError: if a size is not a multiple of 64, or `box_sizes` does not fit `image_sizes`.
 
-    Source: RefineDet (arXiv 1711.06897) section 4.2; Gidaris and Komodakis, arXiv 1505.01749.
-
     Example:
+        >>> detector = MultiScaleDetector(model, image_sizes=(256, 320, 448))
+        >>> detector.detect("photo.jpg")["boxes"]
+        >>> print(evaluate_detections(detector, test_batches))
+        >>> plus = MultiScaleDetector(model, **REFINEDET320_PLUS)  # the authors' settings
 
-    >>> detector = MultiScaleDetector(model, image_sizes=(256, 320, 448))
-    >>> detector.detect("photo.jpg")["boxes"]
-    >>> print(evaluate_detections(detector, test_batches))
-    >>> plus = MultiScaleDetector(model, **REFINEDET320_PLUS)  # the authors' settings
+    Source: RefineDet (arXiv 1711.06897) section 4.2; Gidaris and Komodakis, arXiv 1505.01749.
     """
 
     def __init__(
@@ -246,9 +250,9 @@ class MultiScaleDetector:
 
         def detect_batch(batch):
             return [
-                _named(
+                _select_confident(
                     self.model,
-                    self._formatted(self._detect(image[None])[0], image.shape[:2]),
+                    self._to_model_format(self._detect(image[None])[0], image.shape[:2]),
                     confidence_threshold,
                 )
                 for image in batch
@@ -277,7 +281,7 @@ class MultiScaleDetector:
             "labels": np.full(shape, PADDING, "int32"),
         }
         for i, row in enumerate(rows):
-            for name, values in self._formatted(row, images.shape[1:3]).items():
+            for name, values in self._to_model_format(row, images.shape[1:3]).items():
                 result[name][i, : counts[i]] = values
         return {**result, "num_detections": np.array(counts, "int32")}
 
@@ -285,12 +289,13 @@ class MultiScaleDetector:
         """Merged detections of images (B, H, W, 3), "xyxy" in their pixels."""
         passes = []
         for size, limits in zip(self.image_sizes, self.box_sizes, strict=True):
+            size = self._orient_size(size, images.shape[1:3])
             for mirrored in (False, True)[: 1 + self.flip]:
-                found = self._detect_at(self._turned(size, images.shape[1:3]), images, mirrored)
-                passes.append([_within(rows, limits) for rows in found])
+                found = self._detect_at(size, images, mirrored)
+                passes.append([_select_sizes(rows, limits) for rows in found])
         return [self._merge(rows) for rows in zip(*passes, strict=True)]
 
-    def _turned(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    def _orient_size(self, size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
         (height, width), is_portrait = size, image_size[0] >= image_size[1]
         if self.turn_sizes and height != width and (height > width) != is_portrait:
             return width, height
@@ -320,7 +325,7 @@ class MultiScaleDetector:
             )
         return merged
 
-    def _formatted(self, rows: dict, image_size: tuple[int, int]) -> dict:
+    def _to_model_format(self, rows: dict, image_size: tuple[int, int]) -> dict:
         boxes = convert_boxes(rows["boxes"], "xyxy", self.bounding_box_format, *image_size)
         return {**rows, "boxes": keras.ops.convert_to_numpy(boxes)}
 
@@ -341,7 +346,7 @@ class MultiScaleDetector:
         return cls(**{**config, "model": keras.saving.deserialize_keras_object(config["model"])})
 
 
-def _within(rows: dict, limits) -> dict:
+def _select_sizes(rows: dict, limits) -> dict:
     """The detections whose sides are within `limits`."""
     if limits is None:
         return rows

@@ -13,7 +13,9 @@ import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones.graph import GraphBuilder
+from keras_resnest.configurable import Configurable
 from keras_resnest.layers import BatchNormalization, L2Normalization, TransferConnectionBlock
+from keras_resnest.layers.changes import KeepsLayerChanges
 
 LEVELS = ("P3", "P4", "P5")  # of the backbone, strides 8, 16 and 32; P6 is added here
 STRIDES = (8, 16, 32, 64)
@@ -21,8 +23,8 @@ L2_SCALES = (10.0, 8.0)  # initial scales of P3 and P4, as in the authors' code
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDetHeads:
-    """Everything of RefineDet's network that follows the backbone.
+class RefineDetHeads(Configurable):
+    """The layers of RefineDet after the backbone.
 
     Args:
         filters: channels of the TCBs, and so of the maps that the ODM reads.
@@ -39,9 +41,8 @@ class RefineDetHeads:
         ValueError: if `filters` or `extra_filters` is not positive.
 
     Example:
-
-    >>> heads = RefineDetHeads(filters=64, use_batch_norm=True)
-    >>> model = RefineDet(num_classes=3, backbone="resnest14_tiny", heads=heads)
+        >>> heads = RefineDetHeads(filters=64, use_batch_norm=True)
+        >>> model = RefineDet(num_classes=3, backbone="resnest14_tiny", heads=heads)
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class RefineDetHeads:
         widths = (filters, *extra_filters)
         if len(widths) != 3 or any(not isinstance(n, int | np.integer) or n < 1 for n in widths):
             raise ValueError(
-                "`filters` must be a positive integer and `extra_filters` two of them. "
+                "`filters` must be a positive integer, `extra_filters` two positive integers. "
                 f"Received: filters={filters}, extra_filters={extra_filters}"
             )
         self.filters = int(filters)
@@ -136,23 +137,9 @@ class RefineDetHeads:
             ]
         return PredictionHead(num_anchors, num_outputs, dtype=dtype, name=name)(maps)
 
-    def get_config(self) -> dict:
-        return {
-            "filters": self.filters,
-            "extra_filters": self.extra_filters,
-            "use_batch_norm": self.use_batch_norm,
-            "use_l2_normalization": self.use_l2_normalization,
-            "use_residual_blocks": self.use_residual_blocks,
-            "use_transfer_connection": self.use_transfer_connection,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict) -> "RefineDetHeads":
-        return cls(**config)
-
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class PredictionHead(layers.Layer):
+class PredictionHead(KeepsLayerChanges, layers.Layer):
     """One 3x3 convolution for boxes and one for classes on each level.
 
     Both stages of RefineDet use it: with two logits it is the Anchor Refinement Module, with
@@ -170,11 +157,10 @@ class PredictionHead(layers.Layer):
         Offsets (batch, anchors, 4) and logits (batch, anchors, num_outputs). Anchors run over
         level, row, column, anchor of the cell.
 
-    Source: RefineDet (arXiv 1711.06897) section 3.1.
-
     Example:
+        >>> offsets, logits = PredictionHead((3, 3), num_outputs=2)([p3, p4])
 
-    >>> offsets, logits = PredictionHead((3, 3), num_outputs=2)([p3, p4])
+    Source: RefineDet (arXiv 1711.06897) section 3.1.
     """
 
     def __init__(self, num_anchors, num_outputs: int, **kwargs):
@@ -183,6 +169,7 @@ class PredictionHead(layers.Layer):
         self.num_outputs = int(num_outputs)
         self.box_convolutions = self._convolutions("boxes", 4)
         self.class_convolutions = self._convolutions("classes", self.num_outputs)
+        self._layers_made()
 
     def _convolutions(self, name: str, outputs: int) -> list:
         return [
@@ -224,7 +211,7 @@ class PredictionHead(layers.Layer):
 
 
 def _flat_shape(feature_map, outputs: int) -> tuple:
-    """(batch, anchors, outputs) of a map; one of the first two is open, -1."""
+    """Shape (batch, anchors, outputs) of a flattened map; -1 for one of the first two."""
     sides = feature_map.shape[1:]
     if None in sides:
         return ops.shape(feature_map)[0], -1, outputs
@@ -234,8 +221,8 @@ def _flat_shape(feature_map, outputs: int) -> tuple:
 def bottleneck_block(x, filters: int, out_filters: int, strides: int = 1, *, dtype, name: str):
     """Residual block of 1x1, 3x3 and 1x1 convolutions, each batch normalized.
 
-    Unlike in the blocks of our backbones, the shortcut always has a convolution and the stride is
-    in the first 1x1 convolution.
+    Unlike in the backbones, the shortcut always has a convolution, and the stride is in the first
+    1x1 convolution.
 
     Source: `ResBody` in the authors' code, github.com/sfzhang15/RefineDet.
     """

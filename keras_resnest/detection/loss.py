@@ -8,6 +8,8 @@ from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.checks import check_fractions
+from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
 LOSS_NAMES = (
@@ -19,7 +21,7 @@ LOSS_NAMES = (
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDetLoss:
+class RefineDetLoss(Configurable):
     """The two-stage loss of RefineDet.
 
     Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
@@ -27,11 +29,13 @@ class RefineDetLoss:
     separates objects from background on the regular anchors; the ODM learns classes and offsets
     on the anchors that the ARM has refined. No gradient flows through the refined anchors.
 
+    An image of weight 2 counts as two images: its losses and its positives count twice.
+
     Args:
         matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
         negative_ratio: hard negatives per positive, for each image.
-        objectness_threshold: anchors with an ARM objectness up to this are not mined as negatives
-            of the ODM, between 0 and 1.
+        objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
+            negatives of the ODM.
         negative_anchor_filtering: whether `objectness_threshold` applies (table 3 of the paper).
         two_step_regression: whether the ODM starts from the refined anchors, or from the regular
             ones (table 3). `DetectionDecoder` must have the same.
@@ -40,14 +44,13 @@ class RefineDetLoss:
     Raises:
         ValueError: if `negative_ratio` is negative or `objectness_threshold` is not in [0, 1].
 
+    Example:
+        >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
+        >>> sorted(losses)
+        ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
+
     Source: RefineDet (arXiv 1711.06897) section 3.4 eq. 1; mining from SSD (arXiv 1512.02325)
     section 2.2.
-
-    Example:
-
-    >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
-    >>> sorted(losses)
-    ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
     """
 
     def __init__(
@@ -61,11 +64,7 @@ class RefineDetLoss:
     ):
         if negative_ratio < 0:
             raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
-        if not 0.0 <= objectness_threshold <= 1.0:
-            raise ValueError(
-                "`objectness_threshold` must be between 0 and 1. "
-                f"Received: objectness_threshold={objectness_threshold}"
-            )
+        check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)
         self.objectness_threshold = float(objectness_threshold)
@@ -73,7 +72,7 @@ class RefineDetLoss:
         self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
 
-    def __call__(self, outputs: dict, boxes, labels, anchors) -> dict:
+    def __call__(self, outputs: dict, boxes, labels, anchors, sample_weight=None) -> dict:
         """Computes the four losses of a batch.
 
         Args:
@@ -83,6 +82,7 @@ class RefineDetLoss:
             boxes: ground truth, `"xyxy"` in pixels, (batch, objects, 4).
             labels: int, (batch, objects): 0 to num_classes - 1, or -1 for padding.
             anchors: `"xyxy"` in pixels, (anchors, 4).
+            sample_weight: optional weights of the images, (batch,), not negative.
 
         Returns:
             Dictionary of float32 scalars, one for each of `LOSS_NAMES`.
@@ -91,7 +91,12 @@ class RefineDetLoss:
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class
         arm = self._stage(
-            boxes, any_object, anchors, outputs["arm_boxes"], outputs["arm_objectness"]
+            boxes,
+            any_object,
+            anchors,
+            outputs["arm_boxes"],
+            outputs["arm_objectness"],
+            sample_weight=sample_weight,
         )
 
         if self.two_step_regression:
@@ -101,29 +106,40 @@ class RefineDetLoss:
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
             hard = objectness > self.objectness_threshold
-        odm = self._stage(boxes, labels, anchors, outputs["odm_boxes"], outputs["odm_logits"], hard)
+        odm = self._stage(
+            boxes,
+            labels,
+            anchors,
+            outputs["odm_boxes"],
+            outputs["odm_logits"],
+            hard,
+            sample_weight,
+        )
         return dict(zip(LOSS_NAMES, (*arm, *odm), strict=True))
 
-    def _stage(self, boxes, labels, anchors, offsets, logits, negative_mask=None) -> tuple:
+    def _stage(
+        self, boxes, labels, anchors, offsets, logits, negative_mask=None, sample_weight=None
+    ) -> tuple:
         """Box and classification loss of one stage."""
         target_offsets, target_classes = encode_targets(
             boxes, labels, anchors, self.matcher, self.variances
         )
         box_sum, class_sum, positives = multibox_loss(
-            target_offsets, target_classes, offsets, logits, self.negative_ratio, negative_mask
+            target_offsets,
+            target_classes,
+            offsets,
+            logits,
+            self.negative_ratio,
+            negative_mask,
+            sample_weight,
         )
-        count = ops.maximum(sum_over_replicas(positives), 1.0)
+        count = sum_over_replicas(positives)
+        count = ops.where(count > 0.0, count, 1.0)
         return box_sum / count, class_sum / count
 
     def get_config(self) -> dict:
-        return {
-            "matcher": keras.saving.serialize_keras_object(self.matcher),
-            "negative_ratio": self.negative_ratio,
-            "objectness_threshold": self.objectness_threshold,
-            "negative_anchor_filtering": self.negative_anchor_filtering,
-            "two_step_regression": self.two_step_regression,
-            "variances": self.variances,
-        }
+        matcher = keras.saving.serialize_keras_object(self.matcher)
+        return {**super().get_config(), "matcher": matcher}
 
     @classmethod
     def from_config(cls, config: dict) -> "RefineDetLoss":
@@ -158,11 +174,17 @@ def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIAN
 
 
 def multibox_loss(
-    target_offsets, target_classes, offsets, logits, negative_ratio, negative_mask=None
+    target_offsets,
+    target_classes,
+    offsets,
+    logits,
+    negative_ratio,
+    negative_mask=None,
+    sample_weight=None,
 ):
     """Sums the box and the classification loss of one stage over a batch.
 
-    Sums are returned, not means: they are divided by the positives of the global batch, which a
+    Returns sums, not means: the caller divides by the positives of the global batch, which a
     single replica does not know.
 
     Args:
@@ -172,6 +194,7 @@ def multibox_loss(
         logits: predictions, (batch, anchors, classes + 1), background first.
         negative_ratio: hard negatives per positive, for each image.
         negative_mask: optional boolean (batch, anchors); negatives outside are never mined.
+        sample_weight: optional float (batch,), how often each image counts.
 
     Returns:
         Box loss, classification loss and number of positives, three float32 scalars.
@@ -180,7 +203,7 @@ def multibox_loss(
     mask = ops.cast(positive, "float32")
     # A negative's target is its own prediction: the loss is exactly zero, never 0 * inf.
     target_offsets = ops.where(positive[:, :, None], target_offsets, offsets)
-    box_loss = ops.sum(mask * smooth_l1(ops.stop_gradient(target_offsets), offsets))
+    box_loss = mask * smooth_l1(ops.stop_gradient(target_offsets), offsets)  # (B, A)
 
     log_probability = ops.log_softmax(logits, axis=-1)
     one_hot = ops.one_hot(target_classes, logits.shape[-1], dtype="float32")
@@ -190,8 +213,9 @@ def multibox_loss(
         candidates = ops.logical_and(candidates, negative_mask)
     num_wanted = ops.cast(negative_ratio * ops.sum(mask, axis=1), "int32")
     mined = hard_negatives(ops.stop_gradient(class_loss), candidates, num_wanted)
-    class_loss = ops.sum(ops.where(ops.logical_or(positive, mined), class_loss, 0.0))
-    return box_loss, class_loss, ops.sum(mask)
+    class_loss = ops.where(ops.logical_or(positive, mined), class_loss, 0.0)
+    weight = 1.0 if sample_weight is None else sample_weight[:, None]
+    return tuple(ops.sum(weight * values) for values in (box_loss, class_loss, mask))
 
 
 def smooth_l1(targets, predictions):

@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_resnest.backbones import create_backbone
+from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
@@ -18,6 +19,10 @@ from keras_resnest.checks import (
     check_image_shape,
     check_images,
     check_same_classes,
+    check_sample_weight,
+    dense_boxes,
+    reading_config,
+    require,
     unpack_batch,
     value_errors,
 )
@@ -32,15 +37,17 @@ from keras_resnest.detection.detect import (
 from keras_resnest.detection.heads import LEVELS, STRIDES, RefineDetHeads
 from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
 from keras_resnest.divergence import TerminateOnDivergence
+from keras_resnest.images import MAX_PIXELS
+from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.replicas import num_replicas, sum_over_replicas
-from keras_resnest.trainer import DistributedTraining, same_arguments_as
+from keras_resnest.trainer import DistributedTraining, check_not_forked, same_arguments_as
 
 INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detector overflow
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDet(DistributedTraining, keras.Model):
+class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 
     The Anchor Refinement Module (ARM) finds anchors with objects and moves them; Transfer
@@ -68,20 +75,20 @@ class RefineDet(DistributedTraining, keras.Model):
         synchronized_batch_norm: whether batch statistics are taken over all replicas.
         dtype: precision of the layers, such as `"mixed_bfloat16"`. Loss and boxes are float32.
         name: name of the model.
+        trainable: whether the weights are trained, as in `keras.Model`.
 
     Raises:
         ValueError: if an argument is unusable, or if `detection_loss` and `decoder` differ in
             `two_step_regression` or `variances`.
 
+    Example:
+        >>> model = RefineDet(num_classes=3, backbone="resnest50", image_shape=(320, 320, 3))
+        >>> model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
+        >>> model.fit(train_batches, epochs=10)
+        >>> model.detect("photo.jpg")["boxes"]
+
     Source: Zhang et al., "Single-Shot Refinement Neural Network for Object Detection",
     arXiv 1711.06897.
-
-    Example:
-
-    >>> model = RefineDet(num_classes=3, backbone="resnest50", image_shape=(320, 320, 3))
-    >>> model.compile(optimizer=keras.optimizers.SGD(1e-3, momentum=0.9))
-    >>> model.fit(train_batches, epochs=10)
-    >>> model.detect("photo.jpg")["boxes"]
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class RefineDet(DistributedTraining, keras.Model):
         synchronized_batch_norm: bool = False,
         dtype=None,
         name: str = "refinedet",
+        trainable: bool = True,
     ):
         # === Arguments ===
         num_classes, class_names = _check_classes(num_classes, class_names)
@@ -140,10 +148,19 @@ class RefineDet(DistributedTraining, keras.Model):
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
         _check_same_offsets(self.detection_loss, self.decoder)
 
+        # What is changed from here on is in the detector's own `layer_changes`.
+        given = isinstance(backbone, Backbone) and {
+            "trainable": backbone.trainable,
+            **backbone._layer_changes(),
+        }
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" in pixels, (anchors, 4)
         self.compiled_detector = CompiledDetector(self)
         self._loss_trackers = [keras.metrics.Mean(name=n) for n in LOSS_NAMES]
+        self._layers_made()
+        self._made.backbone = given
+        if not trainable:
+            self.trainable = False
 
     # === Training ===
 
@@ -180,9 +197,16 @@ class RefineDet(DistributedTraining, keras.Model):
 
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, y=None, validation_data=None, callbacks=None, **kwargs):
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "RefineDet takes no `class_weight`; `sample_weight` weights whole images. "
+                f"Received: class_weight={kwargs['class_weight']}"
+            )
         self._check_arrays(x)
         for data in (x, validation_data):
             check_same_classes(data, self.class_names)
+        x, y = _as_pair(x, y)
+        validation_data = _with_dense_boxes(validation_data)
         if y is None and not isinstance(x, dict):
             kwargs.setdefault("shuffle", False)  # Keras warns where it cannot shuffle
         callbacks = _with_divergence_guard(callbacks)
@@ -190,11 +214,12 @@ class RefineDet(DistributedTraining, keras.Model):
             return super().fit(x, y, validation_data=validation_data, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)
-    def evaluate(self, x=None, **kwargs):
+    def evaluate(self, x=None, y=None, **kwargs):
         self._check_arrays(x)
         check_same_classes(x, self.class_names)
+        x, y = _as_pair(x, y)
         with value_errors():
-            return super().evaluate(x, **kwargs)
+            return super().evaluate(x, y, **kwargs)
 
     def train_step(self, *args):
         """Runs one step; the batch, in either layout, is the last argument on every backend."""
@@ -218,6 +243,8 @@ class RefineDet(DistributedTraining, keras.Model):
         images = check_ground_truth(
             images, boxes, labels, relative, self.num_classes, self.bounding_box_format
         )
+        if sample_weight is not None:
+            sample_weight = check_sample_weight(sample_weight)
         return check_images(images), y, sample_weight
 
     def _ground_truth(self, y, sides) -> tuple:
@@ -230,7 +257,8 @@ class RefineDet(DistributedTraining, keras.Model):
         """Returns the two-stage loss of a batch, RefineDet eq. 1."""
         sides = self.image_shape[:2] if x is None else _sides(x)
         boxes, labels = self._ground_truth(y, sides)
-        losses = self.detection_loss(y_pred, boxes, labels, self.anchors_for(sides))
+        anchors = self.anchors_for(sides)
+        losses = self.detection_loss(y_pred, boxes, labels, anchors, sample_weight)
         batch, replicas = ops.shape(labels)[0], num_replicas()
         # Losses add up over replicas; Keras takes their mean over rows, which must be that sum.
         # Training batches are shared evenly, others need not be.
@@ -265,6 +293,7 @@ class RefineDet(DistributedTraining, keras.Model):
     def predict_step(self, *args):
         """Detects in one batch; the batch is the last argument on every backend."""
         images, _, _ = unpack_batch(args[-1])
+        images = self._check_size(images)
         result = super().predict_step(*args[:-1], (check_images(images),))
         if keras.backend.backend() == "jax":  # there a step returns its state too
             return self.decode(result[0]), result[1]
@@ -301,13 +330,20 @@ class RefineDet(DistributedTraining, keras.Model):
 
     def predict_on_batch(self, x) -> dict:
         """Detects in one batch, in this process alone under any strategy; see `predict`."""
+        check_not_forked()
         images = np.asarray(x)
         self._check_arrays(images)
         with value_errors():
             check_images(images)
         return self.compiled_detector(images)
 
-    def detect(self, images, confidence_threshold: float = 0.3, batch_size: int = 8):
+    def detect(
+        self,
+        images,
+        confidence_threshold: float = 0.3,
+        batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
+    ):
         """Detects in images of any size.
 
         Args:
@@ -315,6 +351,7 @@ class RefineDet(DistributedTraining, keras.Model):
                 channels) 0 to 255, a folder, or a list or 4-D array of images.
             confidence_threshold: lowest confidence that is returned, 0 to 1.
             batch_size: images that pass through the network together.
+            max_pixels: height times width above which a file is not read.
 
         Returns:
             For a single image a dictionary of arrays: `"boxes"` (n, 4) in `bounding_box_format`
@@ -326,7 +363,10 @@ class RefineDet(DistributedTraining, keras.Model):
             ValueError: if a single image cannot be read.
         """
         return detect_images(
-            images, lambda batch: detect_resized(self, batch, confidence_threshold), batch_size
+            images,
+            lambda batch: detect_resized(self, batch, confidence_threshold),
+            batch_size,
+            max_pixels,
         )
 
     def class_name(self, label: int) -> str:
@@ -334,18 +374,34 @@ class RefineDet(DistributedTraining, keras.Model):
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
     def _check_arrays(self, images) -> None:
-        """Checks arrays that are passed directly, on every backend."""
+        """Checks arrays and tensors that are passed directly, on every backend."""
         if isinstance(images, dict):
             images = images.get("images")
-        if not isinstance(images, np.ndarray):
-            return
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if isinstance(images, list | tuple):
             raise ValueError(
-                f"`x` must have shape (batch, {', '.join(map(str, self.image_shape))}); `detect` "
-                f"takes images of any size. Received: x.shape={images.shape}"
+                "`x` must be one array of images; `detect` takes lists. "
+                f"Received: a {type(images).__name__} of {len(images)}"
             )
+        if not hasattr(images, "shape"):
+            return
+        self._check_size(images)
         if keras.backend.backend() != "tensorflow":
             check_images(images)
+
+    def _check_size(self, images):
+        """Returns a batch of images of the model's size; raises `ValueError` for others."""
+        shape, own = tuple(images.shape), self.image_shape
+        wanted = (
+            f"`x` must have shape (batch, {', '.join(map(str, own))}); `detect` takes images of "
+            "any size. Received:"
+        )
+        if len(shape) != 4 or any(n not in (None, o) for n, o in zip(shape[1:], own, strict=True)):
+            raise ValueError(f"{wanted} x.shape={shape}")
+        if None not in shape[1:]:
+            return images
+        height, width = ops.shape(images)[1:3]
+        fits = ops.logical_and(height == own[0], width == own[1])
+        return require(images, fits, wanted, height, width)
 
     # === Other classes ===
 
@@ -366,8 +422,7 @@ class RefineDet(DistributedTraining, keras.Model):
                 the other arguments change the network.
 
         Example:
-
-        >>> voc = coco_model.replace_classes(["aeroplane", "bicycle", "bird"])
+            >>> voc = coco_model.replace_classes(["aeroplane", "bicycle", "bird"])
         """
         if self.class_names is None:
             raise ValueError("`replace_classes` needs a model with `class_names`. Received: none")
@@ -379,6 +434,22 @@ class RefineDet(DistributedTraining, keras.Model):
         return model
 
     # === Saving ===
+
+    def _run_through_graph(self, *args, operation_fn=None, **kwargs):
+        if operation_fn is None:
+            return super()._run_through_graph(*args, **kwargs)
+        if operation_fn.__module__ == keras.models.clone_model.__module__:
+            raise ValueError(
+                "`clone_model` makes a network without loss and decoder; use "
+                "RefineDet.from_config(model.get_config()), then `set_weights`"
+            )
+        return super()._run_through_graph(*args, operation_fn=operation_fn, **kwargs)
+
+    def quantize(self, mode=None, *args, **kwargs):
+        raise ValueError(
+            "Keras quantizes dense layers, and RefineDet has none; `export` has a `precision`. "
+            f"Received: mode={mode!r}"
+        )
 
     def export(self, filepath, format: str = "tf_saved_model", verbose=None, **kwargs):
         """Writes the model for TensorFlow Serving, onnxruntime, OpenVINO or LiteRT.
@@ -396,10 +467,15 @@ class RefineDet(DistributedTraining, keras.Model):
         export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:
+        _check_same_offsets(self.detection_loss, self.decoder)  # a file could not be loaded
         serialize = keras.saving.serialize_keras_object
+        backbone = serialize(self.backbone)
+        if self._made.backbone:
+            backbone["config"].pop("layer_changes", None)
+            backbone["config"].update(self._made.backbone)
         return {
             "num_classes": self.num_classes,
-            "backbone": serialize(self.backbone),
+            "backbone": backbone,
             "image_shape": self.image_shape,
             "bounding_box_format": self.bounding_box_format,
             "class_names": self.class_names,
@@ -411,13 +487,16 @@ class RefineDet(DistributedTraining, keras.Model):
             "synchronized_batch_norm": self.synchronized_batch_norm,
             "dtype": serialize(self.dtype_policy),
             "name": self.name,
+            "trainable": self.trainable,
+            **self._layer_changes(),
         }
 
     def training_config(self) -> dict:
         """Returns what must not change when `ResumeTraining` resumes a run, beside the weights."""
         config = self.get_config()
-        for name in ("backbone", "decoder", "dtype", "name"):  # a backbone's layers have own names
-            del config[name]
+        # A backbone's layers have names of their own.
+        for name in ("backbone", "decoder", "dtype", "name", "trainable", "layer_changes"):
+            config.pop(name, None)
         parts = ("anchor_generator", "heads", "detection_loss")
         return {**config, **{name: config[name]["config"] for name in parts}}
 
@@ -428,7 +507,11 @@ class RefineDet(DistributedTraining, keras.Model):
                 return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             return value
 
-        return cls(**{name: restored(value) for name, value in config.items()})
+        def construct(arguments):
+            return cls(**{name: restored(value) for name, value in arguments.items()})
+
+        with reading_config(cls.__name__):
+            return cls._changed(construct, config)
 
 
 def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
@@ -444,7 +527,7 @@ def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
 
 
 def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
-    """Training and decoding must mean the same by an offset."""
+    """Training and decoding must interpret offsets in the same way."""
     for name in ("two_step_regression", "variances"):
         trained, decoded = getattr(detection_loss, name), getattr(decoder, name)
         if trained != decoded:
@@ -488,6 +571,25 @@ def _with_divergence_guard(callbacks):
     if any(isinstance(callback, TerminateOnDivergence) for callback in callbacks):
         return callbacks
     return [TerminateOnDivergence(), *callbacks]
+
+
+def _as_pair(x, y=None) -> tuple:
+    """Splits a dictionary of arrays, with which Keras would drop `sample_weight`."""
+    if y is None and isinstance(x, dict):
+        x, y, _ = unpack_batch(x)
+    return _with_dense_boxes(x), dense_boxes(y)
+
+
+def _with_dense_boxes(data):
+    """Pads the ragged boxes of a `tf.data.Dataset`; on JAX and PyTorch, Keras adds labels of 0."""
+    if keras.backend.backend() == "tensorflow" or not hasattr(data, "element_spec"):
+        return data
+    import tensorflow as tf
+
+    specs = keras.tree.flatten(data.element_spec)
+    if not any(isinstance(spec, tf.RaggedTensorSpec) for spec in specs):
+        return data
+    return data.map(lambda *batch: tuple(x for x in unpack_batch(batch) if x is not None))
 
 
 def _sides(images) -> tuple:

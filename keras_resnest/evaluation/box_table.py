@@ -93,7 +93,7 @@ def _split_images(batch: Mapping, argument: str, required: tuple[str, ...]) -> l
     lengths = {name: len(values) for name, values in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"`{argument}` must hold as many images in every array. Received: {lengths}"
+            f"`{argument}` must hold as many images in each array. Received: {lengths}"
         )
     return [dict(zip(arrays, rows, strict=True)) for rows in zip(*arrays.values(), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Run a detector on a dataset and evaluate its detections."""
+"""Runs a detector on a dataset and evaluates its detections."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ def collect_detections(
     """Runs a detector on batches and returns ground truth and detections of each image.
 
     Reads the dataset once, so it may reshuffle on each pass. Uses the model's compiled predict
-    function, which later calls do not retrace.
+    function, so later calls do not retrace.
 
     Args:
         model: a `RefineDet`, or any Keras model whose `predict_on_batch(images)` returns
@@ -54,8 +54,8 @@ def collect_detections(
         size = tuple(images.shape[1:3])
         original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
         predicted = _predict(model, images)
-        ground_truth += _split_images(boxes, given_format, size, original_sizes)
-        detections += _split_images(predicted, predicted_format, size, original_sizes)
+        ground_truth += _split_batch(boxes, given_format, size, original_sizes)
+        detections += _split_batch(predicted, predicted_format, size, original_sizes)
     if not detections:
         raise ValueError(
             "`dataset` must yield at least one batch (an iterator can be read only once). "
@@ -95,8 +95,8 @@ def evaluate_detections(
         `AveragePrecision`; printing it shows a table.
 
     Raises:
-        ValueError: also if `dataset`, one of `keras_resnest.data`, has other classes than the
-            model, or in another order.
+        ValueError: as in `collect_detections`, or if a dataset of `keras_resnest.data` has other
+            classes than the model, or in another order.
 
     Example:
         >>> print(evaluate_detections(model, validation_dataset))
@@ -164,7 +164,7 @@ def _check_finite(dataset, steps: int | None) -> None:
         raise ValueError("`steps` must be given for an infinite dataset. Received: steps=None")
 
 
-def _split_images(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:
+def _split_batch(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:
     """One dictionary per image, with "xyxy" boxes and without padding."""
     arrays = {name: np.asarray(values) for name, values in batch.items()}
     if source != "xyxy":

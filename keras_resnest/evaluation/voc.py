@@ -24,8 +24,8 @@ class AveragePrecision:
         average_precision: (T, C) values in [0, 1]; nan for a class without objects.
         num_objects: (C,) objects of each class, without `difficult` ones.
         true_positives: (T, C) numbers of detections.
-        false_positives: (T, C) numbers of detections; those matched to a `difficult` object
-            count in neither.
+        false_positives: (T, C) numbers of detections. Detections matched to a `difficult` object
+            count as neither.
         interpolation: `"every_point"` or `"eleven_point"`.
         curves: T lists of C dictionaries of `recall`, `precision` and `confidence`, one value
             per counted detection, in order of decreasing confidence.
@@ -197,7 +197,7 @@ def _best_objects(
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each detection, the highest IoU with an object of its class and image, and its row.
 
-    IoU 0 and row -1 without such an object; the first of objects with equal IoU.
+    IoU 0 and row -1 if there is none; the first object if several have this IoU.
     """
     object_group = objects.image * num_classes + objects.labels
     rows = np.argsort(object_group, kind="stable")

@@ -2,11 +2,12 @@
 
 import keras
 
+from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.convolution import GroupedConv2D
 from keras_resnest.layers.normalization import BatchNormalization
 
 
-class FeatureMapLayer(keras.layers.Layer):
+class FeatureMapLayer(KeepsLayerChanges, keras.layers.Layer):
     """Base of layers on feature maps: `(batch, height, width, channels)` or channels first.
 
     Args:

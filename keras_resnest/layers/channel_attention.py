@@ -23,7 +23,7 @@ class SqueezeExcitation(FeatureMapLayer):
         Feature map of the input's shape.
 
     Raises:
-        ValueError: If `hidden_channels` is not positive.
+        ValueError: if `hidden_channels` is not positive.
 
     Example:
         >>> SqueezeExcitation(16)(keras.ops.ones((1, 8, 8, 64))).shape
@@ -37,12 +37,14 @@ class SqueezeExcitation(FeatureMapLayer):
         check_positive(hidden_channels=hidden_channels)
         self.hidden_channels = hidden_channels
         self.fc1 = self._convolution(hidden_channels, 1, "fc1")
+        self._layers_made()
 
     def build(self, input_shape):
         channels = input_shape[self._channel_axis]
         self.fc1.build(self._pooled_shape(channels))
         self.fc2 = self._convolution(channels, 1, "fc2")
         self.fc2.build(self._pooled_shape(self.hidden_channels))
+        self._layers_made()
         self.built = True
 
     def call(self, inputs):
@@ -77,7 +79,7 @@ class SelectiveKernel(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of the input.
 
     Raises:
-        ValueError: If an argument is out of range, or the input channels cannot be split
+        ValueError: if an argument is out of range, or the input channels cannot be split
             evenly among the paths.
 
     Example:
@@ -128,6 +130,7 @@ class SelectiveKernel(FeatureMapLayer):
         self.attention_norm = self._batch_norm("attn_bn")
         self.fc_select = self._convolution(filters * num_paths, 1, "attn_fc_select", **no_bias)
         self.path_softmax = RadixSoftmax(num_paths, name="path_softmax", **options)
+        self._layers_made()
 
     def build(self, input_shape):
         channels = input_shape[self._channel_axis]

@@ -22,7 +22,7 @@ class ChannelShuffle(FeatureMapLayer):
         Feature map of the input's shape.
 
     Raises:
-        ValueError: If `groups` is not positive or does not divide the number of channels.
+        ValueError: if `groups` is not positive or does not divide the number of channels.
 
     Example:
         >>> x = keras.ops.reshape(keras.ops.arange(4), (1, 1, 1, 4))

@@ -26,7 +26,7 @@ class GroupedConv2D(keras.layers.Conv2D):
         Feature map with `filters` channels in the same layout.
 
     Raises:
-        ValueError: If `groups` does not divide `channels` or `filters`.
+        ValueError: if `groups` does not divide `channels` or `filters`.
 
     Example:
         >>> layer = GroupedConv2D(128, 3, padding="same", groups=2)

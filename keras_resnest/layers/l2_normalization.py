@@ -24,7 +24,7 @@ class L2Normalization(keras.layers.Layer):
         Tensor of the same shape.
 
     Raises:
-        ValueError: If `epsilon` is not positive or the number of channels is unknown.
+        ValueError: if `epsilon` is not positive or the number of channels is unknown.
 
     Example:
         >>> float(L2Normalization(scale=10.0)(keras.ops.ones((1, 1, 1, 4)))[0, 0, 0, 0])
@@ -55,14 +55,14 @@ class L2Normalization(keras.layers.Layer):
 
     def call(self, inputs):
         # Squares of half-precision numbers overflow easily.
-        x = ops.cast(inputs, "float32")
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         squared_length = ops.sum(ops.square(x), axis=self.axis, keepdims=True)
         inverse_length = ops.where(
             squared_length > 0.0, ops.rsqrt(squared_length + self.epsilon), 0.0
         )
         gamma_shape = [1] * len(inputs.shape)
         gamma_shape[self.axis] = -1
-        gamma = ops.reshape(ops.cast(self.gamma, "float32"), gamma_shape)
+        gamma = ops.reshape(ops.cast(self.gamma, x.dtype), gamma_shape)
         return ops.cast(x * inverse_length * gamma, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):

@@ -12,7 +12,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Keras 3 computes mean, variance and output in separate passes over the feature map. One fused
     kernel computes the same numbers: a training step of `refinedet_tiny` on a CPU takes 0.85 of
-    the time. Arguments, weights and inference are Keras' own, as is training where the kernel
+    the time. Arguments, weights and inference are those of Keras, as is training where the kernel
     does not apply (other backends, ranks and dtypes, masks, `synchronized`, `renorm`, no `scale`
     or `center`).
 
@@ -20,7 +20,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     of squared deviations, which is more accurate than Keras' difference of means.
 
     A non-finite batch mean or variance does not change the moving one of its channel (except with
-    masks and `renorm`), so that one overflow cannot ruin a model.
+    masks and `renorm`), so that one overflow cannot ruin a model. The first batch sets the moving
+    statistics of an untrained layer: with Keras' share of 1 - `momentum`, inference stays wrong for
+    dozens of steps, in a ResNet-101 by a factor of 10,000 after the first.
 
     Example:
         >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
@@ -67,9 +69,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return ops.cast(outputs, self.compute_dtype)
 
     def _update_statistics(self, mean, variance) -> None:
+        untrained = (ops.convert_to_tensor(self.moving_mean) == 0.0) & (
+            ops.convert_to_tensor(self.moving_variance) == 1.0
+        )
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             old = ops.convert_to_tensor(moving)
-            value = old * self.momentum + ops.cast(batch, old.dtype) * (1.0 - self.momentum)
+            batch = ops.cast(batch, old.dtype)
+            value = old * self.momentum + batch * (1.0 - self.momentum)
+            value = ops.where(untrained, batch, value)
             moving.assign(ops.where(ops.isfinite(value), value, old))
 
     def _moments(self, inputs, mask):

@@ -25,7 +25,7 @@ class DropBlock2D(FeatureMapLayer):
         Feature map of the input's shape.
 
     Raises:
-        ValueError: If `rate` is not in [0, 1) or `block_size` is not a positive integer.
+        ValueError: if `rate` is not in [0, 1) or `block_size` is not a positive integer.
 
     Example:
         >>> layer = DropBlock2D(rate=0.1, block_size=3)

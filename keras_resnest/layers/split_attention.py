@@ -28,7 +28,7 @@ class RadixSoftmax(FeatureMapLayer):
         to `(r + 1) * C - 1` belong to split `r`.
 
     Raises:
-        ValueError: If `radix` or `cardinality` is not positive, or their product does not
+        ValueError: if `radix` or `cardinality` is not positive, or their product does not
             divide the number of channels.
 
     Example:
@@ -95,7 +95,7 @@ class SplitAttention(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of the input.
 
     Raises:
-        ValueError: If an argument is out of range, or the groups do not divide the input
+        ValueError: if an argument is out of range, or the groups do not divide the input
             channels, the hidden channels or `filters`.
 
     Example:
@@ -164,6 +164,7 @@ class SplitAttention(FeatureMapLayer):
         self.bn1 = self._batch_norm("bn1") if use_batch_norm else None
         self.fc2 = self._dense(filters * radix, "fc2")
         self.radix_softmax = RadixSoftmax(radix, cardinality, name="radix_softmax", **options)
+        self._layers_made()
 
     def _dense(self, units, name):
         # A grouped dense layer over (batch, 1, 1, channels) is a grouped 1x1 convolution.
@@ -188,6 +189,7 @@ class SplitAttention(FeatureMapLayer):
         if self.use_batch_norm:
             self.bn0.build(self.conv.compute_output_shape(input_shape))
             self.bn1.build(self._pooled_shape(hidden))
+        self._layers_made()
         self.built = True
 
     def call(self, inputs, training=None):

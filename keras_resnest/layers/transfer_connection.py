@@ -29,7 +29,7 @@ class TransferConnectionBlock(FeatureMapLayer):
         Feature map with `filters` channels, in the layout of `inputs`.
 
     Raises:
-        ValueError: If `filters` is not positive.
+        ValueError: if `filters` is not positive.
 
     Example:
         >>> top = TransferConnectionBlock(256)(keras.Input((10, 10, 512)))
@@ -68,6 +68,7 @@ class TransferConnectionBlock(FeatureMapLayer):
         self.bn2 = self._batch_norm("bn2") if use_batch_norm else None
         self.bn3 = self._batch_norm("bn3") if use_batch_norm else None
         self.upsample_bn = self._batch_norm("upsample_bn") if use_batch_norm else None
+        self._layers_made()
 
     def build(self, inputs_shape, upper_shape=None):
         output_shape = self.compute_output_shape(inputs_shape)

@@ -23,13 +23,12 @@ def export_model(
     decode: bool = True,
     representative_images=None,
     verbose: bool = False,
-    freeze: bool = True,
+    freeze: bool = False,
     **options,
 ) -> None:
     """Exports a trained model to a runtime that requires neither Keras nor this package.
 
-    Batch normalization is folded into the convolutions, and weights become constants (unless
-    `freeze=False`).
+    Batch normalization is folded into the convolutions.
 
     | format | runtime | file | precision |
     | --- | --- | --- | --- |
@@ -41,7 +40,9 @@ def export_model(
     Every format takes `images` (batch, height, width, 3), RGB, 0 to 255, float32, and returns
     what `predict` returns, under the same names. LiteRT takes one image at a time. SavedModels
     have further signatures, see `export_saved_model`. The other formats write image shape, box
-    format and class names to a JSON file named after the model, such as `detector.onnx.json`.
+    format and class names to a JSON file named after the model, such as `detector.onnx.json`, and
+    ONNX and OpenVINO the configurations of model servers: `detector.onnx.config.pbtxt` for Triton,
+    `detector.xml.ovms.json` for OpenVINO Model Server.
 
     `"float16"` halves the file; ONNX also computes in float16 where the device can, OpenVINO
     chooses. `"int8"` quantizes the network, calibrated on `representative_images`; LiteRT and
@@ -58,7 +59,7 @@ def export_model(
         representative_images: for int8, dozens of typical images (n, height, width, 3) of the
             model's size, 0 to 255.
         verbose: whether to print the path and, for a SavedModel, the signatures.
-        freeze: as in `export_saved_model`; False is for SavedModels only.
+        freeze: as in `export_saved_model`; the other formats hold constants in any case.
         **options: for classifiers, `image_shape`, `class_names` and `crop_ratio`; see
             `export_saved_model`.
 
@@ -73,7 +74,7 @@ def export_model(
         >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
-    _check_arguments(format, precision, decode, representative_images, freeze)
+    _check_arguments(format, precision, decode, representative_images)
     if format == "tf_saved_model":
         export_saved_model(model, filepath, precision, verbose, freeze, **options)
     else:
@@ -82,7 +83,7 @@ def export_model(
         print(f"Wrote {os.fspath(filepath)}")
 
 
-def _check_arguments(format, precision, decode, representative_images, freeze) -> None:
+def _check_arguments(format, precision, decode, representative_images) -> None:
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {format!r}")
     if precision not in FORMATS[format]:
@@ -101,5 +102,3 @@ def _check_arguments(format, precision, decode, representative_images, freeze) -
             "A SavedModel always decodes; its signature `raw_outputs` returns the raw outputs. "
             "Received: decode=False"
         )
-    if not freeze and format != "tf_saved_model":
-        raise ValueError(f"`freeze=False` is only for SavedModels. Received: format={format!r}")

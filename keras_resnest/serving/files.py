@@ -8,7 +8,9 @@ import warnings
 
 import numpy as np
 
+from keras_resnest.atomic import atomic_file
 from keras_resnest.serving.graph import deployment_function
+from keras_resnest.serving.server_configs import write_server_configs
 from keras_resnest.serving.tasks import create_task, write_metadata
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
@@ -46,16 +48,15 @@ def export_file(
     _check_packages(format, precision)
     convert = {"onnx": _to_onnx, "openvino": _to_openvino, "litert": _to_litert}[format]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        folder = pathlib.Path(folder)
-        convert(task, folder / path.name, precision, decode, images)
+    with atomic_file(path) as file:
+        function = convert(task, file, precision, decode, images)
+        (specification,), _ = function.structured_input_signature
+        write_server_configs(file, format, specification, function.structured_outputs)
         entries = {"precision": precision, "decode": decode}
         if is_detector and not decode:
             entries["anchors"] = f"{path.name}.anchors.npy"
-            np.save(folder / entries["anchors"], np.asarray(model.anchors, "float32"))
-        write_metadata(task, folder / f"{path.name}.json", **entries)
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):
-            os.replace(file, path.parent / file.name)  # the model itself last
+            np.save(file.with_name(entries["anchors"]), np.asarray(model.anchors, "float32"))
+        write_metadata(task, file.with_name(f"{path.name}.json"), **entries)
 
 
 def _check_packages(format: str, precision: str) -> None:
@@ -82,42 +83,48 @@ def _check_representative_images(task, images):
     return images
 
 
-def _concrete_function(task, decode: bool, batch_size=None, precision: str = "float32"):
-    """Returns the frozen function of `images`, with operations that every runtime supports."""
+def _concrete_function(
+    task, decode: bool, batch_size=None, precision: str = "float32", freeze: bool = False
+):
+    """Returns the function of `images`, with operations that every runtime supports."""
     import tensorflow as tf
 
     # Only LiteRT has a fixed batch size; it does not support variable image sizes either.
     shape = task.signature_shape if batch_size is None else task.image_shape
     specification = tf.TensorSpec((batch_size, *shape), tf.float32, name="images")
-    network = deployment_function(task.network, specification, precision)
+    network = deployment_function(task.network, specification, precision, freeze)
 
     def infer(images):
         raw = network(images)
         return task.results(raw, portable=True) if decode else raw
 
-    return tf.function(infer, autograph=False).get_concrete_function(specification)
+    function = tf.function(infer, autograph=False).get_concrete_function(specification)
+    function.network_variables = network.network_variables
+    return function
 
 
 def _write_saved_model(function, folder: str) -> str:
     """Writes a SavedModel for a converter and returns its path."""
     import tensorflow as tf
 
-    path = os.path.join(folder, "saved_model")
-    tf.saved_model.save(tf.Module(), path, signatures={"serving_default": function})
+    path, module = os.path.join(folder, "saved_model"), tf.Module()
+    module.network_variables = function.network_variables
+    tf.saved_model.save(module, path, signatures={"serving_default": function})
     return path
 
 
 # === ONNX ===
 
 
-def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
+def _to_onnx(task, path, precision: str, decode: bool, images):
+    """Writes the file and returns the function in it, as do the other converters."""
     import onnx
     import tensorflow as tf
     import tf2onnx
     from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
     network_precision = "float16" if precision == "float16" else "float32"
-    function = _concrete_function(task, decode, precision=network_precision)
+    function = _concrete_function(task, decode, precision=network_precision, freeze=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about `np.object`
         patch_tf2onnx()  # Keras' patch for names that numpy 2 removed
@@ -132,6 +139,7 @@ def _to_onnx(task, path, precision: str, decode: bool, images) -> None:
         _quantize_onnx(model, path, images)
     else:
         onnx.save(model, path)
+    return function
 
 
 def _quantize_onnx(model, path, images) -> None:
@@ -193,25 +201,28 @@ def _node_inputs(node) -> list[str]:
 # === OpenVINO and LiteRT ===
 
 
-def _to_openvino(task, path, precision: str, decode: bool, images) -> None:
+def _to_openvino(task, path, precision: str, decode: bool, images):
     import openvino
 
     # `openvino.convert_model` would send usage statistics over the network.
     with tempfile.TemporaryDirectory() as folder:
         if precision == "int8":  # OpenVINO reads networks that onnxruntime has quantized
             source = os.path.join(folder, "int8.onnx")
-            _to_onnx(task, source, precision, decode, images)
+            function = _to_onnx(task, source, precision, decode, images)
         else:
-            source = _write_saved_model(_concrete_function(task, decode), folder)
+            function = _concrete_function(task, decode)
+            source = _write_saved_model(function, folder)
         model = openvino.Core().read_model(source)
         openvino.save_model(model, path, compress_to_fp16=precision == "float16")
+    return function
 
 
-def _to_litert(task, path, precision: str, decode: bool, images) -> None:
+def _to_litert(task, path, precision: str, decode: bool, images):
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
-        source = _write_saved_model(_concrete_function(task, decode, batch_size=1), folder)
+        function = _concrete_function(task, decode, batch_size=1)
+        source = _write_saved_model(function, folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(source)
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -220,3 +231,4 @@ def _to_litert(task, path, precision: str, decode: bool, images) -> None:
         if precision == "int8":
             converter.representative_dataset = lambda: ([image[None]] for image in images)
         path.write_bytes(converter.convert())
+    return function

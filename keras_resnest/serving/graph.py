@@ -1,6 +1,7 @@
-"""Frozen TensorFlow graphs with folded weights, for deployment."""
+"""TensorFlow graphs with folded weights, for deployment."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -23,15 +24,17 @@ REDUCED = {
     "ConcatV2": slice(-1),
 }
 
-LARGE_CONSTANT = 2**14  # bytes
+# In bytes. Larger constants are kept outside of the graph while it is rewritten: TensorFlow copies
+# those inside many times.
+LARGE_CONSTANT = 2**14
 
 
-def deployment_function(network, specification, precision: str = "float32"):
-    """Returns a function of one tensor as one frozen, folded graph.
+def deployment_function(network, specification, precision: str = "float32", freeze: bool = True):
+    """Returns a function of one tensor as one folded graph.
 
-    Variables become constants, batch normalization is folded into the preceding convolution,
-    training-only operations are removed, and the operations after a convolution get the order that
-    TensorFlow fuses at run time (convolution, bias, addition, ReLU).
+    Batch normalization is folded into the preceding convolution, training-only operations are
+    removed, and the operations after a convolution get the order that TensorFlow fuses at run time
+    (convolution, bias, addition, ReLU).
 
     Args:
         network: function of one tensor that returns a dictionary of tensors, such as
@@ -39,9 +42,14 @@ def deployment_function(network, specification, precision: str = "float32"):
         specification: `tf.TensorSpec` of the argument, with a name.
         precision: `"float32"`, `"bfloat16"` or `"float16"`, of the convolutions and the operations
             between them. Argument and results stay float32.
+        freeze: whether weights are constants of the graph. TensorFlow copies those a dozen times
+            while it loads and optimizes a graph. False makes them variables, which exist once for
+            all functions that read them; oneDNN rearranges their values at every call, unless
+            TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 promises that they never change.
 
     Returns:
-        A `tf.ConcreteFunction` with the same argument and results.
+        A `tf.ConcreteFunction` with the same argument and results. Its attribute
+        `network_variables` lists the variables.
 
     Raises:
         ValueError: if Keras does not run on TensorFlow, or `precision` is unknown.
@@ -58,35 +66,13 @@ def deployment_function(network, specification, precision: str = "float32"):
         )
     import tensorflow as tf
 
-    graph_def, outputs = _freeze(network, specification)
-    graph = _Graph(_fold_constants(graph_def, outputs.values()))
+    graph_def, weights, outputs = _trace(network, specification)
+    graph = _Graph(_fold_constants(graph_def, outputs.values()), weights)
     graph.fold_scales_and_offsets()
     if precision != "float32":
         graph.reduce_precision(tf.as_dtype(precision))
     graph_def = _fold_constants(graph.to_graph_def(), outputs.values())
-    return _to_function(graph_def, specification, outputs)
-
-
-def with_variables(function):
-    """Moves the weights of a `deployment_function` from constants to variables.
-
-    TensorFlow copies the constants of a graph a dozen times while it loads and optimizes it. A
-    variable exists once, for all functions that read it, but oneDNN rearranges its values at every
-    call unless TF_ONEDNN_ASSUME_FROZEN_WEIGHTS=1 promises that they never change.
-
-    Returns the new function and the list of its `tf.Variable`s.
-    """
-    import tensorflow as tf
-
-    (specification,), _ = function.structured_input_signature
-    outputs = _names_of_outputs(function, function.outputs)
-    graph_def, constants = _without_large_constants(function.graph.as_graph_def())
-    variables = {
-        name: tf.Variable(tf.make_ndarray(node.attr["value"].tensor), trainable=False)
-        for name, node in constants.items()
-    }
-    function = _to_function(graph_def, specification, outputs, variables)
-    return function, list(variables.values())
+    return _to_function(graph_def, weights, specification, outputs, freeze)
 
 
 def check_backend() -> None:
@@ -141,34 +127,65 @@ def _set_exact_statistics(layer: keras.layers.Normalization) -> None:
 # === Functions and graphs ===
 
 
-def _freeze(network, specification):
-    """Returns a GraphDef without variables, and the names of its outputs by key."""
+def _trace(network, specification):
+    """Returns a GraphDef, the large weights by the placeholders for them, and the outputs by key.
+
+    An output is the name of its tensor.
+    """
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     def in_float32(argument):
         return {name: tf.cast(x, tf.float32) for name, x in network(argument).items()}
 
     function = tf.function(in_float32, autograph=False).get_concrete_function(specification)
-    frozen = convert_variables_to_constants_v2(function)
-    return frozen.graph.as_graph_def(), _names_of_outputs(function, frozen.outputs)
-
-
-def _names_of_outputs(function, tensors) -> dict[str, str]:
-    """Returns the tensor name of each output; TensorFlow flattens dictionaries in sorted order."""
+    variables = {variable.handle.ref(): variable for variable in function.graph.variables}
+    captured = {
+        inside.op.name: variables.get(value.ref(), value)
+        for value, inside in function.graph.captures
+    }
+    nodes, weights = [], {}
+    for node in function.graph.as_graph_def().node:
+        if node.op == "ReadVariableOp":
+            (source, *_), dtype = node.input, node.attr["dtype"]
+            node = tf.compat.v1.NodeDef(op="Identity", name=node.name, input=[source])
+            node.attr["T"].CopyFrom(dtype)
+        value = captured.get(node.name)
+        if node.op == "Const" and node.ByteSize() > LARGE_CONSTANT:
+            value = tf.make_ndarray(node.attr["value"].tensor)
+        nodes.append(node if value is None else _weight_node(node.name, value, weights))
+    # TensorFlow flattens dictionaries in sorted order.
     keys = sorted(function.structured_outputs)
-    return {key: tensor.name for key, tensor in zip(keys, tensors, strict=True)}
+    outputs = {key: x.name for key, x in zip(keys, function.outputs, strict=True)}
+    return _replace_nodes(function.graph.as_graph_def(), nodes), weights, outputs
 
 
-def _to_function(graph_def, specification, outputs: dict[str, str], variables=None):
-    """Returns the concrete function of a graph; `variables` replace the nodes of their names."""
+def _weight_node(name: str, value, weights: dict):
+    """Returns a constant, or the placeholder of a large one, which is added to `weights`."""
+    import tensorflow as tf
+
+    dtype, shape = tf.as_dtype(value.dtype), tf.TensorShape(value.shape)
+    node = tf.compat.v1.NodeDef(op="Const", name=name)
+    node.attr["dtype"].type = dtype.as_datatype_enum
+    if shape.num_elements() * dtype.size > LARGE_CONSTANT:
+        node.op, weights[name] = "Placeholder", value
+        node.attr["shape"].shape.CopyFrom(shape.as_proto())
+    else:
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(np.asarray(value)))
+    return node
+
+
+def _to_function(graph_def, weights: dict, specification, outputs: dict[str, str], freeze: bool):
+    """Returns the concrete function of a graph, whose weights become constants or variables."""
     import tensorflow as tf
 
     # The new function's argument replaces the old placeholder.
-    del graph_def.node[[node.name for node in graph_def.node].index(specification.name)]
+    names = [node.name for node in graph_def.node]
+    del graph_def.node[names.index(specification.name)]
+    keep = np.asarray if freeze else functools.partial(tf.Variable, trainable=False)
+    weights = {name: keep(weights[name]) for name in names if name in weights}
 
     def deployed(argument):
-        values = {name: variable.read_value() for name, variable in (variables or {}).items()}
+        values = {name: tf.convert_to_tensor(value) for name, value in weights.items()}
         values[specification.name] = argument
         tensors = tf.graph_util.import_graph_def(
             graph_def,
@@ -178,7 +195,9 @@ def _to_function(graph_def, specification, outputs: dict[str, str], variables=No
         )
         return dict(zip(outputs, tensors, strict=True))
 
-    return tf.function(deployed, autograph=False).get_concrete_function(specification)
+    function = tf.function(deployed, autograph=False).get_concrete_function(specification)
+    function.network_variables = [] if freeze else list(weights.values())
+    return function
 
 
 def _fold_constants(graph_def, fetches):
@@ -186,19 +205,13 @@ def _fold_constants(graph_def, fetches):
     import tensorflow as tf
     from tensorflow.python.grappler import tf_optimizer
 
-    # Kernels need no folding, and the optimizer copies constants many times.
-    small, constants = _without_large_constants(graph_def)
-    meta_graph = tf.compat.v1.MetaGraphDef(graph_def=small)
+    meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def["train_op"].node_list.value.extend(fetches)
     config = tf.compat.v1.ConfigProto()
     options = config.graph_options.rewrite_options
     options.optimizers.extend(["constfold", "dependency"])
     options.min_graph_nodes = -1
-    folded = tf_optimizer.OptimizeGraph(config, meta_graph)
-    for node in folded.node:
-        if node.name in constants:
-            node.CopyFrom(constants[node.name])
-    return _prune(folded, fetches)
+    return _prune(tf_optimizer.OptimizeGraph(config, meta_graph), fetches)
 
 
 def _prune(graph_def, fetches):
@@ -217,24 +230,6 @@ def _prune(graph_def, fetches):
     return _replace_nodes(graph_def, [node for node in graph_def.node if node.name in needed])
 
 
-def _without_large_constants(graph_def):
-    """Replaces large constants by placeholders; returns the graph and the constants by name."""
-    import tensorflow as tf
-
-    constants, nodes = {}, []
-    for node in graph_def.node:
-        if node.op == "Const" and node.ByteSize() > LARGE_CONSTANT:
-            constants[node.name] = node
-            shape = node.attr["value"].tensor.tensor_shape
-            node = tf.compat.v1.NodeDef(
-                op="Placeholder",
-                name=node.name,
-                attr={"dtype": node.attr["dtype"], "shape": tf.compat.v1.AttrValue(shape=shape)},
-            )
-        nodes.append(node)
-    return _replace_nodes(graph_def, nodes), constants
-
-
 def _replace_nodes(graph_def, nodes):
     return type(graph_def)(node=nodes, versions=graph_def.versions, library=graph_def.library)
 
@@ -243,10 +238,10 @@ def _replace_nodes(graph_def, nodes):
 
 
 class _Graph:
-    """A GraphDef that can be rewritten: nodes and consumers by name."""
+    """A GraphDef that can be rewritten: nodes, consumers and large weights by name."""
 
-    def __init__(self, graph_def):
-        self.graph_def = graph_def
+    def __init__(self, graph_def, weights: dict):
+        self.graph_def, self.weights = graph_def, weights
         self.nodes = {node.name: node for node in graph_def.node}
         self.consumers = {name: [] for name in self.nodes}
         for node in graph_def.node:
@@ -263,33 +258,38 @@ class _Graph:
         node = self.nodes[_node_name(source)]
         while node.op == "Identity":
             node = self.nodes[_node_name(node.input[0])]
+        if node.name in self.weights:
+            return np.asarray(self.weights[node.name])
         return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
     def add_constant(self, name: str, value) -> str:
-        import tensorflow as tf
-
-        tensor = tf.compat.v1.AttrValue(tensor=tf.make_tensor_proto(value))
-        return self.add_node("Const", name, [], value=tensor, dtype=tf.as_dtype(value.dtype))
+        return self._add(_weight_node(self._unused(name), value, self.weights))
 
     def add_node(self, op: str, name: str, inputs, **attributes) -> str:
         """Adds a node and returns its name; attributes are `AttrValue`s or `tf.DType`s."""
         import tensorflow as tf
 
-        unique, number = name, 0
-        while unique in self.nodes:
-            number += 1
-            unique = f"{name}_{number}"
-        node = tf.compat.v1.NodeDef(op=op, name=unique, input=inputs)
+        node = tf.compat.v1.NodeDef(op=op, name=self._unused(name), input=inputs)
         for key, value in attributes.items():
             if isinstance(value, tf.DType):
                 node.attr[key].type = value.as_datatype_enum
             else:
                 node.attr[key].CopyFrom(value)
-        self.nodes[unique] = node
-        self.consumers[unique] = []
-        for source in inputs:
-            self.consumers[_node_name(source)].append(node)
+        return self._add(node)
+
+    def _unused(self, name: str) -> str:
+        unique, number = name, 0
+        while unique in self.nodes:
+            number += 1
+            unique = f"{name}_{number}"
         return unique
+
+    def _add(self, node) -> str:
+        self.nodes[node.name] = node
+        self.consumers[node.name] = []
+        for source in node.input:
+            self.consumers[_node_name(source)].append(node)
+        return node.name
 
     def set_input(self, node, index: int, source: str) -> None:
         self.consumers[_node_name(node.input[index])].remove(node)

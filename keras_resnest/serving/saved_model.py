@@ -4,7 +4,7 @@ import os
 
 from keras_resnest.atomic import atomic_folder
 from keras_resnest.replicas import call_with_rows
-from keras_resnest.serving.graph import check_backend, deployment_function, with_variables
+from keras_resnest.serving.graph import check_backend, deployment_function
 from keras_resnest.serving.tasks import create_task, write_metadata
 from keras_resnest.serving.warmup import write_warmup_requests
 
@@ -23,7 +23,7 @@ def export_saved_model(
     filepath: str | os.PathLike,
     precision: str = "float32",
     verbose: bool = False,
-    freeze: bool = True,
+    freeze: bool = False,
     **options,
 ) -> None:
     """Exports a model as a SavedModel with folded weights, for TensorFlow Serving.
@@ -32,10 +32,10 @@ def export_saved_model(
 
     - `serving_default`: `images` (batch, height, width, 3), float32, RGB, 0 to 255.
     - `serve_uint8`: the same as uint8.
-    - `serve_bytes`: `image_bytes` (batch,), JPEG, PNG, GIF (first frame), BMP or WebP files of any
-      size. A detector stretches images to its size and returns boxes in the pixels of each
-      original; a classifier resizes the shorter side and crops the center. Results equal those of
-      `detect`, but TensorFlow ignores EXIF orientation and the transparency of GIFs.
+    - `serve_bytes`: `image_bytes` (batch,), JPEG or PNG files of any size. A detector stretches
+      images to its size and returns boxes in the pixels of each original; a classifier resizes the
+      shorter side and crops the center. Results equal those of `detect`, but TensorFlow ignores
+      EXIF orientation.
     - `raw_outputs`: `images` as in `serving_default`; returns the outputs of the network itself.
 
     A detector returns what `model.predict` returns: `"boxes"` (batch, max_detections, 4) float32,
@@ -43,8 +43,8 @@ def export_saved_model(
     `"num_detections"` (batch,) int32. A classifier returns `"predictions"` (batch, classes), a
     backbone without classifier `"features"`. `serve_bytes` adds `"readable"` (batch,), bool.
 
-    Invalid files (not an image, truncated, empty, above 178 megapixels) and float images with NaN
-    or infinite values get no detections, or zeros, and do not affect others in their batch.
+    Invalid files (not a JPEG or PNG, truncated, empty, above 178 megapixels) and float images with
+    NaN or infinite values get no detections, or zeros, and do not affect others in their batch.
 
     The loaded object's `serve` takes float32 and uint8 images. `assets.extra` holds `model.json`
     (image shape, box format, class names, decoder), `class_names.txt`, warm-up requests and
@@ -58,10 +58,9 @@ def export_saved_model(
         precision: `"float32"`, or `"bfloat16"`, which is faster on GPUs and on processors with
             AMX or AVX-512-BF16. Inputs and outputs stay float32.
         verbose: whether to print the signatures.
-        freeze: whether weights are constants of the graph, which is fastest, although TensorFlow
-            copies them a dozen times while loading. False keeps them in variables, with a
-            fraction of the memory but, at batch 1 on a CPU, about a fifth more time unless the
-            environment variable TF_ONEDNN_ASSUME_FROZEN_WEIGHTS is 1.
+        freeze: whether weights are constants of the graph instead of variables. TensorFlow then
+            takes six times the memory to export and load them, but is a fifth faster at batch 1 on
+            a CPU where the environment variable TF_ONEDNN_ASSUME_FROZEN_WEIGHTS is not 1.
         **options: for classifiers: `image_shape` (height, width, 3) of a model that accepts any
             (default: tensors of any size, files cropped to 224); `class_names`; `crop_ratio`,
             default 0.875.
@@ -81,16 +80,16 @@ def export_saved_model(
     module, signatures = _build_signatures(task, precision, freeze)
     with atomic_folder(filepath) as folder:
         tf.saved_model.save(module, str(folder), signatures=signatures)
-        _write_extra_assets(task, folder / "assets.extra", precision)
+        _write_extra_assets(task, folder / "assets.extra", precision=precision, freeze=freeze)
     if verbose:
         for name, function in signatures.items():
             outputs = {key: tuple(x.shape) for key, x in function.structured_outputs.items()}
             print(f"{name}: {function.structured_input_signature[1]} -> {outputs}")
 
 
-def _write_extra_assets(task, folder, precision: str) -> None:
+def _write_extra_assets(task, folder, **entries) -> None:
     folder.mkdir()
-    write_metadata(task, folder / "model.json", precision=precision)
+    write_metadata(task, folder / "model.json", **entries)
     if task.class_names:
         names = "".join(f"{name}\n" for name in task.class_names)
         (folder / "class_names.txt").write_text(names, encoding="utf-8")
@@ -109,9 +108,7 @@ def _build_signatures(task, precision: str, freeze: bool):
     uint8_images = tf.TensorSpec(shape, tf.uint8, name="images")
     encoded_images = tf.TensorSpec((None,), tf.string, name="image_bytes")
     # All signatures share this function, so that the network is stored once.
-    network, variables = deployment_function(task.network, float_images, precision), []
-    if not freeze:
-        network, variables = with_variables(network)
+    network = deployment_function(task.network, float_images, precision, freeze)
 
     def raw_outputs(images):
         images = tf.ensure_shape(images, shape)  # a session does not check shapes
@@ -141,7 +138,7 @@ def _build_signatures(task, precision: str, freeze: bool):
         return tf.function(function, autograph=False).get_concrete_function(specification)
 
     module = tf.Module()
-    module.network_variables = variables
+    module.network_variables = network.network_variables
     module.serve = tf.function(serve, autograph=False)
     return module, {
         "serving_default": module.serve.get_concrete_function(float_images),

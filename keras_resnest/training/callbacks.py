@@ -31,7 +31,9 @@ class DetectionEvaluation(keras.callbacks.Callback):
     progress bar, `TensorBoard`, `CSVLogger`, `EarlyStopping` and
     `ModelCheckpoint(monitor="val_mAP50", mode="max")`. Put those callbacks *after* this one:
     Keras calls callbacks in order. Undefined values (of classes without objects) are not logged,
-    because `ModelCheckpoint` would keep a first value of `nan` as the best.
+    because `ModelCheckpoint` would keep a first value of `nan` as the best. With a `frequency`, the
+    epochs between log the last values again, and all log `val_evaluated_epoch`, the epoch from 1
+    that the values are from.
 
     Args:
         validation_data: evaluation batches as for `evaluate_detections`; objects marked
@@ -109,19 +111,20 @@ class DetectionEvaluation(keras.callbacks.Callback):
         next(_first_batches(self.validation_data, 1), None)
 
     def on_epoch_end(self, epoch, logs=None):
-        if not _is_due(epoch, self.frequency, self.params, first=not self.epoch):
-            return
-        start = time.perf_counter()
-        values = self._evaluate()
+        if _is_due(epoch, self.frequency, self.params, first=not self.epoch):
+            start = time.perf_counter()
+            values = self._evaluate()
+            self.epoch.append(epoch)
+            for name, value in values.items():
+                self.history.setdefault(name, []).append(value)
+            if self.verbose:
+                text = _summary(self.result, time.perf_counter() - start)
+                # Start below the unfinished line of the progress bar.
+                print(f"\nEpoch {epoch + 1}: {text}", flush=True)
         if logs is not None:
-            logs.update(values)
-        self.epoch.append(epoch)
-        for name, value in values.items():
-            self.history.setdefault(name, []).append(value)
-        if self.verbose:
-            text = _summary(self.result, time.perf_counter() - start)
-            # Start below the unfinished line of the progress bar.
-            print(f"\nEpoch {epoch + 1}: {text}", flush=True)
+            logs.update({name: values[-1] for name, values in self.history.items()})
+            if self.frequency > 1:
+                logs["val_evaluated_epoch"] = self.epoch[-1] + 1
 
     def _evaluate(self) -> dict[str, float]:
         class_names = resolve_class_names(self.model, self.class_names)

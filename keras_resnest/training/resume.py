@@ -19,6 +19,7 @@ STATE, ARRAYS = "state.json", "arrays.npz"
 #: Attributes that ModelCheckpoint, EarlyStopping, ReduceLROnPlateau and others need to resume.
 CALLBACK_ATTRIBUTES = ("best", "wait", "best_epoch", "cooldown_counter", "history", "epoch")
 MAX_CHECKPOINTS = 2  # the previous one is the fallback if the last is damaged
+FILE_OVERHEAD = 300  # bytes of an array's headers in the file
 
 
 class ResumeTraining(keras.callbacks.Callback):
@@ -30,22 +31,31 @@ class ResumeTraining(keras.callbacks.Callback):
     epoch, the result equals that of an uninterrupted run; on a CPU bit for bit, with
     `tf.config.experimental.enable_op_determinism()`. Checkpoints are written atomically.
 
+    What a checkpoint rests on must be the same on resuming: model, optimizer and its settings,
+    steps per epoch, `metadata`, and of batches that `keras_resnest.data` makes, class names, number
+    and names of the images, batch size and seed. `epochs`, the learning rate and its schedule,
+    other callbacks, folders and the number of devices may change.
+
+    Put callbacks that write files for each epoch before this one: after a crash between the file
+    and the checkpoint, the epoch is repeated and its file written again.
+
     Args:
         folder: folder of the checkpoints of one run; shared by all machines.
         every_steps: also save at this interval within epochs; TensorFlow only. By default only
             at the end of each epoch.
         callbacks: other callbacks whose state (best value, epochs waited, ...) is saved too.
         metadata: JSON-serializable values that must also match on resuming, for instance
-            `{"class_names": [...]}` of a classifier. A detector's classes, image size and anchors
-            are always compared.
+            `{"augmentation": "ssd"}`.
 
     Attributes:
         initial_epoch: number of complete epochs in `folder`; 0 for a new training.
+        rows: the logs of all epochs, also of those before resuming: `{"epoch": 0, "loss": ...}`.
 
     Raises:
-        ValueError: if `folder` has checkpoints of another model or `metadata`, or
-            `every_steps` is not a positive integer.
-        OSError: at the start of training, if `folder` is not writable or the disk is full.
+        ValueError: if `folder` has checkpoints of another model or run, or of more epochs than
+            `fit` has, or `every_steps` is not a positive integer.
+        OSError: at the start of training, if `folder` is not writable or the disk is full; later,
+            if `folder` was removed.
 
     Example:
         >>> best = keras.callbacks.ModelCheckpoint("best.keras", "val_mAP50", mode="max")
@@ -76,8 +86,9 @@ class ResumeTraining(keras.callbacks.Callback):
         self.metadata = _to_json(dict(metadata or {}))
         found = _latest_checkpoint(self.folder)
         self.initial_epoch = found[1]["epoch"] if found else 0
+        self.rows = []
         self._epoch = self._saved_step = 0
-        self._restored_metrics, self._past_epochs = None, []
+        self._restored_metrics, self._restored_callbacks = None, []
 
     # === Restore ===
 
@@ -87,6 +98,7 @@ class ResumeTraining(keras.callbacks.Callback):
             with strategy.scope() if strategy else contextlib.nullcontext():
                 self.model.optimizer.build(self.model.trainable_variables)
         self._is_chief = is_chief(strategy)
+        self._signature = {**_signature(self.model), **self._run_facts()}
         if self._is_chief:
             self._prepare_folder()
         found = _latest_checkpoint(self.folder)
@@ -94,8 +106,16 @@ class ResumeTraining(keras.callbacks.Callback):
         if found:
             self._restore(*found)
 
+    def _run_facts(self) -> dict:
+        """What the run rests on beside the model and its optimizer."""
+        params = self.params or {}
+        steps = {
+            "steps_per_epoch": params.get("steps"),
+            "steps_per_execution": self.model.steps_per_execution,
+        }
+        return _to_json({**steps, **params.get("data", {}), **self.metadata})
+
     def _prepare_folder(self) -> None:
-        size = sum(4 * math.prod(v.shape) for v in _state_variables(self.model))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".epoch_*"):
@@ -105,12 +125,18 @@ class ResumeTraining(keras.callbacks.Callback):
             probe.unlink()
         except OSError as error:
             raise OSError(f"`folder` cannot be written: {self.folder} ({error})") from None
-        free = shutil.disk_usage(self.folder).free
-        if free < MAX_CHECKPOINTS * size:
+        variables = [*_state_variables(self.model), *self.model.metrics_variables]
+        for callback in self.callbacks:
+            variables += self.model.weights * getattr(callback, "restore_best_weights", False)
+        sizes = (math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in variables)
+        size = sum(number + FILE_OVERHEAD for number in sizes)
+        held = sum(file.stat().st_size for file in self.folder.glob("epoch_*/*"))
+        free, needed = shutil.disk_usage(self.folder).free, (MAX_CHECKPOINTS + 1) * size
+        if free + held < needed:
             raise OSError(
-                f"`folder` needs room for {MAX_CHECKPOINTS} checkpoints, "
-                f"{MAX_CHECKPOINTS * size / 2**20:.0f} MiB. "
-                f"Received: {self.folder} with {free / 2**20:.0f} MiB left"
+                f"`folder` needs room for {MAX_CHECKPOINTS} checkpoints and the one that is being "
+                f"written, {needed / 2**20:.1f} MiB, of which {held / 2**20:.1f} are there. "
+                f"Received: {self.folder} with {free / 2**20:.1f} MiB left"
             )
 
     def _check_workers_agree(self, state: dict) -> None:
@@ -129,16 +155,23 @@ class ResumeTraining(keras.callbacks.Callback):
             )
 
     def _restore(self, path: Path, state: dict) -> None:
-        saved, current = state["signature"], self._signature()
-        if saved != current:
+        saved, current = state["signature"], self._signature
+        names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+        if names:
+            what = "run" if set(names) <= set(self._run_facts()) else "model"
             differences = "; ".join(
                 f"{name}: {_shorten(saved.get(name))}, here {_shorten(current.get(name))}"
-                for name in {**saved, **current}
-                if saved.get(name) != current.get(name)
+                for name in names
             )
             raise ValueError(
-                f"`folder` has a checkpoint of another model. Its {differences}. "
+                f"`folder` has a checkpoint of another {what}. Its {differences}. "
                 f"Use another folder, or remove {self.folder}"
+            )
+        epochs = (self.params or {}).get("epochs")
+        if epochs is not None and epochs < state["epoch"] + bool(state["step"]):
+            raise ValueError(
+                f"`epochs` must be at least those of the checkpoint, {state['epoch']} and "
+                f"{state['step']} steps. Received: epochs={epochs} and {self.folder}"
             )
         with np.load(path / ARRAYS) as arrays:
             values = {name: arrays[name] for name in arrays.files}
@@ -146,22 +179,28 @@ class ResumeTraining(keras.callbacks.Callback):
         self._restored_metrics = values
         self.model._initial_epoch = state["epoch"]
         self._saved_step = state["step"]
-        callbacks = [self.model.history, *self.callbacks]
-        for callback, attributes in zip(callbacks, state["callbacks"], strict=False):
-            for name, value in attributes.items():
-                setattr(callback, name, value)
-        self._past_epochs = state["callbacks"][0].get("epoch", [])
+        self.rows = state["rows"]
+        for i, attributes in enumerate(state["callbacks"]):
+            weights = [values[name] for name in values if name.startswith(f"callback_{i}_")]
+            if weights:
+                attributes["best_weights"] = weights
+        self._restored_callbacks = state["callbacks"]
 
-    def _restore_history_epochs(self) -> None:
-        # History clears its list of epochs in on_train_begin, after this callback.
-        self.model.history.epoch[:0] = self._past_epochs
-        self._past_epochs = []
+    def _restore_callbacks(self) -> None:
+        """Not before training has begun, when History and EarlyStopping clear their state."""
+        self.model._initial_epoch = None  # `fit` has read it, and would read it next time too
+        saved, self._restored_callbacks = self._restored_callbacks, []
+        for callback in [self.model.history, *self.callbacks]:
+            index = next((i for i, a in enumerate(saved) if a["kind"] == _kind(callback)), None)
+            attributes = {} if index is None else saved.pop(index)
+            for name in {"best_weights", *CALLBACK_ATTRIBUTES} & set(attributes):
+                setattr(callback, name, attributes[name])
 
     def on_train_end(self, logs=None):
-        self._restore_history_epochs()
+        self._restore_callbacks()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._restore_history_epochs()
+        self._restore_callbacks()
         self._epoch = epoch
         if self._restored_metrics is not None and self._saved_step:
             self._skip_steps(self._saved_step, self._restored_metrics)
@@ -175,7 +214,15 @@ class ResumeTraining(keras.callbacks.Callback):
         def skip(iterator):
             nonlocal remaining
             for _ in range(model.steps_per_execution):
-                batch = next(iterator)
+                batch = next(iterator, None)
+                if batch is None:
+                    if remaining >= model.steps_per_execution:
+                        raise ValueError(
+                            f"The checkpoint in {self.folder} rests on {count} batches of this "
+                            f"epoch. Received: data with {count - remaining}"
+                        )
+                    remaining = 0  # the last execution of an epoch may be shorter
+                    break
                 if remaining == count:
                     # The first batch builds the metrics, except under a strategy.
                     if getattr(model, "_distribute_strategy", None) is None:
@@ -198,6 +245,8 @@ class ResumeTraining(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._saved_step = 0
+        numbers = {name: float(np.asarray(value)) for name, value in (logs or {}).items()}
+        self.rows.append({"epoch": epoch, **numbers})
         self._save(epoch + 1, 0, self._history_after(epoch, logs or {}))
 
     def _history_after(self, epoch: int, logs: dict) -> dict:
@@ -209,7 +258,7 @@ class ResumeTraining(keras.callbacks.Callback):
         columns = {name: list(values) for name, values in attributes.get("history", {}).items()}
         for name, value in logs.items():
             columns.setdefault(name, []).append(float(np.asarray(value)))
-        return {"history": columns, "epoch": [*epochs, epoch]}
+        return {"kind": attributes["kind"], "history": columns, "epoch": [*epochs, epoch]}
 
     def _save(self, epoch: int, step: int, history: dict) -> None:
         # Metrics are distributed over the workers: all must read, though only the chief writes.
@@ -221,13 +270,19 @@ class ResumeTraining(keras.callbacks.Callback):
         }
         if not self._is_chief:
             return
+        for i, callback in enumerate(self.callbacks, 1):  # 0 is History
+            for j, weights in enumerate(getattr(callback, "best_weights", None) or []):
+                values[f"callback_{i}_{j}"] = weights
+        if not self.folder.is_dir():
+            raise OSError(f"`folder` was removed during the training: {self.folder}")
         path = self.folder / f"epoch_{epoch:06d}_step_{step:08d}"
         with atomic_folder(path, markers=(STATE, ARRAYS)) as folder:
             np.savez(folder / ARRAYS, **values)
             state = {
                 "epoch": epoch,
                 "step": step,
-                "signature": self._signature(),
+                "signature": self._signature,
+                "rows": self.rows,
                 "callbacks": [history, *map(_attributes, self.callbacks)],
                 "checksum": _checksum(folder / ARRAYS),
             }
@@ -236,9 +291,6 @@ class ResumeTraining(keras.callbacks.Callback):
                 _flush(folder / name)
         for old in sorted(self.folder.glob("epoch_*"))[:-MAX_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
-
-    def _signature(self) -> dict:
-        return {**_signature(self.model), **self.metadata}
 
 
 def _state_variables(model) -> list:
@@ -252,8 +304,11 @@ def _state_variables(model) -> list:
 
 
 def _assign(variables: list, values: dict, group: str) -> None:
-    for i, variable in enumerate(variables):
-        variable.assign(values[f"{group}_{i}"])
+    saved = [values.get(f"{group}_{i}", np.empty(0)) for i in range(len(variables))]
+    if [a.shape for a in saved] != [tuple(v.shape) for v in variables]:
+        raise ValueError(f"`folder` has a checkpoint of another {group}: compile as before")
+    for variable, value in zip(variables, saved, strict=True):
+        variable.assign(value)
 
 
 def _strategy(model):
@@ -263,11 +318,16 @@ def _strategy(model):
 def _signature(model) -> dict:
     """Properties of model and optimizer that must match on resuming."""
     shapes = json.dumps([[w.name, list(w.shape)] for w in model.weights])
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # under loss scaling
+    settings = optimizer.get_config()
+    for name in ("name", "learning_rate"):  # a schedule depends on the number of epochs
+        del settings[name]
     signature = {
         "model": type(model).__name__,
-        "parameters": model.count_params(),
+        "parameters": sum(math.prod(w.shape) for w in model.weights),
         "weights": zlib.crc32(shapes.encode()),
         "optimizer": type(model.optimizer).__name__,
+        "optimizer_settings": settings,
     }
     is_detector = hasattr(model, "training_config")
     # Subclassed models have no `input_shape`.
@@ -285,10 +345,14 @@ def _shorten(value, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def _kind(callback) -> str:
+    return f"{type(callback).__name__} {getattr(callback, 'monitor', '')}"
+
+
 def _attributes(callback) -> dict:
     """The state of a callback, as JSON-serializable values."""
     found = {n: _to_plain(getattr(callback, n, None)) for n in CALLBACK_ATTRIBUTES}
-    return {name: value for name, value in found.items() if value is not None}
+    return {"kind": _kind(callback)} | {k: v for k, v in found.items() if v is not None}
 
 
 def _to_plain(value):

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ TOP_MODULES = ("fc", "head", "classifier", "pre_logits", "LastSE")
 # In older versions, a file can make `torch.load(weights_only=True)` execute code
 # (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = "2.10"
+# Types of safetensors that numpy has; integers are counters.
+_PLAIN_TYPES = re.compile("F(16|32|64)|BF16|[IU](8|16|32|64)|BOOL")
 # Keys under which training programs save a state dict.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -40,10 +43,10 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
         ignore: further PyTorch modules to skip.
 
     Raises:
-        ValueError: If `weights` is unknown, or the file does not fit the network, is broken or
+        ValueError: if `weights` is unknown, or the file does not fit the network, is broken or
             has the wrong checksum.
-        ConnectionError: If the file cannot be fetched.
-        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
+        ConnectionError: if the file cannot be fetched.
+        ImportError: if a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> model = ResNeSt50(weights=None)
@@ -84,8 +87,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         Dict of arrays by PyTorch name, in PyTorch's layout.
 
     Raises:
-        ValueError: If the file does not exist, is broken, or holds anything but arrays.
-        ImportError: If a PyTorch file is read without PyTorch 2.10 or newer.
+        ValueError: if the file does not exist, is broken, or holds anything but arrays.
+        ImportError: if a PyTorch file is read without PyTorch 2.10 or newer.
 
     Example:
         >>> read_state_dict("resnest50-528c19ca.pth")["fc.weight"].shape
@@ -130,12 +133,21 @@ def _load_keras_file(model, path, variant):
         # Without a classifier, the file may hold one.
         if surplus < 0 or (surplus > 0 and getattr(model, "include_top", True)):
             raise ValueError(f"{abs(surplus):,} numbers too {'many' if surplus > 0 else 'few'}")
+        check_finite_weights(model)
     except Exception as error:
         model.set_weights(before)
         raise ValueError(
             f"{path} does not hold the weights of {variant} with classes={_classes(model)}: "
             f"{first_line(error)}"
         ) from error
+
+
+def check_finite_weights(model: keras.Model) -> None:
+    """Raises ValueError if a weight is NaN or infinite."""
+    weights = ((variable, keras.ops.convert_to_numpy(variable)) for variable in model.variables)
+    bad = [v.path for v, array in weights if not np.isfinite(array.astype("float32")).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} arrays hold NaN or infinite values, such as {bad[0]}")
 
 
 def _keras_file_size(path):
@@ -163,13 +175,25 @@ def _load_state_dict(model, state_dict, path, ignore):
 
 
 def _read_safetensors(path):
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, "numpy") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            _refuse_arrays(path, {n: k for n, k in kinds.items() if not _PLAIN_TYPES.fullmatch(k)})
+            return {name: file.get_tensor(name) for name in kinds}
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete .safetensors file: {error}") from error
+
+
+def _refuse_arrays(path, kinds: dict):
+    """Raises ValueError if there are arrays of unusable kinds, by name."""
+    if kinds:
+        name, kind = next(iter(kinds.items()))
+        raise ValueError(
+            f"{path} must hold dense arrays of 16 to 64-bit floating-point numbers. Received: "
+            f"{len(kinds)} others, such as {name!r} ({kind})"
+        )
 
 
 def _read_torch(path):
@@ -190,11 +214,15 @@ def _read_torch(path):
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
         raise ValueError(f"{path} must hold a state dict: tensors by name")
-    floats = (torch.bfloat16, torch.float16)
-    return {
-        name: (value.float() if value.dtype in floats else value).detach().numpy()
-        for name, value in content.items()
-    }
+    arrays, refused = {}, {}
+    for name, value in content.items():
+        try:
+            half = value.dtype in (torch.bfloat16, torch.float16)
+            arrays[name] = (value.float() if half else value).detach().numpy()
+        except (TypeError, RuntimeError):  # float8, sparse, quantized, meta, nested
+            refused[name] = f"{value.dtype}, {value.layout}, {value.device}"
+    _refuse_arrays(path, refused)
+    return arrays
 
 
 def _import_torch(path):

@@ -127,8 +127,8 @@ def load_torch_state_dict(
         ignore: PyTorch modules to skip, such as `("fc",)` for a model without a classifier.
 
     Raises:
-        ValueError: If an array is missing, left over, misshapen or not finite. The message lists
-            all such arrays, and the model is unchanged.
+        ValueError: If an array is missing, left over, misshapen, not finite or not of
+            floating-point numbers. The message lists all of them, and the model is unchanged.
 
     Example:
         >>> load_torch_state_dict(model, {"fc.weight": weight, "fc.bias": bias})
@@ -158,7 +158,9 @@ def load_torch_state_dict(
                 f"wrong shape: {name} has {arrays[name].shape}, {value.shape} in Keras' layout, "
                 f"expected {tuple(variable.shape)}"
             )
-        elif not np.all(np.isfinite(value)):
+        elif not keras.backend.is_float_dtype(value.dtype.name):
+            problems.append(f"not floating-point numbers: {name} has {value.dtype}")
+        elif not np.all(np.abs(value) <= np.finfo("float32").max):
             problems.append(f"not finite: {name}")
         values.append((variable, value))
     problems += [f"left over: {name}" for name in torch_names.values()]

@@ -36,7 +36,7 @@ from keras_resnest.data.augmentation.geometry import (
     orient,
     size_of,
     split_seed,
-    updated,
+    update_element,
     view,
     whole_window,
     window_iou,
@@ -46,14 +46,15 @@ from keras_resnest.data.augmentation.geometry import (
 def drop_empty_boxes(element: dict) -> dict:
     """Clips boxes to the image and drops padding rows (label -1) and boxes without area.
 
-    Example: `dataset = dataset.map(drop_empty_boxes)`
+    Example:
+        >>> dataset = dataset.map(drop_empty_boxes)
     """
     rows = element["bounding_boxes"]
     height, width = tf.unstack(size_of(element["images"]))
     limits = tf.cast(tf.stack([width, height, width, height]), tf.float32)
     boxes = tf.clip_by_value(rows["boxes"], 0.0, limits)
     has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
-    return updated(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
+    return update_element(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class PhotometricDistortion:
         channel_probability: probability of a random channel order, 0 in the code of SSD and
             RefineDet and 0.5 in some ports; keep 0 if color distinguishes the classes.
 
-    Example: `element = PhotometricDistortion(hue=0)(element, seed=(1, 2))`
+    Example:
+        >>> element = PhotometricDistortion(hue=0)(element, seed=(1, 2))
     """
 
     brightness: float = 32.0
@@ -138,7 +140,8 @@ class RandomExpand:
         probability: probability of an expansion.
         fill_color: (red, green, blue) of the canvas, 0..255.
 
-    Example: `element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomExpand(max_ratio=2.0)(element, seed=(1, 2))
     """
 
     max_ratio: float = 4.0
@@ -159,7 +162,7 @@ class RandomExpand:
         element = drop_empty_boxes(element)
         window = self.window(size_of(element["images"]), seed)
         image, boxes = view(element, window, fill_color=self.fill_color)
-        return updated(element, image, boxes)
+        return update_element(element, image, boxes)
 
     def window(self, size: tf.Tensor, seed) -> tf.Tensor:
         """Draws the canvas around an image of int32 `size` (height, width).
@@ -190,7 +193,8 @@ class RandomIoUCrop:
         trials: random crops per option.
         probability: probability of a crop.
 
-    Example: `element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomIoUCrop(min_ious=(0.5,))(element, seed=(1, 2))
     """
 
     min_ious: tuple[float | None, ...] = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -223,7 +227,7 @@ class RandomIoUCrop:
         window = self.window(whole_window(size), size, boxes, seed)
         inside = centers_inside(boxes, window)
         image, boxes = view(element, window)
-        return updated(element, image, boxes, inside)
+        return update_element(element, image, boxes, inside)
 
     def window(self, canvas: tf.Tensor, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
         """Draws a crop of a canvas, which may extend beyond the image but always overlaps it.
@@ -278,7 +282,7 @@ class _Orientation:
         """Returns the reoriented element; the image keeps its dtype."""
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
-        return updated(element, *orient(element["images"], boxes, *self.orientation(seed)))
+        return update_element(element, *orient(element["images"], boxes, *self.orientation(seed)))
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,8 @@ class RandomFlip(_Orientation):
         vertical: probability of a top-bottom flip, for images without a natural orientation, such
             as microscope or aerial images.
 
-    Example: `element = RandomFlip(vertical=0.5)(element, seed=(1, 2))`
+    Example:
+        >>> element = RandomFlip(vertical=0.5)(element, seed=(1, 2))
     """
 
     horizontal: float = 0.5
@@ -312,7 +317,8 @@ class RandomRotate90(_Orientation):
     Args:
         probability: probability of a rotation; at 0.75, all four orientations are equally likely.
 
-    Example: `element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)`
+    Example:
+        >>> element = RandomRotate90()(element, seed=(1, 2))  # (h, w, 3) may become (w, h, 3)
     """
 
     probability: float = 0.75
@@ -339,7 +345,8 @@ class Resize:
         image_shape: (height, width) or (height, width, 3) of the result.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Example: `dataset = dataset.map(Resize((320, 320)))`
+    Example:
+        >>> dataset = dataset.map(Resize((320, 320)))
     """
 
     image_shape: tuple[int, ...]
@@ -357,7 +364,7 @@ class Resize:
         scale = tf.stack([scale[1], scale[0], scale[1], scale[0]])
         image = tf.image.resize(element["images"], tf.stack([height, width]))
         boxes = element["bounding_boxes"]["boxes"] * scale
-        return updated(element, _cast_image(image, self.dtype, height, width), boxes)
+        return update_element(element, _cast_image(image, self.dtype, height, width), boxes)
 
 
 @dataclass(frozen=True)
@@ -379,10 +386,11 @@ class TrainingAugmentation:
         min_box_size: boxes with a side shorter than this many output pixels are dropped.
         antialias: average source pixels in images that are expanded and shrunk to less than half,
             where bilinear sampling would skip pixels. Other images are always sampled as by
-            `Resize`, so that the network trains on what it sees in use.
+            `Resize`, as in prediction.
         dtype: "float32", or "uint8" (rounded) to save memory.
 
-    Example: `element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))`
+    Example:
+        >>> element = TrainingAugmentation((320, 320), crop=None)(element, seed=(1, 2))
     """
 
     image_shape: tuple[int, ...]
@@ -427,7 +435,7 @@ class TrainingAugmentation:
         image, boxes = orient(image, boxes, transpose, flip_x, flip_y)
         is_large = tf.reduce_all(boxes[:, 2:] - boxes[:, :2] >= self.min_box_size, axis=-1)
         image = _cast_image(image, self.dtype, height, width)
-        return updated(element, image, boxes, inside & is_large)
+        return update_element(element, image, boxes, inside & is_large)
 
     def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         """Draws the visible region, in pixels of the image."""

@@ -80,7 +80,7 @@ def orient(image: tf.Tensor, boxes: tf.Tensor, transpose, flip_x, flip_y) -> tup
     return image, tf.stack([x1, y1, x2, y2], axis=1)
 
 
-def updated(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
+def update_element(element: dict, image: tf.Tensor, boxes: tf.Tensor, keep=None) -> dict:
     """Replaces the image and the boxes of an element; `keep` (n,) filters all box entries."""
     rows = dict(element["bounding_boxes"], boxes=boxes)
     if keep is not None:

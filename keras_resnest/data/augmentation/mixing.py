@@ -40,7 +40,8 @@ class Mosaic:
         center: (low, high) of the center, as fractions of height and width.
         min_box_size: boxes with a side shorter than this many pixels are dropped.
 
-    Example: `batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(0.5))`
+    Example:
+        >>> batches = training_batches(dataset, (320, 320), 16, mosaic=Mosaic(0.5))
     """
 
     probability: float = 0.5
@@ -138,7 +139,8 @@ class MixUp:
         alpha: parameter of the beta distribution, at least 0.1; 1.5 in arXiv 1902.04103. Large
             values blend about half of each image.
 
-    Example: `batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(0.15))`
+    Example:
+        >>> batches = training_batches(dataset, (320, 320), 16, mixup=MixUp(0.15))
     """
 
     probability: float = 0.15

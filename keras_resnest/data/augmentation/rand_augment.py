@@ -32,7 +32,8 @@ class RandAugment:
     Raises:
         ValueError: if an argument is out of range.
 
-    Example: `image = RandAugment(num_ops=2, magnitude=12)(image, seed=(1, 2))`
+    Example:
+        >>> image = RandAugment(num_ops=2, magnitude=12)(image, seed=(1, 2))
 
     Source: https://arxiv.org/abs/1909.13719; N = 2 and M = 12 as for ResNeSt.
     """

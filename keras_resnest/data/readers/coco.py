@@ -3,13 +3,16 @@
 import collections
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_resnest.checks import check_class_names
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers import common
+from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 SECTIONS = ("images", "annotations", "categories")
@@ -21,37 +24,46 @@ def read_coco(
     class_names: Sequence[str] | None = None,
     on_error: str = "raise",
     use_difficult: bool = True,
+    unannotated: str = "background",
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads object annotations in COCO's JSON format (Lin et al., ECCV 2014).
 
-    Boxes are [x, y, width, height] in pixels. Category ids may have gaps. Crowds (`iscrowd`) become
-    `difficult`: evaluation ignores them. Images without annotations are kept. `image_id` is the
-    `id` of the image, as text.
+    Boxes are [x, y, width, height] in pixels; without `bbox`, the box around the polygons or the
+    mask of `segmentation`. Category ids may have gaps. Crowds (`iscrowd`) become `difficult`:
+    evaluation ignores them. `image_id` is the `id` of the image, as text.
 
     Degenerate and repeated boxes and boxes outside the image are dropped; boxes that cross the
-    border by half a pixel or more are clipped. EXIF rotation is handled as in `read_voc`. The
-    `report` lists all of this, wrong image sizes, annotation ids used twice (both are kept), and
+    border by half a pixel or more are clipped. EXIF rotation and scaled images are handled as in
+    `read_voc`. The `report` lists all of this, annotation ids used twice (both are kept), and
     images listed twice (their annotations are joined).
 
     Args:
         annotation_file: File such as "instances_train2017.json".
-        image_folder: Folder of the images. Default: the folder of the file, "images", or the folder
-            of the split (`train2017` for `instances_train2017.json`).
+        image_folder: Folder of the images. Default: the folder of the file, "images", "data", or
+            the folder of the split (`train2017` for `instances_train2017.json`), whichever has the
+            most of them. Of paths on other computers, the end that exists in the folder counts.
         class_names: Names of the labels 0, 1, 2, ... Default: all categories, ordered by id.
-        on_error: "raise" a ValueError for a missing or unreadable image, an unknown category, a
-            class that is not in `class_names`, or an annotation of an unlisted image; or "skip" the
-            image and report it.
+        on_error: "raise" a ValueError for a missing or unreadable image, a stated size of another
+            shape, an unknown category, a class that is not in `class_names`, or an annotation of an
+            unlisted image; or "skip" the image and report it.
         use_difficult: Whether to keep crowds.
+        unannotated: Images without annotation: an "error" (see `on_error`), "skip" and report them,
+            or "background": they have no objects.
+        allow_outside: Whether the file may name images outside of its folder and `image_folder`.
 
     Raises:
-        ValueError: if there is no such file or folder, if it is not a COCO file, or see `on_error`.
+        ValueError: if there is no such file or folder, it is not a COCO file, no box is usable, or
+            see `on_error`.
 
     Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """
-    faults = Faults(on_error)
+    faults = Faults(on_error, unannotated)
     path = Path(annotation_file)
     content = _load(path)
-    folder = _image_folder(path, content["images"], image_folder)
+    given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
+    image_names = [str(image.get("file_name", "")) for image in content["images"]]
+    tree, folder = common.find_images_of(path, image_names, given, allow_outside)
     names = _category_names(path, content["categories"], faults)
     class_names = list(dict.fromkeys(names.values())) if class_names is None else class_names
     class_names = check_class_names(class_names)
@@ -64,20 +76,48 @@ def read_coco(
         return ImageAnnotation(
             file=common.normalize_path(image["file_name"]),  # more helpful than the one JSON file
             image_id=str(key),
-            image=common.find_image(folder, image["file_name"], path),
+            image=tree.image(folder, image["file_name"], path),
             objects=tuple(_object(path, row, names) for row in objects.get(key, [])),
             size=common.stated_size(image.get("width"), image.get("height")),
+            missing="" if objects.get(key) else "image without annotation",
         )
 
     return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
+def coco_files(folder: Path) -> dict[str, Path] | None:
+    """Annotation files by split; None if the folder is no COCO dataset."""
+    inner = files.folders_in(folder)
+    places = [folder, *(path for path in inner if path.name.lower() == "annotations")]
+    found = [path for place in places for path in files.entries(place, (".json",))]
+    found.sort(key=lambda path: path.name.startswith("instances_"))  # wins over person_keypoints_
+    by_split = {common.split_of(path): path for path in found if _is_coco(path)}
+    for place in inner:
+        is_split = place.name.lower() in files.SPLIT_NAMES
+        named = [path] if (path := place / "_annotations.coco.json").is_file() else []
+        named = named or (files.entries(place, (".json",)) if is_split else [])
+        if len(named := list(filter(_is_coco, named))) == 1:
+            by_split[place.name] = named[0]
+    return by_split or None
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether a file starts like a COCO file of objects."""
+    if path.name.startswith("captions_"):
+        return False
+    start = files.read_start(path, 1 << 16)  # COCO's file has 450 MB
+    is_whole = len(start) < 1 << 16
+    found = [f'"{name}"'.encode() in start.replace(b"\0", b"") for name in SECTIONS]  # UTF-16 too
+    return all(found) if is_whole else any(found)
+
+
 def _load(path: Path) -> dict[str, list[dict]]:
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ValueError(f"`annotation_file` must be a JSON file. Received: {path} (no such file)")
+    encoded = files.read_bytes(path, "JSON", files.LARGE)
     try:
-        content = json.loads(path.read_bytes())  # detects UTF-8 and UTF-16
-    except (ValueError, OSError, RecursionError) as error:
+        content = json.loads(encoded)  # detects UTF-8 and UTF-16
+    except (ValueError, RecursionError) as error:
         raise FileError(path, "unreadable JSON", str(error)) from error
     is_dict = isinstance(content, dict)
     lists = [content.get(name) if is_dict else None for name in SECTIONS]
@@ -86,21 +126,6 @@ def _load(path: Path) -> dict[str, list[dict]]:
         detail = f"expected lists {', '.join(map(repr, SECTIONS))} of objects, found {found}"
         raise FileError(path, "not a COCO file of objects", detail)
     return content
-
-
-def _image_folder(path: Path, images: list[dict], given: str | os.PathLike | None) -> Path:
-    if given is not None:
-        return common.check_folder(given, "image_folder")
-    here, above = path.absolute().parent, path.absolute().parent.parent
-    split = path.stem.removeprefix("instances_")
-    folders = [here, here / "images", here / split, above / split]
-    folders += [above / "images" / split, above / "images"]
-    names = [str(image.get("file_name", "")) for image in images[:20]]  # some may be missing
-    for folder in folders:
-        if any(common.locate_image(folder, name) for name in names):
-            return folder
-    tried = ", ".join(map(str, folders))
-    raise ValueError(f"{path}: give `image_folder`; the images are in none of {tried}")
 
 
 def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[Any, str]:
@@ -122,8 +147,9 @@ def _category_names(path: Path, categories: list[dict], faults: Faults) -> dict[
 
 
 def _key(value: Any) -> int | str | None:
-    """An id as a dictionary key, with 7.0 as 7; None if it is not a number or text."""
-    if isinstance(value, float) and value.is_integer():
+    """An id as a dictionary key, with 7.0 and "7" as 7; None if it is not a number or text."""
+    is_number = isinstance(value, float) and value.is_integer()
+    if is_number or (isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,17}", value)):
         return int(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
@@ -184,12 +210,59 @@ def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:
     if category not in names:
         detail = f"{row.get('category_id')!r} of annotation {row.get('id')}"
         raise FileError(path, "unknown category id", f"{detail}. {common.known_classes(names)}")
-    box = row.get("bbox")
-    is_box = isinstance(box, list) and len(box) == 4
-    x, y, width, height = map(common.number, box if is_box else [None] * 4)
+    box = row.get("bbox") or row.get("segmentation")
+    if row.get("bbox"):
+        is_box = isinstance(box, list) and len(box) == 4
+        x, y, width, height = map(common.number, box if is_box else [None] * 4)
+        corners, text = (x, y, x + width, y + height), f"{box} (x, y, width, height)"
+    else:
+        corners = _mask_box(box) if isinstance(box, dict) else _polygon_box(box)
+        text = "without bbox and usable segmentation"
     return AnnotatedObject(
         name=names[category],
-        box=(x, y, x + width, y + height),
+        box=corners,
         difficult=any(row.get(key) in (1, "1") for key in ("iscrowd", "ignore")),
-        text=f"{box} (x, y, width, height)",
+        text=text,
     )
+
+
+def _polygon_box(polygons: Any) -> tuple[float, float, float, float]:
+    """The box around polygons [[x1, y1, x2, y2, ...], ...]; NaN if they are not such lists."""
+    is_list = isinstance(polygons, list) and all(isinstance(p, list) for p in polygons)
+    if not is_list or not polygons or any(len(p) < 6 or len(p) % 2 for p in polygons):
+        return (np.nan,) * 4
+    points = np.asarray([common.number(x) for polygon in polygons for x in polygon]).reshape(-1, 2)
+    return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+
+
+def _mask_box(mask: dict) -> tuple[float, float, float, float]:
+    """The box around a mask of run lengths, column by column; NaN if they do not fill its size."""
+    counts, size = mask.get("counts"), mask.get("size")
+    counts = _decode_counts(counts) if isinstance(counts, str) else counts
+    numbers = [*counts, *size] if isinstance(counts, list) and isinstance(size, list) else []
+    is_valid = len(numbers) > 2 and len(size) == 2 and all(type(n) is int for n in numbers)
+    if not is_valid or min(numbers) < 0 or not sum(counts) == size[0] * size[1] < 1 << 40:
+        return (np.nan,) * 4
+    height, ends = size[0], np.cumsum(counts)
+    begins, ends = ends[:-1:2], ends[1::2]  # every second run is the object
+    begins, ends = (edges[ends > begins] for edges in (begins, ends))
+    if not len(ends):
+        return (np.nan,) * 4
+    first, last = begins // height, (ends - 1) // height
+    top = np.where(first == last, begins % height, 0)
+    bottom = np.where(first == last, (ends - 1) % height, height - 1)
+    return tuple(map(float, (first.min(), top.min(), last.max() + 1, bottom.max() + 1)))
+
+
+def _decode_counts(text: str) -> list[int]:
+    """Run lengths from COCO's text: 5 bits a character, differences to the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in (ord(character) - 48 for character in text):
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) and 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts

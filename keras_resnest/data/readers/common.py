@@ -4,8 +4,10 @@ A reader parses its file format into `ImageAnnotation`s. `build_dataset` reads t
 converts, checks and clips the boxes, maps class names to labels, and reports the problems.
 """
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -27,17 +29,12 @@ from keras_resnest.data.dataset import (
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
+from keras_resnest.data.readers.files import FileError, FileTree
+from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, orientation_flags, read_image_info
 
+UNANNOTATED = ("error", "skip", "background")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")  # in lower case
 ROUNDING = 0.5  # boxes that cross the border by fewer pixels are not reported
-
-
-class FileError(ValueError):
-    """A fault in a file, which stops the reader or skips an image, depending on `on_error`."""
-
-    def __init__(self, file: str | os.PathLike, what: str, detail: str = ""):
-        super().__init__(f"{file}: {what}{': ' * bool(detail)}{detail}")
-        self.problem = Problem(Path(file).name, what, "image skipped", detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +59,41 @@ class ImageAnnotation:
     objects: tuple[AnnotatedObject, ...]
     size: tuple[int, int] | None = None  # (width, height) in pixels, if annotated
     is_relative: bool = False  # boxes are fractions of the image
+    missing: str = ""  # such as "missing XML file", if nothing says that it has no objects
 
 
 class Faults:
-    """Collects problems; `on_error` is "raise" or "skip" for faulty images."""
+    """Collects problems.
 
-    def __init__(self, on_error: str):
+    Args:
+        on_error: "raise" or "skip" for faulty images.
+        unannotated: "error", "skip" or "background" for images without annotation.
+    """
+
+    def __init__(self, on_error: str, unannotated: str = "background"):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip". Received: {on_error!r}')
-        self.on_error = on_error
+        if unannotated not in UNANNOTATED:
+            raise ValueError(
+                f"`unannotated` must be one of {', '.join(UNANNOTATED)}. Received: {unannotated!r}"
+            )
+        self.on_error, self.unannotated = on_error, unannotated
         self.problems: list[Problem] = []
 
     def add(self, file: str | os.PathLike, what: str, action: str, detail: str = "") -> None:
         """Adds a problem that does not affect a whole image."""
         self.problems.append(Problem(Path(file).name, what, action, detail))
+
+    def leave_out(self, annotation: ImageAnnotation) -> bool:
+        """Whether `unannotated` leaves an image out; raises `FileError` if it is an error."""
+        if not annotation.missing or self.unannotated == "background":
+            return False
+        detail = 'unannotated="background" reads it as an image without objects'
+        error = FileError(annotation.image, annotation.missing, detail)
+        if self.unannotated == "error":
+            raise error
+        self.problems.append(error.problem)
+        return True
 
     @contextlib.contextmanager
     def skipping_image(self) -> Iterator[None]:
@@ -101,16 +119,23 @@ def build_dataset(
     `parse` returns the annotation of an item, or raises `FileError`. `source` is for messages.
     """
     class_names = check_class_names(class_names)
-    records, pixel_boxes = [], []
+    records, pixel_boxes, num_objects = [], [], 0
     for item in items:
         with faults.skipping_image():
             annotation = parse(item)
+            if faults.leave_out(annotation):
+                continue
             records.append(_record(annotation, class_names, faults))
+            num_objects += len(annotation.objects)
             if not annotation.is_relative:
                 pixel_boxes += [item.box for item in annotation.objects]
     _check_pixels(source, pixel_boxes)
+    records = _without_repeated(records, faults)
     if not records:
         raise ValueError(f"No usable image in {source}: {count_problems(faults.problems)}")
+    if num_objects and not any(len(record.boxes) for record in records):
+        counts = count_problems(faults.problems)
+        raise ValueError(f"No usable box in the {len(records)} images of {source}: {counts}")
     if not use_difficult:
         records = [without_difficult(record) for record in records]
     report = summarize(records, class_names, faults.problems)
@@ -125,37 +150,41 @@ def build_dataset(
 # === Parsing ===
 
 
-def check_folder(folder: str | os.PathLike, argument: str) -> Path:
-    """Returns an existing folder as a path; raises a `ValueError` that names the argument."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"`{argument}` must be a folder. Received: {folder} (no such folder)")
-    return Path(folder)
+def split_of(file: Path) -> str:
+    """Name of the split of an annotation file: "train2017" of "instances_train2017.json"."""
+    return re.sub(r"^(instances|person_keypoints)_", "", file.stem)
+
+
+def find_images_of(
+    file: Path, names: Sequence[str], given: Path | None, allow_outside: bool
+) -> tuple[FileTree, Path]:
+    """Returns where to look for the images that a file names, and their folder.
+
+    The folder is the one that the user names, or that with the most images among the usual ones:
+    beside the file, or else above a folder of annotations.
+    """
+    here = Path(os.path.abspath(file)).parent
+    root = here.parent if here.name.lower() in _ANNOTATION_FOLDERS else here
+    tree = FileTree(*filter(None, (given, root)), allow_outside=allow_outside)
+    if given is not None:
+        return tree, given
+    split = split_of(file)
+    usual = [[], ["images"], ["data"], [split], ["images", split]]
+    for base, shortest in itertools.product(dict.fromkeys((here, root)), (None, 1)):
+        folders = [path for names in usual if (path := tree.descend(base, names))]
+        counts = []
+        for folder in folders:
+            found = (tree.find(folder, name, IMAGE_SUFFIXES, shortest) for name in names)
+            counts.append(sum(map(bool, found)))
+        if any(counts):
+            return tree, folders[counts.index(max(counts))]
+    tried = f"images, data, {split} or images/{split}"
+    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}")
 
 
 def known_classes(names: Mapping[Any, str]) -> str:
     """The first classes by number, for messages."""
     return "Known: " + ", ".join(f"{key} ({name})" for key, name in list(names.items())[:20])
-
-
-def find_image(folder: Path, name: str, file: str | os.PathLike) -> Path:
-    """Returns the image that `file` names, see `locate_image`, or raises `FileError`."""
-    path = locate_image(folder, name)
-    if path is None:
-        raise FileError(file, "missing image", f"no {name.strip()!r} in {folder}")
-    return path
-
-
-def locate_image(folder: Path, name: str) -> Path | None:
-    r"""Finds an image by its absolute path or its path in `folder`, with "/" or "\"; else None.
-
-    For an absolute path that does not exist, looks for the file name in `folder`.
-    """
-    name = name.strip()
-    posix = name.replace("\\", "/")
-    candidates = [folder / name, folder / posix]
-    if re.match(r"/|[A-Za-z]:/", posix):
-        candidates.append(folder / posix.rsplit("/", 1)[-1])
-    return next((path for path in candidates if name and path.is_file()), None)
 
 
 def normalize_path(name: str) -> str:
@@ -182,17 +211,20 @@ def stated_size(width: Any, height: Any) -> tuple[int, int] | None:
     return (round(size[0]), round(size[1])) if is_known else None
 
 
-def read_text(path: Path, what: str) -> str:
-    """Reads UTF-8, with or without a byte order mark, or UTF-16; `what` describes the file."""
-    try:
-        encoded = path.read_bytes()
-        is_utf16 = encoded[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return encoded.decode("utf-16" if is_utf16 else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(path, f"unreadable {what}", str(error)) from error
-
-
 # === From annotation to record ===
+
+
+def _without_repeated(records: list[ImageRecord], faults: Faults) -> list[ImageRecord]:
+    """Leaves out an image that several annotations lead to: it belongs to one of them at most."""
+    uses = collections.Counter(record.image for record in records)
+    kept = []
+    for record in records:
+        with faults.skipping_image():
+            if uses[record.image] > 1:
+                detail = f"{uses[record.image]} annotations lead to it, also {record.image_id!r}"
+                raise FileError(record.image, "image used twice", detail)
+            kept.append(record)
+    return kept
 
 
 def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Faults) -> ImageRecord:
@@ -218,10 +250,9 @@ def _usable(
     boxes = np.asarray([item.box for item in annotation.objects], "float64").reshape(-1, 4)
     if annotation.is_relative:
         boxes = boxes * ([info.width, info.height] * 2)
+    boxes = _to_upright(boxes, annotation, info, faults)
     with np.errstate(over="ignore"):  # float32 overflows to infinity, which is dropped below
         boxes = boxes.astype("float32")
-    if _is_stored_frame(annotation, info, faults):
-        boxes = rotate_boxes(boxes, info)
     clipped, verdicts = usable_boxes(boxes, info.width, info.height)
     keep, seen = np.ones(len(boxes), bool), set()
     for i, (item, verdict) in enumerate(zip(annotation.objects, verdicts, strict=True)):
@@ -240,22 +271,37 @@ def _usable(
     return clipped, keep
 
 
-def _is_stored_frame(annotation: ImageAnnotation, info: ImageInfo, faults: Faults) -> bool:
-    """Whether the boxes are in pixels of the stored image, before its EXIF rotation."""
+def _to_upright(
+    boxes: np.ndarray, annotation: ImageAnnotation, info: ImageInfo, faults: Faults
+) -> np.ndarray:
+    """Boxes (n, 4) in pixels of the upright image, drawn at another size or before rotation."""
     upright = (info.width, info.height)
     stored = upright[::-1] if orientation_flags(info.orientation)[0] else upright
-    file, size = annotation.file, annotation.size
-    if info.orientation != 1 and size == stored != upright:
+    file, size = annotation.file, annotation.size or upright
+    frames = sorted((upright, stored), key=lambda frame: frame != size)
+    frame = next((frame for frame in frames if _is_same_shape(size, frame)), None)
+    detail = f"{size[0]} x {size[1]}, the image has {upright[0]} x {upright[1]}"
+    if frame is None:
+        raise FileError(file, "wrong size", f"{detail}, another shape: was it cropped or turned?")
+    if size != frame:
+        is_scaled = max(abs(size[0] - frame[0]), abs(size[1] - frame[1])) > 1
+        if is_scaled:
+            boxes = boxes * ([frame[0] / size[0], frame[1] / size[1]] * 2)
+        action = f"boxes {'scaled with the image' if is_scaled else 'kept as pixels of the image'}"
+        faults.add(file, "wrong size", action, detail)
+    if frame != upright:
         detail = f"{info.orientation}, and the stated size is that of the image before rotation"
         faults.add(file, "EXIF orientation", "boxes rotated with the image", detail)
-        return True
-    if info.orientation != 1 and (size is None or stored == upright):
+        return rotate_boxes(boxes, info)
+    if info.orientation != 1 and (annotation.size is None or stored == upright):
         action = "boxes assumed to belong to the upright image"
         faults.add(file, "EXIF orientation", action, f"{info.orientation}")
-    if size is not None and size != upright:
-        detail = f"{size[0]} x {size[1]}, the image has {upright[0]} x {upright[1]}"
-        faults.add(file, "wrong size", "boxes kept as pixels of the image", detail)
-    return False
+    return boxes
+
+
+def _is_same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two (width, height) have the same ratio, up to a pixel of rounding."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
 
 
 def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:

@@ -3,25 +3,31 @@
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
 from keras_resnest.data.dataset import DetectionDataset, nearest
-from keras_resnest.data.readers import common
+from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a header
+_SIZE = ("width", "height")  # may follow them (SKU-110K)
+_OPEN_IMAGES = {"imageid", "labelname"}  # boxes are fractions of the image
 _SYNONYMS = {
-    "image": ("filename", "file_name", "file", "path", "image_path", "image_id", "img"),
+    "image": (
+        *("filename", "file_name", "file", "path", "image_path", "image_name", "image_id"),
+        *("imageid", "img"),
+    ),
     "x1": ("xmin", "x_min", "left"),
     "y1": ("ymin", "y_min", "top"),
     "x2": ("xmax", "x_max", "right"),
     "y2": ("ymax", "y_max", "bottom"),
-    "label": ("class", "class_name", "name", "category"),
+    "label": ("class", "class_name", "name", "category", "labelname"),
     "width": ("image_width",),
     "height": ("image_height",),
-    "difficult": ("is_difficult",),
+    "difficult": ("is_difficult", "isgroupof"),
 }
 
 
@@ -31,42 +37,48 @@ def read_csv(
     class_names: Sequence[str] | None = None,
     on_error: str = "raise",
     use_difficult: bool = True,
+    unannotated: str = "background",
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotations in a CSV file with one object per row.
 
-    Without a header, the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet).
-    With a header, they may be in any order and have other common names (`filename`, `xmin`, ...,
-    `class`); `width` and `height` of the image and `difficult` are read too. Commas, semicolons or
-    tabs separate columns. A row with an empty box and label is an image without objects.
-    Coordinates are 0-based, continuous pixels of the upright image. `image_id` is the name of the
-    image in the file. Boxes are dropped, clipped and reported as in `read_coco`.
+    Without a header, the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet),
+    and perhaps width and height of the image. With a header, they may be in any order and have
+    other common names (`filename`, `xmin`, ..., `class`), also those of Open Images; `difficult` is
+    read too. Commas, semicolons or tabs separate columns; after the latter two, numbers may have
+    decimal commas. Coordinates are 0-based, continuous pixels of the upright image. `image_id` is
+    the name of the image in the file. Boxes are dropped, clipped and reported, and images found, as
+    in `read_coco`; names may lack the suffix.
 
     Args:
         file: The CSV file.
-        image_folder: Folder of the images. Default: the folder of the file, or "images" in it.
+        image_folder: Folder of the images. Default: as in `read_coco`.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in the file, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image, a row with a wrong number
             of columns or no label, or a class that is not in `class_names`; or "skip" the image
             and report it.
         use_difficult: Whether to keep objects marked as difficult.
+        unannotated: Images with an empty box and label: an "error" (see `on_error`), "skip" and
+            report them, or "background": they have no objects.
+        allow_outside: Whether the file may name images outside of its folder and `image_folder`.
 
     Raises:
-        ValueError: if there is no such file or folder, columns are unknown, there are no rows, or
-            see `on_error`.
+        ValueError: if there is no such file or folder, columns are unknown, there are no rows, no
+            box is usable, or see `on_error`.
 
     Example: `train = read_csv("data/train.csv", image_folder="data/images")`
     """
-    faults = Faults(on_error)
+    faults = Faults(on_error, unannotated)
     path = Path(file)
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
-    folder = None if image_folder is None else common.check_folder(image_folder, "image_folder")
+    given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(path):
         images.setdefault(common.normalize_path(row["image"]), []).append((line, row))
     if not images:
         raise ValueError(f"{path}: no rows")
-    folder = folder or _usual_folder(path, images)
+    tree, folder = common.find_images_of(path, list(images), given, allow_outside)
     if class_names is None:
         rows = (row for rows in images.values() for _, row in rows)
         class_names = sorted({row["label"] for row in rows if row.get("label")})
@@ -75,54 +87,65 @@ def read_csv(
 
     def parse(name):
         objects = [_object(path, line, row) for line, row in images[name]]
+        objects = tuple(item for item in objects if item is not None)
         row = images[name][0][1]
         return ImageAnnotation(
             file=name,
             image_id=name,
-            image=common.find_image(folder, row["image"], path),
-            objects=tuple(item for item in objects if item is not None),
+            image=tree.image(folder, row["image"], path),
+            objects=objects,
             size=common.stated_size(row.get("width"), row.get("height")),
+            is_relative="relative" in row,
+            missing="" if objects else "image without box",
         )
 
     return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
-def has_known_columns(path: Path) -> bool:
-    """Whether a file starts like a CSV file of objects."""
+def csv_files(folder: Path) -> dict[str, Path] | None:
+    """Annotation files by split; None if the folder is no CSV dataset."""
+    found = {path.stem: path for path in files.entries(folder, (".csv",))}
+    for inner in files.folders_in(folder):
+        if (path := inner / "_annotations.csv").is_file():
+            found[inner.name] = path
+    return {name: path for name, path in found.items() if _has_known_columns(path)} or None
+
+
+def _has_known_columns(path: Path) -> bool:
     try:
         return next(_rows(path), None) is not None
     except FileError:
         return False
 
 
-def _usual_folder(path: Path, names: Iterable[str]) -> Path:
-    """The folder of the file, or "images" in it if the first images are not beside the file."""
-    images = path.parent / "images"
-    is_beside = any((path.parent / name).is_file() for name in list(names)[:20])
-    return images if not is_beside and images.is_dir() else path.parent
-
-
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, cells by column); rows of wrong length have only image and fault."""
-    text = common.read_text(path, "CSV file")
+    text = files.read_text(path, "CSV file", files.LARGE)
     first = next(iter(text.strip().splitlines()), "")
     delimiter = max(",;\t", key=first.count)
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t")
+    options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
     columns: Sequence[str] | None = None
-    for cells in reader:
-        cells = [cell.strip() for cell in cells]
-        if not any(cells):
-            continue
-        if columns is None:
-            columns = _header(path, cells)
-            if columns:
+    line = 0
+    try:
+        for cells in reader:
+            line, cells = reader.line_num, [cell.strip() for cell in cells]
+            if not any(cells):
                 continue
-            columns = COLUMNS
-        row = {"image": cells[0], "fault": f"{len(cells)} columns"}
-        if len(cells) == len(columns):
-            row = dict(zip(columns, cells, strict=True))
-        yield reader.line_num, row
+            if columns is None:
+                more = {"relative": ""} if {c.lower() for c in cells} >= _OPEN_IMAGES else {}
+                columns = _header(path, cells)
+                if columns:
+                    continue
+                columns = (*COLUMNS, *_SIZE)[: len(cells)]
+            row = {"image": cells[0], "fault": f"{len(cells)} columns"}
+            if len(cells) == len(columns):
+                row = {**dict(zip(columns, cells, strict=True)), **more}
+                for name in COLUMNS[1:5] if delimiter != "," else ():
+                    row[name] = re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", row[name])
+            yield line, row
+    except csv.Error as error:  # a quote that is not closed
+        raise FileError(path, "unreadable CSV file", f"after line {line}: {error}") from None
 
 
 def _header(path: Path, cells: list[str]) -> list[str] | None:
@@ -134,9 +157,9 @@ def _header(path: Path, cells: list[str]) -> list[str] | None:
     if not missing:
         # The first synonym counts, e.g. of "filename" and "path".
         return [n if n not in names[:i] else f"other {i}" for i, n in enumerate(names)]
-    corners = [cell.lower() for cell in cells[1:5]]
-    are_numbers = all(cell in ("", "nan") or not isnan(common.number(cell)) for cell in corners)
-    if len(cells) == len(COLUMNS) and are_numbers:
+    numbers = [cell.replace(",", ".") for cell in (*found[1:5], *found[6:])]
+    are_numbers = all(cell in ("", "nan") or not isnan(common.number(cell)) for cell in numbers)
+    if len(cells) in (len(COLUMNS), len(COLUMNS) + len(_SIZE)) and are_numbers:
         return None
     expected = f"expected rows of {', '.join(COLUMNS)}, or a header with these names in any order"
     received = f"Received: {', '.join(cells)}. For {missing[0]!r}: {nearest(missing[0], found)}"

@@ -2,22 +2,35 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.coco import SECTIONS, read_coco
-from keras_resnest.data.readers.csv import has_known_columns, read_csv
+from keras_resnest.data.readers.coco import coco_files, read_coco
+from keras_resnest.data.readers.csv import csv_files, read_csv
+from keras_resnest.data.readers.files import find_split
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
-from keras_resnest.data.readers.voc import read_voc, voc_splits
-from keras_resnest.data.readers.yolo import YAML_SUFFIXES, find_yaml, read_yolo, yolo_splits
+from keras_resnest.data.readers.voc import inner_voc_folder, read_voc, voc_splits
+from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
 
+# Name of a format: (the splits of a folder, or None if it has another layout; the reader). The
+# splits of COCO and CSV are files, which their readers take.
+_FORMATS = {
+    "voc": (voc_splits, read_voc),
+    "coco": (coco_files, read_coco),
+    "yolo": (yolo_splits, read_yolo),
+    "csv": (csv_files, read_csv),
+}
+FORMATS = tuple(_FORMATS)
+_SUFFIXES = {".json": "coco", ".csv": "csv", **dict.fromkeys(SETTINGS_SUFFIXES, "yolo")}
 _EXPECTED = """
-  VOC:  a folder with Annotations/*.xml and JPEGImages/, or with images and XML files side by side
+  VOC:  a folder with Annotations/*.xml and JPEGImages/ or images/, or with images and XML files
+        side by side, also in <split>/
   COCO: a .json file, or a folder with annotations/instances_<split>.json or
         <split>/_annotations.coco.json
-  YOLO: a folder with data.yaml, or with images/ and labels/, or with <split>/images and
-        <split>/labels
+  YOLO: a folder with data.yaml or obj.data, or with images/ and labels/, <split>/images and
+        <split>/labels, or images and text files side by side
   CSV:  a .csv file, or a folder with <split>.csv, of rows image,x1,y1,x2,y2,label
   TFDS: "tfds:NAME", such as "tfds:voc/2007" """
 
@@ -31,6 +44,9 @@ def read_detection(
     image_folder: str | os.PathLike | None = None,
     on_error: str = "raise",
     use_difficult: bool = True,
+    format: str | None = None,
+    unannotated: str | None = None,
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotated images in any known format: VOC, COCO, YOLO, CSV or TFDS.
 
@@ -38,12 +54,17 @@ def read_detection(
         source: Folder or file, or "tfds:" and a name of TensorFlow Datasets. See `read_voc`,
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
         split: Name of a file in `ImageSets/Main` (VOC), `<split>` in `instances_<split>.json` or
-            `<split>.csv` (a year after it may be omitted), a folder (YOLO), or a TFDS split (then
-            required). A single COCO or CSV file has none. Default: all images, or the only file.
+            `<split>.csv` (a year after it may be omitted), a folder (YOLO, VOC), or a TFDS split
+            (then required). A single COCO or CSV file has none. Default: all images, or the only
+            file.
         class_names: Names of the labels 0, 1, 2, ... Default: as in the dataset.
         image_folder: Folder of the images of a COCO or CSV file. Default: see their readers.
         on_error: "raise" a ValueError for a faulty image, or "skip" and report it; unused by TFDS.
         use_difficult: Whether to keep objects marked as difficult.
+        format: "voc", "coco", "yolo" or "csv". Default: recognized.
+        unannotated: Images without annotation: an "error" (the default for VOC), "skip" and report
+            them, or "background" (the default for the others): they have no objects. Not for TFDS.
+        allow_outside: Whether files may name files outside of the dataset.
 
     Raises:
         ValueError: if no format or several are recognized, or see the reader.
@@ -54,27 +75,32 @@ def read_detection(
     test = read_detection("my_folder", "test", class_names=train.class_names)
     ```
     """
-    options = {"class_names": class_names, "use_difficult": use_difficult}
+    options: dict[str, Any] = {"class_names": class_names, "use_difficult": use_difficult}
     if (name := _tfds_name(source)) is not None:
         if split is None:
             raise ValueError('TFDS needs a `split`, such as "train". Received: split=None')
+        if format is not None or unannotated is not None:
+            raise ValueError("`format` and `unannotated` are for files, not for TFDS")
         return read_tfds(name, split, **options)
-    options["on_error"] = on_error
-    path, kind = Path(source), _kind(source)
-    if image_folder is not None and kind not in _FILES:
+    options |= {"on_error": on_error, "allow_outside": allow_outside}
+    if unannotated is not None:
+        options["unannotated"] = unannotated
+    path, kind = Path(source), _format_of(source, format)
+    splits_of, read = _FORMATS[kind]
+    if kind not in ("coco", "csv"):
+        if image_folder is not None:
+            raise ValueError(
+                f"`image_folder` is for COCO and CSV files; {path} looks like {kind.upper()}. "
+                f"Received: image_folder={image_folder!r}"
+            )
+        return read(path, split, **options)
+    if split is not None and not path.is_dir():
         raise ValueError(
-            f"`image_folder` is for COCO and CSV files; {path} looks like {kind}. "
-            f"Received: image_folder={image_folder!r}"
-        )
-    if kind in ("VOC", "YOLO"):
-        return {"VOC": read_voc, "YOLO": read_yolo}[kind](path, split, **options)
-    if split is not None and path.is_file():
-        raise ValueError(
-            f"A single {kind} file has no splits: omit `split`, and split the dataset with "
+            f"A single {kind.upper()} file has no splits: omit `split`, and split the dataset with "
             f"`hold_out`. Received: split={split!r}, {path}"
         )
-    file = path if path.is_file() else _file_of_split(path, _FILES[kind](path), split, kind)
-    return {"COCO": read_coco, "CSV": read_csv}[kind](file, image_folder, **options)
+    file = _file_of_split(path, splits_of(path), split, kind) if path.is_dir() else path
+    return read(file, image_folder, **options)
 
 
 def read_train_test(
@@ -84,7 +110,7 @@ def read_train_test(
     test_split: str | None = None,
     holdout: float = 0.2,
     seed: int = 0,
-    on_error: str = "raise",
+    **options,
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """Reads a training set and a test set with the same class names.
 
@@ -97,7 +123,7 @@ def read_train_test(
             TFDS, "test". A year may follow the name, as in "val2017".
         holdout: Fraction of the images to hold out for testing, if the dataset has no splits.
         seed: Seed of the random split.
-        on_error: As in `read_detection`.
+        **options: Arguments of `read_detection`: `on_error`, `format`, ...
 
     Raises:
         ValueError: if `holdout` is not above 0 and below 1, or as in `read_detection`.
@@ -107,21 +133,30 @@ def read_train_test(
     if not 0 < holdout < 1:
         raise ValueError(f"`holdout` must be above 0 and below 1. Received: holdout={holdout}")
     if _tfds_name(source) is None:
-        splits = find_splits(source)
+        splits = find_splits(source, options.get("format"))
         if len(splits) < 2 and not (train_split or test_split):
-            return read_detection(source, on_error=on_error).hold_out(holdout, seed)
+            whole = read_detection(source, **options)
+            return _checked(source, *whole.hold_out(holdout, seed))
         train_split = train_split or first_split(("train",), splits)
         test_split = test_split or first_split(TEST_SPLITS, splits)
-    train = read_detection(source, train_split or "train", on_error=on_error)
-    test = read_detection(source, test_split or "test", train.class_names, on_error=on_error)
+    train = read_detection(source, train_split or "train", **options)
+    names = {"class_names": train.class_names}
+    test = read_detection(source, test_split or "test", **{**options, **names})
+    return (train, test) if _tfds_name(source) else _checked(source, train, test)
+
+
+def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
+    if not train.report.num_boxes:
+        raise ValueError(f"No box to train on in the {len(train)} training images of {source}")
     return train, test
 
 
-def find_splits(source: str | os.PathLike) -> list[str]:
+def find_splits(source: str | os.PathLike, format: str | None = None) -> list[str]:
     """Returns the sorted names that `read_detection` accepts as `split`, if any.
 
     Args:
         source: As in `read_detection`.
+        format: As in `read_detection`.
 
     Raises:
         ValueError: if the format is not recognized, or if a TFDS dataset is not on disk.
@@ -130,10 +165,10 @@ def find_splits(source: str | os.PathLike) -> list[str]:
     """
     if (name := _tfds_name(source)) is not None:
         return tfds_splits(name)
-    path, kind = Path(source), _kind(source)
-    if kind in _FILES:
-        return [] if path.is_file() else sorted(_FILES[kind](path))
-    return {"VOC": voc_splits, "YOLO": yolo_splits}[kind](path)
+    kind = _format_of(source, format)
+    if kind in ("coco", "csv") and not os.path.isdir(source):
+        return []
+    return sorted(_FORMATS[kind][0](source) or ())
 
 
 # === Formats ===
@@ -145,78 +180,53 @@ def _tfds_name(source: str | os.PathLike) -> str | None:
     return source.removeprefix("tfds:") if is_name else None
 
 
-def _kind(source: str | os.PathLike) -> str:
+def _format_of(source: str | os.PathLike, given: str | None) -> str:
+    """The format of a file or folder, as given or recognized."""
+    if given is not None and given not in _FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {given!r}")
     path = Path(source)
-    if path.is_file():
-        kinds = {".json": "COCO", ".csv": "CSV", **dict.fromkeys(YAML_SUFFIXES, "YOLO")}
-        if kind := kinds.get(path.suffix.lower()):
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file or folder. Expected:{_EXPECTED}")
+    if given is not None:
+        return given
+    if not path.is_dir():
+        if kind := _SUFFIXES.get(path.suffix.lower()):
             return kind
         raise ValueError(f"{path} is not a file of a known format. Expected:{_EXPECTED}")
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder. Expected:{_EXPECTED}")
-    tests = {"VOC": _is_voc, "COCO": _coco_files, "YOLO": _is_yolo, "CSV": _csv_files}
-    kinds = [kind for kind, test in tests.items() if test(path)]
+    kinds = [kind for kind, (splits_of, _) in _FORMATS.items() if splits_of(path) is not None]
     if not kinds:
-        raise ValueError(f"{path} is not a folder of a known format. Expected:{_EXPECTED}")
+        inner = inner_voc_folder(path)
+        hint = f"Did you mean {inner}? " if inner else ""
+        raise ValueError(f"{path} is not a folder of a known format. {hint}Expected:{_EXPECTED}")
     if len(kinds) > 1:
-        readers = " or ".join(f"`read_{kind.lower()}`" for kind in kinds)
-        raise ValueError(f"{path} looks like {' and '.join(kinds)}: call {readers} instead")
+        found = " and ".join(kind.upper() for kind in kinds)
+        formats = " or ".join(f'format="{kind}"' for kind in kinds)
+        readers = " or ".join(f"`read_{kind}`" for kind in kinds)
+        raise ValueError(f"{path} looks like {found}: give {formats}, or call {readers} instead")
     return kinds[0]
-
-
-def _is_voc(folder: Path) -> bool:
-    patterns = ("Annotations", "*/Annotations", "*/*/Annotations", "*.xml", "*.XML")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
-
-
-def _is_yolo(folder: Path) -> bool:
-    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-    has_both = any((path / "images").is_dir() and (path / "labels").is_dir() for path in folders)
-    return has_both or find_yaml(folder) is not None
 
 
 # === Files of splits ===
 
 
-def _coco_files(folder: Path) -> dict[str, Path]:
-    """Annotation files by split."""
-    files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
-    files = [path for path in files if not re.match(r"captions_|person_keypoints_", path.stem)]
-    found = {path.stem.removeprefix("instances_"): path for path in sorted(files)}
-    found |= {path.parent.name: path for path in sorted(folder.glob("*/_annotations.coco.json"))}
-    return {name: path for name, path in found.items() if _mentions_sections(path)}
-
-
-def _mentions_sections(path: Path) -> bool:
-    with open(path, "rb") as file:  # read only the beginning, as COCO's file has 450 MB
-        start = file.read(1 << 16).replace(b"\0", b"")  # UTF-16 too
-    return any(f'"{name}"'.encode() in start for name in SECTIONS)
-
-
-def _csv_files(folder: Path) -> dict[str, Path]:
-    """Annotation files by split."""
-    found = {path.stem: path for path in sorted(folder.glob("*.csv"))}
-    found |= {path.parent.name: path for path in sorted(folder.glob("*/_annotations.csv"))}
-    return {name: path for name, path in found.items() if has_known_columns(path)}
-
-
-_FILES = {"COCO": _coco_files, "CSV": _csv_files}
-
-
-def _file_of_split(folder: Path, files: dict[str, Path], split: str | None, kind: str) -> Path:
+def _file_of_split(
+    folder: Path, files: dict[str, Path] | None, split: str | None, kind: str
+) -> Path:
+    if files is None:
+        raise ValueError(f"{folder} has no {kind.upper()} file. Expected:{_EXPECTED}")
     matches = list(files) if split is None else _matching_splits(split, files)
     if len(matches) != 1:
         raise ValueError(
-            f"`split` must be one of those in {folder} ({kind}): {', '.join(files)}. "
+            f"`split` must be one of those in {folder} ({kind.upper()}): {', '.join(files)}. "
             f"Received: split={split!r}"
         )
     return files[matches[0]]
 
 
-def _matching_splits(name: str, splits: Iterable[str]) -> list[str]:
+def _matching_splits(name: str, splits: Collection[str]) -> list[str]:
     """Splits with this name, or with this name and a year: "train2017" for "train"."""
-    if name in splits:
-        return [name]
+    if same := find_split(name, splits):
+        return [same]
     return [split for split in splits if re.fullmatch(rf"{re.escape(name)}[-_ ]?\d+", split)]
 
 

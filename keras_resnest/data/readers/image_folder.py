@@ -15,10 +15,15 @@ from keras_resnest.data.dataset import (
     count_problems,
     nearest,
 )
-from keras_resnest.data.readers.common import Faults, FileError, check_folder
+from keras_resnest.data.readers.common import Faults
+from keras_resnest.data.readers.files import (
+    SPLIT_NAMES,
+    FileError,
+    check_folder,
+    composed,
+    entries,
+)
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
-
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def read_image_folder(
@@ -30,7 +35,7 @@ def read_image_folder(
     """Reads a folder with one folder of images per class, as for ImageNet.
 
     Subfolders of class folders are searched too. Files without an image suffix and files outside
-    the class folders are reported and skipped; names that start with a dot are ignored. A
+    the class folders are reported and skipped; hidden files and `runs` are ignored. A
     `UserWarning` summarizes the problems.
 
     Args:
@@ -54,7 +59,7 @@ def read_image_folder(
     faults = Faults(on_error)
     folder = _split_folder(Path(folder), split)
     class_folders = _class_folders(folder, split, faults)
-    names = check_class_names(class_names or [path.name for path in class_folders])
+    names = check_class_names(class_names or sorted(composed(path.name) for path in class_folders))
     records = _read_records(folder, _labeled_paths(class_folders, names, faults), faults)
     if not records:
         raise ValueError(f"No usable image in {folder}: {count_problems(faults.problems)}")
@@ -75,8 +80,8 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     check_folder(folder, "folder")
     if split is None:
         return folder
-    if not (folder / split).is_dir():
-        known = [path.name for path in _visible(folder) if path.is_dir()]
+    if not os.path.isdir(folder / split):
+        known = [path.name for path in entries(folder) if path.is_dir()]
         raise ValueError(
             f"`split` must be a folder in {folder}. Received: {split!r}. {nearest(split, known)}"
         )
@@ -85,14 +90,14 @@ def _split_folder(folder: Path, split: str | None) -> Path:
 
 def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path]:
     """The class folders, sorted; reports files beside them."""
-    found = _visible(folder)
+    found = entries(folder)
     class_folders = [path for path in found if path.is_dir()]
     names = [path.name for path in class_folders]
     if not names:
         raise ValueError(
             f"{folder} must hold one folder of images for each class. Received: {len(found)} files"
         )
-    if split is None and {name.lower() for name in names} <= _SPLIT_NAMES:
+    if split is None and {name.lower() for name in names} <= set(SPLIT_NAMES):
         raise ValueError(
             f"`split` must be given if folders are named {', '.join(names)}. "
             f"Received: split=None for {folder}"
@@ -107,20 +112,21 @@ def _labeled_paths(
     class_folders: list[Path], names: list[str], faults: Faults
 ) -> list[tuple[Path, int]]:
     """Path and label of every image."""
-    pairs = []
+    pairs, known = [], [composed(name) for name in names]
     for folder in class_folders:
         with faults.skipping_image():
-            if folder.name not in names:
-                detail = f"not in `class_names`. {nearest(folder.name, names)}"
+            name = composed(folder.name)
+            if name not in known:
+                detail = f"not in `class_names`. {nearest(name, names)}"
                 raise FileError(folder, "unknown class", detail)
-            label = names.index(folder.name)
+            label = known.index(name)
             pairs += [(path, label) for path in _images(folder, faults)]
     return pairs
 
 
 def _images(folder: Path, faults: Faults) -> Iterator[Path]:
     """All images of a class, sorted by name."""
-    for path in _visible(folder):
+    for path in entries(folder):
         if path.is_dir():
             # Links to folders could form a cycle.
             yield from () if path.is_symlink() else _images(path, faults)
@@ -128,10 +134,6 @@ def _images(folder: Path, faults: Faults) -> Iterator[Path]:
             yield path
         else:
             faults.add(path, "not an image", "left out", f"in {folder.name}")
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _read_records(

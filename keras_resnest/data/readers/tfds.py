@@ -59,8 +59,6 @@ def read_tfds(
 
     Example: `train = read_tfds("voc/2007", split="train+validation")`
     """
-    if data_dir is not None and not isinstance(name_or_builder, str):
-        raise ValueError(f"A builder has its own `data_dir`. Received: data_dir={data_dir}")
     builder = _builder(name_or_builder, data_dir)
     _label_names(builder)  # do not download an unusable dataset
     _prepare(builder, download)
@@ -116,6 +114,8 @@ def _builder(name_or_builder: Any, data_dir: str | os.PathLike | None):
     import tensorflow_datasets as tfds
 
     if isinstance(name_or_builder, tfds.core.DatasetBuilder):
+        if data_dir is not None:
+            raise ValueError(f"A builder has its own `data_dir`. Received: data_dir={data_dir}")
         return name_or_builder
     from keras_resnest.data import shapes  # noqa: F401 (registers "shapes")
 
@@ -231,6 +231,9 @@ class _TfdsSplit:
 
     def element_loader(self):
         return None  # TFDS files are read sequentially
+
+    def _image_names(self) -> list[str]:
+        return [self._builder.info.full_name, str(self._split)]  # reading all ids takes minutes
 
     def _part(self, num_shards: int, shard_index: int):
         import tensorflow_datasets as tfds

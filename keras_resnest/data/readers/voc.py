@@ -5,13 +5,18 @@ import dataclasses
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers import common
+from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
-from keras_resnest.images import IMAGE_SUFFIXES, find_images
+from keras_resnest.images import IMAGE_SUFFIXES
+
+_XML = (".xml",)
+# Folders of XML files and of images, in lower case; first choice first.
+_XML_FOLDERS = ("annotations", "labels", "xmls")
+_IMAGE_FOLDERS = ("jpegimages", "images", "data", "img")
 
 
 def read_voc(
@@ -21,31 +26,40 @@ def read_voc(
     on_error: str = "raise",
     use_difficult: bool = True,
     one_based_coordinates: bool = True,
+    unannotated: str = "error",
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
 
-    The folder has the VOC layout (`JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt`), or
-    images and XML files side by side. Images and XML files have the same stem. VOC coordinates are
-    1-based and inclusive: [xmin, ymin, xmax, ymax] becomes [xmin - 1, ymin - 1, xmax, ymax].
+    The folder has the VOC layout (`JPEGImages` or `images`, `Annotations`, and perhaps
+    `ImageSets/Main/<split>.txt`), or images and XML files side by side. It may have subfolders; one
+    for each split ("train", "valid", "test") makes splits. Images and XML files have the same stem,
+    or `<filename>` names the image. VOC coordinates are 1-based and inclusive: [xmin, ymin, xmax,
+    ymax] becomes [xmin - 1, ymin - 1, xmax, ymax].
 
     Degenerate boxes and boxes outside the image are dropped; boxes that cross the border are
-    clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image, they
-    are rotated with it. The dataset's `report` lists all of this and each wrong `<size>`; one
+    clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image or at
+    another scale, they are rotated or scaled with it. The dataset's `report` lists all of this; one
     `UserWarning` summarizes it.
 
     Args:
         folder: Folder of the dataset.
-        split: Name of a file in `ImageSets/Main`, without ".txt"; images with the flag -1 are
-            excluded. Default: all images.
+        split: Name of a file in `ImageSets/Main`, without ".txt" (images with the flag -1 are
+            excluded), or of the folder of a split. Default: all images.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in the XML files of all
             splits, sorted.
-        on_error: "raise" a ValueError for a missing or unreadable image or XML file, or a class
-            that is not in `class_names`; or "skip" the image and report it.
+        on_error: "raise" a ValueError for a missing or unreadable image or XML file, a `<size>` of
+            another shape than the image, or a class that is not in `class_names`; or "skip" the
+            image and report it.
         use_difficult: Whether to keep objects marked as difficult.
         one_based_coordinates: False for files with 0-based coordinates, which are not shifted.
+        unannotated: Images without XML file: an "error" (see `on_error`), "skip" and report them,
+            or "background": they have no objects.
+        allow_outside: Whether lists of images may be links to files outside of the folder.
 
     Raises:
-        ValueError: if there is no such folder or split, if there are no images, or see `on_error`.
+        ValueError: if there is no such folder or split, no image or box is usable, or see
+            `on_error`.
 
     Example:
     ```python
@@ -53,66 +67,131 @@ def read_voc(
     test = read_voc("VOCdevkit/VOC2007", split="test", class_names=train.class_names)
     ```
     """
-    faults = Faults(on_error)
-    source = _VocFolder(folder)
-    image_ids = source.image_ids(split, faults)
-    every_id = sorted({*source.xml_files, *image_ids}) if class_names is None else image_ids
-    annotations = _parse_all(source, every_id, one_based_coordinates, faults)
+    faults = Faults(on_error, unannotated)
+    source = _VocFolder(folder, allow_outside)
+    split = source.known_split(split)
+    wanted = source.listed_ids(split, faults) or [k for k in source.xml_files if _is_in(split, k)]
+    annotations = {}
+    for image_id in source.xml_files if class_names is None else wanted:
+        if image_id in source.xml_files:
+            with faults.skipping_image():
+                annotations[image_id] = _parse_xml(
+                    source.xml_files[image_id], one_based_coordinates
+                )
     if class_names is None:
         class_names = sorted({o.name for a in annotations.values() for o in a.objects})
         if not class_names:
             raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
+    images = {key: source.image_file(key, xml) for key, xml in annotations.items()}
+    if source.splits.get(split) is None:  # no list says which images belong to it
+        wanted = sorted({*wanted, *source.unused_images(split, images, faults)})
 
     def parse(image_id):
-        xml = annotations[image_id]
-        image = source.image_file(image_id, xml)
+        xml = annotations.get(image_id)
+        if xml is None:
+            if image_id not in source.images:
+                name = f"{image_id[: files.LONGEST]}.xml"
+                raise FileError(name, "missing image and XML file")
+            image = source.images[image_id][0]
+            return ImageAnnotation(image, image_id, image, (), missing="missing XML file")
+        image = images[image_id]
+        if image is None:
+            named = repr(xml.filename) if xml.filename else "a <filename>"
+            detail = f"not one image {image_id}.* in {source.folder}, nor {named}"
+            raise FileError(xml.path, "missing image", detail)
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
-    usable = [image_id for image_id in image_ids if image_id in annotations]
+    usable = [key for key in wanted if key in annotations or key not in source.xml_files]
     return common.build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
 
 
-def voc_splits(folder: str | os.PathLike) -> list[str]:
-    """Names of the files in `ImageSets/Main`."""
-    return sorted(path.stem for path in (Path(folder) / "ImageSets" / "Main").glob("*.txt"))
+def voc_splits(folder: str | os.PathLike) -> list[str] | None:
+    """Names of the splits; None if the folder is no VOC dataset."""
+    source = _VocFolder(folder)
+    return sorted(source.splits) if source.xml_files else None
+
+
+def inner_voc_folder(folder: Path) -> Path | None:
+    """A VOC dataset inside: VOCdevkit/VOC2007 for VOCdevkit."""
+    inner = sorted([*folder.glob("*/Annotations"), *folder.glob("*/*/Annotations")])
+    return inner[0].parent if inner else None
 
 
 # === Files ===
 
 
+def _roots(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Folders of XML files and of images: one pair "", or one for each folder of a split."""
+    if pair := _pair(folder):
+        return {"": pair}
+    inner = files.folders_in(folder)
+    pairs = {path.name: _pair(path) for path in inner if path.name.lower() in files.SPLIT_NAMES}
+    if found := {name: pair for name, pair in pairs.items() if pair}:
+        return found
+    return {"": (folder, folder)} if any(map(_has_xml, inner)) else {}
+
+
+def _pair(folder: Path) -> tuple[Path, Path] | None:
+    inner = {path.name.lower(): path for path in files.folders_in(folder)}
+    for name in _XML_FOLDERS:
+        if name in inner and next(files.walk(inner[name], _XML), None):
+            return inner[name], next((inner[n] for n in _IMAGE_FOLDERS if n in inner), folder)
+    return (folder, folder) if _has_xml(folder) else None
+
+
+def _has_xml(folder: Path) -> bool:
+    return bool(files.entries(folder, _XML))
+
+
 class _VocFolder:
-    """The files of a VOC dataset."""
+    """The files of a VOC dataset; an id is the path in the folder of XML files or images."""
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = common.check_folder(folder, "folder")
-        has_voc_layout = (self.folder / "Annotations").is_dir()
-        xml_folder = self.folder / "Annotations" if has_voc_layout else self.folder
-        self.image_folder = self.folder / "JPEGImages" if has_voc_layout else self.folder
-        files = sorted(xml_folder.iterdir())
-        self.xml_files = {path.stem: path for path in files if path.suffix.lower() == ".xml"}
-        # Maybe `folder` is VOCdevkit instead of VOCdevkit/VOC2007.
-        inner = sorted([*self.folder.glob("*/Annotations"), *self.folder.glob("*/*/Annotations")])
-        if not self.xml_files and inner:
-            raise ValueError(f"No XML files in {folder}. Did you mean {inner[0].parent}?")
-        self.image_files: dict[str, list[Path]] = collections.defaultdict(list)
-        for path in find_images(self.image_folder):
-            self.image_files[path.stem].append(path)
+    def __init__(self, folder: str | os.PathLike, allow_outside: bool = False):
+        self.folder = files.check_folder(folder, "folder")
+        self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
+        self.roots = _roots(self.folder)
+        self.xml_files: dict[str, Path] = {}
+        self.images: dict[str, list[Path]] = collections.defaultdict(list)
+        for split, (xml_root, image_root) in self.roots.items():
+            for path in files.walk(xml_root, _XML):
+                self.xml_files[_id(split, path, xml_root)] = path
+            for path in files.walk(image_root, IMAGE_SUFFIXES):
+                self.images[_id(split, path, image_root)].append(path)
+        self._image_ids, self._xml_ids = _Ids(self.images), _Ids(self.xml_files)
+        self.splits = self._find_splits()
+
+    def _find_splits(self) -> dict[str, Path | None]:
+        """Lists of images by split; None for a folder of a split."""
+        sets = self.tree.find(self.folder, "ImageSets/Main", shortest=None)
+        found = {path.stem: path for path in (files.entries(sets, (".txt",)) if sets else ())}
+        first = {key.partition("/")[0] for key in self.xml_files if "/" in key}
+        return found or {name: None for name in first if name.lower() in files.SPLIT_NAMES}
+
+    def known_split(self, split: str | None) -> str | None:
+        """Checks the dataset and the name of a split, which may be a synonym."""
         if not self.xml_files:
-            raise ValueError(f"No XML files in {xml_folder}, only images")
+            inner = inner_voc_folder(self.folder)
+            has_images = next(files.walk(self.folder, IMAGE_SUFFIXES), None) is not None
+            hint = f". Did you mean {inner}?" if inner else ", only images" * has_images
+            what = "XML files" if hint else "images and XML files"
+            raise ValueError(f"No {what} in {self.folder}{hint}")
+        found = split and files.find_split(split, self.splits)
+        if split is not None and found is None:
+            known = ", ".join(sorted(self.splits)) or f"no .txt in {self.folder}/ImageSets/Main"
+            raise ValueError(
+                f"`split` must be in ImageSets/Main, or a folder such as train. "
+                f"Received: {split!r}; available: {known}"
+            )
+        return found
 
-    def image_ids(self, split: str | None, faults: Faults) -> list[str]:
-        """Stems of the files of a split, or of all images and XML files."""
-        if split is None:
-            return sorted({*self.xml_files, *self.image_files})
-        split_folder = self.folder / "ImageSets" / "Main"
-        path = split_folder / f"{split}.txt"
-        if not path.is_file():
-            splits = voc_splits(self.folder)
-            known = f"available: {', '.join(splits)}" if splits else f"no .txt in {split_folder}"
-            raise ValueError(f"`split` must be in ImageSets/Main. Received: {split!r}; {known}")
+    def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
+        """Ids in the list of a split; none if there is no list."""
+        path = self.splits.get(split)
+        if path is None:
+            return []
         image_ids: dict[str, None] = {}
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
-            image_id = self._image_id(line.strip())
+        for line in self.tree.read_lines(path, "list of images"):
+            image_id = self._listed_id(line)
             if image_id in image_ids:
                 faults.add(path, "repeated line", "used once", image_id)
             elif image_id:
@@ -121,24 +200,67 @@ class _VocFolder:
             raise ValueError(f"{path}: the split is empty")
         return list(image_ids)
 
-    def _image_id(self, line: str) -> str:
+    def _listed_id(self, line: str) -> str:
         """Id from a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
         if line not in self.xml_files and (match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)):
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
-        return stem if suffix.lower() in (".xml", *IMAGE_SUFFIXES) else line
+        line = stem if suffix.lower() in (*_XML, *IMAGE_SUFFIXES) else line
+        return line and (self._xml_ids.find(line) or self._image_ids.find(line) or line)
 
-    def image_file(self, image_id: str, xml: "_VocXml") -> Path:
-        """The image with the stem of the XML file, or else the one named in the file."""
-        candidates = self.image_files.get(image_id, [])
-        if candidates:
-            return next((path for path in candidates if path.name == xml.filename), candidates[0])
-        path = self.image_folder / Path(xml.filename).name
-        if xml.filename and path.is_file():
-            return path
-        named = f"and {path.name} does not exist" if xml.filename else "and the file names none"
-        detail = f"no image {image_id}.* in {self.image_folder}, {named}"
-        raise FileError(xml.path, "missing image", detail)
+    def image_file(self, image_id: str, xml: "_VocXml") -> Path | None:
+        """The image with the path and stem of the XML file, or else the one named in the file."""
+        candidates = self._images_of(image_id)
+        named = [path for path in candidates if path.name == re.split(r"[\\/]", xml.filename)[-1]]
+        if len(named or candidates) == 1:
+            return (named or candidates)[0]
+        root = next(pair[1] for split, pair in self.roots.items() if _is_in(split, image_id))
+        return self.tree.find(root, xml.filename, IMAGE_SUFFIXES)
+
+    def unused_images(self, split: str | None, images: dict, faults: Faults) -> list[str]:
+        """Ids of the images without XML file; reports others of the same name as an image."""
+        used = set(images.values())
+        for key in self.xml_files.keys() - images:  # not read, or unreadable
+            used.update(self._images_of(key))
+        unused = []
+        for image_id, paths in self.images.items():
+            rest = [path for path in paths if path not in used and _is_in(split, image_id)]
+            if rest and rest == paths:
+                unused.append(image_id)
+            for path in rest[rest == paths :]:
+                faults.add(path, "image of the same name as another", "left out")
+        return unused
+
+    def _images_of(self, image_id: str) -> list[Path]:
+        return self.images.get(self._image_ids.find(image_id) or "", [])
+
+
+def _id(split: str, path: Path, root: Path) -> str:
+    return PurePosixPath(split, path.relative_to(root)).with_suffix("").as_posix()
+
+
+def _is_in(split: str | None, image_id: str) -> bool:
+    return not split or image_id.startswith(f"{split}/")
+
+
+class _Ids:
+    """Finds ids in any Unicode form and letter case, and where only one side has folders."""
+
+    def __init__(self, ids):
+        self._by_name, self._by_stem = (collections.defaultdict(list) for _ in range(2))
+        for key in ids:
+            self._by_name[files.unified(key)].append(key)
+            self._by_stem[files.unified(key.rpartition("/")[2])].append(key)
+
+    def find(self, name: str) -> str | None:
+        """The id that means the same file; None if there is none or several."""
+        wanted = files.unified(name)
+        found = files.closest(name, self._by_name.get(wanted, ()))
+        for key in () if found else self._by_stem.get(wanted.rpartition("/")[2], ()):
+            other = files.unified(key)
+            if other.endswith(f"/{wanted}") or wanted.endswith(f"/{other}"):
+                found.append(key)
+        return found[0] if len(found) == 1 else None
 
 
 # === XML ===
@@ -152,20 +274,6 @@ class _VocXml:
     objects: tuple[AnnotatedObject, ...]
 
 
-def _parse_all(
-    source: _VocFolder, image_ids: Iterable[str], one_based: bool, faults: Faults
-) -> dict[str, _VocXml]:
-    annotations = {}
-    for image_id in image_ids:
-        with faults.skipping_image():
-            if image_id not in source.xml_files:
-                image = source.image_files.get(image_id, [image_id])[0]
-                detail = "an image without objects needs an XML file without <object>"
-                raise FileError(image, "missing XML file", f"no {image_id}.xml ({detail})")
-            annotations[image_id] = _parse_xml(source.xml_files[image_id], one_based)
-    return annotations
-
-
 class _NoDoctype(ElementTree.TreeBuilder):
     """Rejects document types, whose entities can expand to gigabytes or read files."""
 
@@ -174,10 +282,11 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def _parse_xml(path: Path, one_based: bool) -> _VocXml:
+    encoded = files.read_bytes(path, "XML")
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(path.read_bytes(), parser)
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
+        root = ElementTree.fromstring(encoded, parser)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise FileError(path, "unreadable XML", str(error)) from error
     if root.tag != "annotation":
         raise FileError(path, "unreadable XML", f"expected <annotation>, found <{root.tag}>")

@@ -1,6 +1,8 @@
-"""Predict with a saved detector on JAX, and with a second argument train it.
+"""Predict with a saved detector on another backend, and with a second argument train it.
 
-python jax_detector.py FOLDER [train]    # reads detector.keras, writes predicted.npz
+KERAS_BACKEND=jax python backend_detector.py FOLDER [train]
+
+Reads detector.keras, images.npy and truth.npz of FOLDER, writes predicted.npz.
 """
 
 import sys
@@ -12,7 +14,6 @@ import tensorflow as tf
 import keras_resnest as kr
 
 folder = sys.argv[1]
-assert keras.backend.backend() == "jax"
 model = keras.saving.load_model(folder + "/detector.keras")
 images = np.load(folder + "/images.npy")
 predicted = model.predict(images, verbose=0)

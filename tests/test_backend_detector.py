@@ -1,4 +1,4 @@
-"""The detector on JAX, in a process of its own: it trains, and predicts as on TensorFlow."""
+"""The detector on JAX and PyTorch, in their own process: trains, predicts as on TensorFlow."""
 
 import importlib.util
 import os
@@ -14,9 +14,11 @@ from detectors import rectangles, small_detector
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-def run(program, *arguments, xla_flags="--xla_backend_optimization_level=0"):
-    """Run a program on JAX. Without XLA's optimizations, compiling takes far less time."""
-    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+def run(backend, program, *arguments, xla_flags="--xla_backend_optimization_level=0"):
+    """Run a program. Without XLA's optimizations, compiling takes far less time."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    environment = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
     done = subprocess.run(
         [sys.executable, str(PROGRAMS / program), *arguments],
         env={**os.environ, **environment},
@@ -26,10 +28,9 @@ def run(program, *arguments, xla_flags="--xla_backend_optimization_level=0"):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("training", [[], pytest.param(["train"], marks=pytest.mark.slow)])
-def test_predicts_as_on_tensorflow_and_trains(training, tmp_path):
-    if importlib.util.find_spec("jax") is None:
-        pytest.skip("JAX is not installed")
+def test_predicts_as_on_tensorflow_and_trains(training, backend, tmp_path):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("compares with the TensorFlow backend")
     model = small_detector((64, 64, 3))
@@ -38,7 +39,7 @@ def test_predicts_as_on_tensorflow_and_trains(training, tmp_path):
     model.save(tmp_path / "detector.keras")
     np.save(tmp_path / "images.npy", images)
     np.savez(tmp_path / "truth.npz", **truth)
-    run("jax_detector.py", str(tmp_path), *training)
+    run(backend, "backend_detector.py", str(tmp_path), *training)
     got = np.load(tmp_path / "predicted.npz")
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-2 if name == "boxes" else 1e-4)
@@ -46,6 +47,4 @@ def test_predicts_as_on_tensorflow_and_trains(training, tmp_path):
 
 @pytest.mark.slow  # XLA compiles the training step for minutes
 def test_data_parallel_devices_train_as_one():
-    if importlib.util.find_spec("jax") is None:
-        pytest.skip("JAX is not installed")
-    run("jax_data_parallel.py", xla_flags="--xla_force_host_platform_device_count=2")
+    run("jax", "jax_data_parallel.py", xla_flags="--xla_force_host_platform_device_count=2")

@@ -1,0 +1,175 @@
+"""What users of Keras pass to a detector: weights of images, ragged boxes, tensors of any size."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from detectors import rectangles, small_detector
+
+from keras_resnest.evaluation.collect import collect_detections
+
+SHAPE = (64, 128, 3)
+IMAGES, TRUTH = rectangles(4, SHAPE)
+WEIGHTS = np.array([1.0, 0.0, 2.0, 1.0])
+REPEATED = [0, 2, 2, 3]
+
+
+def take(rows):
+    return IMAGES[rows], {name: values[rows] for name, values in TRUTH.items()}
+
+
+class OneBatch(keras.utils.PyDataset):
+    def __init__(self, *batch):
+        super().__init__()
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+@pytest.fixture(scope="module")
+def model():
+    detector = small_detector(SHAPE, freeze_batch_norm=True)
+    detector.compile(keras.optimizers.SGD(1e-3), run_eagerly=True)
+    return detector
+
+
+# === sample_weight ===
+
+FORMS = {
+    "arrays": ((IMAGES, TRUTH), {"sample_weight": WEIGHTS}),
+    "column": ((IMAGES, TRUTH), {"sample_weight": WEIGHTS[:, None]}),
+    "dictionary": (({"images": IMAGES, "bounding_boxes": TRUTH},), {"sample_weight": WEIGHTS}),
+    "dataset": ((tf.data.Dataset.from_tensors((IMAGES, TRUTH, WEIGHTS)),), {}),
+    "PyDataset": ((OneBatch(IMAGES, TRUTH, WEIGHTS),), {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_image_of_weight_two_counts_as_two(model, form):
+    data, options = FORMS[form]
+    want = model.evaluate(*take(REPEATED), verbose=0)
+    assert model.evaluate(*data, **options, verbose=0) == pytest.approx(want, rel=1e-5)
+    assert model.evaluate(IMAGES, TRUTH, verbose=0) != pytest.approx(want, rel=1e-2)
+
+
+def test_weights_reach_the_gradients(model):
+    start = model.get_weights()
+    model.fit(*take(REPEATED), verbose=0)
+    want = model.get_weights()
+    model.set_weights(start)
+    model.fit(IMAGES, TRUTH, sample_weight=0.1 * WEIGHTS, verbose=0)  # the scale is of no account
+    moved = 0.0
+    for a, b, c in zip(model.get_weights(), want, start, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        moved += np.abs(b - c).sum()
+    assert moved > 1.0
+    model.set_weights(start)
+
+
+def test_no_weight_is_no_loss(model):
+    losses = model.evaluate(IMAGES, TRUTH, sample_weight=np.zeros(4), verbose=0)
+    assert losses == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (-WEIGHTS, "not negative.*-2.0"),
+        (WEIGHTS * np.nan, "finite"),
+        (np.ones((4, 2)), r"one weight for each image.*\(4, 2\)"),
+    ],
+)
+def test_weights_that_make_no_sense(model, weight, message):
+    with pytest.raises(ValueError, match=rf"`sample_weight` .*{message}"):
+        model.train_on_batch(IMAGES, TRUTH, sample_weight=weight)
+
+
+def test_class_weight_is_refused(model):
+    with pytest.raises(ValueError, match="no `class_weight`; `sample_weight`"):
+        model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH)), class_weight={0: 2.0})
+
+
+# === Ragged boxes ===
+
+COUNTS = [2, 0, 1, 2]
+
+
+def ragged(values):
+    rows = [value[:count] for value, count in zip(values, COUNTS, strict=True)]
+    return tf.RaggedTensor.from_row_lengths(np.concatenate(rows), COUNTS)
+
+
+def test_ragged_boxes_equal_padded_ones(model):
+    boxes = {name: ragged(values) for name, values in TRUTH.items()}
+    padded = {name: values.copy() for name, values in TRUTH.items()}
+    for i, count in enumerate(COUNTS):
+        padded["labels"][i, count:] = -1
+    want = model.evaluate(IMAGES, padded, verbose=0)
+    dataset = tf.data.Dataset.from_tensor_slices({"images": IMAGES, "bounding_boxes": boxes})
+    dataset = dataset.batch(4)
+    for data in ((IMAGES, boxes), ({"images": IMAGES, "bounding_boxes": boxes},), (dataset,)):
+        assert model.evaluate(*data, verbose=0) == pytest.approx(want, rel=1e-5)
+    assert model.test_on_batch(IMAGES, boxes) == pytest.approx(want, rel=1e-5)
+    truth, _ = collect_detections(model, dataset)
+    assert [len(rows["labels"]) for rows in truth] == COUNTS
+
+
+def test_ragged_boxes_train_in_a_graph():
+    model = small_detector(SHAPE)
+    model.compile(keras.optimizers.SGD(1e-3))
+    boxes = {name: ragged(values) for name, values in TRUTH.items()}
+    dataset = tf.data.Dataset.from_tensor_slices((IMAGES, boxes)).batch(2)
+    history = model.fit(dataset, validation_data=dataset, verbose=0).history
+    assert np.isfinite(history["loss"] + history["val_loss"]).all()
+    # Sizes that only the graph knows.
+    images = np.zeros((2, 64, 64, 3), "float32")
+    spec = tf.TensorSpec((None, None, None, 3))
+    unknown = tf.data.Dataset.from_generator(lambda: iter([images]), output_signature=spec)
+    with pytest.raises(ValueError, match=r"must have shape \(batch, 64, 128, 3\)"):
+        model.predict(unknown, verbose=0)
+
+
+# === Images of another size ===
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_on_batch"])
+@pytest.mark.parametrize("shape", [(2, 64, 64, 3), (64, 128, 3), (1, 64, 128, 1)])
+def test_tensors_of_another_size_are_refused(model, method, shape):
+    with pytest.raises(ValueError, match=r"must have shape \(batch, 64, 128, 3\); `detect` takes"):
+        getattr(model, method)(tf.zeros(shape))
+
+
+@pytest.mark.parametrize("method", ["predict", "evaluate"])
+def test_lists_are_refused(model, method):
+    with pytest.raises(ValueError, match="one array of images; `detect` takes lists"):
+        getattr(model, method)(list(IMAGES))
+
+
+def test_datasets_of_another_size_are_refused(model):
+    dataset = tf.data.Dataset.from_tensors(tf.zeros((1, 64, 64, 3)))
+    with pytest.raises(ValueError, match=r"x.shape=\(1, 64, 64, 3\)"):
+        model.predict(dataset, verbose=0)
+
+
+# === What is for other models ===
+
+
+def test_clone_and_quantize_say_what_to_do(model):
+    with pytest.raises(ValueError, match=r"use RefineDet.from_config\(model.get_config\(\)\)"):
+        keras.models.clone_model(model)
+    with pytest.raises(ValueError, match="`export` has a `precision`"):
+        model.quantize("int8")
+
+
+def test_hdf5_files_load_with_the_class(model, tmp_path):
+    model.save(tmp_path / "model.h5")
+    with pytest.raises(ValueError, match="Unknown layer: 'RefineDet'"):
+        keras.saving.load_model(tmp_path / "model.h5")
+    classes = {"RefineDet": type(model)}
+    again = keras.saving.load_model(tmp_path / "model.h5", custom_objects=classes, compile=False)
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
