@@ -89,9 +89,12 @@ def assert_same_training(one, many, found=True):
     assert set(many) == (set(one) if found else set(one) - is_found)
     moved = 0.0
     for name in many:
-        rtol, atol = 0.0, 1e-5 if name.startswith("weight") else 1e-4 * np.abs(one[name]).max()
-        if name in is_found:
+        if name.startswith("weight"):
+            rtol, atol = 1e-5, 1e-5
+        elif name in is_found:
             rtol, atol = 1e-4, 1e-4
+        else:
+            rtol, atol = 0.0, 1e-4 * np.abs(one[name]).max()
         assert np.shape(many[name]) == np.shape(one[name]), name
         np.testing.assert_allclose(many[name], one[name], rtol, atol, err_msg=name)
         moved += np.abs(one[name]).sum()
