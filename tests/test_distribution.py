@@ -41,9 +41,9 @@ def many_devices(tmp_path_factory):
     return run_on_many_devices(
         tmp_path_factory.mktemp("devices"),
         "distributed_training.main",
+        "uneven_batches.main",
         "clipped_gradients.main",
         "evaluation_on_replicas.main",
-        "uneven_batches.main",
     )
 
 
@@ -89,11 +89,12 @@ def assert_same_training(one, many, found=True):
     assert set(many) == (set(one) if found else set(one) - is_found)
     moved = 0.0
     for name in many:
-        rtol, atol = 0.0, 1e-4 * np.abs(one[name]).max()
         if name.startswith("weight"):
-            rtol, atol = 2e-6, 1e-5  # moving variances are 10
-        if name in is_found:
+            rtol, atol = 1e-5, 1e-5
+        elif name in is_found:
             rtol, atol = 1e-4, 1e-4
+        else:
+            rtol, atol = 0.0, 1e-4 * np.abs(one[name]).max()
         assert np.shape(many[name]) == np.shape(one[name]), name
         np.testing.assert_allclose(many[name], one[name], rtol, atol, err_msg=name)
         moved += np.abs(one[name]).sum()
@@ -121,6 +122,10 @@ def test_more_replicas_are_as_one_device(tmp_path):
         assert_same_training(tmp_path / f"{kind}_1.npz", tmp_path / f"{kind}_{count}.npz")
 
 
+def test_rows_that_replicas_cannot_share_are_left_out(many_devices):
+    assert_passed(many_devices, "uneven_batches.main")
+
+
 def test_gradients_are_clipped_after_they_are_summed(many_devices):
     assert_passed(many_devices, "clipped_gradients.main")
 
@@ -139,11 +144,6 @@ def test_two_processes_train_as_one(many_devices, tmp_path, kind):
     assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
     for output in outputs:
         assert_same_training(many_devices / f"{kind}_1.npz", output, found=False)
-
-
-def test_replicas_may_receive_no_rows(many_devices):
-    """`fit`, `evaluate`, `predict` and validation on two replicas equal those on one device."""
-    assert_passed(many_devices, "uneven_batches.main")
 
 
 class Batches(keras.utils.PyDataset):
