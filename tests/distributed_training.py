@@ -8,6 +8,7 @@ trains as one of several workers. `many_devices.py` calls `main` and `with_more_
 import argparse
 import os
 import signal
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -120,6 +121,47 @@ def train(model, kind: str, callbacks=(), **options) -> dict:
     return {**weights, **{name: np.asarray(values) for name, values in history.items()}}
 
 
+class Batches(keras.utils.PyDataset):
+    """Arrays in two batches of four."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return tuple(part[4 * i : 4 * i + 4] for part in self.data)
+
+
+def train_on_rests(strategy) -> dict:
+    """Losses and weights of a last batch of three, of which two replicas can share two."""
+    with strategy.scope():
+        model = MODELS["frozen_classifier"]()
+    replicas = strategy.num_replicas_in_sync
+    images, truth = rectangles(7, SHAPE, objects=2)
+    rows = 6 if replicas == 1 else 7
+    data = images[:rows], truth["labels"][:rows, 0]
+    dataset = tf.data.Dataset.from_tensor_slices(data)
+    found = {}
+    for name, x, options in (
+        ("dataset", dataset.batch(4), {}),
+        ("rest of one", dataset.take(rows - 2).batch(4), {}),
+        ("arrays", data[0], {"y": data[1], "batch_size": 4, "shuffle": False}),
+        ("PyDataset", Batches(data), {"shuffle": False}),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found[name] = model.fit(x, verbose=0, **options).history["loss"][0]
+        said = [w for w in caught if "replicas share every batch evenly" in str(w.message)]
+        assert len(said) == (replicas > 1), (name, [str(w.message) for w in caught])
+    if replicas > 1:
+        refuses(lambda: model.fit(*data, 5), "a batch of 5")
+    found |= {f"weight_{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
+    return {f"rests_{name}": value for name, value in found.items()}
+
+
 def results(kind: str, strategy) -> dict:
     """All that a model returns on the replicas of a strategy."""
     with strategy.scope():
@@ -127,11 +169,6 @@ def results(kind: str, strategy) -> dict:
     uneven = uneven_batches(kind)
     evaluated = model.evaluate(uneven, return_dict=True, verbose=0)
     predicted = keras.tree.flatten(model.predict(uneven.map(lambda x, y: x), verbose=0))
-    if strategy.num_replicas_in_sync > 1:
-        images, y = next(iter(uneven_batches(kind, UNEVEN_ROWS)))
-        refuses(lambda: model.fit(uneven, verbose=0), "drop_remainder=True")
-        rows = UNEVEN_ROWS  # a positional batch size
-        refuses(lambda: model.fit(images.numpy(), y, rows), "a batch of 5")
     return {
         **{f"evaluate_{name}": value for name, value in evaluated.items()},
         **{f"predict_{i}": leaf for i, leaf in enumerate(predicted)},
@@ -154,6 +191,8 @@ def replicas(count: int):
 def main(folder):
     for kind in ("frozen_detector", "synchronized_classifier", "frozen_classifier"):
         save_results(folder, kind, 1, 2)
+    for count, strategy in ((1, tf.distribute.get_strategy()), (2, replicas(2))):
+        np.savez(folder / f"rests_{count}", **train_on_rests(strategy))
 
 
 def with_more_replicas(folder):
