@@ -87,12 +87,23 @@ def test_builder_passes_its_options_on():
         ({"backbone": "resnest51"}, "resnest50"),
         ({"backbone": keras.Sequential([keras.Input((None, None, 3))])}, "pyramid_outputs"),
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
+        ({"decoder": "text"}, "`decoder` must be a DetectionDecoder. Received: 'text'"),
+        ({"heads": RefineDetLoss()}, "`heads` must be a RefineDetHeads"),
     ],
 )
 def test_bad_arguments(arguments, word):
     options = {"num_classes": 3, "backbone": small_backbone(), "image_shape": (64, 64, 3)}
     with pytest.raises(ValueError, match=word):
         RefineDet(**{**options, **arguments})
+
+
+def test_channels_first_is_refused():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(ValueError, match="RefineDet is channels_last"):
+            small_detector()
+    finally:
+        keras.config.set_image_data_format("channels_last")
 
 
 # === Training ===

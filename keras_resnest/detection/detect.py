@@ -13,12 +13,12 @@ import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
 from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
-from keras_resnest.checks import check_image_shape, check_images, value_errors
+from keras_resnest.checks import check_fractions, check_image_shape, check_images, value_errors
+from keras_resnest.configurable import Configurable
+from keras_resnest.detection.decoding import PADDING
+from keras_resnest.detection.heads import STRIDES
 from keras_resnest.images import MAX_PIXELS, find_images, load_image, resize_image
 from keras_resnest.trainer import check_not_forked
-
-PADDING = -1  # fills the rows beyond `num_detections`
-SIDE_MULTIPLE = 64  # stride of the coarsest level
 
 # The authors' settings for VOC (test/lib/fast_rcnn/test.py). For COCO they add 640 with
 # (0, 48), and 640, 1024 and 1152 with (0, 224), (0, 96) and (0, 64).
@@ -171,7 +171,7 @@ def _select_confident(model, rows: dict, confidence_threshold: float) -> dict:
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class MultiScaleDetector:
+class MultiScaleDetector(Configurable):
     """Detects at several image sizes and in the mirror image, and merges the detections.
 
     The network sees the image once per size, and once more mirrored. The detections of all passes
@@ -218,9 +218,7 @@ class MultiScaleDetector:
         voting_iou: float | None = 0.5,
         max_detections: int | None = None,
     ):
-        for name, value in (("iou_threshold", iou_threshold), ("voting_iou", voting_iou)):
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+        check_fractions(iou_threshold=iou_threshold, voting_iou=voting_iou or 0.0)
         self.model = model
         self.image_sizes = _check_image_sizes(image_sizes)
         self.box_sizes = _check_box_sizes(box_sizes, len(self.image_sizes))
@@ -330,16 +328,7 @@ class MultiScaleDetector:
         return {**rows, "boxes": keras.ops.convert_to_numpy(boxes)}
 
     def get_config(self) -> dict:
-        return {
-            "model": keras.saving.serialize_keras_object(self.model),
-            "image_sizes": self.image_sizes,
-            "box_sizes": self.box_sizes,
-            "flip": self.flip,
-            "turn_sizes": self.turn_sizes,
-            "iou_threshold": self.iou_threshold,
-            "voting_iou": self.voting_iou,
-            "max_detections": self.max_detections,
-        }
+        return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model)}
 
     @classmethod
     def from_config(cls, config: dict) -> "MultiScaleDetector":
@@ -362,7 +351,7 @@ def _check_image_sizes(image_sizes) -> tuple[tuple[int, int], ...]:
     if not isinstance(image_sizes, list | tuple) or not image_sizes:
         raise ValueError(f"`image_sizes` must be a list of sizes. Received: {image_sizes}")
     sizes = ((s, s) if isinstance(s, int | np.integer) else s for s in image_sizes)
-    return tuple(check_image_shape(size, SIDE_MULTIPLE, "image_sizes") for size in sizes)
+    return tuple(check_image_shape(size, STRIDES[-1], "image_sizes") for size in sizes)
 
 
 def _check_box_sizes(box_sizes, count: int) -> tuple:

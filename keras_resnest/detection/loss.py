@@ -90,37 +90,23 @@ class RefineDetLoss(Configurable):
         outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class
-        arm = self._stage(
-            boxes,
-            any_object,
-            anchors,
-            outputs["arm_boxes"],
-            outputs["arm_objectness"],
-            sample_weight=sample_weight,
-        )
+        truth = boxes, any_object, sample_weight
+        arm = self._stage(truth, anchors, outputs["arm_boxes"], outputs["arm_objectness"])
 
         if self.two_step_regression:
             refined = decode_boxes(outputs["arm_boxes"], anchors, self.variances)
             anchors = ops.stop_gradient(refined)  # (B, A, 4)
-        hard = None
+        minable = None
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
-            hard = objectness > self.objectness_threshold
-        odm = self._stage(
-            boxes,
-            labels,
-            anchors,
-            outputs["odm_boxes"],
-            outputs["odm_logits"],
-            hard,
-            sample_weight,
-        )
+            minable = objectness > self.objectness_threshold
+        truth = boxes, labels, sample_weight
+        odm = self._stage(truth, anchors, outputs["odm_boxes"], outputs["odm_logits"], minable)
         return dict(zip(LOSS_NAMES, (*arm, *odm), strict=True))
 
-    def _stage(
-        self, boxes, labels, anchors, offsets, logits, negative_mask=None, sample_weight=None
-    ) -> tuple:
+    def _stage(self, truth: tuple, anchors, offsets, logits, negative_mask=None) -> tuple:
         """Box and classification loss of one stage."""
+        boxes, labels, sample_weight = truth
         target_offsets, target_classes = encode_targets(
             boxes, labels, anchors, self.matcher, self.variances
         )

@@ -29,7 +29,6 @@ from keras_resnest.checks import (
 from keras_resnest.detection.class_transfer import class_sources, copy_weights
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.detect import (
-    SIDE_MULTIPLE,
     CompiledDetector,
     detect_images,
     detect_resized,
@@ -109,16 +108,21 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         trainable: bool = True,
     ):
         # === Arguments ===
+        if keras.config.image_data_format() != "channels_last":
+            raise ValueError(
+                "RefineDet is channels_last: call "
+                'keras.config.set_image_data_format("channels_last")'
+            )
         num_classes, class_names = _check_classes(num_classes, class_names)
-        image_shape = (*check_image_shape(image_shape, SIDE_MULTIPLE), 3)
+        image_shape = (*check_image_shape(image_shape, STRIDES[-1]), 3)
         bounding_box_format = check_box_format(bounding_box_format)
-        anchor_generator = anchor_generator or AnchorGenerator()
+        anchor_generator = _part("anchor_generator", anchor_generator, AnchorGenerator)
         if anchor_generator.strides != STRIDES:
             raise ValueError(
                 f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
                 f"Received: strides={anchor_generator.strides}"
             )
-        heads = heads or RefineDetHeads()
+        heads = _part("heads", heads, RefineDetHeads)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         if isinstance(backbone, str):
             backbone = create_backbone(
@@ -142,8 +146,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         self.class_names = class_names
         self.anchor_generator = anchor_generator
         self.heads = heads
-        self.detection_loss = detection_loss or RefineDetLoss()
-        self.decoder = decoder or DetectionDecoder()
+        self.detection_loss = _part("detection_loss", detection_loss, RefineDetLoss)
+        self.decoder = _part("decoder", decoder, DetectionDecoder)
         self.freeze_batch_norm = bool(freeze_batch_norm)
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
         _check_same_offsets(self.detection_loss, self.decoder)
@@ -524,6 +528,14 @@ def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
         )
     names = None if class_names is None else check_class_names(class_names, int(num_classes))
     return int(num_classes), names
+
+
+def _part(name: str, value, kind: type):
+    """An argument that is an object of a kind; by default a new one."""
+    value = kind() if value is None else value
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be a {kind.__name__}. Received: {value!r}")
+    return value
 
 
 def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
