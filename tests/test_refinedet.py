@@ -101,7 +101,7 @@ def test_channels_first_is_refused():
     keras.config.set_image_data_format("channels_first")
     try:
         with pytest.raises(ValueError, match="RefineDet is channels_last"):
-            small_detector()
+            RefineDet(3, backbone="resnest14_tiny")
     finally:
         keras.config.set_image_data_format("channels_last")
 
