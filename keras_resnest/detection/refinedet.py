@@ -108,26 +108,17 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         trainable: bool = True,
     ):
         # === Arguments ===
-        if keras.config.image_data_format() != "channels_last":
-            raise ValueError(
-                "RefineDet is channels_last: call "
-                'keras.config.set_image_data_format("channels_last")'
-            )
+        _check_channels_last()
         num_classes, class_names = _check_classes(num_classes, class_names)
         image_shape = (*check_image_shape(image_shape, STRIDES[-1]), 3)
         bounding_box_format = check_box_format(bounding_box_format)
-        anchor_generator = _part("anchor_generator", anchor_generator, AnchorGenerator)
-        if anchor_generator.strides != STRIDES:
-            raise ValueError(
-                f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
-                f"Received: strides={anchor_generator.strides}"
-            )
+        anchor_generator = _check_anchor_generator(anchor_generator)
         heads = _part("heads", heads, RefineDetHeads)
+        detection_loss = _part("detection_loss", detection_loss, RefineDetLoss)
+        decoder = _part("decoder", decoder, DetectionDecoder)
+        _check_same_offsets(detection_loss, decoder)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-        if isinstance(backbone, str):
-            backbone = create_backbone(
-                backbone, include_top=False, include_rescaling=True, dtype=dtype
-            )
+        backbone = _backbone(backbone, dtype)
 
         # === Functional model ===
         images = keras.Input(image_shape, name="images")
@@ -146,21 +137,15 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         self.class_names = class_names
         self.anchor_generator = anchor_generator
         self.heads = heads
-        self.detection_loss = _part("detection_loss", detection_loss, RefineDetLoss)
-        self.decoder = _part("decoder", decoder, DetectionDecoder)
+        self.detection_loss = detection_loss
+        self.decoder = decoder
         self.freeze_batch_norm = bool(freeze_batch_norm)
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
-        _check_same_offsets(self.detection_loss, self.decoder)
-
-        # What is changed from here on is in the detector's own `layer_changes`.
-        given = isinstance(backbone, Backbone) and {
-            "trainable": backbone.trainable,
-            **backbone._layer_changes(),
-        }
-        set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" in pixels, (anchors, 4)
         self.compiled_detector = CompiledDetector(self)
         self._loss_trackers = [keras.metrics.Mean(name=n) for n in LOSS_NAMES]
+        given = _given_changes(backbone)
+        set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self._layers_made()
         self._made.backbone = given
         if not trainable:
@@ -530,11 +515,28 @@ def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
     return int(num_classes), names
 
 
+def _check_channels_last() -> None:
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError(
+            'RefineDet is channels_last: call keras.config.set_image_data_format("channels_last")'
+        )
+
+
+def _check_anchor_generator(anchor_generator) -> AnchorGenerator:
+    anchor_generator = _part("anchor_generator", anchor_generator, AnchorGenerator)
+    if anchor_generator.strides != STRIDES:
+        raise ValueError(
+            f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
+            f"Received: strides={anchor_generator.strides}"
+        )
+    return anchor_generator
+
+
 def _part(name: str, value, kind: type):
     """An argument that is an object of a kind; by default a new one."""
     value = kind() if value is None else value
     if not isinstance(value, kind):
-        raise ValueError(f"`{name}` must be a {kind.__name__}. Received: {value!r}")
+        raise ValueError(f"`{name}` must be an instance of {kind.__name__}. Received: {value!r}")
     return value
 
 
@@ -549,6 +551,13 @@ def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder
             )
 
 
+def _backbone(backbone, dtype):
+    """The backbone, made if it is a name."""
+    if not isinstance(backbone, str):
+        return backbone
+    return create_backbone(backbone, include_top=False, include_rescaling=True, dtype=dtype)
+
+
 def _pyramid(backbone) -> keras.Model:
     """The backbone up to its levels P3, P4 and P5."""
     pyramid = getattr(backbone, "pyramid_outputs", None)
@@ -559,6 +568,13 @@ def _pyramid(backbone) -> keras.Model:
         )
     outputs = [pyramid[level] for level in LEVELS]
     return keras.Model(backbone.inputs, outputs, name=f"{backbone.name}_pyramid")
+
+
+def _given_changes(backbone) -> dict:
+    """Changes of a backbone's layers before it became part of a detector."""
+    if not isinstance(backbone, Backbone):
+        return {}
+    return {"trainable": backbone.trainable, **backbone._layer_changes()}
 
 
 def _default_optimizer() -> keras.optimizers.Optimizer:
