@@ -89,7 +89,7 @@ def test_builder_passes_its_options_on():
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
         (
             {"decoder": "text"},
-            "`decoder` must be an instance of DetectionDecoder. Received: 'text'",
+            "instance of DetectionDecoder. Received: 'text'",
         ),
         ({"heads": RefineDetLoss()}, "`heads` must be an instance of RefineDetHeads"),
     ],
