@@ -173,6 +173,27 @@ def check_images(images):
     )
 
 
+def check_batch_shape(images, image_shape: tuple[int, int, int]):
+    """Returns a batch of images of `image_shape` (height, width, 3); checks it inside a graph too.
+
+    Raises:
+        ValueError: if the batch has another shape.
+    """
+    shape = tuple(images.shape)
+    wanted = (
+        f"`x` must have shape (batch, {', '.join(map(str, image_shape))}); `detect` takes images "
+        "of any size. Received:"
+    )
+    sides = zip(shape[1:], image_shape, strict=False)
+    if len(shape) != 4 or any(side not in (None, own) for side, own in sides):
+        raise ValueError(f"{wanted} x.shape={shape}")
+    if None not in shape[1:]:
+        return images
+    height, width = ops.shape(images)[1:3]
+    fits = ops.logical_and(height == image_shape[0], width == image_shape[1])
+    return require(images, fits, wanted, height, width)
+
+
 def check_sample_weight(sample_weight):
     """Returns the weights of the images of a batch as float32 (batch,).
 

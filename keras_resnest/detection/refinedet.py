@@ -13,6 +13,7 @@ from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
+    check_batch_shape,
     check_box_dictionary,
     check_class_names,
     check_ground_truth,
@@ -22,9 +23,15 @@ from keras_resnest.checks import (
     check_sample_weight,
     dense_boxes,
     reading_config,
-    require,
     unpack_batch,
     value_errors,
+)
+from keras_resnest.detection.arguments import (
+    check_anchor_generator,
+    check_channels_last,
+    check_classes,
+    check_part,
+    check_same_offsets,
 )
 from keras_resnest.detection.class_transfer import class_sources, copy_weights
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -108,15 +115,15 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         trainable: bool = True,
     ):
         # === Arguments ===
-        _check_channels_last()
-        num_classes, class_names = _check_classes(num_classes, class_names)
+        check_channels_last()
+        num_classes, class_names = check_classes(num_classes, class_names)
         image_shape = (*check_image_shape(image_shape, STRIDES[-1]), 3)
         bounding_box_format = check_box_format(bounding_box_format)
-        anchor_generator = _check_anchor_generator(anchor_generator)
-        heads = _part("heads", heads, RefineDetHeads)
-        detection_loss = _part("detection_loss", detection_loss, RefineDetLoss)
-        decoder = _part("decoder", decoder, DetectionDecoder)
-        _check_same_offsets(detection_loss, decoder)
+        anchor_generator = check_anchor_generator(anchor_generator)
+        heads = check_part("heads", heads, RefineDetHeads)
+        detection_loss = check_part("detection_loss", detection_loss, RefineDetLoss)
+        decoder = check_part("decoder", decoder, DetectionDecoder)
+        check_same_offsets(detection_loss, decoder)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         backbone = _backbone(backbone, dtype)
 
@@ -282,7 +289,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     def predict_step(self, *args):
         """Detects in one batch; the batch is the last argument on every backend."""
         images, _, _ = unpack_batch(args[-1])
-        images = self._check_size(images)
+        images = check_batch_shape(images, self.image_shape)
         result = super().predict_step(*args[:-1], (check_images(images),))
         if keras.backend.backend() == "jax":  # there a step returns its state too
             return self.decode(result[0]), result[1]
@@ -373,24 +380,9 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             )
         if not hasattr(images, "shape"):
             return
-        self._check_size(images)
+        check_batch_shape(images, self.image_shape)
         if keras.backend.backend() != "tensorflow":
             check_images(images)
-
-    def _check_size(self, images):
-        """Returns a batch of images of the model's size; raises `ValueError` for others."""
-        shape, own = tuple(images.shape), self.image_shape
-        wanted = (
-            f"`x` must have shape (batch, {', '.join(map(str, own))}); `detect` takes images of "
-            "any size. Received:"
-        )
-        if len(shape) != 4 or any(n not in (None, o) for n, o in zip(shape[1:], own, strict=True)):
-            raise ValueError(f"{wanted} x.shape={shape}")
-        if None not in shape[1:]:
-            return images
-        height, width = ops.shape(images)[1:3]
-        fits = ops.logical_and(height == own[0], width == own[1])
-        return require(images, fits, wanted, height, width)
 
     # === Other classes ===
 
@@ -456,7 +448,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         export_model(self, filepath, format, verbose=bool(verbose), **kwargs)
 
     def get_config(self) -> dict:
-        _check_same_offsets(self.detection_loss, self.decoder)  # a file could not be loaded
+        check_same_offsets(self.detection_loss, self.decoder)  # a file could not be loaded
         serialize = keras.saving.serialize_keras_object
         backbone = serialize(self.backbone)
         if self._made.backbone:
@@ -501,54 +493,6 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
 
         with reading_config(cls.__name__):
             return cls._changed(construct, config)
-
-
-def _check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
-    if num_classes is None and class_names is not None:
-        num_classes = len(class_names)
-    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
-        raise ValueError(
-            "`num_classes` must be a positive integer, or `class_names` given. "
-            f"Received: num_classes={num_classes!r}"
-        )
-    names = None if class_names is None else check_class_names(class_names, int(num_classes))
-    return int(num_classes), names
-
-
-def _check_channels_last() -> None:
-    if keras.config.image_data_format() != "channels_last":
-        raise ValueError(
-            'RefineDet is channels_last: call keras.config.set_image_data_format("channels_last")'
-        )
-
-
-def _check_anchor_generator(anchor_generator) -> AnchorGenerator:
-    anchor_generator = _part("anchor_generator", anchor_generator, AnchorGenerator)
-    if anchor_generator.strides != STRIDES:
-        raise ValueError(
-            f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
-            f"Received: strides={anchor_generator.strides}"
-        )
-    return anchor_generator
-
-
-def _part(name: str, value, kind: type):
-    """An argument that is an object of a kind; by default a new one."""
-    value = kind() if value is None else value
-    if not isinstance(value, kind):
-        raise ValueError(f"`{name}` must be an instance of {kind.__name__}. Received: {value!r}")
-    return value
-
-
-def _check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
-    """Training and decoding must interpret offsets in the same way."""
-    for name in ("two_step_regression", "variances"):
-        trained, decoded = getattr(detection_loss, name), getattr(decoder, name)
-        if trained != decoded:
-            raise ValueError(
-                f"`detection_loss` and `decoder` must have the same `{name}`. "
-                f"Received: {trained} and {decoded}"
-            )
 
 
 def _backbone(backbone, dtype):

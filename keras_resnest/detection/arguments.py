@@ -1,0 +1,58 @@
+"""Checks of the arguments of `RefineDet`."""
+
+import keras
+import numpy as np
+
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.checks import check_class_names
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.heads import STRIDES
+from keras_resnest.detection.loss import RefineDetLoss
+
+
+def check_classes(num_classes, class_names) -> tuple[int, list[str] | None]:
+    if num_classes is None and class_names is not None:
+        num_classes = len(class_names)
+    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
+        raise ValueError(
+            "`num_classes` must be a positive integer, or `class_names` given. "
+            f"Received: num_classes={num_classes!r}"
+        )
+    names = None if class_names is None else check_class_names(class_names, int(num_classes))
+    return int(num_classes), names
+
+
+def check_channels_last() -> None:
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError(
+            'RefineDet is channels_last: call keras.config.set_image_data_format("channels_last")'
+        )
+
+
+def check_anchor_generator(anchor_generator) -> AnchorGenerator:
+    anchor_generator = check_part("anchor_generator", anchor_generator, AnchorGenerator)
+    if anchor_generator.strides != STRIDES:
+        raise ValueError(
+            f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
+            f"Received: strides={anchor_generator.strides}"
+        )
+    return anchor_generator
+
+
+def check_part(name: str, value, kind: type):
+    """An argument that is an object of a kind; by default a new one."""
+    value = kind() if value is None else value
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be an instance of {kind.__name__}. Received: {value!r}")
+    return value
+
+
+def check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
+    """Training and decoding must interpret offsets in the same way."""
+    for name in ("two_step_regression", "variances"):
+        trained, decoded = getattr(detection_loss, name), getattr(decoder, name)
+        if trained != decoded:
+            raise ValueError(
+                f"`detection_loss` and `decoder` must have the same `{name}`. "
+                f"Received: {trained} and {decoded}"
+            )
