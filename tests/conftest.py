@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -8,13 +9,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import pytest
 from sample_images import photograph, write_odd_images
 
+# A runner in the background may ignore Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 # The files that take longest start first, so that all processes end at the same time.
 LONGEST = (
     *("test_distribution", "test_refinedet", "test_precision", "test_zoo_promises"),
     *("test_resume", "test_export_formats", "test_pretrained", "test_epochs", "test_callbacks"),
-    *("test_cli_train_detector", "test_golden_backbones", "test_drop_in", "test_mixing"),
+    *("test_cli_train_detector", "test_cli_train_classifier", "test_golden_refinedet"),
+    *("test_backends", "test_golden_backbones", "test_drop_in", "test_mixing"),
 )
 
 
