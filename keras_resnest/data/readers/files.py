@@ -17,7 +17,13 @@ from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-_SYNONYMS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
+_SYNONYMS = {
+    "train": ("training",),
+    "val": ("valid", "validation"),
+    "valid": ("val",),
+    "validation": ("val", "valid"),
+    "test": ("testing",),
+}
 SMALL, LARGE = 16 << 20, 4 << 30  # bytes: files of one image, files of a whole dataset
 LONGEST = 400  # characters of a file or number in a message
 _NO_DATA = ("runs", "__macosx", "thumbs.db", "desktop.ini", "@eadir")  # in lower case
@@ -117,7 +123,10 @@ def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
 
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
-    return next((name for name in (split, *_SYNONYMS.get(split, ())) if name in known), None)
+    for name in (split, *_SYNONYMS.get(split.lower(), ())):
+        if len(found := closest(name, [k for k in known if unified(k) == unified(name)])) == 1:
+            return found[0]
+    return None
 
 
 # === Finding ===
