@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import glob
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,14 @@ def writing_results(path: Path):
             yield
     except OSError as error:
         raise Failure(str(error)) from error
+
+
+def check_output(path: Path) -> None:
+    """Raises ValueError, before the work, if `path` cannot be a folder of results."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        reason = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise ValueError(f"--output must be a folder. Received: {path} ({existing} {reason})")
 
 
 def printable(text: str) -> str:

@@ -27,6 +27,7 @@ from keras_resnest.cli.common import (
     Failure,
     add_model_arguments,
     add_reading_arguments,
+    check_output,
     find_crop,
     load_model,
     positive,
@@ -46,7 +47,8 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
-    add("--split", help="default: test or val, if present; validation for TFDS classifiers")
+    text = "default: test or val, else all images; validation for TFDS classifiers"
+    add("--split", help=text)
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
@@ -57,6 +59,7 @@ def add_arguments(parser, argv) -> None:
 
 
 def run(arguments) -> int:
+    check_output(arguments.output)
     # Unusable data is reported before the weights of a named network are downloaded.
     dataset = None if arguments.model.endswith(".keras") else read_classification(arguments)
     model = load_model(arguments.model, arguments.weights)
@@ -88,6 +91,9 @@ def evaluate_detector(model, arguments) -> dict:
     options = {"class_names": model.class_names, **reading_options(arguments)}
     dataset = kr.data.read_detection(arguments.data, arguments.split, **options)
     check_num_classes(arguments, model.num_classes, dataset)
+    if arguments.split is None:
+        print(f"No split of {arguments.data} is for tests: all of its images are measured, also")
+        print("those that the model was trained on")
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False

@@ -33,7 +33,7 @@ import keras
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file, naming_path
 from keras_resnest.cli import train_classifier, train_detector, workers
-from keras_resnest.cli.common import Failure, positive
+from keras_resnest.cli.common import Failure, check_output, positive
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # Options that may change when a training is resumed ...
@@ -89,6 +89,7 @@ def prepare(arguments):
     """Returns the `Training`. Raises ValueError or OSError for unusable arguments or data."""
     import tensorflow as tf
 
+    check_output(arguments.output)
     keras.utils.set_random_seed(arguments.seed)
     if arguments.deterministic:
         tf.config.experimental.enable_op_determinism()
