@@ -157,6 +157,23 @@ def test_an_unusable_output_folder_is_one_sentence(voc_folder, tmp_path, capsys)
             assert f"({tmp_path / 'file'} is not a folder)" in error
 
 
+def test_an_image_damaged_behind_its_header_is_named(voc_folder, trained, tmp_path, capsys):
+    folder = shutil.copytree(voc_folder, tmp_path / "voc")
+    for name in ("0", "9"):  # of the training and the test set
+        image = Image.open(folder / f"JPEGImages/{name}.jpg")
+        image.save(folder / f"JPEGImages/{name}.png")
+        (folder / f"JPEGImages/{name}.jpg").unlink()
+        path = folder / f"JPEGImages/{name}.png"
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
+    output = tmp_path / "out"
+    for command, name in ((["train"], "0"), (["evaluate", trained / "detector.keras"], "9")):
+        assert main([*command, folder, "--output", output]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: Cannot read the image '{folder}/JPEGImages/{name}.png'")
+
+
 # === evaluate ===
 
 

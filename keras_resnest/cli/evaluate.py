@@ -30,6 +30,7 @@ from keras_resnest.cli.common import (
     check_output,
     find_crop,
     load_model,
+    naming_images,
     positive,
     published_weights,
     reading_options,
@@ -98,7 +99,8 @@ def evaluate_detector(model, arguments) -> dict:
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False
     )
-    truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
+    with naming_images(dataset):
+        truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names
     voc = kr.evaluation.voc_average_precision(truth, found, names)
     coco = kr.evaluation.coco_average_precision(truth, found, names)
@@ -157,7 +159,8 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     batches = kr.data.classification_batches(
         elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
-    count, first, five = count_hits(model, batches)
+    with naming_images(dataset):
+        count, first, five = count_hits(model, batches)
     name, published = arguments.model, published_figure(arguments.model, arguments.weights)
     if not name.endswith(".keras"):
         name += f", weights {arguments.weights or 'imagenet'}"
