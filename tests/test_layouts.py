@@ -314,6 +314,54 @@ def test_folders_of_no_known_format(tmp_path, name):
         read_detection(write(tmp_path, tree))
 
 
+SIZES = coco("a.png", "a.png")
+for side, name in (("64", '"id": 0, "f'), ("32", '"id": 1, "f')):
+    SIZES = SIZES.replace(name, f'"width": {side}, "height": {side}, {name}')
+CONTRADICTIONS = {  # name: (files, what the message says)
+    "text file of two images": (
+        {**yolo("a"), **CLASSES, "images/a.jpg": None},
+        r"a\.txt: text file of several images",
+    ),
+    "key used twice": (
+        {**TRAIN, "data.yaml": "train: train/images\nnames:\n  0: cat\n  0: dog\n"},
+        r"data\.yaml: unreadable YAML file: '0' twice in line 3",
+    ),
+    "empty line in a list of classes": (
+        {**yolo("a"), "labels/a.txt": row(0).replace("0", "1", 1), "classes.txt": "cat\n\ndog\n"},
+        r"class 1 in line 1\. Known: 0 \(cat\), 2 \(dog\)",
+    ),
+    "two sizes in CSV": (
+        {
+            "a.png": None,
+            "x.csv": "image,x1,y1,x2,y2,label,width,height\n"
+            "a.png,8,6,40,30,cat,64,48\na.png,32,24,96,72,cat,128,96\n",
+        },
+        r"x\.csv: different sizes of one image: a\.png: 64 x 48, 128 x 96",
+    ),
+    "two sizes in COCO": (
+        {
+            "a.png": None,
+            "x.json": SIZES.replace('"id": 1, "f', '"width": 9, "height": 9, "id": 1, "f'),
+        },
+        r"x\.json: image listed twice with different sizes: a\.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_refused(tmp_path, name):
+    tree, message = CONTRADICTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        read_detection(write(tmp_path, tree))
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid coordinates")
+def test_numbers_of_python_are_none(tmp_path):
+    rows = "image,x1,y1,x2,y2,label\na.png,8,6,4_0,30,cat\na.png,8,6,40,30,cat\n"
+    dataset = read_detection(write(tmp_path, {"a.png": None, "x.csv": rows}))
+    assert boxes(dataset, tmp_path) == {"a.png": [0]} and len(dataset.report.problems) == 1
+
+
 # === Totals ===
 
 

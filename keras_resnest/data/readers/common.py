@@ -195,7 +195,7 @@ def normalize_path(name: str) -> str:
 def number(value: Any) -> float:
     """Converts a value to float, or to NaN if it is not a number."""
     try:
-        return math.nan if isinstance(value, bool) else float(value)
+        return math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 

@@ -232,14 +232,15 @@ class FileTree:
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
 
-    def read_lines(self, path: Path, what: str) -> list[str]:
-        """Reads a list in a text file, without empty lines; links must not lead out."""
+    def read_lines(self, path: Path, what: str, keep_empty: bool = False) -> list[str]:
+        """Reads a list in a text file; links must not lead out."""
         real = Path(os.path.realpath(path))
         is_inside = any(real.is_relative_to(os.path.realpath(root)) for root in self.roots)
         if not (is_inside or self.allow_outside):
             detail = "it is a link out of the dataset: allow_outside=True reads it"
             raise FileError(path, f"unreadable {what}", detail)
-        return [line.strip() for line in read_text(path, what).splitlines() if line.strip()]
+        lines = (line.strip() for line in read_text(path, what).splitlines())
+        return [line for line in lines if line or keep_empty]
 
     def descend(
         self, folder: Path, names: Sequence[str], suffixes: Sequence[str] = ()
