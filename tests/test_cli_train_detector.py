@@ -148,9 +148,30 @@ def test_wrong_options(capsys, arguments, words):
 
 def test_an_unusable_output_folder_is_one_sentence(voc_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["train", voc_folder, "--output", tmp_path / "file" / "out"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[-1].startswith("error: ") and "file" in errors[-1]
+    commands = [["train", voc_folder], ["evaluate", "a.keras", voc_folder], ["predict", "a", "b"]]
+    for command in commands:
+        for output in ("file", "file/out"):
+            assert main([*command, "--output", tmp_path / output]) == 2
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert error.startswith("error: --output must be a folder. Received: ")
+            assert f"({tmp_path / 'file'} is not a folder)" in error
+
+
+def test_an_image_damaged_behind_its_header_is_named(voc_folder, trained, tmp_path, capsys):
+    folder = shutil.copytree(voc_folder, tmp_path / "voc")
+    for name in ("0", "9"):  # of the training and the test set
+        image = Image.open(folder / f"JPEGImages/{name}.jpg")
+        image.save(folder / f"JPEGImages/{name}.png")
+        (folder / f"JPEGImages/{name}.jpg").unlink()
+        path = folder / f"JPEGImages/{name}.png"
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
+    output = tmp_path / "out"
+    for command, name in ((["train"], "0"), (["evaluate", trained / "detector.keras"], "9")):
+        assert main([*command, folder, "--output", output]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: Cannot read the image '{folder}/JPEGImages/{name}.png'")
 
 
 # === evaluate ===
@@ -167,6 +188,12 @@ def test_evaluate_gives_what_the_training_gave(voc_folder, trained, tmp_path, ca
     assert result["split"] == "test" and result["images"] == 2
     assert result["mAP50"] == pytest.approx(want["mAP50"], abs=1e-6)
     assert set(result["AP50"]) == set(CLASS_NAMES) and "AP" in result["COCO"]
+    assert "the model was trained on" not in printed
+    whole = shutil.copytree(voc_folder, tmp_path / "whole", ignore=lambda *_: {"ImageSets"})
+    assert main([*command[:2], whole, "--output", tmp_path]) == 0
+    assert "those that the model was trained on" in capsys.readouterr().out
+    images = json.loads((tmp_path / "result.json").read_text())["images"]
+    assert images == len(list((whole / "JPEGImages").iterdir())) > 2
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,20 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         None,
         {"train/images/a.png": [0]},
     ),
+    "YOLO with splits in capitals": (
+        {
+            **yolo("a", images="Training/images", labels="Training/labels"),
+            **yolo("b", images="Valid/images", labels="Valid/labels", first=1),
+            **CLASSES,
+        },
+        "val",
+        {"Valid/images/b.png": [1]},
+    ),
+    "VOC in one Annotation folder": (
+        {"Images/a.png": None, "Annotation/a.xml": xml(0)},
+        None,
+        {"Images/a.png": [0]},
+    ),
     "VOC in lower case": (
         {"images/a.png": None, "annotations/a.xml": xml(0)},
         None,
@@ -273,6 +287,78 @@ def test_a_format_chosen_by_hand(tmp_path):
         read_detection(folder, format="pascal")
 
 
+def test_splits_of_other_letters_and_names(tmp_path):
+    splits = {"Training": "a", "Validation": "b"}
+    write(tmp_path, {f"{split}/{name}.png": None for split, name in splits.items()})
+    write(tmp_path, {f"instances_{k}.json": coco(f"{name}.png") for k, name in splits.items()})
+    train, test = read_train_test(tmp_path)
+    assert boxes(train, tmp_path) == {"Training/a.png": [0]}
+    assert boxes(test, tmp_path) == {"Validation/b.png": [0]}
+
+
+UNKNOWN = {  # name: (files, what the message says)
+    "a folder around it": ({"set/v1/x.json": coco("a.png")}, r"Did you mean \S*/set/v1\?"),
+    "CSV of Kaggle's wheat": (
+        {"train.csv": 'image_id,bbox,class\na,"[8.0, 6.0, 32.0, 24.0]",cat\n'},
+        r"train\.csv: unknown columns: .*Received: image_id, bbox, class",
+    ),
+    "CSV of bytes": ({"x.csv": b"a.png,8,6,40,30,K\xe4fer\n"}, r"x\.csv: .*not UTF-8"),
+    "JSON of labelme": ({"a.json": '{"shapes": []}'}, r"a\.json: not a COCO file of objects"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_folders_of_no_known_format(tmp_path, name):
+    tree, message = UNKNOWN[name]
+    with pytest.raises(ValueError, match=f"not a folder of a known format.*{message}"):
+        read_detection(write(tmp_path, tree))
+
+
+SIZES = coco("a.png", "a.png")
+for side, name in (("64", '"id": 0, "f'), ("32", '"id": 1, "f')):
+    SIZES = SIZES.replace(name, f'"width": {side}, "height": {side}, {name}')
+CONTRADICTIONS = {  # name: (files, what the message says)
+    "text file of two images": (
+        {**yolo("a"), **CLASSES, "images/a.jpg": None},
+        r"a\.txt: text file of several images",
+    ),
+    "key used twice": (
+        {**TRAIN, "data.yaml": "train: train/images\nnames:\n  0: cat\n  0: dog\n"},
+        r"data\.yaml: unreadable YAML file: '0' twice in line 3",
+    ),
+    "empty line in a list of classes": (
+        {**yolo("a"), "labels/a.txt": row(0).replace("0", "1", 1), "classes.txt": "cat\n\ndog\n"},
+        r"class 1 in line 1\. Known: 0 \(cat\), 2 \(dog\)",
+    ),
+    "two sizes in CSV": (
+        {
+            "a.png": None,
+            "x.csv": "image,x1,y1,x2,y2,label,width,height\n"
+            "a.png,8,6,40,30,cat,64,48\na.png,32,24,96,72,cat,128,96\n",
+        },
+        r"x\.csv: different sizes of one image: a\.png: 64 x 48, 128 x 96",
+    ),
+    "two sizes in COCO": (
+        {"a.png": None, "x.json": SIZES},
+        r"x\.json: image listed twice with different sizes: a\.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_refused(tmp_path, name):
+    tree, message = CONTRADICTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        read_detection(write(tmp_path, tree))
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid coordinates")
+def test_numbers_of_python_are_none(tmp_path):
+    rows = "image,x1,y1,x2,y2,label\na.png,8,6,4_0,30,cat\na.png,8,6,40,30,cat\n"
+    dataset = read_detection(write(tmp_path, {"a.png": None, "x.csv": rows}))
+    assert boxes(dataset, tmp_path) == {"a.png": [0]} and len(dataset.report.problems) == 1
+
+
 # === Totals ===
 
 
@@ -284,6 +370,16 @@ def test_no_usable_box_at_all(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(ValueError, match="No box to train on"):
         read_train_test(tmp_path / "x.json", holdout=0.5)
+
+
+def test_fractions_in_place_of_pixels(tmp_path):
+    corners = [f"<xmin>{x}</xmin><ymin>.1</ymin><xmax>.9</xmax><ymax>1</ymax>" for x in (0.2, 0)]
+    names = [("a", corners[0]), ("b", corners[1])]
+    start, end = xml(0).split("<xmin>")[0], xml(0).split("</ymax>")[1]
+    write(tmp_path, {f"{name}.xml": start + box + end for name, box in names})
+    write(tmp_path, {"a.png": None, "b.png": None})
+    with pytest.raises(ValueError, match=r"must be in pixels.*within 0 to 1: \[0.2, .1, .9, 1\]"):
+        read_detection(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*degenerate box")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import glob
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,34 @@ def writing_results(path: Path):
         raise Failure(str(error)) from error
 
 
+def check_output(path: Path) -> None:
+    """Raises ValueError, before the work, if `path` cannot be a folder of results."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        reason = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise ValueError(f"--output must be a folder. Received: {path} ({existing} {reason})")
+
+
 def printable(text: str) -> str:
     """Escapes what could control a terminal: strangers choose file names and servers' answers."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def naming_images(*datasets):
+    """Replaces TensorFlow's error of a damaged or missing image by a ValueError that names it.
+
+    The readers of datasets decode only the header, so that the rest may be damaged.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError:
+        for record in (record for dataset in datasets for record in dataset.records):
+            if isinstance(record.image, str):
+                kr.data.load_image(record.image)
+        raise
 
 
 # === Arguments ===

@@ -27,8 +27,10 @@ from keras_resnest.cli.common import (
     Failure,
     add_model_arguments,
     add_reading_arguments,
+    check_output,
     find_crop,
     load_model,
+    naming_images,
     positive,
     published_weights,
     reading_options,
@@ -46,7 +48,8 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
-    add("--split", help="default: test or val, if present; validation for TFDS classifiers")
+    text = "default: test or val, else all images; validation for TFDS classifiers"
+    add("--split", help=text)
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
@@ -57,6 +60,7 @@ def add_arguments(parser, argv) -> None:
 
 
 def run(arguments) -> int:
+    check_output(arguments.output)
     # Unusable data is reported before the weights of a named network are downloaded.
     dataset = None if arguments.model.endswith(".keras") else read_classification(arguments)
     model = load_model(arguments.model, arguments.weights)
@@ -88,11 +92,15 @@ def evaluate_detector(model, arguments) -> dict:
     options = {"class_names": model.class_names, **reading_options(arguments)}
     dataset = kr.data.read_detection(arguments.data, arguments.split, **options)
     check_num_classes(arguments, model.num_classes, dataset)
+    if arguments.split is None:
+        print(f"No split of {arguments.data} is for tests: all of its images are measured, also")
+        print("those that the model was trained on")
     print(f"Data: {dataset.report}")
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False
     )
-    truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
+    with naming_images(dataset):
+        truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names
     voc = kr.evaluation.voc_average_precision(truth, found, names)
     coco = kr.evaluation.coco_average_precision(truth, found, names)
@@ -151,7 +159,8 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     batches = kr.data.classification_batches(
         elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
-    count, first, five = count_hits(model, batches)
+    with naming_images(dataset):
+        count, first, five = count_hits(model, batches)
     name, published = arguments.model, published_figure(arguments.model, arguments.weights)
     if not name.endswith(".keras"):
         name += f", weights {arguments.weights or 'imagenet'}"

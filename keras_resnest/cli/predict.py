@@ -28,6 +28,7 @@ from pathlib import Path
 from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     Failure,
+    check_output,
     collect_images,
     fraction,
     load_images,
@@ -63,6 +64,7 @@ def add_arguments(parser, argv) -> None:
 
 
 def run(arguments) -> int:
+    check_output(arguments.output)
     is_server = "://" in arguments.model
     if not is_server:
         refuse_options(arguments, SERVER_OPTIONS, "for servers")

@@ -33,7 +33,7 @@ import keras
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file, naming_path
 from keras_resnest.cli import train_classifier, train_detector, workers
-from keras_resnest.cli.common import Failure, positive
+from keras_resnest.cli.common import Failure, check_output, naming_images, positive
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # Options that may change when a training is resumed ...
@@ -73,7 +73,8 @@ def run(arguments) -> int:
         workers.check_cluster_size(arguments.workers)
         training = prepare(arguments)
         try:
-            with naming_path(arguments.output):
+            images = naming_images(training.train_set, training.test_set)
+            with naming_path(arguments.output), images:
                 train(training, arguments)
         # Divergence, the checkpoint of another run, a full disk, a lost worker
         except (FloatingPointError, ValueError, OSError, RuntimeError) as error:
@@ -89,6 +90,7 @@ def prepare(arguments):
     """Returns the `Training`. Raises ValueError or OSError for unusable arguments or data."""
     import tensorflow as tf
 
+    check_output(arguments.output)
     keras.utils.set_random_seed(arguments.seed)
     if arguments.deterministic:
         tf.config.experimental.enable_op_determinism()

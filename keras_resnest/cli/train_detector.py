@@ -5,7 +5,13 @@ from pathlib import Path
 
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
-from keras_resnest.cli.common import add_reading_arguments, fraction, positive, reading_options
+from keras_resnest.cli.common import (
+    add_reading_arguments,
+    fraction,
+    naming_images,
+    positive,
+    reading_options,
+)
 
 EPOCHS = "60, or those of the published recipe"
 BATCH_SIZE = 8
@@ -70,7 +76,8 @@ class Training:
         )
         chief, every = kr.training.is_chief(strategy), arguments.evaluate_every
         if chief:
-            kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
+            with naming_images(self.train_set):
+                kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
         self.measures = [
             kr.callbacks.DetectionEvaluation(self.test_batches, frequency=every, verbose=chief)
         ]

@@ -287,7 +287,10 @@ class ImageDataset:
             is_held_out = round((count + 1) * fraction) > round(count * fraction)
             (held_out if is_held_out else remaining).append(record)
         if not (remaining and held_out):
-            raise ValueError(f"Received too few images to hold out {fraction:g}: {len(self)}")
+            raise ValueError(
+                f"Too few images to hold out {fraction:g} of them: both parts need an image. "
+                f"Received: {len(self)}"
+            )
         return self._subset(remaining), self._subset(held_out)
 
     @functools.cached_property

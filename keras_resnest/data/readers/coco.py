@@ -196,13 +196,20 @@ def _join_repeated(
 ) -> dict[Any, dict]:
     """Keeps the first entry of each file, and moves the annotations of the others to it."""
     first: dict[str, Any] = {}
+    ambiguous = set()
     for key, image in images.items():
         name = common.normalize_path(image["file_name"])
         if name in first:
-            faults.add(path, "image listed twice", "annotations joined", name)
-            objects[first[name]] += objects.pop(key, [])
+            with faults.skipping_image():
+                pair = images[first[name]], image
+                sizes = {common.stated_size(i.get("width"), i.get("height")) for i in pair}
+                if len(sizes - {None}) > 1:
+                    ambiguous.add(name)
+                    raise FileError(path, "image listed twice with different sizes", name)
+                faults.add(path, "image listed twice", "annotations joined", name)
+                objects[first[name]] += objects.pop(key, [])
         first.setdefault(name, key)
-    return {key: images[key] for key in first.values()}
+    return {key: images[key] for name, key in first.items() if name not in ambiguous}
 
 
 def _object(path: Path, row: dict, names: dict[Any, str]) -> AnnotatedObject:

@@ -119,7 +119,7 @@ def build_dataset(
     `parse` returns the annotation of an item, or raises `FileError`. `source` is for messages.
     """
     class_names = check_class_names(class_names)
-    records, pixel_boxes, num_objects = [], [], 0
+    records, in_pixels, num_objects = [], [], 0
     for item in items:
         with faults.skipping_image():
             annotation = parse(item)
@@ -128,8 +128,8 @@ def build_dataset(
             records.append(_record(annotation, class_names, faults))
             num_objects += len(annotation.objects)
             if not annotation.is_relative:
-                pixel_boxes += [item.box for item in annotation.objects]
-    _check_pixels(source, pixel_boxes)
+                in_pixels += annotation.objects
+    _check_pixels(source, in_pixels)
     records = _without_repeated(records, faults)
     if not records:
         raise ValueError(f"No usable image in {source}: {count_problems(faults.problems)}")
@@ -195,7 +195,7 @@ def normalize_path(name: str) -> str:
 def number(value: Any) -> float:
     """Converts a value to float, or to NaN if it is not a number."""
     try:
-        return math.nan if isinstance(value, bool) else float(value)
+        return math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
@@ -315,12 +315,11 @@ def rotate_boxes(boxes: np.ndarray, info: ImageInfo) -> np.ndarray:
     return np.stack([x1, y1, x2, y2], axis=1)
 
 
-def _check_pixels(source: str | os.PathLike, boxes: list) -> None:
-    """Raises `ValueError` if all boxes in pixels are within 0 to 1."""
-    boxes = np.asarray(boxes, "float64").reshape(-1, 4)
-    boxes = boxes[np.isfinite(boxes).all(axis=1)]
-    if len(boxes) and 0 < boxes.max() <= 1 and boxes.min() >= 0:
+def _check_pixels(source: str | os.PathLike, objects: list[AnnotatedObject]) -> None:
+    """Raises `ValueError` if all boxes in pixels are within 0 to 1, before a shift by one pixel."""
+    objects = [item for item in objects if np.isfinite(item.box).all()]
+    boxes = np.asarray([item.box for item in objects], "float64").reshape(-1, 4)
+    if len(boxes) and 0 < boxes.max() <= 1 and boxes.min() >= -1:
         raise ValueError(
-            f"{source}: boxes must be in pixels. Received numbers within 0 to 1: "
-            f"{boxes[0].tolist()}"
+            f"{source}: boxes must be in pixels. Received numbers within 0 to 1: {objects[0].text}"
         )

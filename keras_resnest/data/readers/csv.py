@@ -89,12 +89,16 @@ def read_csv(
         objects = [_object(path, line, row) for line, row in images[name]]
         objects = tuple(item for item in objects if item is not None)
         row = images[name][0][1]
+        sizes = {common.stated_size(r.get("width"), r.get("height")) for _, r in images[name]}
+        if len(sizes - {None}) > 1:
+            detail = ", ".join(f"{width} x {height}" for width, height in sorted(sizes - {None}))
+            raise FileError(path, "different sizes of one image", f"{name}: {detail}")
         return ImageAnnotation(
             file=name,
             image_id=name,
             image=tree.image(folder, row["image"], path),
             objects=objects,
-            size=common.stated_size(row.get("width"), row.get("height")),
+            size=next(iter(sizes - {None}), None),
             is_relative="relative" in row,
             missing="" if objects else "image without box",
         )

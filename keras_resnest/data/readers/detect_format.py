@@ -1,5 +1,6 @@
 """One reader for all formats: detects the format and calls its reader."""
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers.coco import coco_files, read_coco
 from keras_resnest.data.readers.csv import csv_files, read_csv
-from keras_resnest.data.readers.files import find_split
+from keras_resnest.data.readers.files import entries, find_split, folders_in
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
-from keras_resnest.data.readers.voc import inner_voc_folder, read_voc, voc_splits
+from keras_resnest.data.readers.voc import read_voc, voc_splits
 from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
 
 # Name of a format: (the splits of a folder, or None if it has another layout; the reader). The
@@ -193,10 +194,9 @@ def _format_of(source: str | os.PathLike, given: str | None) -> str:
         if kind := _SUFFIXES.get(path.suffix.lower()):
             return kind
         raise ValueError(f"{path} is not a file of a known format. Expected:{_EXPECTED}")
-    kinds = [kind for kind, (splits_of, _) in _FORMATS.items() if splits_of(path) is not None]
+    kinds = _kinds(path)
     if not kinds:
-        inner = inner_voc_folder(path)
-        hint = f"Did you mean {inner}? " if inner else ""
+        hint = _hint(path)
         raise ValueError(f"{path} is not a folder of a known format. {hint}Expected:{_EXPECTED}")
     if len(kinds) > 1:
         found = " and ".join(kind.upper() for kind in kinds)
@@ -204,6 +204,25 @@ def _format_of(source: str | os.PathLike, given: str | None) -> str:
         readers = " or ".join(f"`read_{kind}`" for kind in kinds)
         raise ValueError(f"{path} looks like {found}: give {formats}, or call {readers} instead")
     return kinds[0]
+
+
+def _kinds(folder: Path) -> list[str]:
+    return [kind for kind, (splits_of, _) in _FORMATS.items() if splits_of(folder) is not None]
+
+
+def _hint(folder: Path) -> str:
+    """A dataset inside of a folder that is none, or what is wrong with a file in it."""
+    inner = folders_in(folder)
+    for path in [*inner, *(deeper for place in inner for deeper in folders_in(place))][:100]:
+        with contextlib.suppress(ValueError):
+            if _kinds(path):
+                return f"Did you mean {path}? "
+    for path in entries(folder, (".json", ".csv"))[:1]:
+        try:
+            _FORMATS[_SUFFIXES[path.suffix.lower()]][1](path)
+        except ValueError as error:
+            return f"{error}. "
+    return ""
 
 
 # === Files of splits ===

@@ -17,7 +17,13 @@ from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-_SYNONYMS = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val", "valid")}
+_SYNONYMS = {
+    "train": ("training",),
+    "val": ("valid", "validation"),
+    "valid": ("val",),
+    "validation": ("val", "valid"),
+    "test": ("testing",),
+}
 SMALL, LARGE = 16 << 20, 4 << 30  # bytes: files of one image, files of a whole dataset
 LONGEST = 400  # characters of a file or number in a message
 _NO_DATA = ("runs", "__macosx", "thumbs.db", "desktop.ini", "@eadir")  # in lower case
@@ -117,7 +123,10 @@ def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
 
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
-    return next((name for name in (split, *_SYNONYMS.get(split, ())) if name in known), None)
+    for name in (split, *_SYNONYMS.get(split.lower(), ())):
+        if len(found := closest(name, [k for k in known if unified(k) == unified(name)])) == 1:
+            return found[0]
+    return None
 
 
 # === Finding ===
@@ -223,14 +232,15 @@ class FileTree:
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
 
-    def read_lines(self, path: Path, what: str) -> list[str]:
-        """Reads a list in a text file, without empty lines; links must not lead out."""
+    def read_lines(self, path: Path, what: str, keep_empty: bool = False) -> list[str]:
+        """Reads a list in a text file; links must not lead out."""
         real = Path(os.path.realpath(path))
         is_inside = any(real.is_relative_to(os.path.realpath(root)) for root in self.roots)
         if not (is_inside or self.allow_outside):
             detail = "it is a link out of the dataset: allow_outside=True reads it"
             raise FileError(path, f"unreadable {what}", detail)
-        return [line.strip() for line in read_text(path, what).splitlines() if line.strip()]
+        lines = (line.strip() for line in read_text(path, what).splitlines())
+        return [line for line in lines if line or keep_empty]
 
     def descend(
         self, folder: Path, names: Sequence[str], suffixes: Sequence[str] = ()

@@ -15,7 +15,7 @@ from keras_resnest.images import IMAGE_SUFFIXES
 
 _XML = (".xml",)
 # Folders of XML files and of images, in lower case; first choice first.
-_XML_FOLDERS = ("annotations", "labels", "xmls")
+_XML_FOLDERS = ("annotations", "annotation", "labels", "xmls", "xml")
 _IMAGE_FOLDERS = ("jpegimages", "images", "data", "img")
 
 

@@ -83,10 +83,14 @@ def read_yolo(
     if class_names is None:
         class_names = list(dict.fromkeys(names.values()))
 
+    uses = collections.Counter(map(source.label_file, images))
+
     def parse(path):
         if path.suffix.lower() == ".txt":
             raise FileError(path, "missing image", f"no image {path.stem}.*")
         file = source.label_file(path)
+        if file and uses[file] > 1:
+            raise FileError(file, "text file of several images", f"also of {path.name}")
         lines = files.read_text(file, "text file").splitlines() if file else []
         rows = [(i, line.split()) for i, line in enumerate(lines, start=1) if line.strip()]
         objects = tuple(_object(file, i, cells, names, keypoints) for i, cells in rows)
@@ -221,7 +225,8 @@ class _YoloFolder:
             lists = self._class_lists(names)
             if not lists:
                 return None
-            where, names = lists[0], self.tree.read_lines(lists[0], "list of classes")
+            where, names = lists[0], self.tree.read_lines(lists[0], "list of classes", True)
+            names = {i: name for i, name in enumerate(names) if name}  # an empty line has a number
         if isinstance(names, list):
             names = dict(enumerate(names))
         is_valid = isinstance(names, dict) and names and all(map(_is_class, names))
@@ -382,8 +387,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in YAML_SUFFIXES:
         pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
         return {key.strip(): value.strip() for key, _, value in pairs}
+
+    class Loader(yaml.BaseLoader):  # creates only texts, lists and dictionaries
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if repeated := [key for key, count in collections.Counter(keys).items() if count > 1]:
+                mark = node.start_mark
+                raise yaml.MarkedYAMLError(problem=f"{repeated[0]!r} twice", problem_mark=mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        settings = yaml.load(text, yaml.BaseLoader)  # creates only texts, lists and dictionaries
+        settings = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         detail = getattr(error, "problem", None) or type(error).__name__
