@@ -361,3 +361,7 @@ def test_resize_rejects_wrong_arguments():
             resize_image(noise(4, 4, 3), height, width)
     with pytest.raises(ValueError, match="image"):
         resize_image(noise(4, 4), 2, 2)
+    pixels = noise(5, 6, 3)
+    without_end = encode(Image.fromarray(pixels))[:-12]  # Pillow does not miss it
+    assert not read_image_info(without_end).plain
+    np.testing.assert_array_equal(load_image(without_end), pixels)
