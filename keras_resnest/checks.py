@@ -148,6 +148,30 @@ def check_box_dictionary(boxes) -> None:
         )
 
 
+def check_box_shapes(boxes: Mapping) -> None:
+    """Raises `ValueError` unless a batch has the shapes of ground truth, as far as they are known.
+
+    Args:
+        boxes: tensors `"boxes"` and `"labels"`.
+    """
+    shapes = [ops.convert_to_tensor(boxes[name]).shape for name in ("boxes", "labels")]
+    if any(getattr(shape, "rank", 0) is None for shape in shapes):  # of TensorFlow
+        return
+    box_shape, label_shape = map(tuple, shapes)
+    wanted = (*label_shape, 4)
+    if (
+        len(wanted) != 3
+        or len(box_shape) != 3
+        or any(
+            None not in pair and pair[0] != pair[1] for pair in zip(box_shape, wanted, strict=True)
+        )
+    ):
+        raise ValueError(
+            "`boxes` must have shape (batch, objects, 4), `labels` (batch, objects). "
+            f"Received: {box_shape} and {label_shape}"
+        )
+
+
 def check_images(images):
     """Returns a batch of images once it is known to be finite and not scaled to 0-1.
 

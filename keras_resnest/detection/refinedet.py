@@ -14,6 +14,7 @@ from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_box_dictionary,
+    check_box_shapes,
     check_class_names,
     check_ground_truth,
     check_image_shape,
@@ -254,6 +255,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     def _ground_truth(self, y, sides) -> tuple:
         """Boxes, `"xyxy"` in pixels (batch, objects, 4), and int32 labels (batch, objects)."""
         check_box_dictionary(y)
+        check_box_shapes(y)
         boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *sides)
         return boxes, ops.cast(y["labels"], "int32")
 
@@ -389,6 +391,10 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         if not hasattr(images, "shape"):
             return
         self._check_size(images)
+        if images.shape[0] == 0:
+            raise ValueError(
+                f"`x` must have at least one image. Received: x.shape={tuple(images.shape)}"
+            )
         if keras.backend.backend() != "tensorflow":
             check_images(images)
 
@@ -404,6 +410,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         if None not in shape[1:]:
             return images
         height, width = ops.shape(images)[1:3]
+        if None in (height, width):
+            raise ValueError(f"{wanted} images of several sizes (ragged)")
         fits = ops.logical_and(height == own[0], width == own[1])
         return require(images, fits, wanted, height, width)
 
