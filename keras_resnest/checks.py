@@ -148,6 +148,25 @@ def check_box_dictionary(boxes) -> None:
         )
 
 
+def check_box_shapes(boxes: Mapping) -> None:
+    """Raises `ValueError` unless a batch has the shapes of ground truth, as far as they are known.
+
+    Args:
+        boxes: tensors `"boxes"` and `"labels"`.
+    """
+    shapes = [ops.convert_to_tensor(boxes[name]).shape for name in ("boxes", "labels")]
+    if any(getattr(shape, "rank", 0) is None for shape in shapes):  # of TensorFlow
+        return
+    box_shape, label_shape = map(tuple, shapes)
+    sides = zip(box_shape, (*label_shape, 4), strict=False)
+    differs = any(None not in pair and pair[0] != pair[1] for pair in sides)
+    if len(box_shape) != 3 or len(label_shape) != 2 or differs:
+        raise ValueError(
+            "`boxes` must have shape (batch, objects, 4), `labels` (batch, objects). "
+            f"Received: {box_shape} and {label_shape}"
+        )
+
+
 def check_images(images):
     """Returns a batch of images once it is known to be finite and not scaled to 0-1.
 
@@ -190,6 +209,8 @@ def check_batch_shape(images, image_shape: tuple[int, int, int]):
     if None not in shape[1:]:
         return images
     height, width = ops.shape(images)[1:3]
+    if None in (height, width):
+        raise ValueError(f"{wanted} images of several sizes (ragged)")
     fits = ops.logical_and(height == image_shape[0], width == image_shape[1])
     return require(images, fits, wanted, height, width)
 

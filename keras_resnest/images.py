@@ -95,9 +95,12 @@ def read_image_info(source: str | os.PathLike | bytes) -> ImageInfo:
             modes, end = ("RGB", "L"), b"\xff\xd9"
         elif image.format == "PNG":
             modes, end = ("RGB", "L", "P", "1"), _PNG_END
-        if not (end and _tail(source).endswith(end)):
+        is_ended = bool(end) and _tail(source).endswith(end)
+        if not is_ended:
             image.load()
         plain = image.mode in modes and not _has_alpha(image)
+        if image.format == "PNG":  # Pillow reads one without an end, TensorFlow does not
+            plain &= is_ended
         orientation = _orientation(image)
         width, height = image.size
     if orientation_flags(orientation)[0]:

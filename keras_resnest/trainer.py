@@ -117,7 +117,7 @@ class DistributedTraining:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            loss = self._compute_loss(x, y, y_pred, sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.trainable_weights)
         gradients = _clip_summed_gradients(gradients, self.optimizer)
@@ -138,7 +138,7 @@ class DistributedTraining:
 
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_with_rows(functools.partial(self, training=False), x)
-        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+        loss = self._compute_loss(x, y, y_pred, sample_weight, training=False)
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
         loss = tf.where(batch > 0, loss, tf.zeros_like(loss))
         self._loss_tracker.update_state(loss * num_replicas(), sample_weight=batch)

@@ -262,6 +262,10 @@ def test_files_for_pillow_are_not_plain(odd_images):
     assert not read_image_info(odd_images / "cmyk.jpg").plain
     assert not read_image_info(odd_images / "rgba.png").plain
     assert not read_image_info(encode(Image.fromarray(noise(3, 3).astype("uint16")))).plain
+    pixels = noise(5, 6, 3)
+    without_end = encode(Image.fromarray(pixels))[:-12]  # Pillow does not miss it
+    assert not read_image_info(without_end).plain
+    np.testing.assert_array_equal(load_image(without_end), pixels)
 
 
 def test_bytes_after_the_end_marker_are_ignored():

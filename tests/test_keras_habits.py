@@ -143,6 +143,36 @@ def test_tensors_of_another_size_are_refused(model, method, shape):
         getattr(model, method)(tf.zeros(shape))
 
 
+@pytest.mark.parametrize("method", ["predict", "predict_on_batch", "evaluate", "fit"])
+def test_no_image_is_refused(model, method):
+    arguments = (TRUTH,) if method in ("evaluate", "fit") else ()
+    with pytest.raises(
+        ValueError, match=r"at least one image. Received: x.shape=\(0, 64, 128, 3\)"
+    ):
+        getattr(model, method)(IMAGES[:0], *arguments)
+
+
+def test_images_of_several_sizes_are_refused(model):
+    images = tf.ragged.stack([tf.zeros((64, 128, 3)), tf.zeros((32, 128, 3))])
+    with pytest.raises(ValueError, match="images of several sizes"):
+        model.predict(images, verbose=0)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    "boxes, labels",
+    [((4, 2, 4), (4, 2, 3)), ((4, 4), (4,)), ((4, 2, 5), (4, 2)), ((4, 2, 4), (4, 3))],
+)
+def test_ground_truth_of_other_shapes_is_refused(model, boxes, labels, graph):
+    truth = {"boxes": np.zeros(boxes, "float32"), "labels": np.zeros(labels, "int32")}
+    message = r"`labels` \(batch, objects\). Received: \(.*\) and \(.*\)"
+    with pytest.raises(ValueError, match=message):
+        if graph:
+            tf.function(lambda: model.compute_loss(IMAGES, truth, model(IMAGES)))()
+        else:
+            model.train_on_batch(IMAGES, truth)
+
+
 @pytest.mark.parametrize("method", ["predict", "evaluate"])
 def test_lists_are_refused(model, method):
     with pytest.raises(ValueError, match="one array of images; `detect` takes lists"):
@@ -153,6 +183,23 @@ def test_datasets_of_another_size_are_refused(model):
     dataset = tf.data.Dataset.from_tensors(tf.zeros((1, 64, 64, 3)))
     with pytest.raises(ValueError, match=r"x.shape=\(1, 64, 64, 3\)"):
         model.predict(dataset, verbose=0)
+
+
+# === Subclasses ===
+
+
+def test_a_loss_without_training_is_called_as_in_keras(model):
+    """Keras calls an override that has no argument `training` without it."""
+
+    class Doubled(type(model)):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
+
+    double = Doubled.from_config(model.get_config())
+    double.set_weights(model.get_weights())
+    double.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    want = 2.0 * model.evaluate(IMAGES, TRUTH, verbose=0)[0]
+    assert double.train_on_batch(IMAGES, TRUTH)[0] == pytest.approx(want, rel=1e-4)
 
 
 # === What is for other models ===

@@ -99,3 +99,16 @@ def test_the_first_batch_sets_the_statistics_of_an_untrained_layer():
     layer(3.0 * x, training=True)
     mean = (0.8 + 0.2 * 3.0) * x.mean((0, 1, 2))
     np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_a_first_batch_without_variance_counts_as_in_keras(synchronized):
+    """Such as a black image, or one image on a 1 x 1 map; 0 would scale others by 30."""
+    if synchronized and keras.backend.backend() != "tensorflow":
+        pytest.skip("Keras synchronizes on TensorFlow only")
+    ours = BatchNormalization(**OPTIONS, synchronized=synchronized)
+    theirs = keras.layers.BatchNormalization(**OPTIONS)
+    x = np.full((4, 6, 5, 7), 3.3, "float32")
+    for layer in (ours, theirs):
+        layer(x, training=True)
+    np.testing.assert_allclose(ours(2.0 * x), theirs(2.0 * x), rtol=1e-5)

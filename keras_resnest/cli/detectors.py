@@ -27,6 +27,7 @@ GRPC_METHOD = "/tensorflow.serving.PredictionService/Predict"
 TIMEOUT = 60  # seconds for a whole answer
 MAX_REQUEST = 256 * 2**20  # bytes; gRPC's default of 4 MiB does not fit a few photographs
 MAX_ANSWER = 32 * 2**20  # bytes
+MAX_COORDINATE = 2**24  # pixels; no image is so large, and Pillow draws nothing beyond 2**31
 
 
 def load_detector(arguments):
@@ -127,6 +128,8 @@ def check_answer(answer: dict, classes: int) -> dict:
     whole = labels == np.rint(labels)
     if not (np.isfinite(boxes).all() and np.isfinite(confidence).all() and whole.all()):
         raise Failure("the answer is not that of a detector: it has values that are no numbers")
+    if (np.abs(boxes) > MAX_COORDINATE).any():
+        raise Failure(f"the answer has a box at {boxes.flat[np.abs(boxes).argmax()]:g}")
     if (labels >= classes).any():
         raise Failure(f"the answer has label {labels.max():g}, but there are {classes} classes")
     return dict(zip(OUTPUTS, (boxes, confidence, labels.astype(int)), strict=True))

@@ -9,6 +9,8 @@ import numpy as np
 
 from keras_resnest.visualization import class_color
 
+MAX_LABELS = 500  # finding their places takes the square of the time
+
 
 def unused_path(folder: Path, stem: str, used: set[Path]) -> Path:
     """Returns a PNG path that is not in `used`, and adds it there."""
@@ -21,7 +23,7 @@ def unused_path(folder: Path, stem: str, used: set[Path]) -> Path:
 
 
 def draw_detections(pixels: np.ndarray, detections: list[dict]):
-    """Returns a Pillow image with boxes and labels, the most confident on top."""
+    """Returns a Pillow image with boxes, the most confident on top, and the first `MAX_LABELS`."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(pixels)
@@ -32,7 +34,7 @@ def draw_detections(pixels: np.ndarray, detections: list[dict]):
     for detection, color in reversed(list(zip(detections, colors, strict=True))):
         draw_box(canvas, detection["box"], color, max(2, round(3 * unit)))
     placed = []
-    for detection, color in zip(detections, colors, strict=True):
+    for detection, color in list(zip(detections, colors, strict=True))[:MAX_LABELS]:
         text = f"{detection['class_name']} {detection['confidence']:.2f}"
         placed.append(place_label(font.getbbox(text), detection["box"], image.size, placed))
         draw_label(canvas, text, placed[-1], color, font)

@@ -15,6 +15,7 @@ from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_batch_shape,
     check_box_dictionary,
+    check_box_shapes,
     check_class_names,
     check_ground_truth,
     check_image_shape,
@@ -246,6 +247,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
     def _ground_truth(self, y, sides) -> tuple:
         """Boxes, `"xyxy"` in pixels (batch, objects, 4), and int32 labels (batch, objects)."""
         check_box_dictionary(y)
+        check_box_shapes(y)
         boxes = convert_boxes(y["boxes"], self.bounding_box_format, "xyxy", *sides)
         return boxes, ops.cast(y["labels"], "int32")
 
@@ -381,6 +383,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         if not hasattr(images, "shape"):
             return
         check_batch_shape(images, self.image_shape)
+        if images.shape[0] == 0:
+            raise ValueError(f"`x` must have at least one image. Received: shape {images.shape}")
         if keras.backend.backend() != "tensorflow":
             check_images(images)
 

@@ -21,8 +21,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     A non-finite batch mean or variance does not change the moving one of its channel (except with
     masks and `renorm`), so that one overflow cannot ruin a model. The first batch sets the moving
-    statistics of an untrained layer: with Keras' share of 1 - `momentum`, inference stays wrong for
-    dozens of steps, in a ResNet-101 by a factor of 10,000 after the first.
+    statistics of an untrained layer, except in channels without variance: with Keras' share of
+    1 - `momentum`, inference stays wrong for dozens of steps, in a ResNet-101 by a factor of 10,000
+    after the first.
 
     Example:
         >>> BatchNormalization(momentum=0.9, epsilon=1e-5)(x, training=True)
@@ -72,6 +73,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         untrained = (ops.convert_to_tensor(self.moving_mean) == 0.0) & (
             ops.convert_to_tensor(self.moving_variance) == 1.0
         )
+        untrained &= variance > self.epsilon  # 1 / sqrt(epsilon) is a large factor
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             old = ops.convert_to_tensor(moving)
             batch = ops.cast(batch, old.dtype)
