@@ -384,7 +384,9 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             return
         check_batch_shape(images, self.image_shape)
         if images.shape[0] == 0:
-            raise ValueError(f"`x` must have at least one image. Received: shape {images.shape}")
+            raise ValueError(
+                f"`x` must have at least one image. Received: x.shape={tuple(images.shape)}"
+            )
         if keras.backend.backend() != "tensorflow":
             check_images(images)
 
