@@ -385,6 +385,8 @@ STRANGE_ANSWERS = {
     "NaN": (one_prediction(confidence=[float("nan")]), "no numbers"),
     "a box as large as numbers go": (one_prediction(boxes=[[0, 0, 1e308, 1]]), "box at 1e+308"),
     "a box that cannot be drawn": (one_prediction(boxes=[[-1e10, 0, 1, 1]]), "box at -1e+10"),
+    "more than certain": (one_prediction(confidence=[2.0]), "a confidence of 2"),
+    "unreadable": (one_prediction(readable=False), "the server cannot read the image"),
     "half a label": (one_prediction(labels=[0.5]), "no numbers"),
     "unknown label": (one_prediction(labels=[7]), "label 7, but there are 2 classes"),
     "escapes": (http_answer(b"\x1b[31mred\n", "500 Oops"), r"answers 500: '\x1b[31mred\n'"),

@@ -23,6 +23,7 @@ from keras_resnest.images import read_image_info
 
 SIGNATURES = ("serve_bytes", "serving_default")
 OUTPUTS = ("boxes", "confidence", "labels")
+ANSWERED = (*OUTPUTS, "readable")  # the last by `serve_bytes` alone
 GRPC_METHOD = "/tensorflow.serving.PredictionService/Predict"
 TIMEOUT = 60  # seconds for a whole answer
 MAX_REQUEST = 256 * 2**20  # bytes; gRPC's default of 4 MiB does not fit a few photographs
@@ -121,13 +122,18 @@ def check_answer(answer: dict, classes: int) -> dict:
         boxes, confidence, labels = (np.asarray(answer[name], "float64") for name in OUTPUTS)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise Failure(f"the answer is not that of a detector: {error}") from error
+    if not answer.get("readable", True):
+        raise Failure("the server cannot read the image")
     count = labels.shape
+    boxes = boxes if boxes.size else boxes.reshape(-1, 4)  # JSON has no shape for no boxes
     if len(count) != 1 or confidence.shape != count or boxes.shape != (*count, 4):
         shapes = [list(array.shape) for array in (boxes, confidence, labels)]
         raise Failure(f"the answer is not that of a detector: shapes {shapes}")
     whole = labels == np.rint(labels)
     if not (np.isfinite(boxes).all() and np.isfinite(confidence).all() and whole.all()):
         raise Failure("the answer is not that of a detector: it has values that are no numbers")
+    if (confidence > 1).any():
+        raise Failure(f"the answer has a confidence of {confidence.max():g}")
     if (np.abs(boxes) > MAX_COORDINATE).any():
         raise Failure(f"the answer has a box at {boxes.flat[np.abs(boxes).argmax()]:g}")
     if (labels >= classes).any():
@@ -182,7 +188,7 @@ class SavedModel:
 
         inputs = {name: tf.constant(as_batch(column)) for name, column in inputs.items()}
         outputs = self.loaded.signatures[signature](**inputs)
-        return split_rows({name: outputs[name].numpy() for name in OUTPUTS})
+        return split_rows({name: outputs[name].numpy() for name in ANSWERED if name in outputs})
 
 
 class RestServer:
@@ -266,7 +272,8 @@ def rest_request(signature: str, inputs: dict) -> bytes:
 
 def read_rest_response(body: bytes) -> list[dict]:
     try:
-        return [{name: row[name] for name in OUTPUTS} for row in read_json(body)["predictions"]]
+        rows = read_json(body)["predictions"]
+        return [{name: row[name] for name in ANSWERED if name in row} for row in rows]
     except (KeyError, TypeError) as error:
         raise Failure(f"the answer is not that of a detector: {body[:200]!r}") from error
 
@@ -346,10 +353,11 @@ def read_grpc_response(response: bytes) -> list[dict]:
 
     try:
         outputs = PredictResponse.FromString(response).outputs
-        for name in OUTPUTS:  # a few bytes may stand for a huge array of equal numbers
+        names = [name for name in ANSWERED if name in OUTPUTS or name in outputs]
+        for name in names:  # a few bytes may stand for a huge array of equal numbers
             shape = tf.TensorShape(outputs[name].tensor_shape)
             if not shape.rank or shape.num_elements() > MAX_ANSWER // 4:
                 raise ValueError(f"{name} of shape {shape}, of {sorted(outputs)}")
-        return split_rows({name: tf.make_ndarray(outputs[name]) for name in OUTPUTS})
+        return split_rows({name: tf.make_ndarray(outputs[name]) for name in names})
     except (DecodeError, ValueError, TypeError) as error:
         raise Failure(f"the answer is not that of a detector: {error}") from error
