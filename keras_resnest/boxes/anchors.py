@@ -62,6 +62,14 @@ class AnchorGenerator(Configurable):
         """Number of anchors per cell of each level."""
         return tuple(len(level) * len(self.aspect_ratios) for level in self.sizes)
 
+    def level_sizes(self, image_shape) -> list:
+        """Returns the number of anchors of each level in an image (height, width, ...)."""
+        height, width = image_shape[:2]
+        return [
+            n * -(-height // stride) * -(-width // stride)
+            for n, stride in zip(self.num_anchors_per_cell, self.strides, strict=True)
+        ]
+
     def __call__(self, image_shape):
         """Returns the anchors of an image.
 

@@ -1,6 +1,7 @@
-"""BoxMatcher: assigns ground-truth boxes to anchors."""
+"""BoxMatcher and ATSSMatcher: assign ground-truth boxes to anchors."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
@@ -39,7 +40,7 @@ class BoxMatcher(Configurable):
         self.iou_threshold = float(iou_threshold)
         self.force_match = bool(force_match)
 
-    def __call__(self, boxes, valid, anchors):
+    def __call__(self, boxes, valid, anchors, level_sizes=None):
         """Matches a batch.
 
         The greedy pairs are the only stable assignment between objects and anchors that all
@@ -52,6 +53,7 @@ class BoxMatcher(Configurable):
             boxes: ground-truth `"xyxy"` boxes of shape `(batch, objects, 4)`.
             valid: boolean tensor of shape `(batch, objects)`, False for padding rows.
             anchors: `"xyxy"` boxes of shape `(anchors, 4)` or `(batch, anchors, 4)`.
+            level_sizes: not used; see `ATSSMatcher`.
 
         Returns:
             int32 tensor of shape `(batch, anchors)`: the index of the object, or -1.
@@ -116,3 +118,98 @@ def _keep_better(held_iou, holder, iou, ids):
 def _contains(ids, object_ids):
     """Whether each object of an image (B, M) is among the `ids` (B, K)."""
     return ops.any(ids[:, :, None] == object_ids, axis=1)
+
+
+@keras.saving.register_keras_serializable("keras_resnest")
+class ATSSMatcher(Configurable):
+    """Assigns anchors to objects with a threshold for each object (ATSS).
+
+    On every level, the anchors whose centers are nearest to the center of an object are its
+    candidates. An anchor is positive if it is a candidate, its IoU reaches mean plus standard
+    deviation of the candidates' IoU, and its center lies in the object. Unlike in the paper, the
+    candidate of the highest IoU is always positive, so that tiny objects are trained too. An
+    anchor of several objects goes to the one of the highest IoU.
+
+    Args:
+        num_candidates: candidates of an object on each level. The paper has 9 for one anchor in
+            each cell; its code multiplies it by the anchors of a cell.
+
+    Raises:
+        ValueError: if `num_candidates` is not a positive integer.
+
+    Example:
+        >>> generator = AnchorGenerator()
+        >>> sizes = generator.level_sizes((320, 320))
+        >>> matches = ATSSMatcher()(boxes, labels >= 0, generator((320, 320)), sizes)
+
+    Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via
+    Adaptive Training Sample Selection", arXiv 1912.02424, alg. 1.
+    """
+
+    def __init__(self, num_candidates: int = 27):
+        if int(num_candidates) != num_candidates or num_candidates < 1:
+            raise ValueError(
+                "`num_candidates` must be a positive integer. "
+                f"Received: num_candidates={num_candidates}"
+            )
+        self.num_candidates = int(num_candidates)
+
+    def __call__(self, boxes, valid, anchors, level_sizes):
+        """Matches a batch, one image at a time, which bounds the memory.
+
+        Args:
+            boxes: ground-truth `"xyxy"` boxes of shape `(batch, objects, 4)`.
+            valid: boolean tensor of shape `(batch, objects)`, False for padding rows.
+            anchors: `"xyxy"` boxes of shape `(anchors, 4)` or `(batch, anchors, 4)`.
+            level_sizes: number of anchors of each level.
+
+        Returns:
+            int32 tensor of shape `(batch, anchors)`: the index of the object, or -1.
+        """
+        boxes, anchors = (ops.stop_gradient(ops.cast(x, "float32")) for x in (boxes, anchors))
+        anchors = ops.broadcast_to(anchors, (ops.shape(boxes)[0], *ops.shape(anchors)[-2:]))
+        # At least one row, so that every reduction has a value.
+        boxes = ops.pad(boxes, [[0, 0], [0, 1], [0, 0]])
+        valid = ops.pad(ops.cast(valid, "bool"), [[0, 0], [0, 1]])
+        return ops.map(lambda image: self._match(*image, level_sizes), (boxes, valid, anchors))
+
+    def _match(self, boxes, valid, anchors, level_sizes):
+        """The object of each anchor (A,) of one image."""
+        num_objects, num_anchors = ops.shape(valid)[0], ops.shape(anchors)[0]
+        ids, near = self._candidates(boxes, anchors, level_sizes)  # (M, K)
+        near = near & valid[:, None]
+        chosen = ops.take(anchors, ids, axis=0)  # (M, K, 4)
+        iou = ops.where(near, pairwise_iou(boxes[:, None], chosen)[:, 0], 0.0)
+
+        count = ops.maximum(ops.sum(ops.cast(near, "float32"), axis=1, keepdims=True), 1.0)
+        mean = ops.sum(iou, axis=1, keepdims=True) / count
+        spread = ops.where(near, iou - mean, 0.0)
+        # The deviation of a sample, as in the authors' code.
+        variance = ops.sum(ops.square(spread), axis=1, keepdims=True) / ops.maximum(count - 1, 1.0)
+        centers = (chosen[..., :2] + chosen[..., 2:]) / 2.0
+        inside = (centers > boxes[:, None, :2]) & (centers < boxes[:, None, 2:])
+        positive = (iou >= mean + ops.sqrt(variance)) & ops.all(inside, axis=-1)
+        positive |= iou == ops.max(iou, axis=1, keepdims=True)
+        iou = ops.where(positive & (iou > 0.0), iou, 0.0)
+
+        # Each anchor takes the best of its objects, the first one of equals.
+        best = ops.segment_max(ops.reshape(iou, (-1,)), ops.reshape(ids, (-1,)), num_anchors)
+        is_best = (iou > 0.0) & (iou == ops.take(best, ids))
+        objects = ops.arange(num_objects, dtype="int32")[:, None]
+        rank = ops.where(is_best, num_objects - objects, 0)
+        rank = ops.segment_max(ops.reshape(rank, (-1,)), ops.reshape(ids, (-1,)), num_anchors)
+        return ops.where(rank > 0, num_objects - rank, NOT_MATCHED)
+
+    def _candidates(self, boxes, anchors, level_sizes):
+        """Anchors (M, K) nearest to each object on each level, and whether there are so many."""
+        middles, centers = ((x[:, :2] + x[:, 2:]) / 2.0 for x in (boxes, anchors))
+        distance = ops.sum(ops.square(middles[:, None] - centers), axis=-1)  # (M, A)
+        ids, near, start = [], [], 0
+        for size in level_sizes:
+            level = distance[:, start : start + size]
+            level = ops.pad(level, [[0, 0], [0, self.num_candidates]], constant_values=np.inf)
+            nearest, index = ops.top_k(-level, self.num_candidates)
+            ids.append(ops.where(nearest > -np.inf, ops.cast(index, "int32") + start, 0))
+            near.append(nearest > -np.inf)
+            start += size
+        return ops.concatenate(ids, axis=1), ops.concatenate(near, axis=1)

@@ -4,7 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.boxes.overlap import pairwise_diou, pairwise_iou
+
+SUPPRESSIONS = ("greedy", "diou", "soft")
 
 # === A batch, in the graph ===
 
@@ -17,8 +19,10 @@ def suppress_batch(
     pre_nms_top_k: int,
     max_detections: int,
     portable: bool = False,
+    suppression: str = "greedy",
+    class_agnostic: bool = False,
 ):
-    """Applies greedy NMS to each class of each image of a batch.
+    """Applies NMS to each class of each image of a batch.
 
     Args:
         boxes: `"xyxy"` boxes of shape `(batch, anchors, 4)`.
@@ -30,19 +34,34 @@ def suppress_batch(
         max_detections: number of detections per image, over all classes.
         portable: whether to use elementary operations, which every runtime has, instead of
             TensorFlow's NMS operation. The results are equal.
+        suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`.
+        class_agnostic: whether boxes of different classes suppress each other.
 
     Returns:
         Boxes `(batch, max_detections, 4)`, confidence and int32 labels
         `(batch, max_detections)`, by falling confidence, and the number of detections
         `(batch,)`. The values of further rows are arbitrary.
     """
+    if class_agnostic:
+        # A box loses its other classes to its best one. The label travels as a fifth column.
+        labels = ops.cast(ops.argmax(confidence, axis=-1), boxes.dtype)[..., None]
+        boxes = ops.concatenate([boxes, labels], axis=-1)
+        confidence = ops.max(confidence, axis=-1, keepdims=True)
     k = min(pre_nms_top_k, confidence.shape[1])
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    if on_tensorflow and portable:
+    native = on_tensorflow and suppression == "greedy" and not (portable or class_agnostic)
+    if on_tensorflow and not native:
         boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
     boxes, confidence = _top_k_per_class(boxes, confidence, k)
-    suppress = _suppress_native if on_tensorflow and not portable else _suppress_portable
-    return suppress(boxes, confidence, confidence_threshold, iou_threshold, max_detections)
+    thresholds = confidence_threshold, iou_threshold
+    if native:
+        return _suppress_native(boxes, confidence, *thresholds, max_detections)
+    boxes, confidence, labels, count = _suppress_portable(
+        boxes, confidence, *thresholds, max_detections, suppression
+    )
+    if class_agnostic:
+        boxes, labels = boxes[..., :4], ops.cast(boxes[..., 4], "int32")
+    return boxes, confidence, labels, count
 
 
 def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
@@ -64,7 +83,7 @@ def _top_k_per_class(boxes, confidence, k: int):
     values, index = ops.top_k(ops.transpose(confidence, (0, 2, 1)), k)  # (B, C, k)
     flat = ops.reshape(index, (-1, num_classes * k, 1))
     chosen = ops.take_along_axis(boxes, flat, axis=1)
-    return ops.reshape(chosen, (-1, num_classes, k, 4)), values
+    return ops.reshape(chosen, (-1, num_classes, k, boxes.shape[-1])), values
 
 
 def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
@@ -84,14 +103,23 @@ def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max
     return boxes, confidence, tf.cast(labels, "int32"), count
 
 
-def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+def _suppress_portable(
+    boxes, confidence, confidence_threshold, iou_threshold, max_detections, suppression
+):
     """Uses elementary operations, for other backends and runtimes."""
-    num_classes, k = confidence.shape[1:]
-    alive = _survivors(boxes, confidence > confidence_threshold, iou_threshold)
-    confidence = ops.reshape(ops.where(alive, confidence, 0.0), (-1, num_classes * k))
+    num_classes, k, columns = boxes.shape[1:]
+    if suppression == "soft":
+        confidence = _softened(boxes, confidence, confidence_threshold, iou_threshold)
+    else:
+        overlap = pairwise_diou if suppression == "diou" else pairwise_iou
+        candidates = confidence > confidence_threshold
+        alive = _survivors(boxes, candidates, iou_threshold, overlap)
+        confidence = ops.where(alive, confidence, 0.0)
+    confidence = ops.reshape(confidence, (-1, num_classes * k))
     missing = max(0, max_detections - num_classes * k)
     confidence, index = ops.top_k(confidence, max_detections - missing)
-    boxes = ops.take_along_axis(ops.reshape(boxes, (-1, num_classes * k, 4)), index[..., None], 1)
+    boxes = ops.reshape(boxes, (-1, num_classes * k, columns))
+    boxes = ops.take_along_axis(boxes, index[..., None], 1)
     labels = ops.cast(index // k, "int32")
     count = ops.sum(ops.cast(confidence > confidence_threshold, "int32"), axis=1)
     boxes = ops.pad(boxes, [[0, 0], [0, missing], [0, 0]])
@@ -99,7 +127,30 @@ def _suppress_portable(boxes, confidence, confidence_threshold, iou_threshold, m
     return boxes, confidence, labels, count
 
 
-def _survivors(boxes, candidates, iou_threshold):
+def _softened(boxes, confidence, confidence_threshold, iou_threshold):
+    """Soft NMS with the linear weight: each choice lowers the confidence of its neighbors."""
+    num_classes, k, columns = boxes.shape[1:]
+    boxes = ops.reshape(boxes, (-1, k, columns))
+    ranks = ops.arange(k, dtype="int32")
+
+    def choose(confidence, waiting):
+        rank = ops.argmax(ops.where(waiting, confidence, -1.0), axis=1)[:, None]  # (B * C, 1)
+        chosen = ops.take_along_axis(boxes, rank[:, :, None], axis=1)
+        iou = pairwise_iou(chosen, boxes)[:, 0]  # (B * C, k)
+        waiting = waiting & (ranks != ops.cast(rank, "int32"))
+        near = waiting & (iou > iou_threshold)
+        confidence = ops.where(near, confidence * (1.0 - iou), confidence)
+        return confidence, waiting & (confidence > confidence_threshold)
+
+    confidence = ops.reshape(confidence, (-1, k))
+    waiting = confidence > confidence_threshold
+    confidence, _ = ops.while_loop(
+        lambda _, waiting: ops.any(waiting), choose, (confidence, waiting), maximum_iterations=k
+    )
+    return ops.reshape(confidence, (-1, num_classes, k))
+
+
+def _survivors(boxes, candidates, iou_threshold, overlap=pairwise_iou):
     """Greedy NMS in a few large steps: many small ones are slow on accelerators and other runtimes.
 
     Repeats "a candidate survives if no survivor suppresses it" until nothing changes. After n
@@ -108,13 +159,14 @@ def _survivors(boxes, candidates, iou_threshold):
     """
     num_classes, k = candidates.shape[1:]
     # LiteRT slices only tensors with few axes, so images and classes share one.
-    boxes, candidates = ops.reshape(boxes, (-1, k, 4)), ops.reshape(candidates, (-1, k))
+    boxes = ops.reshape(boxes, (-1, k, boxes.shape[-1]))
+    candidates = ops.reshape(candidates, (-1, k))
     ranks = chosen = ops.arange(k, dtype="int32")
     on_tensorflow = keras.backend.backend() == "tensorflow"
     if on_tensorflow:
         boxes, candidates, chosen = _drop_other_ranks(boxes, candidates)
     comes_later = chosen[None, :] > chosen[:, None]
-    suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & comes_later
+    suppresses = (overlap(boxes, boxes) > iou_threshold) & comes_later
     if on_tensorflow:  # which, like the runtimes of its exports, is slow at reducing booleans
         suppresses = ops.cast(suppresses, "float32")  # (B * C, chosen, chosen)
 

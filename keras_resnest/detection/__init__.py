@@ -1,7 +1,7 @@
 """Anchors, matching, losses, decoding, and the detector made of them."""
 
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.boxes.matching import ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
 from keras_resnest.detection.anchor_fit import AnchorCoverage, anchor_coverage, fit_anchors
 from keras_resnest.detection.class_transfer import class_sources
@@ -17,6 +17,7 @@ from keras_resnest.detection.loss import RefineDetLoss
 __all__ = [
     "REFINEDET320_PLUS",
     "REFINEDET512_PLUS",
+    "ATSSMatcher",
     "AnchorCoverage",
     "AnchorGenerator",
     "BoxMatcher",

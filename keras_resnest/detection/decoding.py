@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
-from keras_resnest.boxes.suppression import suppress_batch
+from keras_resnest.boxes.suppression import SUPPRESSIONS, suppress_batch
 from keras_resnest.checks import check_fractions
 from keras_resnest.configurable import Configurable
 
@@ -31,9 +31,17 @@ class DetectionDecoder(Configurable):
         negative_anchor_filtering: whether `objectness_threshold` applies.
         two_step_regression: whether the ODM refines the ARM's boxes, or the regular anchors.
         variances: as in training, see `encode_boxes`.
+        suppression: `"greedy"` NMS; `"diou"`, which subtracts from the IoU the distance of the
+            centers, so that crowded objects survive; or `"soft"`, which multiplies the confidence
+            of a box by 1 - IoU instead of dropping it.
+        class_agnostic: whether boxes of different classes suppress each other, so that an object
+            is found as one class only.
+        alpha: exponent, 0 to 1, of the class probability p where the network predicts the IoU of
+            its boxes: the confidence is `p**alpha * iou**(1 - alpha)`.
 
     Raises:
-        ValueError: if a threshold is not in [0, 1] or a count is not a positive integer.
+        ValueError: if a threshold or `alpha` is not in [0, 1], a count is not a positive integer,
+            or `suppression` is unknown.
 
     Example:
         >>> decoder = DetectionDecoder(max_detections=100)
@@ -43,6 +51,7 @@ class DetectionDecoder(Configurable):
 
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
     `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has 1000 and 500.
+    DIoU: arXiv 1911.08287 section 3.4; soft: arXiv 1704.04503; `alpha`: arXiv 1912.05992 eq. 7.
     """
 
     def __init__(
@@ -56,8 +65,12 @@ class DetectionDecoder(Configurable):
         negative_anchor_filtering: bool = True,
         two_step_regression: bool = True,
         variances=VARIANCES,
+        suppression: str = "greedy",
+        class_agnostic: bool = False,
+        alpha: float = 0.5,
     ):
         check_fractions(
+            alpha=alpha,
             objectness_threshold=objectness_threshold,
             confidence_threshold=confidence_threshold,
             iou_threshold=iou_threshold,
@@ -65,6 +78,10 @@ class DetectionDecoder(Configurable):
         for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
             if int(value) != value or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        if suppression not in SUPPRESSIONS:
+            raise ValueError(
+                f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
+            )
         self.objectness_threshold = float(objectness_threshold)
         self.confidence_threshold = float(confidence_threshold)
         self.iou_threshold = float(iou_threshold)
@@ -74,6 +91,9 @@ class DetectionDecoder(Configurable):
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
+        self.suppression = suppression
+        self.class_agnostic = bool(class_agnostic)
+        self.alpha = float(alpha)
 
     def __call__(
         self,
@@ -107,6 +127,8 @@ class DetectionDecoder(Configurable):
             self.pre_nms_top_k,
             self.max_detections,
             portable,
+            self.suppression,
+            self.class_agnostic,
         )
         height, width = image_shape[:2]
         if self.clip_to_image:
@@ -122,6 +144,9 @@ class DetectionDecoder(Configurable):
             anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)  # (B, A, 4)
         boxes = decode_boxes(raw["odm_boxes"], anchors, self.variances)
         confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
+        if "odm_iou" in raw:
+            iou = ops.sigmoid(raw["odm_iou"])  # (B, A, 1)
+            confidence = confidence**self.alpha * iou ** (1.0 - self.alpha)
         if self.negative_anchor_filtering:
             objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
             confidence = ops.where(objectness > self.objectness_threshold, confidence, 0.0)

@@ -6,8 +6,9 @@ The loss knows raw outputs, ground truth and anchors. It never sees an image or 
 import keras
 from keras import ops
 
-from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
+from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.boxes.overlap import paired_iou
 from keras_resnest.checks import check_fractions
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
@@ -18,21 +19,30 @@ LOSS_NAMES = (
     "odm_box_loss",
     "odm_classification_loss",
 )
+BOX_LOSSES = ("smooth_l1", "giou")
+MATCHERS = ("matcher", "odm_matcher")
+MAX_PIXEL = 1e6  # keeps the areas of diverged boxes finite
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class RefineDetLoss(Configurable):
     """The two-stage loss of RefineDet.
 
-    Each stage has a smooth L1 loss on the offsets of its positive anchors and a cross entropy on
-    positives and mined negatives, both divided by its positives in the global batch. The ARM
-    separates objects from background on the regular anchors; the ODM learns classes and offsets
-    on the anchors that the ARM has refined. No gradient flows through the refined anchors.
+    Each stage has a box loss on its positive anchors and a cross entropy on positives and mined
+    negatives, both divided by its positives in the global batch. The ARM separates objects from
+    background on the regular anchors; the ODM learns classes and offsets on the anchors that the
+    ARM has refined. No gradient flows through the refined anchors. If the ODM predicts the IoU of
+    its boxes, the binary cross entropy of the positives is a fifth loss.
 
     An image of weight 2 counts as two images: its losses and its positives count twice.
 
     Args:
-        matcher: `BoxMatcher` that assigns anchors to objects, in both stages.
+        matcher: `BoxMatcher` or `ATSSMatcher` that assigns anchors to objects.
+        odm_matcher: matcher of the second stage, by default `matcher`.
+        box_loss: `"smooth_l1"` of the offsets, or `"giou"` of the decoded boxes.
+        odm_box_loss: box loss of the second stage, by default `box_loss`.
+        box_loss_weight: factor of the box losses. GIoU, which is at most 2, needs about 2.
+        smooth_l1_knee: error of an offset up to which smooth L1 is quadratic.
         negative_ratio: hard negatives per positive, for each image.
         objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
             negatives of the ODM.
@@ -42,7 +52,8 @@ class RefineDetLoss(Configurable):
         variances: scale of center offsets and of log sizes, see `encode_boxes`.
 
     Raises:
-        ValueError: if `negative_ratio` is negative or `objectness_threshold` is not in [0, 1].
+        ValueError: if `negative_ratio` is negative, `objectness_threshold` not in [0, 1], a box
+            loss unknown, or its weight or knee not positive.
 
     Example:
         >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
@@ -50,18 +61,33 @@ class RefineDetLoss(Configurable):
         ['arm_box_loss', 'arm_classification_loss', 'odm_box_loss', 'odm_classification_loss']
 
     Source: RefineDet (arXiv 1711.06897) section 3.4 eq. 1; mining from SSD (arXiv 1512.02325)
-    section 2.2.
+    section 2.2; GIoU from arXiv 1902.09630 alg. 2; IoU from arXiv 1912.05992 eq. 4.
     """
 
     def __init__(
         self,
-        matcher: BoxMatcher | None = None,
+        matcher: BoxMatcher | ATSSMatcher | None = None,
         negative_ratio: float = 3.0,
         objectness_threshold: float = 0.01,
         negative_anchor_filtering: bool = True,
         two_step_regression: bool = True,
         variances=VARIANCES,
+        odm_matcher: BoxMatcher | ATSSMatcher | None = None,
+        box_loss: str = "smooth_l1",
+        odm_box_loss: str | None = None,
+        box_loss_weight: float = 1.0,
+        smooth_l1_knee: float = 1.0,
     ):
+        for name, value in (("box_loss", box_loss), ("odm_box_loss", odm_box_loss or box_loss)):
+            if value not in BOX_LOSSES:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(BOX_LOSSES)}. Received: {value!r}"
+                )
+        if not (box_loss_weight > 0 and smooth_l1_knee > 0):
+            raise ValueError(
+                "`box_loss_weight` and `smooth_l1_knee` must be positive. "
+                f"Received: {box_loss_weight} and {smooth_l1_knee}"
+            )
         if negative_ratio < 0:
             raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
         check_fractions(objectness_threshold=objectness_threshold)
@@ -71,8 +97,13 @@ class RefineDetLoss(Configurable):
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
+        self.odm_matcher = odm_matcher
+        self.box_loss, self.odm_box_loss = box_loss, odm_box_loss
+        self.box_loss_weight, self.smooth_l1_knee = float(box_loss_weight), float(smooth_l1_knee)
 
-    def __call__(self, outputs: dict, boxes, labels, anchors, sample_weight=None) -> dict:
+    def __call__(
+        self, outputs: dict, boxes, labels, anchors, sample_weight=None, level_sizes=None
+    ) -> dict:
         """Computes the four losses of a batch.
 
         Args:
@@ -83,16 +114,20 @@ class RefineDetLoss(Configurable):
             labels: int, (batch, objects): 0 to num_classes - 1, or -1 for padding.
             anchors: `"xyxy"` in pixels, (anchors, 4).
             sample_weight: optional weights of the images, (batch,), not negative.
+            level_sizes: number of anchors of each level, which `ATSSMatcher` needs.
 
         Returns:
-            Dictionary of float32 scalars, one for each of `LOSS_NAMES`.
+            Dictionary of float32 scalars, one for each of `LOSS_NAMES`, and `"odm_iou_loss"` if
+            the outputs have `"odm_iou"` (batch, anchors, 1).
         """
         outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class
-        truth = boxes, any_object, sample_weight
-        arm = self._stage(truth, anchors, outputs["arm_boxes"], outputs["arm_objectness"])
-
+        arm = self._stage(
+            *(boxes, any_object, anchors, level_sizes),
+            *(outputs["arm_boxes"], outputs["arm_objectness"]),
+            *(self.matcher, self.box_loss),
+        )
         if self.two_step_regression:
             refined = decode_boxes(outputs["arm_boxes"], anchors, self.variances)
             anchors = ops.stop_gradient(refined)  # (B, A, 4)
@@ -100,114 +135,137 @@ class RefineDetLoss(Configurable):
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
             minable = objectness > self.objectness_threshold
-        truth = boxes, labels, sample_weight
-        odm = self._stage(truth, anchors, outputs["odm_boxes"], outputs["odm_logits"], minable)
-        return dict(zip(LOSS_NAMES, (*arm, *odm), strict=True))
+        odm = self._stage(
+            *(boxes, labels, anchors, level_sizes),
+            *(outputs["odm_boxes"], outputs["odm_logits"]),
+            *(self.odm_matcher or self.matcher, self.odm_box_loss or self.box_loss),
+            negative_mask=minable,
+            iou_logits=outputs.get("odm_iou"),
+        )
+        return {
+            f"{name}_{loss}_loss": value
+            for name, stage in (("arm", arm), ("odm", odm))
+            for loss, value in _means_over_positives(stage, sample_weight).items()
+        }
 
-    def _stage(self, truth: tuple, anchors, offsets, logits, negative_mask=None) -> tuple:
-        """Box and classification loss of one stage."""
-        boxes, labels, sample_weight = truth
-        target_offsets, target_classes = encode_targets(
-            boxes, labels, anchors, self.matcher, self.variances
-        )
-        box_sum, class_sum, positives = multibox_loss(
-            target_offsets,
-            target_classes,
-            offsets,
-            logits,
-            self.negative_ratio,
-            negative_mask,
-            sample_weight,
-        )
-        count = sum_over_replicas(positives)
-        count = ops.where(count > 0.0, count, 1.0)
-        return box_sum / count, class_sum / count
+    def _stage(
+        self,
+        boxes,
+        labels,
+        anchors,
+        level_sizes,
+        offsets,
+        logits,
+        matcher,
+        box_loss,
+        negative_mask=None,
+        iou_logits=None,
+    ) -> tuple:
+        """The losses of each anchor (batch, anchors) by name, and where anchors are positive."""
+        targets, classes = assign_targets(boxes, labels, anchors, matcher, level_sizes)
+        positive = classes != BACKGROUND
+        # A negative's target is its anchor, and it stays there: nothing is 0 * inf.
+        offsets = ops.where(positive[:, :, None], offsets, 0.0)
+        found = ops.clip(decode_boxes(offsets, anchors, self.variances), -MAX_PIXEL, MAX_PIXEL)
+        if box_loss == "giou":
+            box_losses = 1.0 - paired_iou(found, targets, generalized=True)
+        else:
+            wanted = ops.stop_gradient(encode_boxes(targets, anchors, self.variances))
+            box_losses = smooth_l1(wanted, offsets, self.smooth_l1_knee)
+        losses = {
+            "box": self.box_loss_weight * ops.where(positive, box_losses, 0.0),
+            "classification": mined_cross_entropy(
+                classes, logits, self.negative_ratio, negative_mask
+            ),
+        }
+        if iou_logits is not None:
+            iou = ops.stop_gradient(paired_iou(found, targets))
+            losses["iou"] = ops.where(positive, binary_cross_entropy(iou, iou_logits[..., 0]), 0.0)
+        return losses, positive
 
     def get_config(self) -> dict:
-        matcher = keras.saving.serialize_keras_object(self.matcher)
-        return {**super().get_config(), "matcher": matcher}
+        serialize = keras.saving.serialize_keras_object
+        matchers = {name: serialize(getattr(self, name)) for name in MATCHERS}
+        return {**super().get_config(), **matchers}
 
     @classmethod
     def from_config(cls, config: dict) -> "RefineDetLoss":
-        matcher = keras.saving.deserialize_keras_object(config["matcher"])
-        return cls(**{**config, "matcher": matcher})
+        deserialize = keras.saving.deserialize_keras_object
+        matchers = {name: deserialize(config[name]) for name in MATCHERS if name in config}
+        return cls(**{**config, **matchers})
 
 
-def encode_targets(boxes, labels, anchors, matcher: BoxMatcher, variances=VARIANCES):
-    """Returns the training targets of one stage.
+def _means_over_positives(stage: tuple, sample_weight) -> dict:
+    """Sums the losses of the anchors, and divides by the positives of the global batch."""
+    losses, positive = stage
+    weight = 1.0 if sample_weight is None else sample_weight[:, None]
+    count = sum_over_replicas(ops.sum(weight * ops.cast(positive, "float32")))
+    count = ops.where(count > 0.0, count, 1.0)
+    return {name: ops.sum(weight * loss) / count for name, loss in losses.items()}
+
+
+def assign_targets(boxes, labels, anchors, matcher, level_sizes=None):
+    """Returns the object that each anchor of one stage shall find.
 
     Args:
         boxes: ground truth, `"xyxy"`, (batch, objects, 4).
         labels: int, (batch, objects); padding is -1.
         anchors: `"xyxy"`, (anchors, 4), or (batch, anchors, 4) for refined anchors.
-        matcher: the `BoxMatcher`.
-        variances: see `encode_boxes`.
+        matcher: a `BoxMatcher` or an `ATSSMatcher`.
+        level_sizes: number of anchors of each level.
 
     Returns:
-        Offsets (batch, anchors, 4), meaningful where positive, and int32 classes (batch, anchors):
-        0 for background, label + 1 for positives.
+        Boxes (batch, anchors, 4), the anchor itself where it has no object, and int32 classes
+        (batch, anchors): 0 for background, label + 1 for positives.
     """
-    matches = matcher(boxes, labels >= 0, anchors)  # (B, A)
+    matches = matcher(boxes, labels >= 0, anchors, level_sizes)  # (B, A)
     # Row 0 stands for "no object", so that the lookup needs no special case.
     boxes = ops.pad(ops.cast(boxes, "float32"), [[0, 0], [1, 0], [0, 0]])
     labels = ops.pad(ops.cast(labels, "int32"), [[0, 0], [1, 0]], constant_values=BACKGROUND - 1)
     rows = matches + 1
     matched_boxes = ops.take_along_axis(boxes, rows[:, :, None], axis=1)  # (B, A, 4)
     classes = ops.take_along_axis(labels, rows, axis=1) + 1
-    positive = (classes != BACKGROUND)[:, :, None]
-    offsets = encode_boxes(ops.where(positive, matched_boxes, anchors), anchors, variances)
-    return offsets, classes
+    return ops.where((classes != BACKGROUND)[:, :, None], matched_boxes, anchors), classes
 
 
-def multibox_loss(
-    target_offsets,
-    target_classes,
-    offsets,
-    logits,
-    negative_ratio,
-    negative_mask=None,
-    sample_weight=None,
-):
-    """Sums the box and the classification loss of one stage over a batch.
-
-    Returns sums, not means: the caller divides by the positives of the global batch, which a
-    single replica does not know.
+def mined_cross_entropy(classes, logits, negative_ratio, negative_mask=None):
+    """Cross entropy of positives and hard negatives.
 
     Args:
-        target_offsets: (batch, anchors, 4), used where the class is not 0.
-        target_classes: int, (batch, anchors), 0 is background.
-        offsets: predictions, (batch, anchors, 4).
+        classes: int, (batch, anchors), 0 is background.
         logits: predictions, (batch, anchors, classes + 1), background first.
         negative_ratio: hard negatives per positive, for each image.
         negative_mask: optional boolean (batch, anchors); negatives outside are never mined.
-        sample_weight: optional float (batch,), how often each image counts.
 
     Returns:
-        Box loss, classification loss and number of positives, three float32 scalars.
+        Losses (batch, anchors), 0 for anchors that were not mined.
     """
-    positive = target_classes != BACKGROUND
-    mask = ops.cast(positive, "float32")
-    # A negative's target is its own prediction: the loss is exactly zero, never 0 * inf.
-    target_offsets = ops.where(positive[:, :, None], target_offsets, offsets)
-    box_loss = mask * smooth_l1(ops.stop_gradient(target_offsets), offsets)  # (B, A)
-
     log_probability = ops.log_softmax(logits, axis=-1)
-    one_hot = ops.one_hot(target_classes, logits.shape[-1], dtype="float32")
-    class_loss = -ops.sum(one_hot * log_probability, axis=-1)  # (B, A)
+    one_hot = ops.one_hot(classes, logits.shape[-1], dtype="float32")
+    loss = -ops.sum(one_hot * log_probability, axis=-1)  # (B, A)
+    positive = classes != BACKGROUND
     candidates = ops.logical_not(positive)
     if negative_mask is not None:
         candidates = ops.logical_and(candidates, negative_mask)
-    num_wanted = ops.cast(negative_ratio * ops.sum(mask, axis=1), "int32")
-    mined = hard_negatives(ops.stop_gradient(class_loss), candidates, num_wanted)
-    class_loss = ops.where(ops.logical_or(positive, mined), class_loss, 0.0)
-    weight = 1.0 if sample_weight is None else sample_weight[:, None]
-    return tuple(ops.sum(weight * values) for values in (box_loss, class_loss, mask))
+    num_positive = ops.sum(ops.cast(positive, "float32"), axis=1)
+    num_wanted = ops.cast(negative_ratio * num_positive, "int32")
+    mined = hard_negatives(ops.stop_gradient(loss), candidates, num_wanted)
+    return ops.where(ops.logical_or(positive, mined), loss, 0.0)
 
 
-def smooth_l1(targets, predictions):
-    """Smooth L1 loss (Fast R-CNN eq. 3) of (..., 4) arrays, summed over the last axis."""
+def smooth_l1(targets, predictions, knee: float = 1.0):
+    """Smooth L1 loss (Fast R-CNN eq. 3) of (..., 4) arrays, summed over the last axis.
+
+    Up to an error of `knee` the loss is quadratic, beyond it linear with slope 1.
+    """
     error = ops.abs(targets - predictions)
-    return ops.sum(ops.where(error < 1.0, 0.5 * error * error, error - 0.5), axis=-1)
+    loss = ops.where(error < knee, 0.5 * error * error / knee, error - 0.5 * knee)
+    return ops.sum(loss, axis=-1)
+
+
+def binary_cross_entropy(targets, logits):
+    """Binary cross entropy with logits, element by element."""
+    return ops.relu(logits) - logits * targets + ops.softplus(-ops.abs(logits))
 
 
 def hard_negatives(loss, candidates, num_wanted):

@@ -151,7 +151,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         self.synchronized_batch_norm = bool(synchronized_batch_norm)
         self.anchors = anchor_generator(image_shape)  # "xyxy" in pixels, (anchors, 4)
         self.compiled_detector = CompiledDetector(self)
-        self._loss_trackers = [keras.metrics.Mean(name=n) for n in LOSS_NAMES]
+        names = [*LOSS_NAMES, *(["odm_iou_loss"] if "odm_iou" in outputs else [])]
+        self._loss_trackers = [keras.metrics.Mean(name=n) for n in names]
         given = _given_changes(backbone)
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self._layers_made()
@@ -256,7 +257,8 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         sides = self.image_shape[:2] if x is None else _sides(x)
         boxes, labels = self._ground_truth(y, sides)
         anchors = self.anchors_for(sides)
-        losses = self.detection_loss(y_pred, boxes, labels, anchors, sample_weight)
+        level_sizes = self.anchor_generator.level_sizes(sides)
+        losses = self.detection_loss(y_pred, boxes, labels, anchors, sample_weight, level_sizes)
         batch, replicas = ops.shape(labels)[0], num_replicas()
         # Losses add up over replicas; Keras takes their mean over rows, which must be that sum.
         # Training batches are shared evenly, others need not be.
