@@ -74,14 +74,43 @@ def softmax(logits):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def suppress(boxes, confidence, labels, iou_threshold):
+def diou(boxes1, boxes2):
+    """Distance IoU of every pair of "xyxy" boxes, (M, N): arXiv 1911.08287, equation 7."""
+    result = iou(boxes1, boxes2)
+    for m, n in np.ndindex(result.shape):
+        a, b = boxes1[m], boxes2[n]
+        (ca, _), (cb, _) = centers_and_sizes(a), centers_and_sizes(b)
+        hull = np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2])
+        result[m, n] -= ((ca - cb) ** 2).sum() / max((hull.astype("float64") ** 2).sum(), 1e-7)
+    return result
+
+
+def suppress(boxes, confidence, labels, iou_threshold, suppression="greedy", class_agnostic=False):
     """Greedy non-maximum suppression within each class: kept rows, most confident first."""
-    overlaps, kept = iou(boxes, boxes), []
+    overlaps, kept = (diou if suppression == "diou" else iou)(boxes, boxes), []
     for i in np.argsort(-np.asarray(confidence), kind="stable").tolist():
-        rivals = [k for k in kept if labels[k] == labels[i]]
+        rivals = [k for k in kept if class_agnostic or labels[k] == labels[i]]
         if all(overlaps[k, i] <= iou_threshold for k in rivals):
             kept.append(i)
     return kept
+
+
+def soften(boxes, confidence, labels, iou_threshold, confidence_threshold, class_agnostic=False):
+    """Linear soft suppression: the chosen rows, in order, and the confidence of all rows.
+
+    Takes the most confident waiting row; it multiplies the confidence of each other waiting row
+    of its class with an IoU above the threshold by 1 - IoU.
+    """
+    overlaps, confidence = iou(boxes, boxes), np.array(confidence, "float64")
+    chosen, waiting = [], set(range(len(confidence)))
+    while waiting := {i for i in waiting if confidence[i] > confidence_threshold}:
+        best = max(waiting, key=lambda i: (confidence[i], -i))
+        chosen.append(best)
+        waiting.remove(best)
+        for i in waiting:
+            if (class_agnostic or labels[i] == labels[best]) and overlaps[best, i] > iou_threshold:
+                confidence[i] *= 1 - overlaps[best, i]
+    return chosen, confidence
 
 
 def decode_detections(
@@ -92,6 +121,9 @@ def decode_detections(
     iou_threshold=0.45,
     pre_nms_top_k=400,
     max_detections=200,
+    suppression="greedy",
+    class_agnostic=False,
+    alpha=0.5,
 ):
     """Detections of one image: rows of (confidence, label, box), most confident first.
 
@@ -99,13 +131,24 @@ def decode_detections(
     """
     boxes = decode(outputs["odm_boxes"], decode(outputs["arm_boxes"], anchors))
     confidence = softmax(outputs["odm_logits"])[:, 1:]
+    if "odm_iou" in outputs:
+        predicted_iou = 1 / (1 + np.exp(-outputs["odm_iou"].astype("float64")))
+        confidence = confidence**alpha * predicted_iou ** (1 - alpha)
     confidence[softmax(outputs["arm_objectness"])[:, 1] <= objectness_threshold] = 0
+    best, columns = confidence.argmax(axis=1), confidence.T
+    if class_agnostic:
+        columns = [confidence.max(axis=1)]
     detections = []
-    for label, column in enumerate(confidence.T):
+    for label, column in enumerate(columns):
         order = np.argsort(-column, kind="stable")
         order = order[column[order] > confidence_threshold][:pre_nms_top_k]
-        kept = suppress(boxes[order], column[order], np.zeros(len(order)), iou_threshold)
-        detections += [(column[a], label, boxes[a].tolist()) for a in order[kept]]
+        rows = boxes[order], column[order], np.zeros(len(order))
+        if suppression == "soft":
+            kept, final = soften(*rows, iou_threshold, confidence_threshold)
+        else:
+            kept, final = suppress(*rows, iou_threshold, suppression), column[order]
+        labels = best[order] if class_agnostic else np.full(len(order), label)
+        detections += [(final[i], labels[i], boxes[order[i]].tolist()) for i in kept]
     return sorted(detections, reverse=True)[:max_detections]
 
 

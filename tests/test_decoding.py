@@ -20,10 +20,11 @@ def portable(request):
     return request.param
 
 
-def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0):
+def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0, iou=False):
     rng = np.random.default_rng(seed)
     count = len(AnchorGenerator()(image_shape))
     widths = {"arm_boxes": 4, "arm_objectness": 2, "odm_boxes": 4, "odm_logits": classes + 1}
+    widths |= {"odm_iou": 1} if iou else {}
     return {n: rng.normal(size=(batch, count, w)).astype("f4") * sharp for n, w in widths.items()}
 
 
@@ -34,11 +35,21 @@ def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0):
         {"max_detections": 7, "pre_nms_top_k": 20},
         {"objectness_threshold": 0.6, "confidence_threshold": 0.3, "iou_threshold": 0.2},
         {"max_detections": 2000, "pre_nms_top_k": 5},
+        {"suppression": "diou", "iou_threshold": 0.3},
+        {"suppression": "diou", "max_detections": 30, "pre_nms_top_k": 100},
+        {"suppression": "soft", "max_detections": 30},
+        {"suppression": "soft", "max_detections": 900, "confidence_threshold": 0.2},
+        {"class_agnostic": True},
+        {"class_agnostic": True, "suppression": "diou", "max_detections": 900},
+        {"class_agnostic": True, "suppression": "soft", "alpha": 0.3},
+        {"alpha": 0.3},
+        {"alpha": 1.0},
     ],
+    ids=str,
 )
 def test_equals_plain_numpy(portable, options):
     decoder = DetectionDecoder(clip_to_image=False, **options)
-    outputs, anchors = random_outputs(5), AnchorGenerator()((64, 128))
+    outputs, anchors = random_outputs(5, iou="alpha" in options), AnchorGenerator()((64, 128))
     got = {
         k: ops.convert_to_numpy(v)
         for k, v in decoder(outputs, anchors, (64, 128), portable=portable).items()
@@ -109,6 +120,9 @@ def test_golden_detections(portable, name):
         ({"iou_threshold": -0.1}, "iou_threshold"),
         ({"max_detections": 0}, "max_detections"),
         ({"pre_nms_top_k": 2.5}, "pre_nms_top_k"),
+        ({"suppression": "hard"}, "suppression.*greedy, diou, soft.*'hard'"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
     ],
 )
 def test_bad_arguments(arguments, word):

@@ -1,5 +1,7 @@
 """Non-maximum suppression (NMS) of a batch, and of the detections of one image with NumPy."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -7,6 +9,16 @@ from keras import ops
 from keras_resnest.boxes.overlap import pairwise_diou, pairwise_iou
 
 SUPPRESSIONS = ("greedy", "diou", "soft")
+
+
+def check_suppression(suppression: str) -> str:
+    """Returns the kind of suppression if it is known."""
+    if suppression not in SUPPRESSIONS:
+        raise ValueError(
+            f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
+        )
+    return suppression
+
 
 # === A batch, in the graph ===
 
@@ -35,33 +47,33 @@ def suppress_batch(
         portable: whether to use elementary operations, which every runtime has, instead of
             TensorFlow's NMS operation. The results are equal.
         suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`.
-        class_agnostic: whether boxes of different classes suppress each other.
+        class_agnostic: whether each box keeps only its best class, and all classes count as one.
 
     Returns:
         Boxes `(batch, max_detections, 4)`, confidence and int32 labels
         `(batch, max_detections)`, by falling confidence, and the number of detections
         `(batch,)`. The values of further rows are arbitrary.
     """
-    if class_agnostic:
-        # A box loses its other classes to its best one. The label travels as a fifth column.
-        labels = ops.cast(ops.argmax(confidence, axis=-1), boxes.dtype)[..., None]
-        boxes = ops.concatenate([boxes, labels], axis=-1)
-        confidence = ops.max(confidence, axis=-1, keepdims=True)
     k = min(pre_nms_top_k, confidence.shape[1])
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-    native = on_tensorflow and suppression == "greedy" and not (portable or class_agnostic)
-    if on_tensorflow and not native:
-        boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
-    boxes, confidence = _top_k_per_class(boxes, confidence, k)
     thresholds = confidence_threshold, iou_threshold
-    if native:
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if on_tensorflow and suppression == "greedy" and not (portable or class_agnostic):
+        (boxes,), confidence = _top_k_per_class([boxes], confidence, k)
         return _suppress_native(boxes, confidence, *thresholds, max_detections)
-    boxes, confidence, labels, count = _suppress_portable(
-        boxes, confidence, *thresholds, max_detections, suppression
-    )
+    if on_tensorflow:
+        boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
+    rows = [boxes]
     if class_agnostic:
-        boxes, labels = boxes[..., :4], ops.cast(boxes[..., 4], "int32")
-    return boxes, confidence, labels, count
+        confidence, labels = ops.top_k(confidence, 1)  # (B, A, 1)
+        rows.append(ops.cast(labels, "int32"))
+    rows, confidence = _top_k_per_class(rows, confidence, k)
+    lower = _lower_neighbors if suppression == "soft" else _drop_neighbors
+    lower = functools.partial(lower, rows[0], *thresholds, suppression)
+    if on_tensorflow and not portable:
+        confidence = _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections)
+    else:
+        confidence = lower(confidence)
+    return _most_confident(rows, confidence, confidence_threshold, max_detections)
 
 
 def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
@@ -77,13 +89,13 @@ def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
     return [tf.pad(tf.gather(x, chosen, axis=1), missing) for x in (boxes, confidence)]
 
 
-def _top_k_per_class(boxes, confidence, k: int):
-    """The k most confident boxes of every class: (B, C, k, 4) and (B, C, k)."""
+def _top_k_per_class(rows, confidence, k: int):
+    """The k most confident rows of every class: each (B, C, k, columns), confidence (B, C, k)."""
     num_classes = confidence.shape[2]
     values, index = ops.top_k(ops.transpose(confidence, (0, 2, 1)), k)  # (B, C, k)
     flat = ops.reshape(index, (-1, num_classes * k, 1))
-    chosen = ops.take_along_axis(boxes, flat, axis=1)
-    return ops.reshape(chosen, (-1, num_classes, k, boxes.shape[-1])), values
+    chosen = [ops.take_along_axis(x, flat, axis=1) for x in rows]
+    return [ops.reshape(x, (-1, num_classes, k, x.shape[-1])) for x in chosen], values
 
 
 def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
@@ -103,41 +115,53 @@ def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max
     return boxes, confidence, tf.cast(labels, "int32"), count
 
 
-def _suppress_portable(
-    boxes, confidence, confidence_threshold, iou_threshold, max_detections, suppression
-):
-    """Uses elementary operations, for other backends and runtimes."""
-    num_classes, k, columns = boxes.shape[1:]
-    if suppression == "soft":
-        confidence = _softened(boxes, confidence, confidence_threshold, iou_threshold)
-    else:
-        overlap = pairwise_diou if suppression == "diou" else pairwise_iou
-        candidates = confidence > confidence_threshold
-        alive = _survivors(boxes, candidates, iou_threshold, overlap)
-        confidence = ops.where(alive, confidence, 0.0)
-    confidence = ops.reshape(confidence, (-1, num_classes * k))
-    missing = max(0, max_detections - num_classes * k)
-    confidence, index = ops.top_k(confidence, max_detections - missing)
-    boxes = ops.reshape(boxes, (-1, num_classes * k, columns))
-    boxes = ops.take_along_axis(boxes, index[..., None], 1)
-    labels = ops.cast(index // k, "int32")
+def _most_confident(rows, confidence, confidence_threshold, max_detections: int):
+    """The most confident rows of all classes. `rows` are boxes, and labels if there are any."""
+    num_classes, k = confidence.shape[1:]
+    total = num_classes * k
+    missing = max(0, max_detections - total)
+    confidence, index = ops.top_k(ops.reshape(confidence, (-1, total)), max_detections - missing)
+    boxes, *labels = (
+        ops.take_along_axis(ops.reshape(x, (-1, total, x.shape[-1])), index[..., None], axis=1)
+        for x in rows
+    )
+    labels = labels[0][..., 0] if labels else ops.cast(index // k, "int32")
     count = ops.sum(ops.cast(confidence > confidence_threshold, "int32"), axis=1)
     boxes = ops.pad(boxes, [[0, 0], [0, missing], [0, 0]])
     confidence, labels = (ops.pad(x, [[0, 0], [0, missing]]) for x in (confidence, labels))
     return boxes, confidence, labels, count
 
 
-def _softened(boxes, confidence, confidence_threshold, iou_threshold):
+def _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections: int):
+    """Lets all candidates compete only if the most confident ones are not enough.
+
+    Where each anchor is a candidate of each of 80 classes, few of them take a tenth of the time.
+    """
+    import tensorflow as tf
+
+    total, few = confidence.shape[1] * confidence.shape[2], 4 * max_detections
+    if total <= few:
+        return lower(confidence)
+    lowest = tf.math.top_k(tf.reshape(confidence, (-1, total)), few)[0][:, -1, None, None]
+    lowered = lower(tf.where(confidence >= lowest, confidence, 0.0))
+    others = (confidence < lowest) & (confidence > confidence_threshold)
+    enough = tf.math.count_nonzero(lowered >= lowest, axis=(1, 2)) >= max_detections
+    enough = tf.reduce_all(enough | ~tf.reduce_any(others, axis=(1, 2)))
+    return tf.cond(enough, lambda: lowered, lambda: lower(confidence))
+
+
+def _lower_neighbors(boxes, confidence_threshold, iou_threshold, _, confidence):
     """Soft NMS with the linear weight: each choice lowers the confidence of its neighbors."""
-    num_classes, k, columns = boxes.shape[1:]
-    boxes = ops.reshape(boxes, (-1, k, columns))
+    num_classes, k = confidence.shape[1:]
+    boxes = ops.reshape(boxes, (-1, k, 4))
     ranks = ops.arange(k, dtype="int32")
 
     def choose(confidence, waiting):
-        rank = ops.argmax(ops.where(waiting, confidence, -1.0), axis=1)[:, None]  # (B * C, 1)
+        # `argmax` of Keras is unknown to other runtimes.
+        rank = ops.top_k(ops.where(waiting, confidence, -1.0), 1)[1]  # (B * C, 1)
         chosen = ops.take_along_axis(boxes, rank[:, :, None], axis=1)
         iou = pairwise_iou(chosen, boxes)[:, 0]  # (B * C, k)
-        waiting = waiting & (ranks != ops.cast(rank, "int32"))
+        waiting = waiting & ops.not_equal(ranks, ops.cast(rank, "int32"))
         near = waiting & (iou > iou_threshold)
         confidence = ops.where(near, confidence * (1.0 - iou), confidence)
         return confidence, waiting & (confidence > confidence_threshold)
@@ -150,7 +174,14 @@ def _softened(boxes, confidence, confidence_threshold, iou_threshold):
     return ops.reshape(confidence, (-1, num_classes, k))
 
 
-def _survivors(boxes, candidates, iou_threshold, overlap=pairwise_iou):
+def _drop_neighbors(boxes, confidence_threshold, iou_threshold, suppression, confidence):
+    """NMS: the confidence of suppressed boxes is 0."""
+    overlap = pairwise_diou if suppression == "diou" else pairwise_iou
+    alive = _survivors(boxes, confidence > confidence_threshold, iou_threshold, overlap)
+    return ops.where(alive, confidence, 0.0)
+
+
+def _survivors(boxes, candidates, iou_threshold, overlap):
     """Greedy NMS in a few large steps: many small ones are slow on accelerators and other runtimes.
 
     Repeats "a candidate survives if no survivor suppresses it" until nothing changes. After n
@@ -159,7 +190,7 @@ def _survivors(boxes, candidates, iou_threshold, overlap=pairwise_iou):
     """
     num_classes, k = candidates.shape[1:]
     # LiteRT slices only tensors with few axes, so images and classes share one.
-    boxes = ops.reshape(boxes, (-1, k, boxes.shape[-1]))
+    boxes = ops.reshape(boxes, (-1, k, 4))
     candidates = ops.reshape(candidates, (-1, k))
     ranks = chosen = ops.arange(k, dtype="int32")
     on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -203,8 +234,15 @@ def _drop_other_ranks(boxes, candidates):
 # === The detections of one image, with NumPy ===
 
 
-def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np.ndarray:
-    """Applies greedy NMS to each class of the detections of one image.
+def suppress_boxes(
+    boxes,
+    confidence,
+    labels,
+    iou_threshold: float = 0.45,
+    suppression: str = "greedy",
+    class_agnostic: bool = False,
+) -> np.ndarray:
+    """Applies NMS to each class of the detections of one image.
 
     Args:
         boxes: `"xyxy"` boxes of shape `(n, 4)`.
@@ -212,25 +250,83 @@ def suppress_boxes(boxes, confidence, labels, iou_threshold: float = 0.45) -> np
         labels: int array of shape `(n,)`; rows with label -1 are padding and never kept.
         iou_threshold: a box is dropped if its IoU with a more confident box of its class
             exceeds this.
+        suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`. `"soft"` keeps all boxes that
+            `lower_confidence` leaves above 0.
+        class_agnostic: whether boxes of different classes suppress each other.
 
     Returns:
         Indices of the kept rows, by falling confidence.
+
+    Raises:
+        ValueError: if the numbers of rows differ, or `suppression` is unknown.
 
     Example:
         >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
         array([1])
     """
+    if check_suppression(suppression) == "soft":
+        confidence = lower_confidence(boxes, confidence, labels, iou_threshold, class_agnostic)
+        order = np.argsort(-confidence, kind="stable")
+        return order[confidence[order] > 0]
     boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    overlap = pairwise_diou if suppression == "diou" else pairwise_iou
+    groups = np.minimum(labels, 0) if class_agnostic else labels
     kept = []
-    for label in np.unique(labels[labels >= 0]):
-        rows = np.flatnonzero(labels == label)
+    for group in np.unique(groups[groups >= 0]):
+        rows = np.flatnonzero(groups == group)
         rows = rows[np.argsort(-confidence[rows], kind="stable")]
         while len(rows):
             kept.append(rows[0])
-            iou = pairwise_iou(boxes[rows[:1]], boxes[rows[1:]])[0]
-            rows = rows[1:][iou <= iou_threshold]
+            overlaps = overlap(boxes[rows[:1]], boxes[rows[1:]])[0]
+            rows = rows[1:][overlaps <= iou_threshold]
     kept = np.array(kept, int)
     return kept[np.argsort(-confidence[kept], kind="stable")]
+
+
+def lower_confidence(
+    boxes,
+    confidence,
+    labels,
+    iou_threshold: float = 0.45,
+    class_agnostic: bool = False,
+    passes=None,
+) -> np.ndarray:
+    """Applies soft NMS with the linear weight to the detections of one image.
+
+    The most confident box multiplies the confidence of each other box of its class whose IoU
+    exceeds `iou_threshold` by 1 - IoU; then the most confident one of the others, and so on.
+
+    Args:
+        boxes: `"xyxy"` boxes of shape `(n, 4)`.
+        confidence: array of shape `(n,)`.
+        labels: int array of shape `(n,)`; rows with label -1 are padding.
+        iou_threshold: lowest IoU, exclusive, of boxes that count as neighbors.
+        class_agnostic: whether boxes of different classes are neighbors.
+        passes: optional int array of shape `(n,)`: boxes of the same pass do not lower each other,
+            because a decoder has done this.
+
+    Returns:
+        float64 confidence of shape `(n,)`; 0 for padding.
+
+    Example:
+        >>> lower_confidence([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
+        array([0.08, 0.9 ])
+
+    Source: Bodla et al., "Soft-NMS", arXiv 1704.04503, section 3, equation for `s_i`.
+    """
+    boxes, confidence, labels = _as_arrays(boxes, confidence, labels)
+    groups = np.minimum(labels, 0) if class_agnostic else labels
+    passes = np.arange(len(labels)) if passes is None else np.asarray(passes)
+    confidence = np.where(labels >= 0, confidence, 0.0)
+    waiting = confidence > 0
+    while waiting.any():
+        best = np.argmax(np.where(waiting, confidence, -1.0))
+        waiting[best] = False
+        others = waiting & (groups == groups[best]) & (passes != passes[best])
+        iou = pairwise_iou(boxes[best : best + 1], boxes[others])[0]
+        confidence[others] *= np.where(iou > iou_threshold, 1.0 - iou, 1.0)
+        waiting &= confidence > 0
+    return confidence
 
 
 def vote_boxes(

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
-from keras_resnest.boxes.suppression import SUPPRESSIONS, suppress_batch
+from keras_resnest.boxes.suppression import check_suppression, suppress_batch
 from keras_resnest.checks import check_fractions
 from keras_resnest.configurable import Configurable
 
@@ -34,8 +34,8 @@ class DetectionDecoder(Configurable):
         suppression: `"greedy"` NMS; `"diou"`, which subtracts from the IoU the distance of the
             centers, so that crowded objects survive; or `"soft"`, which multiplies the confidence
             of a box by 1 - IoU instead of dropping it.
-        class_agnostic: whether boxes of different classes suppress each other, so that an object
-            is found as one class only.
+        class_agnostic: whether each box keeps only its best class, and all classes count as one,
+            so that an object is found once.
         alpha: exponent, 0 to 1, of the class probability p where the network predicts the IoU of
             its boxes: the confidence is `p**alpha * iou**(1 - alpha)`.
 
@@ -78,10 +78,6 @@ class DetectionDecoder(Configurable):
         for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
             if int(value) != value or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
-        if suppression not in SUPPRESSIONS:
-            raise ValueError(
-                f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
-            )
         self.objectness_threshold = float(objectness_threshold)
         self.confidence_threshold = float(confidence_threshold)
         self.iou_threshold = float(iou_threshold)
@@ -91,7 +87,7 @@ class DetectionDecoder(Configurable):
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
         self.variances = tuple(variances)
-        self.suppression = suppression
+        self.suppression = check_suppression(suppression)
         self.class_agnostic = bool(class_agnostic)
         self.alpha = float(alpha)
 
@@ -143,10 +139,13 @@ class DetectionDecoder(Configurable):
         if self.two_step_regression:
             anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)  # (B, A, 4)
         boxes = decode_boxes(raw["odm_boxes"], anchors, self.variances)
-        confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
         if "odm_iou" in raw:
-            iou = ops.sigmoid(raw["odm_iou"])  # (B, A, 1)
-            confidence = confidence**self.alpha * iou ** (1.0 - self.alpha)
+            # The sum of logarithms, unlike a product of powers, is fast, and never 0 ** 0.
+            log_iou = ops.log_sigmoid(raw["odm_iou"])  # (B, A, 1)
+            log_p = ops.log_softmax(raw["odm_logits"], axis=-1)[..., 1:]
+            confidence = ops.exp(self.alpha * log_p + (1.0 - self.alpha) * log_iou)
+        else:
+            confidence = ops.softmax(raw["odm_logits"], axis=-1)[..., 1:]
         if self.negative_anchor_filtering:
             objectness = ops.softmax(raw["arm_objectness"], axis=-1)[..., 1:]
             confidence = ops.where(objectness > self.objectness_threshold, confidence, 0.0)

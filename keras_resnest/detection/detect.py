@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
-from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import lower_confidence, suppress_boxes, vote_boxes
 from keras_resnest.checks import check_fractions, check_image_shape, check_images, value_errors
 from keras_resnest.configurable import Configurable
 from keras_resnest.detection.decoding import PADDING
@@ -175,10 +175,10 @@ class MultiScaleDetector(Configurable):
     """Detects at several image sizes and in the mirror image, and merges the detections.
 
     The network sees the image once per size, and once more mirrored. The detections of all passes
-    go through non-maximum suppression, class by class, and each remaining box moves to the
-    confidence-weighted mean of all boxes that agree with it (box voting). This detects small and
-    large objects better, at the cost of one prediction per pass. It is RefineDet320+ and
-    RefineDet512+ of the paper.
+    go through non-maximum suppression, of the kind that the model's decoder has, and each remaining
+    box moves to the confidence-weighted mean of all boxes that agree with it (box voting). This
+    detects small and large objects better, at the cost of one prediction per pass. It is
+    RefineDet320+ and RefineDet512+ of the paper.
 
     `evaluate_detections` and `collect_detections` accept it as a model.
 
@@ -315,8 +315,19 @@ class MultiScaleDetector(Configurable):
 
     def _merge(self, passes) -> dict:
         rows = {name: np.concatenate([p[name] for p in passes]) for name in passes[0]}
-        kept = suppress_boxes(**rows, iou_threshold=self.iou_threshold)[: self.max_detections]
+        decoder = self.model.decoder
+        options = {"iou_threshold": self.iou_threshold, "class_agnostic": decoder.class_agnostic}
+        confidence = rows["confidence"]
+        if decoder.suppression == "soft":
+            number = np.repeat(np.arange(len(passes)), [len(p["labels"]) for p in passes])
+            confidence = lower_confidence(**rows, **options, passes=number)
+            kept = np.argsort(-confidence, kind="stable")
+            kept = kept[confidence[kept] > decoder.confidence_threshold]
+        else:
+            kept = suppress_boxes(**rows, **options, suppression=decoder.suppression)
+        kept = kept[: self.max_detections]
         merged = {name: values[kept] for name, values in rows.items()}
+        merged["confidence"] = confidence[kept].astype("float32")
         if self.voting_iou is not None:
             merged["boxes"] = vote_boxes(
                 merged["boxes"], merged["labels"], **rows, voting_iou=self.voting_iou

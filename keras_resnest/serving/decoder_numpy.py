@@ -20,7 +20,9 @@ BOX_FORMATS = (
 )
 Y_FIRST = ("yxyx", "center_yxhw", "rel_yxyx")
 
+EPSILON = 1e-7  # smallest squared diagonal that divides
 PADDING = -1  # fills the rows beyond `num_detections`
+SUPPRESSIONS = ("greedy", "diou", "soft")
 NMS_BLOCK = 128  # boxes compared at once, which bounds the memory for any `pre_nms_top_k`
 
 # Part of "decoder" in a JSON file; at the top level in earlier exports.
@@ -54,6 +56,11 @@ class NumpyDetectionDecoder:
         negative_anchor_filtering: whether to discard anchors of low objectness. If False,
             `"arm_objectness"` is not required.
         class_names: names of the labels, or None; the logits must match their number.
+        suppression: `"greedy"`; `"diou"`, which subtracts from the IoU the distance of the centers;
+            or `"soft"`, which multiplies the confidence of a box by 1 - IoU instead of dropping it.
+        class_agnostic: whether each box keeps only its best class, and all classes count as one.
+        alpha: exponent, 0 to 1, of the class probability p where there is an output `"odm_iou"`:
+            the confidence is `p**alpha * iou**(1 - alpha)`.
 
     Raises:
         ValueError: if an argument is out of range or has a wrong shape.
@@ -83,11 +90,18 @@ class NumpyDetectionDecoder:
         two_step_regression=True,
         negative_anchor_filtering=True,
         class_names=None,
+        suppression="greedy",
+        class_agnostic=False,
+        alpha=0.5,
     ):
         if np.shape(variances) != (2,):
             raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
         if class_names is not None and not isinstance(class_names, (list, tuple)):
             raise ValueError(f"`class_names` must be a list or None. Received: {class_names!r}")
+        if suppression not in SUPPRESSIONS:
+            raise ValueError(
+                f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
+            )
         self.anchors = _check_anchors(anchors)
         self.image_shape = _check_image_shape(image_shape)
         self.bounding_box_format = _check_box_format(bounding_box_format)
@@ -101,6 +115,9 @@ class NumpyDetectionDecoder:
         self.two_step_regression = bool(two_step_regression)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.suppression = suppression
+        self.class_agnostic = bool(class_agnostic)
+        self.alpha = _check_fraction("alpha", alpha)
 
     @classmethod
     def from_files(cls, path):
@@ -125,7 +142,7 @@ class NumpyDetectionDecoder:
         missing = [key for key in required if key not in {**metadata, **settings}]
         if missing:
             raise ValueError(f"{path} must have the keys {', '.join(required)}. Missing: {missing}")
-        for name in ("clip_to_image", *SWITCHES):
+        for name in ("clip_to_image", "class_agnostic", *SWITCHES):
             if not isinstance(settings.get(name, True), bool):
                 raise ValueError(
                     f'"{name}" in {path} must be true or false. Received: {settings[name]!r}'
@@ -145,7 +162,8 @@ class NumpyDetectionDecoder:
         Args:
             raw_outputs: outputs of the network, a dictionary of arrays of any float type:
                 `"arm_boxes"` (batch, anchors, 4), `"arm_objectness"` (batch, anchors, 2),
-                `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1).
+                `"odm_boxes"` (batch, anchors, 4), `"odm_logits"` (batch, anchors, classes + 1),
+                and `"odm_iou"` (batch, anchors, 1) if the network has it.
 
         Returns:
             The same as `RefineDet.predict`, a dictionary of arrays: `"boxes"` (batch,
@@ -204,19 +222,24 @@ class NumpyDetectionDecoder:
     def _decode_image(self, raw):
         """Decodes one image; boxes (n, 4), confidence (n,) and labels (n,) have no padding."""
         boxes, confidence = self._candidates(raw)  # (candidates, 4), (classes, candidates)
-        kept = []
+        classes = None
+        if self.class_agnostic:
+            classes = confidence.argmax(axis=0).astype(np.int32)
+            confidence = confidence.max(axis=0, keepdims=True)
+        found = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
-        for scores in confidence:
+        for label, values in enumerate(confidence):
             # Only boxes above the last of `max_detections` others can remain.
             floor = best[0] if len(best) == self.max_detections else self.confidence_threshold
-            rows = self._most_confident(scores, floor)
+            rows = self._most_confident(values, floor)
+            values = values[rows]
             if len(rows):
-                rows = rows[_suppress(boxes[rows], self.iou_threshold, self.max_detections)]
-                best = np.sort(np.concatenate([best, scores[rows]]))[-self.max_detections :]
-            kept.append(rows)
-        labels = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows) for rows in kept])
-        rows = np.concatenate(kept)
-        confidence = confidence[labels, rows]
+                kept, values = self._suppress(boxes[rows], values, floor)
+                rows = rows[kept]
+                best = np.sort(np.concatenate([best, values]))[-self.max_detections :]
+            labels = np.full(len(rows), label, np.int32) if classes is None else classes[rows]
+            found.append((rows, values, labels))
+        rows, confidence, labels = (np.concatenate([f[i] for f in found]) for i in range(3))
         order = np.argsort(-confidence, kind="stable")[: self.max_detections]
         return {
             "boxes": self._format(boxes[rows[order]]),
@@ -235,7 +258,12 @@ class NumpyDetectionDecoder:
         if self.two_step_regression:
             anchors = _decode_boxes(raw["arm_boxes"], anchors, self.variances)
         boxes = _decode_boxes(raw["odm_boxes"], anchors, self.variances)
-        confidence = _softmax(raw["odm_logits"])[:, 1:]
+        if "odm_iou" in raw:
+            log_iou = -np.logaddexp(np.float32(0.0), -raw["odm_iou"])
+            log_p = _log_softmax(raw["odm_logits"])[:, 1:]
+            confidence = np.exp(self.alpha * log_p + (1.0 - self.alpha) * log_iou)
+        else:
+            confidence = _softmax(raw["odm_logits"])[:, 1:]
         finite = np.isfinite(boxes).all(axis=1)
         if not finite.all():  # a copy takes time
             boxes, confidence = boxes[finite], confidence[finite]
@@ -249,6 +277,15 @@ class NumpyDetectionDecoder:
             lowest = np.partition(confidence[rows], len(rows) - k)[len(rows) - k]
             rows = rows[confidence[rows] >= lowest]
         return rows[np.argsort(-confidence[rows], kind="stable")[:k]]
+
+    def _suppress(self, boxes, confidence, floor):
+        """Returns the indices of boxes that remain, most confident first, and their confidence."""
+        limits = self.iou_threshold, self.max_detections
+        if self.suppression == "soft":
+            return _soften(boxes, confidence, floor, *limits)
+        overlap = _pairwise_diou if self.suppression == "diou" else _pairwise_iou
+        kept = _suppress(boxes, *limits, overlap)
+        return kept, confidence[kept]
 
     def _format(self, boxes):
         """Clips `"xyxy"` boxes (n, 4) and converts them to `bounding_box_format`."""
@@ -281,11 +318,13 @@ class NumpyDetectionDecoder:
                 f"`raw_outputs` must be a dictionary with the keys {', '.join(channels)}. Missing: "
                 f"{missing}. Received: {list(raw_outputs) if is_mapping else type(raw_outputs)}"
             )
+        if "odm_iou" in raw_outputs:
+            channels["odm_iou"] = 1
         raw = {name: np.asarray(raw_outputs[name]) for name in channels}
         start = (*raw["odm_boxes"].shape[:1], len(self.anchors))
         for name, value in raw.items():
             width = value.shape[-1] if value.ndim == 3 else 0
-            if value.shape[:-1] != start or width < 2 or width != (channels[name] or width):
+            if value.shape[:-1] != start or width != (channels[name] or max(width, 2)):
                 raise ValueError(
                     f"`{name}` must have shape (batch, {len(self.anchors)}, "
                     f"{channels[name] or 'classes + 1'}), with the batch size of `odm_boxes`. "
@@ -309,6 +348,11 @@ def _softmax(x):
     return x / x.sum(axis=-1, keepdims=True)
 
 
+def _log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 def _decode_boxes(offsets, anchors, variances):
     """Applies offsets dx, dy, dw, dh (n, 4) to `"xyxy"` anchors (n, 4)."""
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2.0
@@ -316,22 +360,6 @@ def _decode_boxes(offsets, anchors, variances):
     centers = centers + offsets[:, :2] * variances[0] * sizes
     half = sizes * np.exp(np.minimum(offsets[:, 2:] * variances[1], MAX_LOG_SIZE_RATIO)) / 2.0
     return np.concatenate([centers - half, centers + half], axis=1)
-
-
-def _suppress(boxes, iou_threshold, limit):
-    """Returns the indices of the first `limit` boxes that overlap no earlier kept box."""
-    kept = np.zeros(0, int)
-    for start in range(0, len(boxes), NMS_BLOCK):
-        block = boxes[start : start + NMS_BLOCK]
-        alive = ~(_pairwise_iou(boxes[kept], block) > iou_threshold).any(axis=0)
-        separate = ~(_pairwise_iou(block, block) > iou_threshold)
-        for i in range(len(block)):
-            if alive[i]:
-                alive[i + 1 :] &= separate[i, i + 1 :]
-        kept = np.concatenate([kept, start + np.flatnonzero(alive)])
-        if len(kept) >= limit:
-            break
-    return kept[:limit]
 
 
 def _pairwise_iou(boxes1, boxes2):
@@ -345,6 +373,45 @@ def _pairwise_iou(boxes1, boxes2):
     area2 = np.maximum(right2 - left2, 0.0) * np.maximum(bottom2 - top2, 0.0)
     union = area1 + area2 - intersection
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0.0)
+
+
+def _pairwise_diou(boxes1, boxes2):
+    """IoU minus the squared distance of the centers, relative to the enclosing diagonal."""
+    distance = diagonal = 0.0
+    for low, high in ((0, 2), (1, 3)):
+        low1, high1 = boxes1[:, low, None], boxes1[:, high, None]
+        low2, high2 = boxes2[:, low], boxes2[:, high]
+        distance = distance + ((low1 + high1 - low2 - high2) / 2.0) ** 2
+        diagonal = diagonal + (np.maximum(high1, high2) - np.minimum(low1, low2)) ** 2
+    return _pairwise_iou(boxes1, boxes2) - distance / np.maximum(diagonal, EPSILON)
+
+
+def _suppress(boxes, iou_threshold, limit, overlap=_pairwise_iou):
+    """Returns the indices of the first `limit` boxes that overlap no earlier kept box."""
+    kept = np.zeros(0, int)
+    for start in range(0, len(boxes), NMS_BLOCK):
+        block = boxes[start : start + NMS_BLOCK]
+        alive = ~(overlap(boxes[kept], block) > iou_threshold).any(axis=0)
+        separate = ~(overlap(block, block) > iou_threshold)
+        for i in range(len(block)):
+            if alive[i]:
+                alive[i + 1 :] &= separate[i, i + 1 :]
+        kept = np.concatenate([kept, start + np.flatnonzero(alive)])
+        if len(kept) >= limit:
+            break
+    return kept[:limit]
+
+
+def _soften(boxes, confidence, floor, iou_threshold, limit):
+    """Soft NMS: returns the indices of at most `limit` boxes and their lowered confidence."""
+    waiting, kept, final = confidence.copy(), [], []
+    while len(waiting) and waiting.max() > floor and len(kept) < limit:
+        kept.append(int(waiting.argmax()))
+        final.append(waiting[kept[-1]])
+        iou = _pairwise_iou(boxes[kept[-1:]], boxes)[0]
+        waiting *= np.where(iou > iou_threshold, 1.0 - iou, np.float32(1.0))
+        waiting[kept[-1]] = -1.0
+    return np.array(kept, int), np.array(final, np.float32)
 
 
 # === Arguments and files ===
