@@ -193,3 +193,29 @@ def average_precision(ground_truth, detections, label, threshold=0.5, interpolat
         wanted = [[p for tp, p in points if tp >= k] for k in range(1, num_found + 1)]
         area = sum(max(precisions) for precisions in wanted) / num_objects
     return area, num_found, len(hits) - num_found
+
+
+def bilinear(feature_map, x, y):
+    """Value of a map (height, width, channels) at a point; pixel (0, 0) has its center at 0.5.
+
+    Outside of the map everything is zero.
+    """
+    height, width, _ = feature_map.shape
+    rows = np.maximum(0, 1 - np.abs(y - np.arange(height) - 0.5))
+    columns = np.maximum(0, 1 - np.abs(x - np.arange(width) - 0.5))
+    return np.einsum("i,j,ijc->c", rows, columns, feature_map)
+
+
+def aligned_convolution(features, boxes, kernel, bias, num_anchors):
+    """RefineDet++: every box (batch, cells * num_anchors, 4) reads 3x3 points inside it."""
+    kernels = np.reshape(kernel, (3, 3, -1, num_anchors, kernel.shape[-1] // num_anchors))
+    outputs = np.tile(np.reshape(bias, (num_anchors, -1)), (1, boxes.shape[1] // num_anchors, 1))
+    outputs = np.repeat(outputs, len(boxes), axis=0).astype("float64")
+    for image, row in np.ndindex(boxes.shape[:2]):
+        left, top, right, bottom = boxes[image, row]
+        for j, i in np.ndindex(3, 3):
+            x = left + (right - left) * (2 * i + 1) / 6
+            y = top + (bottom - top) * (2 * j + 1) / 6
+            value = bilinear(features[image], x, y)
+            outputs[image, row] += value @ kernels[j, i, :, row % num_anchors]
+    return outputs

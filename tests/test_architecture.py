@@ -146,6 +146,7 @@ def test_config_equals_arguments_equals_attributes(name):
 
 # An instance of every public class of `kr.layers`, and of every network.
 LAYERS = [
+    kr.layers.AlignedConvolution(3, 4, use_bias=False, kernel_initializer="zeros"),
     kr.layers.BatchNormalization(momentum=0.8, epsilon=1e-4),
     kr.layers.ChannelShuffle(4),
     kr.layers.DepthwiseConv2D(5, strides=2, padding="same", data_format="channels_first"),

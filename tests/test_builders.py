@@ -7,13 +7,13 @@ import pytest
 
 from keras_resnest.detection import builders
 from keras_resnest.detection.heads import RefineDetHeads
-from keras_resnest.layers import L2Normalization, TransferConnectionBlock
+from keras_resnest.layers import AlignedConvolution, L2Normalization, TransferConnectionBlock
 
-DEEP = ("101",)  # minutes on two busy cores
-NAMES = [  # those for 512 pixels are the same networks
+DEEP = ("101", "plus_plus512_vgg16")  # minutes on two busy cores
+NAMES = [  # the others for 512 pixels are the same networks
     pytest.param(n, marks=pytest.mark.slow) if any(d in n for d in DEEP) else n
     for n in sorted(builders.BUILDERS)
-    if "512" not in n
+    if "512" not in n or "plus_plus" in n
 ]
 
 
@@ -25,8 +25,11 @@ def test_every_builder_has_the_size_of_its_name():
         build = inspect.signature(getattr(builders, name))
         assert build.parameters["image_shape"].default == (side, side, 3)
         if side == 512:
-            twin = builders.BUILDERS[name.replace("512", "320")]
-            assert builders.BUILDERS[name] == (twin[0], 512, twin[2])
+            backbone, _, heads = builders.BUILDERS[
+                name.replace("_plus_plus", "").replace("512", "320")
+            ]
+            aligned = {"use_alignment": True} if "plus_plus" in name else {}
+            assert builders.BUILDERS[name] == (backbone, 512, {**heads, **aligned})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,6 +40,8 @@ def test_builds_and_predicts_on_a_small_image(name):
     assert np.isfinite(found["boxes"]).all()
     assert model(np.zeros((1, 64, 64, 3), "float32"))["odm_logits"].shape == (1, 3 * 85, 5)
     _check_parts(model, is_resnet="resnet" in name)
+    aligned = [type(c) is AlignedConvolution for c in model.get_layer("odm").box_convolutions]
+    assert aligned == ["plus_plus" in name] * 4
 
 
 def _check_parts(model, is_resnet: bool):

@@ -48,17 +48,20 @@ def numpy(x):
 
 def check_layer(layer, x, path):
     """Returns the output, once everything that Keras derives from it agrees."""
-    symbolic = type(layer).from_config(layer.get_config())(
-        keras.Input(x.shape[1:], dtype=x.dtype.name)
-    )
+
+    def inputs_like(x):
+        return keras.tree.map_structure(lambda v: keras.Input(v.shape[1:], dtype=v.dtype.name), x)
+
+    symbolic = type(layer).from_config(layer.get_config())(inputs_like(x))
     outputs = layer(x)
-    assert outputs.shape == layer.compute_output_shape(x.shape)
+    shapes = [v.shape for v in x] if isinstance(x, list) else x.shape
+    assert outputs.shape == layer.compute_output_shape(shapes)
     assert (None, *outputs.shape[1:]) == symbolic.shape
     dtypes = {keras.backend.standardize_dtype(y.dtype) for y in (outputs, symbolic)}
     assert dtypes == {layer.compute_dtype}
     assert {w.dtype for w in layer.weights} <= {layer.variable_dtype}
 
-    inputs = keras.Input(x.shape[1:], dtype=x.dtype.name)
+    inputs = inputs_like(x)
     model = keras.Model(inputs, layer(inputs))
     model.save(path)
     again = keras.saving.load_model(path)
@@ -84,7 +87,8 @@ def check_layer(layer, x, path):
 
 
 def test_every_public_layer_is_checked():
-    assert set(LAYERS) == {getattr(kr.layers, name).__name__ for name in kr.layers.__all__}
+    public = {getattr(kr.layers, name).__name__ for name in kr.layers.__all__}
+    assert {*LAYERS, "AlignedConvolution"} == public
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -102,6 +106,22 @@ def test_layer(name, dtype, tmp_path):
     want = as_format(found["channels_last"], "channels_first")
     scale = np.abs(want).max()
     np.testing.assert_allclose(found["channels_first"], want, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_aligned_convolution(dtype, tmp_path):
+    """Channels last only; its boxes are float32 in half precision too."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 100, 4, 8)), rng.uniform(0, 100, (1, 100 * 4 * 2, 4))
+    weights, found = [rng.normal(size=(3, 3, 8, 2 * 3)), rng.normal(size=2 * 3)], {}
+    for policy in ("float64", dtype):
+        layer = kr.layers.AlignedConvolution(2, 3, dtype=policy)
+        layer.build([v.shape for v in x])
+        layer.set_weights(weights)
+        given = [v.astype("f8" if policy == "float64" else "f4") for v in x]
+        found[policy] = check_layer(layer, given, tmp_path / "layer.keras")
+    want = found["float64"]
+    np.testing.assert_allclose(found[dtype], want, atol=TOLERANCE[dtype] / 5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -38,5 +38,5 @@ def run(arguments) -> int:
     if kind == "networks":
         print(ModelTable(found.values()))
     else:
-        print("\n".join(f"{name:24} {row}" for name, row in found.items()))
+        print("\n".join(f"{name:32} {row}" for name, row in found.items()))
     return 0

@@ -6,7 +6,7 @@ import numpy as np
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.checks import check_class_names
 from keras_resnest.detection.decoding import DetectionDecoder
-from keras_resnest.detection.heads import STRIDES
+from keras_resnest.detection.heads import STRIDES, RefineDetHeads
 from keras_resnest.detection.loss import RefineDetLoss
 
 
@@ -56,3 +56,11 @@ def check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder)
                 f"`detection_loss` and `decoder` must have the same `{name}`. "
                 f"Received: {trained} and {decoded}"
             )
+
+
+def check_alignment(heads: RefineDetHeads, detection_loss: RefineDetLoss) -> None:
+    if heads.use_alignment and not detection_loss.two_step_regression:
+        raise ValueError(
+            "`heads` with use_alignment=True read refined anchors, which the loss and the decoder "
+            "must then move on. Received: two_step_regression=False"
+        )

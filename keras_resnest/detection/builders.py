@@ -32,6 +32,8 @@ BUILDERS = {
     "refinedet512_resnest50": ("resnest50", 512, {}),
     "refinedet320_resnest101": ("resnest101", 320, {}),
     "refinedet512_resnest101": ("resnest101", 512, {}),
+    "refinedet_plus_plus512_vgg16": ("vgg16_reduced", 512, {"use_alignment": True}),
+    "refinedet_plus_plus512_resnest50": ("resnest50", 512, {"use_alignment": True}),
     "refinedet_tiny": ("resnest14_tiny", 320, {"filters": 64, "use_batch_norm": True}),
 }
 
@@ -94,4 +96,6 @@ refinedet320_resnest50 = _builder("refinedet320_resnest50")
 refinedet512_resnest50 = _builder("refinedet512_resnest50")
 refinedet320_resnest101 = _builder("refinedet320_resnest101")
 refinedet512_resnest101 = _builder("refinedet512_resnest101")
+refinedet_plus_plus512_vgg16 = _builder("refinedet_plus_plus512_vgg16")
+refinedet_plus_plus512_resnest50 = _builder("refinedet_plus_plus512_resnest50")
 refinedet_tiny = _builder("refinedet_tiny")

@@ -28,6 +28,7 @@ from keras_resnest.checks import (
     value_errors,
 )
 from keras_resnest.detection.arguments import (
+    check_alignment,
     check_anchor_generator,
     check_channels_last,
     check_classes,
@@ -125,13 +126,15 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         detection_loss = check_part("detection_loss", detection_loss, RefineDetLoss)
         decoder = check_part("decoder", decoder, DetectionDecoder)
         check_same_offsets(detection_loss, decoder)
+        check_alignment(heads, detection_loss)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         backbone = _backbone(backbone, dtype)
 
         # === Functional model ===
         images = keras.Input(image_shape, name="images")
         features = _pyramid(backbone)(images)
-        outputs = heads(features, anchor_generator.num_anchors_per_cell, num_classes, policy)
+        variances = detection_loss.variances
+        outputs = heads(features, anchor_generator, num_classes, variances, policy)
         super().__init__(inputs=images, outputs=outputs, name=name)
         # Training may change the size from batch to batch.
         self.input_spec = [layers.InputSpec(shape=(None, None, None, 3))]

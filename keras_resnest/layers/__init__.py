@@ -1,5 +1,6 @@
 """Layers of ResNeSt, RefineDet and the other networks of this package."""
 
+from keras_resnest.layers.aligned_convolution import AlignedConvolution
 from keras_resnest.layers.channel_attention import SelectiveKernel, SqueezeExcitation
 from keras_resnest.layers.channel_shuffle import ChannelShuffle
 from keras_resnest.layers.convolution import DepthwiseConv2D, GroupedConv2D
@@ -11,6 +12,7 @@ from keras_resnest.layers.transfer_connection import TCB, TransferConnectionBloc
 
 __all__ = [
     "TCB",
+    "AlignedConvolution",
     "BatchNormalization",
     "ChannelShuffle",
     "DepthwiseConv2D",
