@@ -1,16 +1,19 @@
 """Measures the accuracy of training on BCCD from random weights, and compares with YOLOv8n.
 
-DATA is the blood cell dataset (github.com/Shenggan/BCCD_Dataset) in Pascal VOC layout. Anchors are
-fitted only to the training split; the test split is evaluated once, after training.
+DATA is the blood cell dataset (github.com/Shenggan/BCCD_Dataset) in Pascal VOC layout, or `shapes`,
+the synthetic images of examples/quickstart.py with their settings. Anchors are fitted only to the
+training split; the test split is evaluated once, after training.
 
     python benchmarks/bccd_accuracy.py --data bccd
     python benchmarks/bccd_accuracy.py --data bccd --model refinedet320_resnest50 --split val
     python benchmarks/bccd_accuracy.py --data bccd --ablation --seeds 1 2 3
     python benchmarks/bccd_accuracy.py --data bccd --ablation paper --seeds 1 2 3
+    python benchmarks/bccd_accuracy.py --data shapes --ablation second_stage --decomposition
 
 `--ablation` removes one part of RefineDet at a time; `--ablation paper` one after another, as in
-table 3 of the paper. CPU seconds are those of this process, from fitting the anchors to the end of
-training. A run takes minutes.
+table 3 of the paper; `--ablation second_stage` tries settings of boxes and confidence. CPU seconds
+are those of this process, from fitting the anchors to the end of training; latency is the median
+time of `predict_on_batch` with one image. A run takes minutes.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hide TensorFlow's start-up messages
 
 import keras
+import numpy as np
 
 import keras_resnest as kr
 
@@ -48,22 +52,38 @@ YOLOV8N = (
     },
 )
 
-_OFF = {
-    "negative anchor filtering": {"negative_anchor_filtering": False},
-    "two-step regression": {"two_step_regression": False},
-    "TCB": {"use_transfer_connection": False},
-}
+SHAPES = {"epochs": 12, "batch_size": 16, "learning_rate": 4e-3, "image_size": 128}  # quickstart's
+
+
+def _stages(**switches) -> dict:
+    """Switches that loss and decoder share."""
+    return {"loss": switches, "decoder": switches}
+
+
+# Arguments of heads, loss, decoder and recipe that differ from the full model, by variant.
 ABLATIONS = {
     "none": {"full": {}},
-    "single": {"full": {}, **{f"without {part}": options for part, options in _OFF.items()}},
+    "single": {
+        "full": {},
+        "without negative anchor filtering": _stages(negative_anchor_filtering=False),
+        "without two-step regression": _stages(two_step_regression=False),
+        "without TCB": {"heads": {"use_transfer_connection": False}},
+    },
     "paper": {
         "full": {},
-        "without negative anchor filtering": _OFF["negative anchor filtering"],
-        "... and two-step regression": _OFF["negative anchor filtering"]
-        | _OFF["two-step regression"],
-        "... and TCB": _OFF["negative anchor filtering"]
-        | _OFF["two-step regression"]
-        | _OFF["TCB"],
+        "without negative anchor filtering": _stages(negative_anchor_filtering=False),
+        "... and two-step regression": _stages(
+            negative_anchor_filtering=False, two_step_regression=False
+        ),
+        "... and TCB": {
+            **_stages(negative_anchor_filtering=False, two_step_regression=False),
+            "heads": {"use_transfer_connection": False},
+        },
+    },
+    "second_stage": {
+        "full": {},
+        "without two-step regression": _stages(two_step_regression=False),
+        "averaged weights": {"recipe": {"ema_momentum": 0.99}},
     },
 }
 
@@ -73,7 +93,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, metavar="FOLDER", help="BCCD in Pascal-VOC layout")
+    add("--data", required=True, metavar="FOLDER", help="BCCD in Pascal VOC layout, or shapes")
     add("--split", default="test", help="split that is measured (default: %(default)s)")
     add(
         "--model",
@@ -89,7 +109,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         default="none",
         const="single",
         choices=sorted(ABLATIONS),
-        help="single: one part off at a time; paper: one after the other (table 3)",
+        help="single: one part off at a time; paper: one after the other (table 3); "
+        "second_stage: settings of boxes and confidence",
     )
     add("--batch-size", type=int, default=8, help="default: %(default)s")
     add("--learning-rate", type=float, default=1e-3, help="highest (default: %(default)s)")
@@ -97,15 +118,22 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--anchors", choices=("fitted", "default"), default="fitted", help="default: %(default)s")
     add("--max-images", type=int, metavar="N", help="of each split, to try the program out")
     add("--dtype", help='precision, such as "mixed_bfloat16"')
+    add("--decomposition", action="store_true", help="print the oracle table of the last run")
     add("--verbose", type=int, default=2, help="of fit (default: one line per epoch)")
     add("--output", type=Path, default=Path("runs/bccd.json"), help="default: %(default)s")
+    if parser.parse_args(arguments).data == "shapes":
+        parser.set_defaults(**SHAPES)
     return parser.parse_args(arguments)
 
 
 def read_data(arguments):
     """Training set and measured set."""
-    train = kr.data.read_voc(arguments.data, "train")
-    test = kr.data.read_voc(arguments.data, arguments.split, train.class_names)
+    if arguments.data == "shapes":
+        splits = ("train", arguments.split)
+        train, test = (kr.data.read_shapes(split, size=arguments.image_size) for split in splits)
+    else:
+        train = kr.data.read_voc(arguments.data, "train")
+        test = kr.data.read_voc(arguments.data, arguments.split, train.class_names)
     if arguments.max_images:
         train, test = (
             kr.data.DetectionDataset(d.records[: arguments.max_images], d.class_names)
@@ -121,23 +149,20 @@ def build(arguments, train, switches: dict, steps_per_epoch: int) -> kr.RefineDe
     if arguments.anchors == "fitted":
         generator = kr.detection.fit_anchors(train, shape)
     row = kr.builders.BUILDERS[arguments.model][2]  # random weights need batch normalization
-    heads = {name: value for name, value in switches.items() if name.startswith("use_")}
-    stages = {name: value for name, value in switches.items() if name not in heads}
+    options = {part: switches.get(part, {}) for part in ("heads", "loss", "decoder", "recipe")}
     model = getattr(kr.builders, arguments.model)(
         num_classes=len(train.class_names),
         image_shape=shape,
         class_names=train.class_names,
         anchor_generator=generator,
-        heads=kr.detection.RefineDetHeads(**{**row, "use_batch_norm": True, **heads}),
-        detection_loss=kr.detection.RefineDetLoss(**stages),
-        decoder=kr.detection.DetectionDecoder(**stages),
+        heads=kr.detection.RefineDetHeads(**{**row, "use_batch_norm": True, **options["heads"]}),
+        detection_loss=kr.detection.RefineDetLoss(**options["loss"]),
+        decoder=kr.detection.DetectionDecoder(**options["decoder"]),
         dtype=arguments.dtype,
     )
-    recipe = dataclasses.replace(
-        kr.recipes.RECIPES["detector_from_scratch"],
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-    )
+    given = {"learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}
+    recipe = kr.recipes.RECIPES["detector_from_scratch"]
+    recipe = dataclasses.replace(recipe, **{**given, **options["recipe"]})
     recipe = recipe.scaled(arguments.batch_size, steps_per_epoch, arguments.epochs)
     # Rounded down, as in the trainings whose results are published.
     recipe = dataclasses.replace(recipe, warmup=max(1, recipe.duration // 20))
@@ -152,24 +177,41 @@ def most_boxes(dataset) -> int | None:
     return max(len(record.boxes) for record in dataset.records)
 
 
-def train_and_measure(arguments, train, test, switches: dict, seed: int) -> dict:
-    """One training from random weights."""
+def augmentation(data: str, shape) -> kr.data.TrainingAugmentation:
+    flip = kr.data.RandomFlip(vertical=0.5)  # neither cells nor shapes have up and down
+    if data == "shapes":  # with this many images, no other augmentation helps
+        options = {"photometric": None, "expand": None, "crop": None}
+    else:
+        options = {
+            "expand": kr.data.RandomExpand(max_ratio=1.5, probability=0.3),
+            "crop": kr.data.RandomIoUCrop(min_ious=(None, 0.5, 0.7, 0.9), scale=(0.5, 1.0)),
+        }
+    return kr.data.TrainingAugmentation(shape, flip=flip, **options)
+
+
+def latency(model: kr.RefineDet) -> float:
+    """Median milliseconds of `predict_on_batch` with one image."""
+    image = np.random.default_rng(0).uniform(0, 255, (1, *model.image_shape)).astype("float32")
+    times = []
+    for _ in range(33):
+        begin = time.perf_counter()
+        model.predict_on_batch(image)
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[3:])  # the first calls trace and warm up
+
+
+def train_and_measure(arguments, train, test, switches: dict, seed: int) -> tuple[dict, tuple]:
+    """One training from random weights: its figures, and the ground truth and detections."""
     keras.utils.set_random_seed(seed)
     start, cpu_start = time.perf_counter(), time.process_time()
     steps_per_epoch = max(1, len(train) // arguments.batch_size)
     model = build(arguments, train, switches, steps_per_epoch)
     shape = model.image_shape
-    augmentation = kr.data.TrainingAugmentation(
-        shape,
-        expand=kr.data.RandomExpand(max_ratio=1.5, probability=0.3),
-        crop=kr.data.RandomIoUCrop(min_ious=(None, 0.5, 0.7, 0.9), scale=(0.5, 1.0)),
-        flip=kr.data.RandomFlip(vertical=0.5),  # blood cells have no up and down
-    )
     batches = kr.data.training_batches(
         train,
         shape,
         arguments.batch_size,
-        augmentation,
+        augmentation(arguments.data, shape),
         seed=seed,
         max_boxes=most_boxes(train),
     )
@@ -180,41 +222,49 @@ def train_and_measure(arguments, train, test, switches: dict, seed: int) -> dict
     pair = kr.evaluation.collect_detections(model, evaluation)
     voc = kr.evaluation.voc_average_precision(*pair, model.class_names)
     coco = kr.evaluation.coco_average_precision(*pair, model.class_names)
-    return {
+    figures = {
         "seed": seed,
         "mAP50": float(voc.mAP),
+        "mAP75": float(coco.metrics["AP75"]),
         "mAP": float(coco.metrics["AP"]),
         "AP50": dict(zip(voc.class_names, voc.average_precision[0].tolist(), strict=True)),
         "cpu_seconds": round(cpu_seconds, 1),
         "wall_seconds": round(seconds, 1),
+        "latency_ms": round(latency(model), 2),
         "parameters": model.count_params(),
         "anchor_sizes": model.anchor_generator.sizes,
     }
+    return figures, pair
 
 
 def summary(variant: str, runs: list[dict]) -> dict:
-    """Means over the seeds, and the standard deviation of mAP@0.5."""
-    mean = statistics.fmean
-    return {
-        "variant": variant,
-        "mAP50": mean(r["mAP50"] for r in runs),
-        "mAP50_spread": statistics.stdev(r["mAP50"] for r in runs) if len(runs) > 1 else None,
-        "mAP": mean(r["mAP"] for r in runs),
-        "AP50": {name: mean(r["AP50"][name] for r in runs) for name in runs[0]["AP50"]},
-        "cpu_seconds": mean(r["cpu_seconds"] for r in runs),
-        "parameters": runs[0]["parameters"],
-        "runs": runs,
-    }
+    """Means over the seeds, and the standard deviations of mAP@0.5 and mAP@[.5:.95]."""
+    averaged = ("mAP50", "mAP75", "mAP", "cpu_seconds", "latency_ms")
+    row = {name: statistics.fmean(r[name] for r in runs) for name in averaged}
+    if len(runs) > 1:
+        row |= {
+            f"{name}_spread": statistics.stdev(r[name] for r in runs) for name in ("mAP50", "mAP")
+        }
+    row["AP50"] = {n: statistics.fmean(r["AP50"][n] for r in runs) for n in runs[0]["AP50"]}
+    return {"variant": variant, **row, "parameters": runs[0]["parameters"], "runs": runs}
 
 
 def table(rows, class_names) -> str:
-    head = ["", "mAP@0.5", "+-", *class_names, "mAP@[.5:.95]", "CPU s", "parameters"]
+    figures = {
+        "mAP50": "mAP@0.5",
+        "mAP50_spread": "+-",
+        "mAP75": "mAP@0.75",
+        "mAP": "mAP@[.5:.95]",
+        "mAP_spread": "+-",
+    }
+    head = ["", *class_names, *figures.values(), "CPU s", "latency ms", "parameters"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
-        numbers = [row["mAP50"], row.get("mAP50_spread"), *(row["AP50"][n] for n in class_names)]
-        cells = ["" if n is None else f"{n:.3f}" for n in (*numbers, row.get("mAP"))]
-        size = f"{row['parameters'] / 1e6:.2f} M"
-        lines.append(" | ".join([row["variant"], *cells, f"{row['cpu_seconds']:.0f}", size]))
+        values = [*(row["AP50"][n] for n in class_names), *map(row.get, figures)]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        cells.append(f"{row['cpu_seconds']:.0f}")
+        cells.append(f"{row['latency_ms']:.1f}" if "latency_ms" in row else "")
+        lines.append(" | ".join([row["variant"], *cells, f"{row['parameters'] / 1e6:.2f} M"]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -227,7 +277,8 @@ def main() -> None:
     for variant, switches in ABLATIONS[arguments.ablation].items():
         runs = []
         for seed in arguments.seeds:
-            runs.append(train_and_measure(arguments, train, test, switches, seed))
+            figures, pair = train_and_measure(arguments, train, test, switches, seed)
+            runs.append(figures)
             print(f"{variant}, seed {seed}: {json.dumps(runs[-1])}", flush=True)
             keras.backend.clear_session()
             gc.collect()
@@ -235,9 +286,11 @@ def main() -> None:
         result = {"arguments": vars(arguments), "rows": rows, "yolov8n": YOLOV8N}
         # After every variant: a run that is stopped keeps what it has.
         arguments.output.write_text(json.dumps(result, indent=2, default=str))
-    print(f"BCCD, {arguments.split} split, {len(test)} images, seeds {arguments.seeds}")
-    others = YOLOV8N if arguments.split == "test" else ()
+    print(f"{arguments.data}, {arguments.split} split, {len(test)} images, seeds {arguments.seeds}")
+    others = YOLOV8N if arguments.split == "test" and arguments.data != "shapes" else ()
     print(table([*rows, *others], train.class_names))
+    if arguments.decomposition:
+        print(kr.evaluation.oracle_decomposition(*pair, train.class_names))
     print(f"Written to {arguments.output}")
 
 

@@ -60,6 +60,10 @@ class DistributedTraining:
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
+    With an optimizer that averages the weights (`use_ema`), on every backend, the moving statistics
+    of batch normalization are averages over the same steps: those of Keras belong to the last
+    weights.
+
     Example:
         >>> class Model(DistributedTraining, keras.Model):
         ...     pass
@@ -153,9 +157,18 @@ class DistributedTraining:
 
     def make_train_function(self, force=False):
         """As in Keras, but TensorFlow traces a step twice if the first trace creates variables."""
+        self._average_statistics()
         if self.optimizer is not None and not self.optimizer.built and self.built:
             self.optimizer.build(self.trainable_variables)
         return super().make_train_function(force)
+
+    def _average_statistics(self) -> None:
+        """Batch normalization averages its statistics over the steps that the optimizer does."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        momentum = optimizer.ema_momentum if getattr(optimizer, "use_ema", False) else 0.0
+        for layer in self._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.ema_momentum = momentum
 
     @staticmethod
     def _add_worker_axis(logs):

@@ -398,3 +398,94 @@ def test_every_recipe_has_a_source():
         assert isinstance(recipe, Recipe) and recipe.name == name and recipe.source
         assert recipe.warmup and recipe.global_clipnorm  # against NaN
         hash(recipe)
+
+
+# === Averaged weights ===
+
+
+class Network(kr.training.DistributedTraining, keras.Model):
+    """One kernel whose outputs are batch normalized."""
+
+
+def averaging_network(**changes):
+    recipe = dataclasses.replace(RECIPES["detector_from_scratch"], **changes)
+    inputs = keras.Input((3,))
+    dense = keras.layers.Dense(2, use_bias=False)
+    outputs = kr.layers.BatchNormalization(momentum=0.5)(dense(inputs))
+    model = Network(inputs, keras.layers.Dense(1)(outputs))
+    model.compile(recipe.scaled(8, steps_per_epoch=1, epochs=10).optimizer(), "mse")
+    return model
+
+
+class Record(keras.callbacks.Callback):
+    """The weights after each step."""
+
+    def on_train_begin(self, logs=None):
+        self.steps = [self.model.get_weights()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps.append(self.model.get_weights())
+
+
+def average(values, momentum=0.8):
+    """m * average + (1 - m) * value, from the first value on."""
+    total = values[0]
+    for value in values[1:]:
+        total = momentum * total + (1 - momentum) * value
+    return total
+
+
+def test_fit_ends_with_averaged_weights_and_their_statistics(tmp_path):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(1.0, 1.0, (8, 3)).astype("float32"), rng.normal(size=(8, 1))
+    model = averaging_network(ema_momentum=0.8, learning_rate=0.3)
+    model.fit(x, y, batch_size=8, epochs=10, verbose=0, callbacks=[record := Record()])
+    final, last = model.get_weights(), record.steps[-1]
+    kinds = [w.name for w in model.weights]
+    assert kinds == ["kernel", "gamma", "beta", "moving_mean", "moving_variance", "kernel", "bias"]
+    for i, name in enumerate(kinds):
+        if name.startswith("moving"):
+            np.testing.assert_array_equal(final[i], last[i])
+        else:
+            np.testing.assert_allclose(final[i], average([s[i] for s in record.steps[1:]]), 1e-5)
+            assert np.abs(final[i] - last[i]).max() > 1e-3
+    # The mean of a linear layer is linear: that of the averaged kernels, each before its step.
+    kernel = average([weights[0] for weights in record.steps[:-1]])
+    np.testing.assert_allclose(final[3], (x @ kernel).mean(axis=0), rtol=1e-4)
+
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", {"Network": Network})
+    again.train_on_batch(x, y)
+    assert again.layers[2].ema_momentum == 0.8
+    again.compile("sgd", "mse")
+    again.train_on_batch(x, y)
+    assert again.layers[2].ema_momentum == 0.0
+
+
+def test_a_resumed_training_averages_the_same_weights(tmp_path):
+    def trained(epochs, *folder):
+        keras.utils.set_random_seed(0)
+        model = averaging_network(ema_momentum=0.8)
+        callbacks = [kr.callbacks.ResumeTraining(path) for path in folder]
+        if folder:  # for callbacks that follow; the checkpoint has the weights of training
+            callbacks.append(keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+        x = np.arange(24.0).reshape(8, 3) / 24
+        model.fit(x, x[:, :1], batch_size=8, epochs=epochs, verbose=0, callbacks=callbacks)
+        return model.get_weights()
+
+    expected = trained(10)
+    trained(4, tmp_path)
+    for _ in ("resumed", "finished"):
+        for got, wanted in zip(trained(10, tmp_path), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_of_the_average():
+    recipe = RECIPES["detector_from_scratch"].scaled(8, steps_per_epoch=1)
+    assert not recipe.optimizer().use_ema
+    optimizer = dataclasses.replace(recipe, ema_momentum=0.99).optimizer()
+    assert optimizer.use_ema and optimizer.ema_momentum == 0.99
+    for value in (0.0, 1.0, -1, 2):
+        with pytest.raises(ValueError, match="`ema_momentum` must be above 0"):
+            dataclasses.replace(recipe, ema_momentum=value)

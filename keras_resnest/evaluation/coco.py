@@ -79,28 +79,45 @@ def coco_average_precision(
 
     Source: Lin et al., Microsoft COCO (arXiv 1405.0312); cocodataset.org, "Evaluate".
     """
-    from pycocotools.cocoeval import COCOeval
-
     class_names = check_classes(class_names, num_classes)
-    objects, found = read_tables(ground_truth, detections, len(class_names))
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
-        evaluation = COCOeval(
-            _to_coco(objects, len(class_names)), _to_coco(found, len(class_names)), "bbox"
-        )
-        # Include images without objects: their detections are false positives.
-        evaluation.params.imgIds = list(range(objects.num_images))
-        evaluation.evaluate()
-        evaluation.accumulate()
+    evaluation = _evaluate(*read_tables(ground_truth, detections, len(class_names)), class_names)
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
-    # (IoU, recall, class, area range, max detections), -1 if undefined.
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    average_precision = np.where(precision[:, 0] < 0, np.nan, precision.mean(axis=1))
     metrics = {
         name: float("nan") if value < 0 else float(value)
         for name, value in zip(COCO_METRICS, evaluation.stats, strict=True)
     }
     thresholds = tuple(float(value) for value in evaluation.params.iouThrs.round(2))
-    return COCOAveragePrecision(class_names, thresholds, average_precision, metrics)
+    return COCOAveragePrecision(class_names, thresholds, _precision(evaluation), metrics)
+
+
+def table_average_precision(
+    objects: BoxTable, found: BoxTable, class_names: Sequence[str]
+) -> np.ndarray:
+    """The `average_precision` of `coco_average_precision` alone, in a third of its time."""
+    of_any_area = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [100]}
+    return _precision(_evaluate(objects, found, class_names, **of_any_area))
+
+
+def _evaluate(objects: BoxTable, found: BoxTable, class_names: Sequence[str], **parameters):
+    """Returns a pycocotools `COCOeval` after matching and accumulation."""
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
+        tables = (_to_coco(table, len(class_names)) for table in (objects, found))
+        evaluation = COCOeval(*tables, "bbox")
+        # Include images without objects: their detections are false positives.
+        vars(evaluation.params).update(parameters, imgIds=list(range(objects.num_images)))
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def _precision(evaluation) -> np.ndarray:
+    """AP by IoU threshold and class; nan if undefined."""
+    # (IoU, recall, class, area range, max detections), -1 if undefined.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return np.where(precision[:, 0] < 0, np.nan, precision.mean(axis=1))
 
 
 def _to_coco(table: BoxTable, num_classes: int):

@@ -187,13 +187,13 @@ def voc_average_precision(
         )
     # Class by class, by decreasing confidence; lexsort keeps the order of ties.
     found = found.take(np.lexsort((-found.confidence, found.labels)))
-    iou, best = _best_objects(objects, found, len(class_names), plus_one)
+    iou, best = best_objects(objects, found, len(class_names), plus_one)
     outcomes = [_match(iou, best, objects.difficult, threshold) for threshold in thresholds]
     return _summarize(objects, found, outcomes, class_names, thresholds, interpolation)
 
 
-def _best_objects(
-    objects: BoxTable, found: BoxTable, num_classes: int, plus_one: bool
+def best_objects(
+    objects: BoxTable, found: BoxTable, num_classes: int, plus_one: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each detection, the highest IoU with an object of its class and image, and its row.
 

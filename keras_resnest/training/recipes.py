@@ -45,6 +45,8 @@ class Recipe:
         learning_rate_rule: how the rate scales with the batch size: `"linear"` (arXiv 1706.02677,
             for SGD) or `"sqrt"` (arXiv 2205.10330, for Adam).
         global_clipnorm: largest norm of all gradients together, or None.
+        ema_momentum: share of the old average in the moving average of the weights, in (0, 1),
+            which replaces the weights at the end of `fit`; None for no average.
         label_smoothing: fraction of the label that is spread over all classes.
         mixup: parameter of mixup's beta distribution; 0 disables it.
         augmentation: name of an augmentation; for classifiers in `CLASSIFICATION_AUGMENTATIONS`.
@@ -84,6 +86,7 @@ class Recipe:
     excluded_variables: tuple[str, ...] = EXCLUDED_VARIABLES
     learning_rate_rule: str = "linear"
     global_clipnorm: float | None = None
+    ema_momentum: float | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     augmentation: str | None = None
@@ -110,6 +113,11 @@ class Recipe:
             raise ValueError(
                 "`warmup` must be between 0 and `duration`. "
                 f"Received: warmup={self.warmup}, duration={self.duration}"
+            )
+        if self.ema_momentum is not None and not 0 < self.ema_momentum < 1:
+            raise ValueError(
+                "`ema_momentum` must be above 0 and below 1, or None. "
+                f"Received: ema_momentum={self.ema_momentum!r}"
             )
         ascending = list(self.boundaries) == sorted(self.boundaries)
         if not ascending or (self.schedule == "steps") != bool(self.boundaries):
@@ -238,6 +246,8 @@ class Recipe:
             "excluded_variables": self.excluded_variables,
             "global_clipnorm": self.global_clipnorm,
         }
+        if self.ema_momentum is not None:
+            options |= {"use_ema": True, "ema_momentum": self.ema_momentum}
         if self.algorithm == "sgd":
             options |= {"momentum": self.momentum, "nesterov": self.nesterov}
             return SGDWithL2(**{**options, **kwargs})
