@@ -14,7 +14,7 @@ from keras_resnest.boxes.formats import (
     scale_boxes,
 )
 from keras_resnest.boxes.offsets import decode_boxes, encode_boxes
-from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.boxes.overlap import paired_iou, pairwise_diou, pairwise_iou
 
 
 def random_boxes(rng, *shape, size=100.0):
@@ -34,6 +34,43 @@ def test_pairwise_iou_equals_brute_force():
     tensor = pairwise_iou(ops.convert_to_tensor(a), b)
     assert ops.is_tensor(tensor)
     np.testing.assert_array_equal(ops.convert_to_numpy(tensor), got)
+
+
+def overlapping_boxes(seed, count=40):
+    corners = np.random.default_rng(seed).uniform(0, 50, (2, count, 2, 2)).astype("f4")
+    return np.sort(corners, axis=2).reshape(2, count, 4)
+
+
+def enclosing_boxes(a, b):
+    return np.concatenate([np.minimum(a[:, :2], b[:, :2]), np.maximum(a[:, 2:], b[:, 2:])], 1)
+
+
+def test_generalized_iou_by_hand():
+    """IoU minus the uncovered part of the enclosing box, arXiv 1902.09630."""
+    a, b = overlapping_boxes(0)
+    iou = np.diag(reference.iou(a, b))
+    area = (a[:, 2:] - a[:, :2]).prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    hull = enclosing_boxes(a, b)
+    hull = (hull[:, 2:] - hull[:, :2]).prod(1)
+    union = sum(area) / (1 + iou)
+    np.testing.assert_allclose(np.array(paired_iou(a, b)), iou, atol=1e-6)
+    got = np.array(paired_iou(a, b, generalized=True))
+    np.testing.assert_allclose(got, iou - (hull - union) / hull, atol=1e-6)
+    assert got.min() < 0 < got.max()
+    assert np.isclose(float(paired_iou(np.eye(4)[:1] * 0, np.eye(4)[:1] * 0)[0]), 0.0)
+
+
+def test_distance_iou_by_hand():
+    """IoU minus squared distance of the centers over squared diagonal, arXiv 1911.08287."""
+    a, b = overlapping_boxes(1)
+    hull = enclosing_boxes(a, b)
+    centers = [(x[:, :2] + x[:, 2:]) / 2 for x in (a, b)]
+    distance = ((centers[0] - centers[1]) ** 2).sum(1) / ((hull[:, 2:] - hull[:, :2]) ** 2).sum(1)
+    want = np.diag(reference.iou(a, b)) - distance
+    np.testing.assert_allclose(np.diag(pairwise_diou(a, b)), want, atol=1e-5)
+    tensors = ops.convert_to_tensor(a), ops.convert_to_tensor(b)
+    np.testing.assert_allclose(np.array(pairwise_diou(*tensors)), pairwise_diou(a, b), atol=1e-5)
+    assert pairwise_diou(a[:1] * 0, a[:1] * 0).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("convert", [np.asarray, ops.convert_to_tensor])

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import reference
 from golden.recipe import make_array
 from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import ATSSMatcher, BoxMatcher
 from keras_resnest.detection.loss import (
     RefineDetLoss,
     binary_cross_entropy,
@@ -176,3 +178,95 @@ def test_targets_carry_no_gradient():
         loss = RefineDetLoss()(outputs, boxes, ops.zeros((1, 1), "int32"), anchors)["odm_box_loss"]
     assert float(loss) > 0
     assert tape.gradient(loss, arm) is None
+
+
+def random_outputs(seed, anchors, scale=1.0, batch=2):
+    rng = np.random.default_rng(seed)
+    widths = {"arm_boxes": 4, "arm_objectness": 2, "odm_boxes": 4, "odm_logits": 4, "odm_iou": 1}
+    shapes = {name: (batch, len(anchors), width) for name, width in widths.items()}
+    return {name: rng.normal(size=s).astype("f4") * scale for name, s in shapes.items()}
+
+
+SCENE = AnchorGenerator()((64, 128))
+OBJECTS = np.array([[[10, 5, 40, 45], [60, 3, 110, 60]], [[20, 20, 60, 50], [0, 0, 0, 0]]], "f4")
+CLASSES_OF_OBJECTS = np.array([[0, 2], [1, -1]], "i4")
+
+
+def test_stages_by_hand():
+    """Matchers and box losses of their own, and the loss of the predicted IoU."""
+    outputs = random_outputs(3, SCENE)
+    loss = RefineDetLoss(
+        odm_matcher=BoxMatcher(0.6), box_loss="giou", odm_box_loss="smooth_l1", box_loss_weight=2.0
+    )
+    got = {k: float(v) for k, v in loss(outputs, OBJECTS, CLASSES_OF_OBJECTS, SCENE).items()}
+    assert len(got) == 5
+    sums = dict.fromkeys(("arm_box", "odm_box", "odm_iou"), 0.0)
+    count = {"arm": 0, "odm": 0}
+    for i in range(2):
+        refined = reference.decode(outputs["arm_boxes"][i], SCENE)
+        final = reference.decode(outputs["odm_boxes"][i], refined)
+        valid = CLASSES_OF_OBJECTS[i] >= 0
+        arm = reference.match(reference.iou(OBJECTS[i], SCENE), valid, 0.5)
+        odm = reference.match(reference.iou(OBJECTS[i], refined), valid, 0.6)
+        for a in np.flatnonzero(arm >= 0):
+            box = OBJECTS[i, arm[a]]
+            sums["arm_box"] += 2 * (1 - generalized_iou_by_hand(refined[a], box))
+            count["arm"] += 1
+        for a in np.flatnonzero(odm >= 0):
+            box = OBJECTS[i, odm[a]]
+            error = np.abs(reference.encode(box, refined[a]) - outputs["odm_boxes"][i, a])
+            sums["odm_box"] += 2 * np.where(error < 1, error**2 / 2, error - 0.5).sum()
+            p, iou = 1 / (1 + np.exp(-outputs["odm_iou"][i, a, 0])), reference.iou(final[a], box)
+            sums["odm_iou"] -= float(iou[0, 0] * np.log(p) + (1 - iou[0, 0]) * np.log(1 - p))
+            count["odm"] += 1
+    for name, value in sums.items():
+        assert got[f"{name}_loss"] == pytest.approx(value / count[name[:3]], rel=1e-4), name
+
+
+def generalized_iou_by_hand(a, b):
+    iou = reference.iou(a, b)[0, 0]
+    union = ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) / (1 + iou)
+    hull = (np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2])).prod()
+    return iou - (hull - union) / hull
+
+
+LOSSES = {
+    "smooth_l1": {},
+    "giou": {"box_loss": "giou"},
+    "atss": {"matcher": ATSSMatcher(), "odm_matcher": BoxMatcher(0.7), "smooth_l1_knee": 0.1},
+}
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes gradients with a tape")
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e3, 1e18])
+def test_finite_for_any_output(options, scale):
+    """Collapsed and gigantic refined anchors; images with and without objects."""
+    import tensorflow as tf
+
+    labels = np.array([[0, 2], [-1, -1]], "i4")
+    variables = {n: tf.Variable(v) for n, v in random_outputs(4, SCENE, scale).items()}
+    with tf.GradientTape() as tape:
+        sizes = AnchorGenerator().level_sizes((64, 128))
+        losses = RefineDetLoss(**options)(variables, OBJECTS, labels, SCENE, None, sizes)
+        total = sum(losses.values())
+    assert all(np.isfinite(float(value)) for value in losses.values()), losses
+    for name, gradient in tape.gradient(total, variables).items():
+        assert np.isfinite(gradient.numpy()).all(), name
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_loss_survives_serialization(options):
+    loss = RefineDetLoss(**options)
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(loss))
+    assert copy.get_config() == loss.get_config()
+    assert type(copy.matcher) is type(loss.matcher)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"box_loss": "l1"}, {"odm_box_loss": "l1"}, {"box_loss_weight": 0}, {"smooth_l1_knee": -1}],
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        RefineDetLoss(**arguments)

@@ -11,7 +11,7 @@ from golden_data import load_arrays, load_cases
 from keras import ops
 
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.boxes.matching import CHUNK_SIZE, BoxMatcher
+from keras_resnest.boxes.matching import CHUNK_SIZE, ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.offsets import decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import pairwise_iou
 from keras_resnest.detection.loss import assign_targets
@@ -213,3 +213,60 @@ def test_golden_shared_best_anchor():
         positives = np.flatnonzero(classes)
         expected = encode_boxes(boxes[want[positives]], anchors[positives])
         np.testing.assert_allclose(offsets[positives], np.array(expected), atol=1e-4)
+
+
+def atss_by_hand(boxes, valid, anchors, level_sizes, num_candidates):
+    """ATSS (arXiv 1912.02424, algorithm 1) of one image, as a loop over objects and levels."""
+    centers = reference.centers_and_sizes(anchors)[0]
+    best = {}  # anchor: (IoU, -object)
+    for i in np.flatnonzero(valid):
+        distance = ((centers - reference.centers_and_sizes(boxes[i])[0]) ** 2).sum(-1)
+        candidates, start = [], 0
+        for size in level_sizes:
+            level = start + np.argsort(distance[start : start + size], kind="stable")
+            candidates += level[:num_candidates].tolist()
+            start += size
+        iou = reference.iou(boxes[i], anchors[candidates])[0]
+        threshold = iou.mean() + iou.std(ddof=1)
+        for anchor, value in zip(candidates, iou, strict=True):
+            inside = (centers[anchor] > boxes[i, :2]).all() & (centers[anchor] < boxes[i, 2:]).all()
+            if value > 0 and (value == iou.max() or (inside and value >= threshold)):
+                best[anchor] = max(best.get(anchor, (0, 0)), (value, -i))
+    return [-best[a][1] if a in best else -1 for a in range(len(anchors))]
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("num_candidates", [5, 27])
+def test_atss_equals_brute_force(per_image, num_candidates):
+    """More candidates than the upper levels have anchors; padding between objects."""
+    rng = np.random.default_rng(num_candidates)
+    boxes = rng.uniform(-10, 100, (3, 6, 4)).astype("f4")
+    boxes[..., 2:] = boxes[..., :2] + rng.uniform(2, 90, (3, 6, 2))
+    valid = rng.random((3, 6)) < 0.7
+    generator = AnchorGenerator()
+    anchors, level_sizes = generator((64, 128)), generator.level_sizes((64, 128))
+    assert sum(level_sizes) == len(anchors)
+    # Without ties between distances, which are broken differently on PyTorch.
+    anchors = anchors + rng.normal(0, 1, anchors.shape).astype("f4")
+    if per_image:
+        anchors = anchors + rng.normal(0, 2, (3, *anchors.shape)).astype("f4")
+    matcher = ATSSMatcher(num_candidates)
+    got = np.array(matcher(*map(ops.convert_to_tensor, (boxes, valid, anchors)), level_sizes))
+    for i in range(3):
+        own = anchors[i] if per_image else anchors
+        want = atss_by_hand(boxes[i], valid[i], own, level_sizes, num_candidates)
+        assert got[i].tolist() == want
+    assert (got >= 0).any(axis=1).all()
+
+
+def test_atss_of_odd_boxes():
+    """No objects, objects without area, tiny ones between the centers, infinite ones."""
+    generator = AnchorGenerator()
+    anchors, sizes = generator((64, 64)), generator.level_sizes((64, 64))
+    nothing = ATSSMatcher()(ops.zeros((2, 0, 4)), ops.zeros((2, 0), "bool"), anchors, sizes)
+    assert (np.array(nothing) == -1).all()
+    odd = np.array([[[3, 3, 3, 3], [9, 9, 11, 11], [0, 0, np.inf, np.inf], [99, 99, 98, 98]]], "f4")
+    got = np.array(ATSSMatcher()(odd, np.ones((1, 4), bool), anchors, sizes))[0]
+    assert set(got[got >= 0]) == {1}
+    with pytest.raises(ValueError, match="num_candidates"):
+        ATSSMatcher(0)
