@@ -129,11 +129,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 def read_data(arguments):
     """Training set and measured set."""
     if arguments.data == "shapes":
+        size, first = arguments.image_size, f"[:{arguments.max_images or ''}]"
         splits = ("train", arguments.split)
-        train, test = (kr.data.read_shapes(split, size=arguments.image_size) for split in splits)
-    else:
-        train = kr.data.read_voc(arguments.data, "train")
-        test = kr.data.read_voc(arguments.data, arguments.split, train.class_names)
+        return tuple(kr.data.read_shapes(split + first, size=size) for split in splits)
+    train = kr.data.read_voc(arguments.data, "train")
+    test = kr.data.read_voc(arguments.data, arguments.split, train.class_names)
     if arguments.max_images:
         train, test = (
             kr.data.DetectionDataset(d.records[: arguments.max_images], d.class_names)
@@ -257,10 +257,10 @@ def table(rows, class_names) -> str:
         "mAP": "mAP@[.5:.95]",
         "mAP_spread": "+-",
     }
-    head = ["", *class_names, *figures.values(), "CPU s", "latency ms", "parameters"]
+    head = ["", *figures.values(), *class_names, "CPU s", "latency ms", "parameters"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
-        values = [*(row["AP50"][n] for n in class_names), *map(row.get, figures)]
+        values = [*map(row.get, figures), *(row["AP50"][n] for n in class_names)]
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         cells.append(f"{row['cpu_seconds']:.0f}")
         cells.append(f"{row['latency_ms']:.1f}" if "latency_ms" in row else "")
