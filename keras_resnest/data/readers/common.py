@@ -179,7 +179,9 @@ def find_images_of(
         if any(counts):
             return tree, folders[counts.index(max(counts))]
     tried = f"images, data, {split} or images/{split}"
-    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}")
+    folders = [path for names in usual if (path := tree.descend(root, names))]
+    hint = next(filter(None, (tree.hint(f, name) for f in folders for name in names)), "")
+    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}{hint}")
 
 
 def known_classes(names: Mapping[Any, str]) -> str:

@@ -16,14 +16,8 @@ from pathlib import Path
 from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-_SYNONYMS = {
-    "train": ("training",),
-    "val": ("valid", "validation"),
-    "valid": ("val",),
-    "validation": ("val", "valid"),
-    "test": ("testing",),
-}
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+SPLIT_NAMES = tuple(name for names in _SYNONYMS for name in names)
 SMALL, LARGE = 16 << 20, 4 << 30  # bytes: files of one image, files of a whole dataset
 LONGEST = 400  # characters of a file or number in a message
 _NO_DATA = ("runs", "__macosx", "thumbs.db", "desktop.ini", "@eadir")  # in lower case
@@ -121,9 +115,21 @@ def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
             yield Path(entry.path)
 
 
+def is_split_name(name: str) -> bool:
+    """Whether a name is that of a usual split, maybe with a year: "Train" or "val2017"."""
+    return re.fullmatch(rf"({'|'.join(SPLIT_NAMES)})[-_ ]?\d*", name.lower()) is not None
+
+
+def split_lists(folder: Path) -> dict[str, Path]:
+    """Text files in a folder that are named like splits, by split, also `autosplit_train.txt`."""
+    found = {path.stem.removeprefix("autosplit_"): path for path in entries(folder, (".txt",))}
+    return {name: path for name, path in found.items() if is_split_name(name)}
+
+
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
-    for name in (split, *_SYNONYMS.get(split.lower(), ())):
+    synonyms = next((names for names in _SYNONYMS if split.lower() in names), ())
+    for name in (split, *synonyms):
         if len(found := closest(name, [k for k in known if unified(k) == unified(name)])) == 1:
             return found[0]
     return None
@@ -225,10 +231,12 @@ class FileTree:
         return path
 
     def hint(self, folder: Path, text: str) -> str:
-        """What to say about a path that was not found, but exists outside of the dataset."""
-        full = Path(os.path.normpath(folder / text.strip()))
-        is_inside = any(full.is_relative_to(root) for root in self.roots)
-        if is_inside or not os.path.exists(full):
+        """What to say about a path that was not found, but is ambiguous or outside the dataset."""
+        full = Path(os.path.normpath(folder / text.strip().replace("\\", "/")))
+        if any(full.is_relative_to(root) for root in self.roots):
+            names = sorted(self.named(full.parent, full.name, IMAGE_SUFFIXES))
+            return f". It could be {' or '.join(names)}" if len(names) > 1 else ""
+        if not os.path.exists(full):
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
 

@@ -235,6 +235,9 @@ class _TfdsSplit:
     def _image_names(self) -> list[str]:
         return [self._builder.info.full_name, str(self._split)]  # reading all ids takes minutes
 
+    def _annotations(self) -> tuple:
+        return ()  # the name has a version
+
     def _part(self, num_shards: int, shard_index: int):
         import tensorflow_datasets as tfds
 
