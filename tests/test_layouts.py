@@ -95,6 +95,11 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         "val",
         {"valid/b.png": [1]},
     ),
+    "YOLO darknet of the authors": (
+        {**yolo("a", images="obj", labels="obj"), "voc.names": "cat\n"},
+        None,
+        {"obj/a.png": [0]},
+    ),
     "YOLO of Label Studio": (
         {**yolo("a"), **CLASSES, "notes.json": '{"categories": [], "info": {}}'},
         None,
@@ -148,6 +153,11 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         {"Images/a.png": None, "Annotation/a.xml": xml(0)},
         None,
         {"Images/a.png": [0]},
+    ),
+    "VOC in short names": (
+        {"imgs/a.png": None, "annots/a.xml": "\n<?xml version='1.0'?>\n" + xml(0)},
+        None,
+        {"imgs/a.png": [0]},
     ),
     "VOC in lower case": (
         {"images/a.png": None, "annotations/a.xml": xml(0)},
@@ -312,7 +322,11 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
         {"train": {"images/all/a.png": [0]}, "valid": {"images/all/b.png": [1]}},
     ),
     "lists of ultralytics": (
-        {**PAIR, "autosplit_train.txt": "all/a.png\n", "autosplit_test.txt": "all/b\n"},
+        {
+            **PAIR,
+            "autosplit_train.txt": "all/a.png\n",
+            "autosplit_test.txt": "./images/all/b.png\n",
+        },
         ["test", "train"],
         {"test": {"images/all/b.png": [1]}},
     ),
@@ -331,6 +345,36 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
         {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": "b\n"},
         ["train", "val"],
         {"val": {"b.png": [1]}},
+    ),
+    "lists of darknet's VOC": (
+        {**PAIR, "train.txt": "/x/images/all/a.png\n", "2007_test.txt": "/x/images/all/b.png\n"},
+        ["test", "train"],
+        {"test": {"images/all/b.png": [1]}},
+    ),
+    "lists of VOC beside text files": (
+        {**yolo("a", "b"), **CLASSES, "ImageSets/Main/train.txt": "a\n"}
+        | {"ImageSets/Main/val.txt": "b\n", "train_log.txt": "epoch 1\n"},
+        ["train", "val"],
+        {"val": {"images/b.png": [1]}},
+    ),
+    "folders of images only": (
+        {"images/train/a.png": None, "images/val/b.png": None}
+        | {"annotations/a.xml": xml(0), "annotations/b.xml": xml(1)},
+        ["train", "val"],
+        {"train": {"images/train/a.png": [0]}, "valid": {"images/val/b.png": [1]}},
+    ),
+    "COCO with splits in long names": (
+        {"a.png": None, "b.png": None, "annotations/train_annotations.coco.json": coco("a.png")}
+        | {"annotations/annotations_val.json": coco("b.png")},
+        ["train", "val"],
+        {"train": {"a.png": [0]}},
+    ),
+    "CSV with splits in long names": (
+        {"images/a.png": None, "images/b.png": None}
+        | {"annotations/annotations_train.csv": "a.png,8,6,40,30,cat\n"}
+        | {"annotations/oidv6-validation-bbox.csv": "b.png,16,12,48,36,cat\n"},
+        ["train", "validation"],
+        {"val": {"images/b.png": [1]}},
     ),
     "column of CSV": (
         {"a.png": None, "b.png": None}
@@ -359,6 +403,19 @@ def test_lists_and_columns_are_splits(tmp_path, name):
         with pytest.raises(ValueError, match=r"`split` must be (in|one of).*'exam'"):
             read_detection(source, "exam")
     assert [len(part) for part in read_train_test(tmp_path)] == [1, 1]
+
+
+def test_files_of_one_split_keep_their_names(tmp_path):
+    names = ("train.csv", "train_old.csv", "val_labels.csv", "test-2.csv")
+    write(tmp_path, {"a.png": None, **{name: "a.png,8,6,40,30,cat\n" for name in names}})
+    assert find_splits(tmp_path) == ["test-2", "train", "train_old", "val"]
+
+
+def test_images_in_both_sets(tmp_path):
+    write(tmp_path, {**PAIR, "train.txt": "all/a.png\nall/b.png\n", "test.txt": "all/b.png\n"})
+    with pytest.warns(UserWarning, match="1 test images are also training images"):
+        _, test = read_train_test(tmp_path)
+    assert [problem.file for problem in test.report.problems] == ["b.png"]
 
 
 def test_a_list_is_not_the_text_file_of_an_image(tmp_path):

@@ -90,10 +90,9 @@ def coco_files(folder: Path) -> dict[str, Path] | None:
     if not folder.is_dir():
         return {}
     inner = files.folders_in(folder)
-    places = [folder, *(path for path in inner if path.name.lower() == "annotations")]
-    found = [path for place in places for path in files.entries(place, (".json",))]
-    found.sort(key=lambda path: path.name.startswith("instances_"))  # wins over person_keypoints_
-    by_split = {common.split_of(path): path for path in found if _is_coco(path)}
+    found = list(filter(_is_coco, files.annotation_files(folder, ".json")))
+    own = {files.split_of(p): p for p in found if p.name.startswith("instances_")}
+    by_split = files.by_split(p for p in found if own.get(files.split_of(p), p) == p)
     for place in inner:
         is_split = files.is_split_name(place.name)
         named = [path] if (path := place / "_annotations.coco.json").is_file() else []
@@ -104,9 +103,9 @@ def coco_files(folder: Path) -> dict[str, Path] | None:
 
 
 def coco_has_objects(path: Path, split: str) -> bool:
-    """Whether the list of annotations of a file is not empty."""
+    """Whether a file has a list of annotations that is not empty."""
     content = files.read_bytes(path, "JSON", files.LARGE).replace(b"\0", b"")  # UTF-16 too
-    return re.search(rb'"annotations"\s*:\s*\[\s*\]', content) is None
+    return re.search(rb'"annotations"\s*:\s*\[\s*\{', content) is not None
 
 
 def _is_coco(path: Path) -> bool:

@@ -164,11 +164,10 @@ def csv_files(source: Path) -> dict[str, Path] | None:
     """Files by split, of a folder or a column of splits; None if a folder is no CSV dataset."""
     if not source.is_dir():
         return dict.fromkeys(_column_splits(source), source)
-    found = {path.stem: path for path in files.entries(source, (".csv",))}
+    found = files.by_split(filter(_has_known_columns, files.annotation_files(source, ".csv")))
     for inner in files.folders_in(source):
-        if (path := inner / "_annotations.csv").is_file():
+        if (path := inner / "_annotations.csv").is_file() and _has_known_columns(path):
             found[inner.name] = path
-    found = {name: path for name, path in found.items() if _has_known_columns(path)}
     in_column = csv_files(*found.values()) if len(found) == 1 else {}
     return in_column or found or None
 

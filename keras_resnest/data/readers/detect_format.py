@@ -3,11 +3,12 @@
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_resnest.data.dataset import DetectionDataset
+from keras_resnest.data.dataset import DetectionDataset, Problem
 from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
 from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
 from keras_resnest.data.readers.files import entries, find_split, folders_in
@@ -126,7 +127,7 @@ def read_train_test(
         source: As in `read_detection`.
         train_split: Default: "train".
         test_split: Default: the first of "test", "val", "valid" and "validation" that has
-            annotations; for TFDS, "test". A year may follow the name, as in "val2017".
+            annotations. A year may follow the name, as in "val2017".
         holdout: Fraction of the images to hold out for testing, if the dataset has no splits.
         seed: Seed of the random split.
         **options: Arguments of `read_detection`: `on_error`, `format`, ...
@@ -146,6 +147,8 @@ def read_train_test(
         train_split = train_split or first_split(("train",), splits)
         test_split = test_split or first_split(TEST_SPLITS, splits)
     train = read_detection(source, train_split or "train", **options)
+    if _tfds_name(source) is not None and test_split is None:  # reading has prepared it
+        test_split = first_split(TEST_SPLITS, find_splits(source))
     names = {"class_names": train.class_names}
     test = read_detection(source, test_split or "test", **{**options, **names})
     return (train, test) if _tfds_name(source) else _checked(source, train, test)
@@ -154,6 +157,10 @@ def read_train_test(
 def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
     if not train.report.num_boxes:
         raise ValueError(f"No box to train on in the {len(train)} training images of {source}")
+    if shared := {r.image for r in train.records} & {r.image for r in test.records}:
+        what = "image of the training set"
+        test.report.problems += [Problem(Path(p).name, what, "kept") for p in sorted(shared)]
+        warnings.warn(f"{source}: {len(shared)} test images are also training images", stacklevel=3)
     return train, test
 
 
@@ -165,7 +172,8 @@ def find_splits(source: str | os.PathLike, format: str | None = None) -> list[st
         format: As in `read_detection`.
 
     Raises:
-        ValueError: if the format is not recognized, or if a TFDS dataset is not on disk.
+        ValueError: if the format is not recognized, or if a TFDS dataset is not on disk or not for
+            detection.
 
     Example: `find_splits("tfds:voc/2007")` returns `["test", "train", "validation"]`.
     """

@@ -16,8 +16,8 @@ from keras_resnest.images import IMAGE_SUFFIXES
 
 _XML = (".xml",)
 # Folders of XML files and of images, in lower case; first choice first.
-_XML_FOLDERS = ("annotations", "annotation", "labels", "xmls", "xml")
-_IMAGE_FOLDERS = ("jpegimages", "images", "data", "img")
+_XML_FOLDERS = ("annotations", "annotation", "annots", "anns", "labels", "label", "xmls", "xml")
+_IMAGE_FOLDERS = ("jpegimages", "images", "image", "data", "imgs", "img")
 
 
 def read_voc(
@@ -73,7 +73,7 @@ def read_voc(
     faults = Faults(on_error, unannotated)
     source = _VocFolder(folder, allow_outside)
     split = source.known_split(split)
-    wanted = source.listed_ids(split, faults) or [k for k in source.xml_files if _is_in(split, k)]
+    wanted = source.listed_ids(split, faults) or source.ids_in(split)
     annotations = {}
     for image_id in source.xml_files if class_names is None else wanted:
         if image_id in source.xml_files:
@@ -168,13 +168,14 @@ class _VocFolder:
 
     def _find_splits(self) -> dict[str, Path | None]:
         """Lists of images by split; None for a folder of a split."""
-        for place in ("ImageSets/Main", "ImageSets"):
-            sets = self.tree.find(self.folder, place, shortest=None)
-            if found := files.entries(sets, (".txt",)) if sets else ():
-                return {path.stem: path for path in found}
-        first = {key.partition("/")[0] for key in self.xml_files if "/" in key}
+        first = {key.partition("/")[0] for key in (*self.xml_files, *self.images) if "/" in key}
         folders = {name: None for name in first if files.is_split_name(name)}
-        return {**folders, **files.split_lists(self.folder)}
+        return {**folders, **files.split_lists(self.folder, self.tree)}
+
+    def ids_in(self, split: str | None) -> list[str]:
+        """Ids of the XML files in the folder of a split, or whose images are there."""
+        found = self._image_ids.find
+        return [k for k in self.xml_files if _is_in(split, k) or _is_in(split, found(k) or "")]
 
     def known_split(self, split: str | None) -> str | None:
         """Checks the dataset and the name of a split, which may be a synonym."""
@@ -196,9 +197,8 @@ class _VocFolder:
     def is_labeled(self, split: str) -> bool:
         """Whether any image of a split has an XML file, or is missing: not if none is annotated."""
         with contextlib.suppress(ValueError):  # is raised when the split is read
-            path = self.splits[split]
-            ids = self.listed_ids(split, Faults("skip"))
-            return path is None or any(i in self.xml_files or i not in self.images for i in ids)
+            ids = self.listed_ids(split, Faults("skip")) or self.ids_in(split)
+            return any(i in self.xml_files or i not in self.images for i in ids)
         return True
 
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
@@ -305,7 +305,7 @@ def _parse_xml(path: Path, one_based: bool) -> _VocXml:
     encoded = files.read_bytes(path, "XML")
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(encoded, parser)
+        root = ElementTree.fromstring(encoded.lstrip(), parser)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise FileError(path, "unreadable XML", str(error)) from error
     if root.tag != "annotation":

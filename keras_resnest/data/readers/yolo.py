@@ -18,7 +18,7 @@ from keras_resnest.images import IMAGE_SUFFIXES
 YAML_SUFFIXES = (".yaml", ".yml")
 SETTINGS_SUFFIXES = (*YAML_SUFFIXES, ".data")  # obj.data: "train = data/train.txt"
 _SPLITS = ("train", "val", "valid", "test")
-_CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
+_CLASS_LISTS = ("classes.txt", "_darknet.labels")  # and *.names
 _MAX_YAML = 1 << 20  # bytes; the parser takes seconds per megabyte
 
 
@@ -54,7 +54,7 @@ def read_yolo(
             have no text file at all, which the report lists.
         class_names: Names of the labels 0, 1, 2, ... Classes are matched by name if the folder has
             class names. Default: `names` in `data.yaml`, or the lines of `classes.txt`,
-            `obj.names` or `_darknet.labels`.
+            `obj.names` or the like, or `_darknet.labels`.
         on_error: "raise" a ValueError for an unreadable image or text file, a text file without
             image, a class without a name, or a stated folder that does not exist; or "skip" it and
             report it.
@@ -270,8 +270,9 @@ class _YoloFolder:
         found = []
         for folder in (*own, *inner, *(path / "labels" for path in inner)):
             found += filter(None, (self.tree.child(folder, name) for name in _CLASS_LISTS))
+            found += files.entries(folder, (".names",)) if folder.is_dir() else ()
             if found and folder in own:
-                return found
+                break
         if len({tuple(self.tree.read_lines(path, "list of classes")) for path in found}) > 1:
             detail = ", ".join(map(str, found))
             raise FileError(self.folder, "different lists of classes", detail)
@@ -288,7 +289,7 @@ class _YoloFolder:
         """Folders and lists of images by split; None has all images."""
         places = self._usual_folders()
         images = places.pop("", None) or [path for paths in places.values() for path in paths]
-        lists = files.split_lists(self.folder).items()
+        lists = files.split_lists(self.folder, self.tree).items()
         named = {name: [path] for name, path in lists if not self._is_label_file(path)}
         if named:  # folders may have another meaning
             places = {name: paths for name, paths in places.items() if files.is_split_name(name)}
