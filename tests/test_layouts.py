@@ -478,6 +478,14 @@ UNLABELED = {  # name: files of an annotated "train", an annotated "val" and a b
         **{"train.csv": "a.png,8,6,40,30,cat\n", "val.csv": "v.png,8,6,40,30,cat\n"},
         "test.csv": "b.png,,,,,\n",
     },
+    "yolo of empty files": {
+        **{**TRAIN, **yolo("v", images="val/images", labels="val/labels")},
+        **{"test/images/b.png": None, "test/labels/b.txt": "\n", **CLASSES},
+    },
+    "voc of empty files": {
+        **{"train/a.png": None, "train/a.xml": xml(0), "val/b.png": None, "val/b.xml": xml(1)},
+        **{"test/c.png": None, "test/c.xml": "<annotation></annotation>"},
+    },
     "csv column": {
         **{f"{name}.png": None for name in "avb"},
         "x.csv": f"set,{HEADER}\ntrain,8,6,40,30,cat,a\nval,8,6,40,30,cat,v\ntest,,,,,,b\n",
@@ -491,7 +499,7 @@ def test_a_split_without_annotations_is_not_measured(tmp_path, name):
     assert find_splits(tmp_path) == ["train", "val"]
     train, test = read_train_test(tmp_path)
     assert (len(train), len(test)) == (1, 1) and test.report.num_boxes == 1
-    if name in ("yolo", "yolo settings", "csv column"):  # nor are its images background
+    if name in ("yolo", "yolo settings"):  # nor are its images background
         with pytest.warns(UserWarning, match="1 x split without"):
             dataset = read_detection(tmp_path)
         assert len(dataset) == 2 and dataset.report.problems[0].file == "test"

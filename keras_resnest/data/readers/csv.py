@@ -67,8 +67,7 @@ def read_csv(
         unannotated: Images with an empty box and label: an "error" (see `on_error`), "skip" and
             report them, or "background": they have no objects.
         allow_outside: Whether the file may name images outside of its folder and `image_folder`.
-        split: A split of the column of splits. Default: all images, without splits that have no
-            object at all, which the report lists.
+        split: A split of the column of splits. Default: all images.
 
     Raises:
         ValueError: if there is no such file or folder, columns are unknown, there are no rows, no
@@ -94,7 +93,7 @@ def read_csv(
             raise ValueError(f"No objects in {path}: give `class_names`")
 
     splits = _splits_of(row for rows in images.values() for _, row in rows)
-    if splits or split is not None:
+    if split is not None:
         images = _images_of_split(path, images, splits, split, faults)
 
     def parse(name):
@@ -122,25 +121,19 @@ def read_csv(
 
 
 def _images_of_split(
-    path: Path, images: dict, splits: dict[str, bool], split: str | None, faults: Faults
+    path: Path, images: dict, splits: dict[str, bool], split: str, faults: Faults
 ) -> dict:
-    """The images of a split, or of all but those without objects."""
-    wanted = {files.find_split(split or "", filter(None, splits))}
-    if split is None:
-        labeled = [name for name, has_objects in splits.items() if name and has_objects]
-        wanted = {"", *(labeled or splits)}
-        for name in splits.keys() - wanted:
-            faults.add(name, "split without objects", "left out")
-    elif None in wanted:
+    wanted = files.find_split(split, filter(None, splits))
+    if wanted is None:
         known = ", ".join(filter(None, splits)) or "there is no column of splits"
         raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {known}")
-    elif "" in splits:
+    if "" in splits:
         faults.add(path, "rows without a split", "left out")
     faulty = {name for name, rows in images.items() if any("fault" in row for _, row in rows)}
     return {
         name: rows
         for name, rows in images.items()
-        if name in faulty or any(row["split"] in wanted for _, row in rows)
+        if name in faulty or any(row["split"] == wanted for _, row in rows)
     }
 
 

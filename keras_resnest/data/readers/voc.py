@@ -114,7 +114,7 @@ def read_voc(
 def voc_splits(folder: str | os.PathLike) -> list[str] | None:
     """Names of the annotated splits; None if the folder is no VOC dataset."""
     source = _VocFolder(folder)
-    return sorted(filter(source.is_labeled, source.splits)) if source.xml_files else None
+    return sorted(filter(source.has_objects, source.splits)) if source.xml_files else None
 
 
 def inner_voc_folder(folder: Path) -> Path | None:
@@ -194,11 +194,15 @@ class _VocFolder:
             )
         return found
 
-    def is_labeled(self, split: str) -> bool:
-        """Whether any image of a split has an XML file, or is missing: not if none is annotated."""
+    def has_objects(self, split: str) -> bool:
+        """Whether any image of a split has an object, or is missing: not if none is annotated."""
         with contextlib.suppress(ValueError):  # is raised when the split is read
             ids = self.listed_ids(split, Faults("skip")) or self.ids_in(split)
-            return any(i in self.xml_files or i not in self.images for i in ids)
+            starts = (
+                files.read_start(self.xml_files[i], 1 << 16) for i in ids if i in self.xml_files
+            )
+            is_missing = any(i not in self.xml_files and i not in self.images for i in ids)
+            return is_missing or any(b"<object" in start.replace(b"\0", b"") for start in starts)
         return True
 
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:

@@ -114,7 +114,7 @@ def read_yolo(
 def yolo_splits(source: str | os.PathLike) -> list[str] | None:
     """Names of the annotated splits of a folder or `data.yaml`; None if it is no YOLO dataset."""
     folder = _YoloFolder(source)
-    return sorted(filter(folder.is_labeled, folder.splits())) if folder.is_yolo() else None
+    return sorted(filter(folder.has_objects, folder.splits())) if folder.is_yolo() else None
 
 
 # === Files ===
@@ -185,18 +185,19 @@ class _YoloFolder:
             raise ValueError(f"None of the {len(images)} images has a text file like {expected}")
         return images
 
-    def is_labeled(self, split: str) -> bool:
-        """Whether any image of a split has a text file, or is missing: not if none is annotated."""
+    def has_objects(self, split: str) -> bool:
+        """Whether any image of a split has an object, or is missing: not if none is annotated."""
         faults = Faults("skip")
-        return any(map(self.label_file, self._images_of(split, faults))) or bool(faults.problems)
+        label_files = filter(None, map(self.label_file, self._images_of(split, faults)))
+        return any(files.read_start(f, 1000).strip() for f in label_files) or bool(faults.problems)
 
     def without_unlabeled_splits(self, images: list[Path], faults: Faults) -> list[Path]:
         """Leaves out the images of splits that are not annotated: they are not background."""
         for split in filter(files.is_split_name, self.splits()):
-            if not self.is_labeled(split):
+            own = set(self._images_of(split, Faults("skip")))
+            if own and not any(map(self.label_file, own)):
                 faults.add(split, "split without text files", "left out")
-                left_out = set(self._images_of(split, Faults("skip")))
-                images = [path for path in images if path not in left_out]
+                images = [path for path in images if path not in own]
         return images
 
     def _images_of(self, split: str | None, faults: Faults) -> Iterator[Path]:
