@@ -96,8 +96,8 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     errors = capsys.readouterr().err
     for words in (
         "images: 8, here 6",
-        "test_images: 2, here 8",
-        "hash_of_image_names: ",
+        "test images: 2, here 8",
+        'names of images: "checksum ',
         "steps_per_epoch: 2, here 3",
         "batch_size: 4, here 2",
         "seed: 1, here 2",

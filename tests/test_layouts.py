@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from keras_resnest import data
+from keras_resnest.cli import parse_arguments, train_classifier
 from keras_resnest.data import find_splits, read_detection, read_image_folder, read_train_test
 
 SIZE = (64, 48)
@@ -94,6 +95,11 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         "val",
         {"valid/b.png": [1]},
     ),
+    "YOLO darknet of the authors": (
+        {**yolo("a", images="obj", labels="obj"), "voc.names": "cat\n"},
+        None,
+        {"obj/a.png": [0]},
+    ),
     "YOLO of Label Studio": (
         {**yolo("a"), **CLASSES, "notes.json": '{"categories": [], "info": {}}'},
         None,
@@ -147,6 +153,11 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         {"Images/a.png": None, "Annotation/a.xml": xml(0)},
         None,
         {"Images/a.png": [0]},
+    ),
+    "VOC in short names": (
+        {"imgs/a.png": None, "annots/a.xml": "\n<?xml version='1.0'?>\n" + xml(0)},
+        None,
+        {"imgs/a.png": [0]},
     ),
     "VOC in lower case": (
         {"images/a.png": None, "annotations/a.xml": xml(0)},
@@ -296,6 +307,204 @@ def test_splits_of_other_letters_and_names(tmp_path):
     assert boxes(test, tmp_path) == {"Validation/b.png": [0]}
 
 
+PAIR = {**yolo("a", "b", images="images/all", labels="labels/all"), **CLASSES}
+SIDES = {"a.png": None, "a.xml": xml(0), "b.png": None, "b.xml": xml(1)}
+HEADER = "x1,y1,x2,y2,label,image"
+AUTOML = "{},gs://bucket/{}.png,cat,{},{},,,{},{},,\n"
+AUTOML_ROWS = [
+    AUTOML.format(use, name, *(f"{side:.9f}" for side in np.divide(box, SIZE * 2)))
+    for use, name, box in (("TRAIN", "a", BOXES[0]), ("VALIDATION", "b", BOXES[1]))
+]
+STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
+    "lists of darknet": (
+        {**PAIR, "train.txt": "/home/me/set/images/all/a.png\n", "val.txt": "./images/all/b.png"},
+        ["train", "val"],
+        {"train": {"images/all/a.png": [0]}, "valid": {"images/all/b.png": [1]}},
+    ),
+    "lists of ultralytics": (
+        {
+            **PAIR,
+            "autosplit_train.txt": "all/a.png\n",
+            "autosplit_test.txt": "./images/all/b.png\n",
+        },
+        ["test", "train"],
+        {"test": {"images/all/b.png": [1]}},
+    ),
+    "one list beside folders": (
+        {**yolo("a"), **yolo("b", images="images/val", labels="labels/val", first=1), **CLASSES}
+        | {"Train2017.txt": "images/a.png"},
+        ["Train2017", "val"],
+        {"Train2017": {"images/a.png": [0]}, "val": {"images/val/b.png": [1]}},
+    ),
+    "lists beside XML files": (
+        {**SIDES, "train.txt": "a.png a.xml\n", "test.txt": "./b.png ./b.xml\n"},
+        ["test", "train"],
+        {"train": {"a.png": [0]}, "test": {"b.png": [1]}},
+    ),
+    "lists of VOC without Main": (
+        {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": "b\n"},
+        ["train", "val"],
+        {"val": {"b.png": [1]}},
+    ),
+    "lists of darknet's VOC": (
+        {**PAIR, "train.txt": "/x/images/all/a.png\n", "2007_test.txt": "/x/images/all/b.png\n"},
+        ["test", "train"],
+        {"test": {"images/all/b.png": [1]}},
+    ),
+    "lists of VOC beside text files": (
+        {**yolo("a", "b"), **CLASSES, "ImageSets/Main/train.txt": "a\n"}
+        | {"ImageSets/Main/val.txt": "b\n", "train_log.txt": "epoch 1\n"},
+        ["train", "val"],
+        {"val": {"images/b.png": [1]}},
+    ),
+    "folders of images only": (
+        {"images/train/a.png": None, "images/val/b.png": None}
+        | {"annotations/a.xml": xml(0), "annotations/b.xml": xml(1)},
+        ["train", "val"],
+        {"train": {"images/train/a.png": [0]}, "valid": {"images/val/b.png": [1]}},
+    ),
+    "COCO with splits in long names": (
+        {"a.png": None, "b.png": None, "annotations/train_annotations.coco.json": coco("a.png")}
+        | {"annotations/annotations_val.json": coco("b.png")},
+        ["train", "val"],
+        {"train": {"a.png": [0]}},
+    ),
+    "CSV with splits in long names": (
+        {"images/a.png": None, "images/b.png": None}
+        | {"annotations/annotations_train.csv": "a.png,8,6,40,30,cat\n"}
+        | {"annotations/oidv6-validation-bbox.csv": "b.png,16,12,48,36,cat\n"},
+        ["train", "validation"],
+        {"val": {"images/b.png": [1]}},
+    ),
+    "column of CSV": (
+        {"a.png": None, "b.png": None}
+        | {"x.csv": f"{HEADER},Split\n8,6,40,30,cat,a,Train\n16,12,48,36,cat,b,valid\n"},
+        ["Train", "valid"],
+        {"train": {"a.png": [0]}, "val": {"b.png": [1]}},
+    ),
+    "CSV of AutoML": (
+        {"a.png": None, "b.png": None, "x.csv": "".join(AUTOML_ROWS)},
+        ["TRAIN", "VALIDATION"],
+        {"train": {"a.png": [0]}, "val": {"b.png": [1]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATED_SPLITS)
+def test_lists_and_columns_are_splits(tmp_path, name):
+    tree, splits, wanted = STATED_SPLITS[name]
+    sources = [write(tmp_path, tree), *tmp_path.glob("*.csv")]
+    for source in sources:
+        assert find_splits(source) == splits
+        for split, images in wanted.items():
+            assert boxes(read_detection(source, split), tmp_path) == images
+        if len(wanted) > 1:  # all images, also those of no list
+            assert len(data.read_detection(source)) == 2
+        with pytest.raises(ValueError, match=r"`split` must be (in|one of).*'exam'"):
+            read_detection(source, "exam")
+    assert [len(part) for part in read_train_test(tmp_path)] == [1, 1]
+
+
+def test_files_of_one_split_keep_their_names(tmp_path):
+    names = ("train.csv", "train_old.csv", "val_labels.csv", "test-2.csv")
+    write(tmp_path, {"a.png": None, **{name: "a.png,8,6,40,30,cat\n" for name in names}})
+    assert find_splits(tmp_path) == ["test-2", "train", "train_old", "val"]
+
+
+def test_images_in_both_sets(tmp_path):
+    write(tmp_path, {**PAIR, "train.txt": "all/a.png\nall/b.png\n", "test.txt": "all/b.png\n"})
+    with pytest.warns(UserWarning, match="1 test images are also training images"):
+        _, test = read_train_test(tmp_path)
+    assert [problem.file for problem in test.report.problems] == ["b.png"]
+
+
+def test_a_list_is_not_the_text_file_of_an_image(tmp_path):
+    tree = {**yolo("train", "b", images=".", labels="."), **CLASSES}
+    assert boxes(read_detection(write(tmp_path, tree)), tmp_path) == {
+        "b.png": [1],
+        "train.png": [0],
+    }
+    assert find_splits(tmp_path) == []
+    write(tmp_path, {"val.txt": "b.png\nc.png\n"})
+    with pytest.raises(ValueError, match=r"val\.txt: missing image: no 'c\.png'"):
+        read_detection(tmp_path, "val")
+
+
+def test_contradicting_columns_of_splits(tmp_path):
+    rows = "a,8,6,40,30,cat,{}\nb,8,6,40,30,cat,{}\na,16,12,48,36,cat,{}\n"
+    write(tmp_path, {"a.png": None, "b.png": None})
+
+    def read(values, split, **options):
+        text = f"image,x1,y1,x2,y2,label,set\n{rows.format(*values)}"
+        (tmp_path / "x.csv").write_text(text)
+        return read_detection(tmp_path / "x.csv", split, **options)
+
+    assert boxes(read(("train", "VAL", "TRAIN"), "train"), tmp_path) == {"a.png": [0, 1]}
+    with pytest.raises(ValueError, match=r"different splits of one image: a: 'test', 'train'"):
+        read(("train", "val", "test"), "train")
+    with pytest.warns(UserWarning, match="rows without a split"):
+        assert len(read(("train", "", "train"), "train")) == 1
+    with pytest.raises(ValueError, match="has no splits"):  # a column of another meaning
+        read(("lego", "1", "lego"), "lego")
+    with pytest.raises(ValueError, match=r"`split` must be in .*no column of splits"):
+        data.read_csv(tmp_path / "x.csv", split="lego")
+
+
+NOTHING = json.loads(coco("b.png"))
+NOTHING = json.dumps({**NOTHING, "annotations": []})
+UNLABELED = {  # name: files of an annotated "train", an annotated "val" and a bare "test"
+    "yolo": {
+        **yolo("a", images="images/train", labels="labels/train"),
+        **yolo("v", images="images/val", labels="labels/val"),
+        **{"images/test/b.png": None, **CLASSES},
+    },
+    "yolo settings": {
+        **{**TRAIN, **yolo("v", images="val/images", labels="val/labels")},
+        **{"test/images/b.png": None},
+        "data.yaml": "train: train/images\nval: val/images\ntest: test/images\nnames: [cat]\n",
+    },
+    "voc": {
+        **{**SIDES, "c.png": None, "ImageSets/Main/test.txt": "c\n"},
+        **{"ImageSets/Main/train.txt": "a\n", "ImageSets/Main/val.txt": "b\n"},
+    },
+    "coco": {
+        **{name: None for name in ("train/a.png", "val/v.png", "test/b.png")},
+        "train/_annotations.coco.json": coco("a.png"),
+        "val/_annotations.coco.json": coco("v.png"),
+        "test/_annotations.coco.json": NOTHING,
+    },
+    "csv": {
+        **{f"{name}.png": None for name in "avb"},
+        **{"train.csv": "a.png,8,6,40,30,cat\n", "val.csv": "v.png,8,6,40,30,cat\n"},
+        "test.csv": "b.png,,,,,\n",
+    },
+    "yolo of empty files": {
+        **{**TRAIN, **yolo("v", images="val/images", labels="val/labels")},
+        **{"test/images/b.png": None, "test/labels/b.txt": "\n", **CLASSES},
+    },
+    "voc of empty files": {
+        **{"train/a.png": None, "train/a.xml": xml(0), "val/b.png": None, "val/b.xml": xml(1)},
+        **{"test/c.png": None, "test/c.xml": "<annotation></annotation>"},
+    },
+    "csv column": {
+        **{f"{name}.png": None for name in "avb"},
+        "x.csv": f"set,{HEADER}\ntrain,8,6,40,30,cat,a\nval,8,6,40,30,cat,v\ntest,,,,,,b\n",
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNLABELED)
+def test_a_split_without_annotations_is_not_measured(tmp_path, name):
+    write(tmp_path, UNLABELED[name])
+    assert find_splits(tmp_path) == ["train", "val"]
+    train, test = read_train_test(tmp_path)
+    assert (len(train), len(test)) == (1, 1) and test.report.num_boxes == 1
+    if name in ("yolo", "yolo settings"):  # nor are its images background
+        with pytest.warns(UserWarning, match="1 x split without"):
+            dataset = read_detection(tmp_path)
+        assert len(dataset) == 2 and dataset.report.problems[0].file == "test"
+
+
 UNKNOWN = {  # name: (files, what the message says)
     "a folder around it": ({"set/v1/x.json": coco("a.png")}, r"Did you mean \S*/set/v1\?"),
     "CSV of Kaggle's wheat": (
@@ -350,6 +559,25 @@ def test_contradictions_are_refused(tmp_path, name):
     tree, message = CONTRADICTIONS[name]
     with pytest.raises(ValueError, match=message):
         read_detection(write(tmp_path, tree))
+
+
+def test_a_file_name_of_another_image(tmp_path):
+    write(tmp_path, {**SIDES, "a.xml": xml(0, "b.png")})
+    with pytest.warns(UserWarning, match="1 x <filename> of another image"):
+        dataset = read_detection(tmp_path)
+    assert boxes(dataset, tmp_path) == {"a.png": [0], "b.png": [1]}  # the stem counts
+    (problem,) = dataset.report.problems
+    assert str(problem).startswith("a.xml: <filename> of another image b.png - boxes assumed")
+
+
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_a_name_without_suffix_of_two_images(tmp_path, folder):
+    tree = {f"{folder}a.png": None, f"{folder}a.jpg": None, "x.csv": "a,8,6,40,30,cat\n"}
+    with pytest.raises(ValueError, match=r"x\.csv: .*It could be a\.jpg or a\.png"):
+        read_detection(write(tmp_path, tree))
+    write(tmp_path, {f"{folder}b.png": None, "x.json": coco("b", "a")})
+    with pytest.raises(ValueError, match=r"x\.json: .*'a'.*It could be a\.jpg or a\.png"):
+        read_detection(tmp_path / "x.json")
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid coordinates")
@@ -565,6 +793,17 @@ def test_lists_that_are_links_out_of_the_dataset(tmp_path):
             read_detection(folder, **options)
         assert "secret" not in str(caught.value)
     assert read_detection(folder, format="yolo", allow_outside=True).class_names == ["secret"]
+
+
+def test_class_folders_of_splits_in_any_letters(tmp_path):
+    write(tmp_path, {f"{split}/cat/a.png": None for split in ("Train", "VALID", "docs")})
+    for split, found in (("train", "Train"), ("Training", "Train"), ("val", "VALID")):
+        (record,) = read_image_folder(tmp_path, split).records
+        assert Path(record.image) == tmp_path / found / "cat/a.png"
+    with pytest.raises(ValueError, match="`split` must be given if folders are named Train, VALID"):
+        read_image_folder(tmp_path)
+    arguments = parse_arguments(["train", "--classifier", str(tmp_path)])
+    assert [len(part) for part in train_classifier.read_train_test(arguments)] == [1, 1]
 
 
 def test_class_folders_of_another_system(tmp_path):

@@ -13,7 +13,13 @@ import pytest
 import tensorflow as tf
 from detectors import small_detector
 
-from keras_resnest.data import ClassificationDataset, LabeledImage, classification_batches
+from keras_resnest.data import (
+    ClassificationDataset,
+    DetectionDataset,
+    ImageRecord,
+    LabeledImage,
+    classification_batches,
+)
 from keras_resnest.detection import AnchorGenerator, BoxMatcher, RefineDetLoss
 from keras_resnest.images import ImageInfo
 from keras_resnest.trainer import DistributedTraining
@@ -188,10 +194,13 @@ class Classifier(DistributedTraining, keras.Model):
         super().__init__(images, keras.layers.Dense(2)(features))
 
 
-def train_on_images(folder, names="abcdef", batch_size=2, seed=1, epochs=1, optimizer=None):
+def train_on_images(
+    folder, names="abcdef", batch_size=2, seed=1, epochs=1, optimizer=None, labels=(0, 1) * 4
+):
     """Trains on one gray image for each name."""
     pixels, info = np.full((8, 8, 3), 100, "uint8"), ImageInfo(8, 8)
-    records = [LabeledImage(pixels, name, i % 2, info) for i, name in enumerate(names)]
+    pairs = zip(names, labels, strict=False)
+    records = [LabeledImage(pixels, name, label, info) for name, label in pairs]
     dataset = ClassificationDataset(records, ["cat", "dog"])
     batches = classification_batches(
         dataset, (8, 8), batch_size, training=True, augmentation=None, seed=seed
@@ -212,7 +221,11 @@ def run_on_images(tmp_path_factory):
     ("message", "options"),
     [
         ("run. Its images: 6, here 7", {"names": "abcdefg"}),
-        ("run. Its hash_of_image_names: [0-9]+, here", {"names": "abcdeg"}),
+        ('run. Its names of images: "checksum [0-9a-f]{8}", here', {"names": "abcdeg"}),
+        (
+            'run. Its annotations of images: "checksum [0-9a-f]{8}", here',
+            {"labels": (0, 1, 1, 0, 0, 1)},
+        ),
         ("run. Its steps_per_epoch: 3, here 2; batch_size: 2, here 3", {"batch_size": 3}),
         ("run. Its seed: 1, here 2", {"seed": 2}),
         ("run. Its seed: 1, here null", {"seed": None}),
@@ -226,6 +239,17 @@ def run_on_images(tmp_path_factory):
 def test_a_checkpoint_of_another_run(run_on_images, message, options):
     with pytest.raises(ValueError, match=f"has a checkpoint of another {message}"):
         train_on_images(run_on_images, epochs=2, **options)
+
+
+def test_boxes_and_labels_tell_data_from_other_data():
+    def annotations(box=(0, 0, 4, 4), label=0, difficult=False):
+        rows = {"boxes": [box], "labels": [label], "difficult": [difficult]}
+        record = ImageRecord("a.png", "a", **rows, info=ImageInfo(8, 8))
+        return DetectionDataset([record], ["cat", "dog"]).identity["annotations of images"]
+
+    changes = [{}, {"box": (0, 0, 4, 5)}, {"label": 1}, {"difficult": True}]
+    assert annotations() == annotations()
+    assert len({annotations(**change) for change in changes}) == 4
 
 
 def test_epochs_and_the_schedule_may_change(tmp_path):

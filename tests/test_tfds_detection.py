@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pycocotools.coco import COCO
 
-from keras_resnest.data import read_tfds, read_voc
+from keras_resnest.data import find_splits, read_tfds, read_train_test, read_voc
 from keras_resnest.data.batches import training_batches
 
 VOC_NAMES = [
@@ -188,6 +188,13 @@ def test_coco_crowds_and_report(coco):
     assert dataset.report.problem_counts == {"degenerate box": 1}
     easy = read_tfds("coco/2017", "validation", data_dir=coco / "tfds", use_difficult=False)
     assert easy.report.class_counts["class 90"] == 0 and easy.report.num_difficult == 0
+
+
+def test_a_split_without_annotations_is_not_measured(coco):
+    tfds.core.add_data_dir(coco / "tfds")
+    assert find_splits("tfds:coco/2017") == ["train", "validation"]
+    train, test = read_train_test("tfds:coco/2017")
+    assert test.report.num_boxes == train.report.num_boxes == 3
 
 
 def test_names_are_known_in_the_run_that_prepares(monkeypatch, tmp_path):

@@ -141,7 +141,7 @@ def remembered_options(training, arguments) -> dict:
     options = {k: v for k, v in vars(arguments).items() if k not in others}
     for name in [name for name, value in options.items() if value is None]:
         options[name] = getattr(training.recipe, name, None)
-    return options | {f"test_{k}": v for k, v in training.test_set.identity.items()}
+    return options | {f"test {k}": v for k, v in training.test_set.identity.items()}
 
 
 def make_callbacks(training, resume, chief: bool) -> list:

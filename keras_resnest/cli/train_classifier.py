@@ -9,6 +9,7 @@ import numpy as np
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import positive
+from keras_resnest.data.readers.files import find_split, folders_in
 
 EPOCHS = BATCH_SIZE = "that of the recipe"
 OUTPUT = "runs/classifier"
@@ -108,11 +109,12 @@ def read_train_test(arguments):
     train_split, test_split = arguments.train_split or "train", arguments.test_split
     folder, splits = Path(arguments.data), TEST_SPLITS
     if not arguments.data.startswith("tfds:"):
-        if folder.is_dir() and not (folder / train_split).is_dir():
+        known = [path.name for path in folders_in(folder)] if folder.is_dir() else ()
+        if folder.is_dir() and not find_split(train_split, known):
             if test_split or arguments.train_split:
                 raise ValueError(f"no folder {train_split!r} in {folder}")
             return read_labeled(arguments, None).hold_out(0.2, arguments.seed)
-        found = [name for name in TEST_SPLITS if (folder / name).is_dir()]
+        found = [name for name in TEST_SPLITS if find_split(name, known)]
         splits = (found or TEST_SPLITS)[:1]
     train = read_labeled(arguments, train_split)
     for split in [test_split] if test_split else splits:

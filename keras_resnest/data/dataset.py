@@ -296,9 +296,12 @@ class ImageDataset:
     @functools.cached_property
     def identity(self) -> dict:
         """What tells this data from other data when a training is resumed; all shards have it."""
-        names = "\n".join(self._image_names()).encode(errors="surrogateescape")
-        names = {"images": len(self), "hash_of_image_names": zlib.crc32(names)}
-        return {"class_names": self.class_names, **names}
+        contents = {
+            "names of images": "\n".join(self._image_names()).encode(errors="surrogateescape"),
+            "annotations of images": b"".join(self._annotations()),
+        }
+        sums = {name: f"checksum {zlib.crc32(content):08x}" for name, content in contents.items()}
+        return {"class_names": self.class_names, "images": len(self), **sums}
 
     def _image_names(self) -> list[str]:
         return [record.image_id for record in self.records]
@@ -351,6 +354,11 @@ class DetectionDataset(ImageDataset):
                 )
         _check_boxes(self.records)
         self.report = report or summarize(self.records, self.class_names, [])
+
+    def _annotations(self) -> Iterable[bytes]:
+        for record in self.records:
+            arrays = (record.boxes, record.labels, record.difficult)
+            yield b"".join(array.tobytes() for array in arrays)
 
     def element_loader(self):
         """Returns a function from the index of an image (int64 tensor) to its element.
@@ -412,6 +420,9 @@ class ClassificationDataset(ImageDataset):
             raise ValueError(f"Labels must be 0 to {self.num_classes - 1}. Received: {wrong}")
         counts = {name: labels[i] for i, name in enumerate(self.class_names)}
         self.report = report or ClassificationReport(counts)
+
+    def _annotations(self) -> Iterable[bytes]:
+        return [np.asarray([record.label for record in self.records], "int32").tobytes()]
 
     def element_loader(self):
         """Returns a function from the index of an image (int64 tensor) to its element."""

@@ -32,9 +32,9 @@ class ResumeTraining(keras.callbacks.Callback):
     `tf.config.experimental.enable_op_determinism()`. Checkpoints are written atomically.
 
     What a checkpoint rests on must be the same on resuming: model, optimizer and its settings,
-    steps per epoch, `metadata`, and of batches that `keras_resnest.data` makes, class names, number
-    and names of the images, batch size and seed. `epochs`, the learning rate and its schedule,
-    other callbacks, folders and the number of devices may change.
+    steps per epoch, `metadata`, and of batches that `keras_resnest.data` makes, class names,
+    number, names, boxes and labels of the images, batch size and seed. `epochs`, the learning rate
+    and its schedule, other callbacks, folders and the number of devices may change.
 
     Put callbacks that write files for each epoch before this one: after a crash between the file
     and the checkpoint, the epoch is repeated and its file written again.

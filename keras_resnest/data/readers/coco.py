@@ -86,19 +86,26 @@ def read_coco(
 
 
 def coco_files(folder: Path) -> dict[str, Path] | None:
-    """Annotation files by split; None if the folder is no COCO dataset."""
+    """Annotation files by split; None if a folder is no COCO dataset."""
+    if not folder.is_dir():
+        return {}
     inner = files.folders_in(folder)
-    places = [folder, *(path for path in inner if path.name.lower() == "annotations")]
-    found = [path for place in places for path in files.entries(place, (".json",))]
-    found.sort(key=lambda path: path.name.startswith("instances_"))  # wins over person_keypoints_
-    by_split = {common.split_of(path): path for path in found if _is_coco(path)}
+    found = list(filter(_is_coco, files.annotation_files(folder, ".json")))
+    own = {files.split_of(p): p for p in found if p.name.startswith("instances_")}
+    by_split = files.by_split(p for p in found if own.get(files.split_of(p), p) == p)
     for place in inner:
-        is_split = place.name.lower() in files.SPLIT_NAMES
+        is_split = files.is_split_name(place.name)
         named = [path] if (path := place / "_annotations.coco.json").is_file() else []
         named = named or (files.entries(place, (".json",)) if is_split else [])
         if len(named := list(filter(_is_coco, named))) == 1:
             by_split[place.name] = named[0]
     return by_split or None
+
+
+def coco_has_objects(path: Path, split: str) -> bool:
+    """Whether a file has a list of annotations that is not empty."""
+    content = files.read_bytes(path, "JSON", files.LARGE).replace(b"\0", b"")  # UTF-16 too
+    return re.search(rb'"annotations"\s*:\s*\[\s*\{', content) is not None
 
 
 def _is_coco(path: Path) -> bool:

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -29,11 +28,10 @@ from keras_resnest.data.dataset import (
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.data.readers.files import FileError, FileTree
+from keras_resnest.data.readers.files import ANNOTATION_FOLDERS, FileError, FileTree, split_of
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, orientation_flags, read_image_info
 
 UNANNOTATED = ("error", "skip", "background")
-_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")  # in lower case
 ROUNDING = 0.5  # boxes that cross the border by fewer pixels are not reported
 
 
@@ -150,11 +148,6 @@ def build_dataset(
 # === Parsing ===
 
 
-def split_of(file: Path) -> str:
-    """Name of the split of an annotation file: "train2017" of "instances_train2017.json"."""
-    return re.sub(r"^(instances|person_keypoints)_", "", file.stem)
-
-
 def find_images_of(
     file: Path, names: Sequence[str], given: Path | None, allow_outside: bool
 ) -> tuple[FileTree, Path]:
@@ -164,7 +157,7 @@ def find_images_of(
     beside the file, or else above a folder of annotations.
     """
     here = Path(os.path.abspath(file)).parent
-    root = here.parent if here.name.lower() in _ANNOTATION_FOLDERS else here
+    root = here.parent if here.name.lower() in ANNOTATION_FOLDERS else here
     tree = FileTree(*filter(None, (given, root)), allow_outside=allow_outside)
     if given is not None:
         return tree, given
@@ -179,7 +172,9 @@ def find_images_of(
         if any(counts):
             return tree, folders[counts.index(max(counts))]
     tried = f"images, data, {split} or images/{split}"
-    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}")
+    folders = [path for names in usual if (path := tree.descend(root, names))]
+    hint = next(filter(None, (tree.hint(f, name) for f in folders for name in names)), "")
+    raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}{hint}")
 
 
 def known_classes(names: Mapping[Any, str]) -> str:

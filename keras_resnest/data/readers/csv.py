@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a header
 _SIZE = ("width", "height")  # may follow them (SKU-110K)
 _OPEN_IMAGES = {"imageid", "labelname"}  # boxes are fractions of the image
+# Google AutoML has no header, and four corners, of which two may be empty, as fractions
+_ML_USE = ("TRAIN", "VALIDATION", "TEST", "UNASSIGNED")
+_AUTOML = ("split", "image", "label", "x1", "y1", "", "", "x2", "y2", "", "")
 _SYNONYMS = {
     "image": (
         *("filename", "file_name", "file", "path", "image_path", "image_name", "image_id"),
@@ -28,6 +31,7 @@ _SYNONYMS = {
     "width": ("image_width",),
     "height": ("image_height",),
     "difficult": ("is_difficult", "isgroupof"),
+    "split": ("set", "subset", "usage", "partition", "ml_use"),
 }
 
 
@@ -39,16 +43,18 @@ def read_csv(
     use_difficult: bool = True,
     unannotated: str = "background",
     allow_outside: bool = False,
+    split: str | None = None,
 ) -> DetectionDataset:
     """Reads annotations in a CSV file with one object per row.
 
     Without a header, the columns are image, x1, y1, x2, y2, label (the format of keras-retinanet),
-    and perhaps width and height of the image. With a header, they may be in any order and have
-    other common names (`filename`, `xmin`, ..., `class`), also those of Open Images; `difficult` is
-    read too. Commas, semicolons or tabs separate columns; after the latter two, numbers may have
-    decimal commas. Coordinates are 0-based, continuous pixels of the upright image. `image_id` is
-    the name of the image in the file. Boxes are dropped, clipped and reported, and images found, as
-    in `read_coco`; names may lack the suffix.
+    and perhaps width and height of the image; or those of Google AutoML. With a header, they may be
+    in any order and have other common names (`filename`, `xmin`, ..., `class`), also those of Open
+    Images; `difficult` is read too, and a column `split`, `set`, `subset` or `usage` of "train",
+    "val", ... makes splits. Commas, semicolons or tabs separate columns; after the latter two,
+    numbers may have decimal commas. Coordinates are 0-based, continuous pixels of the upright
+    image. `image_id` is the name of the image in the file. Boxes are dropped, clipped and reported,
+    and images found, as in `read_coco`; names may lack the suffix.
 
     Args:
         file: The CSV file.
@@ -61,6 +67,7 @@ def read_csv(
         unannotated: Images with an empty box and label: an "error" (see `on_error`), "skip" and
             report them, or "background": they have no objects.
         allow_outside: Whether the file may name images outside of its folder and `image_folder`.
+        split: A split of the column of splits. Default: all images.
 
     Raises:
         ValueError: if there is no such file or folder, columns are unknown, there are no rows, no
@@ -85,11 +92,18 @@ def read_csv(
         if not class_names:
             raise ValueError(f"No objects in {path}: give `class_names`")
 
+    splits = _splits_of(row for rows in images.values() for _, row in rows)
+    if split is not None:
+        images = _images_of_split(path, images, splits, split, faults)
+
     def parse(name):
         objects = [_object(path, line, row) for line, row in images[name]]
         objects = tuple(item for item in objects if item is not None)
         row = images[name][0][1]
         sizes = {common.stated_size(r.get("width"), r.get("height")) for _, r in images[name]}
+        if splits and len(named := {row["split"] for _, row in images[name]}) > 1:
+            detail = f"{name}: {', '.join(map(repr, sorted(named)))}"
+            raise FileError(path, "different splits of one image", detail)
         if len(sizes - {None}) > 1:
             detail = ", ".join(f"{width} x {height}" for width, height in sorted(sizes - {None}))
             raise FileError(path, "different sizes of one image", f"{name}: {detail}")
@@ -106,13 +120,57 @@ def read_csv(
     return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
 
 
-def csv_files(folder: Path) -> dict[str, Path] | None:
-    """Annotation files by split; None if the folder is no CSV dataset."""
-    found = {path.stem: path for path in files.entries(folder, (".csv",))}
-    for inner in files.folders_in(folder):
-        if (path := inner / "_annotations.csv").is_file():
+def _images_of_split(
+    path: Path, images: dict, splits: dict[str, bool], split: str, faults: Faults
+) -> dict:
+    wanted = files.find_split(split, filter(None, splits))
+    if wanted is None:
+        known = ", ".join(filter(None, splits)) or "there is no column of splits"
+        raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {known}")
+    if "" in splits:
+        faults.add(path, "rows without a split", "left out")
+    faulty = {name for name, rows in images.items() if any("fault" in row for _, row in rows)}
+    return {
+        name: rows
+        for name, rows in images.items()
+        if name in faulty or any(row["split"] == wanted for _, row in rows)
+    }
+
+
+def _splits_of(rows: Iterable[dict[str, str]]) -> dict[str, bool]:
+    """Names in the column of splits, and whether they have objects; none without such a column."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        if "fault" not in row:
+            if "split" not in row:
+                return {}
+            found[row["split"]] = found.get(row["split"], False) or bool(row["label"])
+    return found if any(map(files.is_split_name, found)) else {}
+
+
+def _column_splits(path: Path) -> dict[str, bool]:
+    splits = _splits_of(row for _, row in _rows(path))
+    return {name: has_objects for name, has_objects in splits.items() if name}
+
+
+def csv_files(source: Path) -> dict[str, Path] | None:
+    """Files by split, of a folder or a column of splits; None if a folder is no CSV dataset."""
+    if not source.is_dir():
+        return dict.fromkeys(_column_splits(source), source)
+    found = files.by_split(filter(_has_known_columns, files.annotation_files(source, ".csv")))
+    for inner in files.folders_in(source):
+        if (path := inner / "_annotations.csv").is_file() and _has_known_columns(path):
             found[inner.name] = path
-    return {name: path for name, path in found.items() if _has_known_columns(path)} or None
+    in_column = csv_files(*found.values()) if len(found) == 1 else {}
+    return in_column or found or None
+
+
+def csv_has_objects(path: Path, split: str) -> bool:
+    """Whether a split, of the column or the whole file, has objects."""
+    has_objects = _column_splits(path).get(split)
+    if has_objects is None:
+        return any(row.get("label") for _, row in _rows(path))
+    return has_objects
 
 
 def _has_known_columns(path: Path) -> bool:
@@ -130,6 +188,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
     reader = csv.reader(io.StringIO(text, newline=""), **options)
     columns: Sequence[str] | None = None
+    spelling: dict[str, str] = {}
     line = 0
     try:
         for cells in reader:
@@ -137,14 +196,19 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not any(cells):
                 continue
             if columns is None:
-                more = {"relative": ""} if {c.lower() for c in cells} >= _OPEN_IMAGES else {}
-                columns = _header(path, cells)
-                if columns:
+                is_automl = len(cells) == len(_AUTOML) and cells[0] in _ML_USE
+                is_relative = is_automl or {c.lower() for c in cells} >= _OPEN_IMAGES
+                columns = _AUTOML if is_automl else _header(path, cells)
+                if columns and not is_automl:
                     continue
-                columns = (*COLUMNS, *_SIZE)[: len(cells)]
-            row = {"image": cells[0], "fault": f"{len(cells)} columns"}
-            if len(cells) == len(columns):
-                row = {**dict(zip(columns, cells, strict=True)), **more}
+                columns = columns or (*COLUMNS, *_SIZE)[: len(cells)]
+            row = dict(zip(columns, cells, strict=False))
+            if len(cells) != len(columns):
+                row = {"image": row.get("image", cells[0]), "fault": f"{len(cells)} columns"}
+            else:
+                row |= {"relative": ""} if is_relative else {}
+                if "split" in row:  # in the first of its spellings
+                    row["split"] = spelling.setdefault(files.unified(row["split"]), row["split"])
                 for name in COLUMNS[1:5] if delimiter != "," else ():
                     row[name] = re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", row[name])
             yield line, row
@@ -154,13 +218,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _header(path: Path, cells: list[str]) -> list[str] | None:
     """Names of the columns; None if the first row is not a header."""
-    known = {other: name for name, others in _SYNONYMS.items() for other in (name, *others)}
     found = [cell.lower() for cell in cells]
-    names = [known.get(cell, f"other {i}") for i, cell in enumerate(found)]
+    names = [f"other {i}" for i in range(len(found))]
+    for name, others in _SYNONYMS.items():  # the first that is there counts
+        if cell := next((cell for cell in (name, *others) if cell in found), None):
+            names[found.index(cell)] = name
     missing = [name for name in COLUMNS if name not in names]
     if not missing:
-        # The first synonym counts, e.g. of "filename" and "path".
-        return [n if n not in names[:i] else f"other {i}" for i, n in enumerate(names)]
+        return names
     numbers = [cell.replace(",", ".") for cell in (*found[1:5], *found[6:])]
     are_numbers = all(cell in ("", "nan") or not isnan(common.number(cell)) for cell in numbers)
     if len(cells) in (len(COLUMNS), len(COLUMNS) + len(_SIZE)) and are_numbers:

@@ -3,26 +3,28 @@
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_resnest.data.dataset import DetectionDataset
-from keras_resnest.data.readers.coco import coco_files, read_coco
-from keras_resnest.data.readers.csv import csv_files, read_csv
+from keras_resnest.data.dataset import DetectionDataset, Problem
+from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
+from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
 from keras_resnest.data.readers.files import entries, find_split, folders_in
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
 from keras_resnest.data.readers.voc import read_voc, voc_splits
 from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
 
 # Name of a format: (the splits of a folder, or None if it has another layout; the reader). The
-# splits of COCO and CSV are files, which their readers take.
+# splits of COCO and CSV are in files, which their readers take.
 _FORMATS = {
     "voc": (voc_splits, read_voc),
     "coco": (coco_files, read_coco),
     "yolo": (yolo_splits, read_yolo),
     "csv": (csv_files, read_csv),
 }
+_HAS_OBJECTS = {"coco": coco_has_objects, "csv": csv_has_objects}
 FORMATS = tuple(_FORMATS)
 _SUFFIXES = {".json": "coco", ".csv": "csv", **dict.fromkeys(SETTINGS_SUFFIXES, "yolo")}
 _EXPECTED = """
@@ -55,9 +57,9 @@ def read_detection(
         source: Folder or file, or "tfds:" and a name of TensorFlow Datasets. See `read_voc`,
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
         split: Name of a file in `ImageSets/Main` (VOC), `<split>` in `instances_<split>.json` or
-            `<split>.csv` (a year after it may be omitted), a folder (YOLO, VOC), or a TFDS split
-            (then required). A single COCO or CSV file has none. Default: all images, or the only
-            file.
+            `<split>.csv` (a year after it may be omitted), a value in a CSV file's column of
+            splits, a folder or a list (YOLO, VOC), or a TFDS split (then required). Default: all
+            images, or the only file.
         class_names: Names of the labels 0, 1, 2, ... Default: as in the dataset.
         image_folder: Folder of the images of a COCO or CSV file. Default: see their readers.
         on_error: "raise" a ValueError for a faulty image, or "skip" and report it; unused by TFDS.
@@ -95,12 +97,16 @@ def read_detection(
                 f"Received: image_folder={image_folder!r}"
             )
         return read(path, split, **options)
-    if split is not None and not path.is_dir():
+    file = _file_of_split(path, splits_of(path), split, kind) if path.is_dir() else path
+    in_column = csv_files(file) if kind == "csv" and split is not None else {}
+    matches = _matching_splits(split, in_column) if in_column else []
+    if in_column and (matches or not path.is_dir()):
+        options["split"] = matches[0] if len(matches) == 1 else split
+    elif split is not None and not path.is_dir():
         raise ValueError(
             f"A single {kind.upper()} file has no splits: omit `split`, and split the dataset with "
             f"`hold_out`. Received: split={split!r}, {path}"
         )
-    file = _file_of_split(path, splits_of(path), split, kind) if path.is_dir() else path
     return read(file, image_folder, **options)
 
 
@@ -120,8 +126,8 @@ def read_train_test(
     Args:
         source: As in `read_detection`.
         train_split: Default: "train".
-        test_split: Default: the first of "test", "val", "valid" and "validation" that exists; for
-            TFDS, "test". A year may follow the name, as in "val2017".
+        test_split: Default: the first of "test", "val", "valid" and "validation" that has
+            annotations. A year may follow the name, as in "val2017".
         holdout: Fraction of the images to hold out for testing, if the dataset has no splits.
         seed: Seed of the random split.
         **options: Arguments of `read_detection`: `on_error`, `format`, ...
@@ -136,11 +142,13 @@ def read_train_test(
     if _tfds_name(source) is None:
         splits = find_splits(source, options.get("format"))
         if len(splits) < 2 and not (train_split or test_split):
-            whole = read_detection(source, **options)
+            whole = read_detection(source, first_split(("train",), splits), **options)
             return _checked(source, *whole.hold_out(holdout, seed))
         train_split = train_split or first_split(("train",), splits)
         test_split = test_split or first_split(TEST_SPLITS, splits)
     train = read_detection(source, train_split or "train", **options)
+    if _tfds_name(source) is not None and test_split is None:  # reading has prepared it
+        test_split = first_split(TEST_SPLITS, find_splits(source))
     names = {"class_names": train.class_names}
     test = read_detection(source, test_split or "test", **{**options, **names})
     return (train, test) if _tfds_name(source) else _checked(source, train, test)
@@ -149,27 +157,33 @@ def read_train_test(
 def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
     if not train.report.num_boxes:
         raise ValueError(f"No box to train on in the {len(train)} training images of {source}")
+    if shared := {r.image for r in train.records} & {r.image for r in test.records}:
+        what = "image of the training set"
+        test.report.problems += [Problem(Path(p).name, what, "kept") for p in sorted(shared)]
+        warnings.warn(f"{source}: {len(shared)} test images are also training images", stacklevel=3)
     return train, test
 
 
 def find_splits(source: str | os.PathLike, format: str | None = None) -> list[str]:
-    """Returns the sorted names that `read_detection` accepts as `split`, if any.
+    """Returns the sorted names of the splits that have annotations, if any.
 
     Args:
         source: As in `read_detection`.
         format: As in `read_detection`.
 
     Raises:
-        ValueError: if the format is not recognized, or if a TFDS dataset is not on disk.
+        ValueError: if the format is not recognized, or if a TFDS dataset is not on disk or not for
+            detection.
 
     Example: `find_splits("tfds:voc/2007")` returns `["test", "train", "validation"]`.
     """
     if (name := _tfds_name(source)) is not None:
         return tfds_splits(name)
     kind = _format_of(source, format)
-    if kind in ("coco", "csv") and not os.path.isdir(source):
-        return []
-    return sorted(_FORMATS[kind][0](source) or ())
+    found = _FORMATS[kind][0](Path(source)) or {}
+    if has_objects := _HAS_OBJECTS.get(kind):
+        found = [split for split, file in found.items() if has_objects(file, split)]
+    return sorted(found)
 
 
 # === Formats ===
@@ -234,7 +248,7 @@ def _file_of_split(
     if files is None:
         raise ValueError(f"{folder} has no {kind.upper()} file. Expected:{_EXPECTED}")
     matches = list(files) if split is None else _matching_splits(split, files)
-    if len(matches) != 1:
+    if len({files[match] for match in matches}) != 1:
         raise ValueError(
             f"`split` must be one of those in {folder} ({kind.upper()}): {', '.join(files)}. "
             f"Received: split={split!r}"
@@ -246,7 +260,8 @@ def _matching_splits(name: str, splits: Collection[str]) -> list[str]:
     """Splits with this name, or with this name and a year: "train2017" for "train"."""
     if same := find_split(name, splits):
         return [same]
-    return [split for split in splits if re.fullmatch(rf"{re.escape(name)}[-_ ]?\d+", split)]
+    year = re.compile(rf"{re.escape(name)}[-_ ]?\d+", re.IGNORECASE)
+    return list(filter(year.fullmatch, splits))
 
 
 def first_split(names: Sequence[str], splits: list[str]) -> str | None:

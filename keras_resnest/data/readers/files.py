@@ -16,14 +16,11 @@ from pathlib import Path
 from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
-_SYNONYMS = {
-    "train": ("training",),
-    "val": ("valid", "validation"),
-    "valid": ("val",),
-    "validation": ("val", "valid"),
-    "test": ("testing",),
-}
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+SPLIT_NAMES = tuple(name for names in _SYNONYMS for name in names)
+_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[-_ ]?\d*", re.IGNORECASE)
+_IMAGE = re.compile("|".join(rf"\{suffix}\b" for suffix in IMAGE_SUFFIXES))
+ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")  # in lower case
 SMALL, LARGE = 16 << 20, 4 << 30  # bytes: files of one image, files of a whole dataset
 LONGEST = 400  # characters of a file or number in a message
 _NO_DATA = ("runs", "__macosx", "thumbs.db", "desktop.ini", "@eadir")  # in lower case
@@ -121,9 +118,54 @@ def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
             yield Path(entry.path)
 
 
+def is_split_name(name: str) -> bool:
+    """Whether a name is that of a usual split, maybe with a year: "Train" or "val2017"."""
+    return _SPLIT.fullmatch(name) is not None
+
+
+def split_in(name: str) -> str | None:
+    """The only split in a name: "train2017" in "instances_train2017"; None if there is no such."""
+    words = [name] if is_split_name(name) else re.split(r"[-_. ]+", name)
+    found = list(filter(is_split_name, words))
+    return found[0] if len(found) == 1 else None
+
+
+def split_of(file: Path) -> str:
+    """Name of the split of an annotation file, or its stem."""
+    return split_in(file.stem) or re.sub(r"^(instances|person_keypoints)_", "", file.stem)
+
+
+def by_split(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by split; by their stems if several are of the same split."""
+    names = {path: split_of(path) for path in paths}
+    counts = collections.Counter(names.values())
+    return {name if counts[name] == 1 else path.stem: path for path, name in names.items()}
+
+
+def split_lists(folder: Path, tree: "FileTree") -> dict[str, Path]:
+    """Lists of images by split: in `ImageSets`, or "train.txt", "val_list.txt", ... beside it."""
+    for place in ("ImageSets/Main", "ImageSets"):
+        sets = tree.find(folder, place, shortest=None)
+        if found := entries(sets, (".txt",)) if sets else ():
+            return {path.stem: path for path in found}
+
+    def is_list(path):
+        first = read_start(path, 1000).partition(b"\n")[0].decode(errors="replace").lower()
+        return is_split_name(path.stem) or (split_in(path.stem) and _IMAGE.search(first))
+
+    return by_split(filter(is_list, entries(folder, (".txt",))))
+
+
+def annotation_files(folder: Path, suffix: str) -> list[Path]:
+    """Files with a suffix in a folder and its folders of annotations."""
+    inner = [path for path in folders_in(folder) if path.name.lower() in ANNOTATION_FOLDERS]
+    return [path for place in (folder, *inner) for path in entries(place, (suffix,))]
+
+
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
-    for name in (split, *_SYNONYMS.get(split.lower(), ())):
+    synonyms = next((names for names in _SYNONYMS if split.lower() in names), ())
+    for name in (split, *synonyms):
         if len(found := closest(name, [k for k in known if unified(k) == unified(name)])) == 1:
             return found[0]
     return None
@@ -225,10 +267,12 @@ class FileTree:
         return path
 
     def hint(self, folder: Path, text: str) -> str:
-        """What to say about a path that was not found, but exists outside of the dataset."""
-        full = Path(os.path.normpath(folder / text.strip()))
-        is_inside = any(full.is_relative_to(root) for root in self.roots)
-        if is_inside or not os.path.exists(full):
+        """What to say about a path that was not found, but is ambiguous or outside the dataset."""
+        full = Path(os.path.normpath(folder / text.strip().replace("\\", "/")))
+        if any(full.is_relative_to(root) for root in self.roots):
+            names = sorted(self.named(full.parent, full.name, IMAGE_SUFFIXES))
+            return f". It could be {' or '.join(names)}" if len(names) > 1 else ""
+        if not os.path.exists(full):
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
 

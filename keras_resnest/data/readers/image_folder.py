@@ -17,11 +17,13 @@ from keras_resnest.data.dataset import (
 )
 from keras_resnest.data.readers.common import Faults
 from keras_resnest.data.readers.files import (
-    SPLIT_NAMES,
     FileError,
     check_folder,
     composed,
     entries,
+    find_split,
+    folders_in,
+    is_split_name,
 )
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
 
@@ -40,7 +42,8 @@ def read_image_folder(
 
     Args:
         folder: Folder of the dataset.
-        split: Folder in `folder` with the class folders, e.g. "train". Default: `folder` itself.
+        split: Folder in `folder` with the class folders, e.g. "train", in any letter case, or its
+            synonym. Default: `folder` itself.
         class_names: Names of the labels 0, 1, 2, ... Default: the class folders, sorted.
         on_error: "raise" a ValueError for an unreadable image or a class folder that is not in
             `class_names`, or "skip" and report it.
@@ -80,12 +83,14 @@ def _split_folder(folder: Path, split: str | None) -> Path:
     check_folder(folder, "folder")
     if split is None:
         return folder
-    if not os.path.isdir(folder / split):
-        known = [path.name for path in entries(folder) if path.is_dir()]
+    if os.path.isdir(folder / split):  # also a path of several folders
+        return folder / split
+    known = [path.name for path in folders_in(folder)]
+    if (found := find_split(split, known)) is None:
         raise ValueError(
             f"`split` must be a folder in {folder}. Received: {split!r}. {nearest(split, known)}"
         )
-    return folder / split
+    return folder / found
 
 
 def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path]:
@@ -97,9 +102,10 @@ def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path
         raise ValueError(
             f"{folder} must hold one folder of images for each class. Received: {len(found)} files"
         )
-    if split is None and {name.lower() for name in names} <= set(SPLIT_NAMES):
+    splits = list(filter(is_split_name, names))  # "train" alone may be a class
+    if split is None and (len(splits) > 1 or splits == names):
         raise ValueError(
-            f"`split` must be given if folders are named {', '.join(names)}. "
+            f"`split` must be given if folders are named {', '.join(splits)}. "
             f"Received: split=None for {folder}"
         )
     for path in found:

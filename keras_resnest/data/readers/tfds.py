@@ -103,10 +103,17 @@ def read_tfds_classification(
 
 
 def tfds_splits(name: str) -> list[str]:
-    """Names of the splits of a dataset on disk."""
+    """Names of the splits of a dataset on disk that have objects in the first 100 images."""
     builder = _builder(name, data_dir=None)
     _prepare(builder, download=False)
-    return sorted(builder.info.splits)
+    names = _label_names(builder)
+
+    def has_objects(split):
+        examples = _TfdsDataset(builder, split, names, None)._examples().take(100)
+        return any(len(example["label"]) for example in examples.as_numpy_iterator())
+
+    splits = builder.info.splits
+    return sorted(name for name in splits if splits[name].num_examples and has_objects(name))
 
 
 def _builder(name_or_builder: Any, data_dir: str | os.PathLike | None):
@@ -234,6 +241,9 @@ class _TfdsSplit:
 
     def _image_names(self) -> list[str]:
         return [self._builder.info.full_name, str(self._split)]  # reading all ids takes minutes
+
+    def _annotations(self) -> tuple:
+        return ()  # the name has a version
 
     def _part(self, num_shards: int, shard_index: int):
         import tensorflow_datasets as tfds

@@ -1,6 +1,7 @@
 """Reader of Pascal VOC annotations."""
 
 import collections
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,8 +16,8 @@ from keras_resnest.images import IMAGE_SUFFIXES
 
 _XML = (".xml",)
 # Folders of XML files and of images, in lower case; first choice first.
-_XML_FOLDERS = ("annotations", "annotation", "labels", "xmls", "xml")
-_IMAGE_FOLDERS = ("jpegimages", "images", "data", "img")
+_XML_FOLDERS = ("annotations", "annotation", "annots", "anns", "labels", "label", "xmls", "xml")
+_IMAGE_FOLDERS = ("jpegimages", "images", "image", "data", "imgs", "img")
 
 
 def read_voc(
@@ -33,9 +34,11 @@ def read_voc(
 
     The folder has the VOC layout (`JPEGImages` or `images`, `Annotations`, and perhaps
     `ImageSets/Main/<split>.txt`), or images and XML files side by side. It may have subfolders; one
-    for each split ("train", "valid", "test") makes splits. Images and XML files have the same stem,
-    or `<filename>` names the image. VOC coordinates are 1-based and inclusive: [xmin, ymin, xmax,
-    ymax] becomes [xmin - 1, ymin - 1, xmax, ymax].
+    for each split ("train", "valid", "test") makes splits, as do lists "<split>.txt" in the folder.
+    Images and XML files have the same stem, or else `<filename>` names the image. Where it names
+    another image of the folder, the stem counts: `<filename>` goes stale when files are copied or
+    renamed. VOC coordinates are 1-based and inclusive: [xmin, ymin, xmax, ymax] becomes
+    [xmin - 1, ymin - 1, xmax, ymax].
 
     Degenerate boxes and boxes outside the image are dropped; boxes that cross the border are
     clipped. If `<size>` shows that boxes were drawn before the EXIF rotation of the image or at
@@ -44,8 +47,8 @@ def read_voc(
 
     Args:
         folder: Folder of the dataset.
-        split: Name of a file in `ImageSets/Main`, without ".txt" (images with the flag -1 are
-            excluded), or of the folder of a split. Default: all images.
+        split: Name of a list, without ".txt" (images with the flag -1 are excluded), or of the
+            folder of a split. Default: all images.
         class_names: Names of the labels 0, 1, 2, ... Default: all names in the XML files of all
             splits, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image or XML file, a `<size>` of
@@ -70,7 +73,7 @@ def read_voc(
     faults = Faults(on_error, unannotated)
     source = _VocFolder(folder, allow_outside)
     split = source.known_split(split)
-    wanted = source.listed_ids(split, faults) or [k for k in source.xml_files if _is_in(split, k)]
+    wanted = source.listed_ids(split, faults) or source.ids_in(split)
     annotations = {}
     for image_id in source.xml_files if class_names is None else wanted:
         if image_id in source.xml_files:
@@ -94,11 +97,14 @@ def read_voc(
                 raise FileError(name, "missing image and XML file")
             image = source.images[image_id][0]
             return ImageAnnotation(image, image_id, image, (), missing="missing XML file")
-        image = images[image_id]
+        image, named = images[image_id], re.split(r"[\\/]", xml.filename)[-1]
         if image is None:
             named = repr(xml.filename) if xml.filename else "a <filename>"
             detail = f"not one image {image_id}.* in {source.folder}, nor {named}"
             raise FileError(xml.path, "missing image", detail)
+        if source.tree.child(image.parent, named, IMAGE_SUFFIXES) not in (None, image):
+            action = f"boxes assumed to belong to {image.name}"
+            faults.add(xml.path, "<filename> of another image", action, named)
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
     usable = [key for key in wanted if key in annotations or key not in source.xml_files]
@@ -106,9 +112,9 @@ def read_voc(
 
 
 def voc_splits(folder: str | os.PathLike) -> list[str] | None:
-    """Names of the splits; None if the folder is no VOC dataset."""
+    """Names of the annotated splits; None if the folder is no VOC dataset."""
     source = _VocFolder(folder)
-    return sorted(source.splits) if source.xml_files else None
+    return sorted(filter(source.has_objects, source.splits)) if source.xml_files else None
 
 
 def inner_voc_folder(folder: Path) -> Path | None:
@@ -125,7 +131,7 @@ def _roots(folder: Path) -> dict[str, tuple[Path, Path]]:
     if pair := _pair(folder):
         return {"": pair}
     inner = files.folders_in(folder)
-    pairs = {path.name: _pair(path) for path in inner if path.name.lower() in files.SPLIT_NAMES}
+    pairs = {path.name: _pair(path) for path in inner if files.is_split_name(path.name)}
     if found := {name: pair for name, pair in pairs.items() if pair}:
         return found
     return {"": (folder, folder)} if any(map(_has_xml, inner)) else {}
@@ -162,10 +168,14 @@ class _VocFolder:
 
     def _find_splits(self) -> dict[str, Path | None]:
         """Lists of images by split; None for a folder of a split."""
-        sets = self.tree.find(self.folder, "ImageSets/Main", shortest=None)
-        found = {path.stem: path for path in (files.entries(sets, (".txt",)) if sets else ())}
-        first = {key.partition("/")[0] for key in self.xml_files if "/" in key}
-        return found or {name: None for name in first if name.lower() in files.SPLIT_NAMES}
+        first = {key.partition("/")[0] for key in (*self.xml_files, *self.images) if "/" in key}
+        folders = {name: None for name in first if files.is_split_name(name)}
+        return {**folders, **files.split_lists(self.folder, self.tree)}
+
+    def ids_in(self, split: str | None) -> list[str]:
+        """Ids of the XML files in the folder of a split, or whose images are there."""
+        found = self._image_ids.find
+        return [k for k in self.xml_files if _is_in(split, k) or _is_in(split, found(k) or "")]
 
     def known_split(self, split: str | None) -> str | None:
         """Checks the dataset and the name of a split, which may be a synonym."""
@@ -184,6 +194,17 @@ class _VocFolder:
             )
         return found
 
+    def has_objects(self, split: str) -> bool:
+        """Whether any image of a split has an object, or is missing: not if none is annotated."""
+        with contextlib.suppress(ValueError):  # is raised when the split is read
+            ids = self.listed_ids(split, Faults("skip")) or self.ids_in(split)
+            starts = (
+                files.read_start(self.xml_files[i], 1 << 16) for i in ids if i in self.xml_files
+            )
+            is_missing = any(i not in self.xml_files and i not in self.images for i in ids)
+            return is_missing or any(b"<object" in start.replace(b"\0", b"") for start in starts)
+        return True
+
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
         """Ids in the list of a split; none if there is no list."""
         path = self.splits.get(split)
@@ -201,7 +222,10 @@ class _VocFolder:
         return list(image_ids)
 
     def _listed_id(self, line: str) -> str:
-        """Id from a line "id", "id.jpg" or "id  flag"; "" if the flag excludes the image."""
+        """Id from a line "id", "id.jpg", "id.jpg id.xml" or "id  flag"; "" if the flag is -1."""
+        first = line.partition(" ")[0]
+        if line.endswith(_XML) and first.lower().endswith(IMAGE_SUFFIXES):
+            line = first
         if line not in self.xml_files and (match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)):
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
@@ -285,7 +309,7 @@ def _parse_xml(path: Path, one_based: bool) -> _VocXml:
     encoded = files.read_bytes(path, "XML")
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(encoded, parser)
+        root = ElementTree.fromstring(encoded.lstrip(), parser)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise FileError(path, "unreadable XML", str(error)) from error
     if root.tag != "annotation":

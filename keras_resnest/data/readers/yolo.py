@@ -18,7 +18,7 @@ from keras_resnest.images import IMAGE_SUFFIXES
 YAML_SUFFIXES = (".yaml", ".yml")
 SETTINGS_SUFFIXES = (*YAML_SUFFIXES, ".data")  # obj.data: "train = data/train.txt"
 _SPLITS = ("train", "val", "valid", "test")
-_CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
+_CLASS_LISTS = ("classes.txt", "_darknet.labels")  # and *.names
 _MAX_YAML = 1 << 20  # bytes; the parser takes seconds per megabyte
 
 
@@ -41,19 +41,20 @@ def read_yolo(
 
     `data.yaml` or `obj.data`, if present, names the images ("train:", "val:", "test:": folders, or
     a text file that lists images); otherwise they are in "images/<split>", "<split>/images",
-    "<split>" or the folder itself. Stated paths are first looked for in the folder of the dataset,
-    all of them, also if they were written for another place. Text files are in the folder with
-    "labels" in place of the last "images", or beside the images. `image_id` is the path of the
-    image in the folder.
+    "<split>" or the folder itself, and lists "<split>.txt" in the folder are splits. Stated paths
+    are first looked for in the folder of the dataset, all of them, also if they were written for
+    another place. Text files are in the folder with "labels" in place of the last "images", or
+    beside the images. `image_id` is the path of the image in the folder.
 
     Boxes belong to the upright image. They are dropped, clipped and reported as in `read_coco`.
 
     Args:
         folder: Folder of the dataset, or its `data.yaml`.
-        split: "train", "val", "test" or another name. Default: all images.
+        split: "train", "val", "test" or another name. Default: all images, without splits that
+            have no text file at all, which the report lists.
         class_names: Names of the labels 0, 1, 2, ... Classes are matched by name if the folder has
             class names. Default: `names` in `data.yaml`, or the lines of `classes.txt`,
-            `obj.names` or `_darknet.labels`.
+            `obj.names` or the like, or `_darknet.labels`.
         on_error: "raise" a ValueError for an unreadable image or text file, a text file without
             image, a class without a name, or a stated folder that does not exist; or "skip" it and
             report it.
@@ -73,6 +74,8 @@ def read_yolo(
     names, keypoints = source.class_names(), source.keypoints()
     places = source.places(split, faults)
     images = source.images(places, faults)
+    if split is None:
+        images = source.without_unlabeled_splits(images, faults)
     if names is None:
         if class_names is None:
             raise ValueError(
@@ -109,9 +112,9 @@ def read_yolo(
 
 
 def yolo_splits(source: str | os.PathLike) -> list[str] | None:
-    """Names of the splits of a folder or `data.yaml`; None if it is no YOLO dataset."""
+    """Names of the annotated splits of a folder or `data.yaml`; None if it is no YOLO dataset."""
     folder = _YoloFolder(source)
-    return sorted(folder.splits()) if folder.is_yolo() else None
+    return sorted(filter(folder.has_objects, folder.splits())) if folder.is_yolo() else None
 
 
 # === Files ===
@@ -145,15 +148,13 @@ class _YoloFolder:
     def splits(self) -> list[str]:
         """Names of the splits, from the settings or the usual layout, that have a place."""
         stated = [split for split, found in self._stated.items() if any(p for _, p in found)]
-        return stated if self._stated else [name for name in self._usual_places() if name]
+        return stated if self._stated else list(filter(None, self._usual_places()))
 
     def places(self, split: str | None, faults: Faults) -> list[Path]:
         """Folders and lists of the images of a split, or of all images."""
         if not self._stated:
             usual = self._usual_places()
-            if split is None:
-                return usual.get("") or [p for paths in usual.values() for p in paths]
-            return usual[self._known_split(split, [name for name in usual if name])]
+            return usual[split and self._known_split(split, self.splits())]
         wanted = list(self._stated) if split is None else [self._known_split(split, self._stated)]
         found = []
         is_elsewhere = not self.splits()
@@ -183,6 +184,25 @@ class _YoloFolder:
             expected = place / f"{images[0].stem}.txt"
             raise ValueError(f"None of the {len(images)} images has a text file like {expected}")
         return images
+
+    def has_objects(self, split: str) -> bool:
+        """Whether any image of a split has an object, or is missing: not if none is annotated."""
+        faults = Faults("skip")
+        label_files = filter(None, map(self.label_file, self._images_of(split, faults)))
+        return any(files.read_start(f, 1000).strip() for f in label_files) or bool(faults.problems)
+
+    def without_unlabeled_splits(self, images: list[Path], faults: Faults) -> list[Path]:
+        """Leaves out the images of splits that are not annotated: they are not background."""
+        for split in filter(files.is_split_name, self.splits()):
+            own = set(self._images_of(split, Faults("skip")))
+            if own and not any(map(self.label_file, own)):
+                faults.add(split, "split without text files", "left out")
+                images = [path for path in images if path not in own]
+        return images
+
+    def _images_of(self, split: str | None, faults: Faults) -> Iterator[Path]:
+        for place in self.places(split, faults):
+            yield from self._images_in(place, faults)
 
     def label_file(self, image: Path) -> Path | None:
         """Text file of an image: in "labels" instead of the last "images", or beside it."""
@@ -251,8 +271,9 @@ class _YoloFolder:
         found = []
         for folder in (*own, *inner, *(path / "labels" for path in inner)):
             found += filter(None, (self.tree.child(folder, name) for name in _CLASS_LISTS))
+            found += files.entries(folder, (".names",)) if folder.is_dir() else ()
             if found and folder in own:
-                return found
+                break
         if len({tuple(self.tree.read_lines(path, "list of classes")) for path in found}) > 1:
             detail = ", ".join(map(str, found))
             raise FileError(self.folder, "different lists of classes", detail)
@@ -265,7 +286,21 @@ class _YoloFolder:
             raise ValueError(f"`split` must be in {self.folder}. Received: {split!r}; {available}")
         return key
 
-    def _usual_places(self) -> dict[str, list[Path]]:
+    def _usual_places(self) -> dict[str | None, list[Path]]:
+        """Folders and lists of images by split; None has all images."""
+        places = self._usual_folders()
+        images = places.pop("", None) or [path for paths in places.values() for path in paths]
+        lists = files.split_lists(self.folder, self.tree).items()
+        named = {name: [path] for name, path in lists if not self._is_label_file(path)}
+        if named:  # folders may have another meaning
+            places = {name: paths for name, paths in places.items() if files.is_split_name(name)}
+        return {None: images, **places, **named}
+
+    def _is_label_file(self, path: Path) -> bool:
+        has_image = self.tree.named(path.parent, path.stem, IMAGE_SUFFIXES)
+        return bool(has_image) or _starts_with_row(path)
+
+    def _usual_folders(self) -> dict[str, list[Path]]:
         """Folders of images by split; "" has those of all splits, if there are more."""
         images = self.tree.child(self.folder, "images")
         if images is not None and images.is_dir():
@@ -274,7 +309,7 @@ class _YoloFolder:
         pairs = [(path.name, self.tree.child(path, "images")) for path in inner]
         if found := {name: [path] for name, path in pairs if path and path.is_dir()}:
             return found
-        named = {path.name: [path] for path in inner if path.name.lower() in files.SPLIT_NAMES}
+        named = {path.name: [path] for path in inner if files.is_split_name(path.name)}
         others = (path for path in files.folders_in(self.folder) if path not in inner)
         is_mixed = any(next(files.walk(path, IMAGE_SUFFIXES), None) for path in others)
         return named if is_mixed else {"": [self.folder], **named}
@@ -341,10 +376,12 @@ class _YoloFolder:
         if place.is_dir():
             yield from files.walk(place, IMAGE_SUFFIXES)
             return
+        images = self.tree.child(self.folder, "images") or self.folder
         for line in self.tree.read_lines(place, "list of images"):
             image = None
             with faults.skipping_image():
-                image = self.tree.find(place.parent, line, IMAGE_SUFFIXES)
+                found = (self.tree.find(f, line, IMAGE_SUFFIXES) for f in (place.parent, images))
+                image = next(filter(None, found), None)
                 image = image or self.tree.image(self.folder, line, place)
             if image is not None:
                 yield image
