@@ -11,6 +11,7 @@ import warnings
 
 import keras
 
+from keras_resnest.checks import value_errors
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
 
@@ -85,20 +86,20 @@ class DistributedTraining:
             callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
-        with report_lost_workers(strategy):
+        with value_errors(own_data, kwargs.get("validation_data")), report_lost_workers(strategy):
             return super().fit(x, batch_size=batch_size, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)
-    def evaluate(self, **kwargs):
+    def evaluate(self, x=None, **kwargs):
         check_not_forked()
-        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().evaluate(**kwargs)
+        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().evaluate(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict)
-    def predict(self, **kwargs):
+    def predict(self, x, **kwargs):
         check_not_forked()
-        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().predict(**kwargs)
+        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().predict(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict_on_batch)
     def predict_on_batch(self, x):

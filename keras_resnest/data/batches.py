@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_image_shape
+from keras_resnest.checks import PREFIX, check_all_images, check_image_shape
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -579,11 +579,14 @@ def _stored(
 def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     if not cache:
         return elements
-    if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
+    count = int(elements.cardinality())
+    if count == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             f"`cache` must be False for an infinite dataset (`repeat()`). Received: cache={cache!r}"
         )
-    return elements.cache() if cache is True else elements.cache(str(cache))
+    elements = elements.cache() if cache is True else elements.cache(str(cache))
+    # After a pass that failed at an unreadable image, TensorFlow's cache holds all but that one.
+    return elements if count < 0 else elements.apply(tf.data.experimental.assert_cardinality(count))
 
 
 def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, limit: int | None) -> int:
@@ -628,5 +631,6 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
+    batches.check_images = lambda: check_all_images([dataset])  # called if reading fails
     batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches
