@@ -86,7 +86,11 @@ class DistributedTraining:
             callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
-        with value_errors(own_data, kwargs.get("validation_data")), report_lost_workers(strategy):
+        reads = own_data, kwargs.get("validation_data")
+        with warnings.catch_warnings(), value_errors(*reads), report_lost_workers(strategy):
+            if x is not own_data and kwargs.get("steps_per_epoch") is None:
+                # Keras says so at the end of every dataset that does not know its length.
+                warnings.filterwarnings("ignore", "Your input ran out of data")
             return super().fit(x, batch_size=batch_size, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)

@@ -231,6 +231,31 @@ def test_an_unreadable_image_is_named(model, tmp_path):
             run()
 
 
+def test_files_of_a_cache_belong_to_their_data(tmp_path):
+    damaged = damaged_folder(tmp_path)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "a.png").read_bytes())
+
+    def content(classes=("red", "green", "blue"), boxes=None, make=training_batches, **options):
+        records = [ImageRecord(r.image, r.image_id, r.boxes, r.labels) for r in damaged]
+        records[0].boxes = records[0].boxes if boxes is None else boxes
+        data = DetectionDataset(records, classes)
+        (batch,) = make(data, SHAPE, 4, cache=str(tmp_path / "cache"), **options)
+        return [batch["images"].numpy().tobytes(), batch["bounding_boxes"]["boxes"].numpy()]
+
+    options = {"augmentation": None, "shuffle_buffer": 0}
+    first, files = content(**options), set(tmp_path.glob("cache*.index"))
+    assert len(files) == 1
+    assert content(**options)[0] == first[0] and set(tmp_path.glob("cache*.index")) == files
+    moved = damaged[0].boxes + 1
+    np.testing.assert_array_equal(content(boxes=moved, **options)[1][0], moved)
+    Image.fromarray(IMAGES[3].astype("uint8")).save(tmp_path / "a.png")
+    assert content(**options)[0] != first[0]
+    content(classes=("blue", "green", "red"), **options)
+    content(use_difficult=False, **options)
+    content(make=evaluation_batches)
+    assert len(set(tmp_path.glob("cache*.index"))) == 6
+
+
 def test_an_unreadable_image_of_a_classifier_is_named(tmp_path):
     records = [LabeledImage(r.image, r.image_id, 0, r.info) for r in damaged_folder(tmp_path)]
     dataset = ClassificationDataset(records, ["one", "two"])

@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import difflib
 import functools
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -326,6 +327,19 @@ class ImageDataset:
         names = "\n".join(self._image_names()).encode(errors="surrogateescape")
         names = {"images": len(self), "hash_of_image_names": zlib.crc32(names)}
         return {"class_names": self.class_names, **names}
+
+    def fingerprint(self) -> str:
+        """Returns a text that changes with every image, box and label, for names of caches."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for record in self.records:
+            for field in dataclasses.fields(record):
+                value = getattr(record, field.name)
+                if field.name == "image" and isinstance(value, str):
+                    status = os.stat(value)
+                    value = status.st_size, status.st_mtime_ns
+                is_array = isinstance(value, np.ndarray)
+                digest.update(value.tobytes() if is_array else repr(value).encode())
+        return digest.hexdigest()
 
     def _image_names(self) -> list[str]:
         return [record.image_id for record in self.records]
