@@ -124,18 +124,29 @@ def unpack_batch(batch) -> tuple:
 
 
 def dense_boxes(boxes):
-    """Returns ground truth with `tf.RaggedTensor`s padded: boxes with zeros, labels with -1."""
+    """Returns ground truth with ragged tensors and lists padded: boxes with 0, labels with -1."""
     if not isinstance(boxes, Mapping):
         return boxes
-    return {
-        name: value.to_tensor(-1 if name == "labels" else 0, shape=_RAGGED_SHAPES.get(name))
-        if hasattr(value, "to_tensor")
-        else value
-        for name, value in boxes.items()
-    }
+    return {name: _dense(name, value) for name, value in boxes.items()}
 
 
-_RAGGED_SHAPES = {"boxes": (None, None, 4)}
+def _dense(name: str, value):
+    padding, shape = -1 if name == "labels" else 0, (4,) if name == "boxes" else ()
+    if hasattr(value, "to_tensor"):  # tf.RaggedTensor
+        return value.to_tensor(padding, shape=(None, None, *shape) if shape else None)
+    if not isinstance(value, list | tuple) and str(getattr(value, "dtype", "")) != "object":
+        return value
+    try:
+        rows = [np.asarray(row, "int32" if name == "labels" else "float32") for row in value]
+        dense = np.full((len(rows), max(map(len, rows), default=0), *shape), padding, rows[0].dtype)
+        for image, row in zip(dense, rows, strict=True):
+            image[: len(row)] = row.reshape(-1, *shape)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"`{name}` must be an array, or a list with the rows of each image. Received: "
+            f"{type(value).__name__} ({error})"
+        ) from None
+    return dense
 
 
 def check_box_dictionary(boxes) -> None:
@@ -315,19 +326,31 @@ def require(tensor, condition, message: str, *values):
 
 
 @contextlib.contextmanager
-def value_errors():
-    """Turns an error of these checks, raised inside a TensorFlow graph, into a `ValueError`."""
-    if keras.backend.backend() != "tensorflow":
-        yield
-        return
-    import tensorflow as tf
+def value_errors(*data):
+    """Turns what TensorFlow raises for these checks and unreadable images into a `ValueError`.
 
+    Args:
+        *data: datasets that the body reads. If one of its images cannot be read, all are read again
+            to find it, as TensorFlow does not name it.
+    """
     try:
         yield
-    except tf.errors.InvalidArgumentError as error:
+    except Exception as error:
         text = str(error)
-        if PREFIX not in text:
+        if not type(error).__module__.startswith("tensorflow."):
             raise
-        # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with escaped quotes
-        message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0]
-        raise ValueError(message.replace("\\'", "'").replace("]", "", 1).strip()) from None
+        if PREFIX in text:
+            # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with escaped quotes
+            message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0]
+            raise ValueError(message.replace("\\'", "'").replace("]", "", 1).strip()) from None
+        if "IteratorGetNext" in text:  # raised while reading data
+            check_all_images(data)
+        raise
+
+
+def check_all_images(data) -> None:
+    """Calls `check_images` of datasets and of those that they are derived from."""
+    pending = list(data)
+    for dataset in pending:
+        getattr(dataset, "check_images", lambda: None)()
+        pending += getattr(dataset, "_inputs", list)()  # of a tf.data.Dataset

@@ -11,6 +11,7 @@ import warnings
 
 import keras
 
+from keras_resnest.checks import value_errors
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
 
@@ -89,20 +90,24 @@ class DistributedTraining:
             callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
-        with report_lost_workers(strategy):
+        reads = own_data, kwargs.get("validation_data")
+        with warnings.catch_warnings(), value_errors(*reads), report_lost_workers(strategy):
+            if x is not own_data and kwargs.get("steps_per_epoch") is None:
+                # Keras says so at the end of every dataset that does not know its length.
+                warnings.filterwarnings("ignore", "Your input ran out of data")
             return super().fit(x, batch_size=batch_size, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)
-    def evaluate(self, **kwargs):
+    def evaluate(self, x=None, **kwargs):
         check_not_forked()
-        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().evaluate(**kwargs)
+        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().evaluate(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict)
-    def predict(self, **kwargs):
+    def predict(self, x, **kwargs):
         check_not_forked()
-        with report_lost_workers(getattr(self, "_distribute_strategy", None)):
-            return super().predict(**kwargs)
+        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+            return super().predict(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict_on_batch)
     def predict_on_batch(self, x):

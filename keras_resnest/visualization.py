@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
-from keras_resnest.checks import check_box_dictionary, unpack_batch
+from keras_resnest.checks import check_box_dictionary, unpack_batch, value_errors
 from keras_resnest.images import load_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
@@ -160,7 +160,8 @@ def plot_dataset(
         class_names = getattr(dataset, "class_names", None)
     if hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
-    images = list(itertools.islice(_images_of(dataset), rows * columns))
+    with value_errors(dataset):
+        images = list(itertools.islice(_images_of(dataset), rows * columns))
     if not images:
         raise ValueError("`dataset` must hold at least one image. Received: an empty dataset")
     return plot_detections(

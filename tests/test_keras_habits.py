@@ -4,9 +4,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import rectangles, small_detector
+from detectors import rectangles, small_backbone, small_detector
+from PIL import Image
 
+from keras_resnest.data import classification_batches, evaluation_batches, training_batches
+from keras_resnest.data.dataset import (
+    ClassificationDataset,
+    DetectionDataset,
+    ImageRecord,
+    LabeledImage,
+)
 from keras_resnest.evaluation.collect import collect_detections
+from keras_resnest.training.callbacks import DetectionEvaluation
+from keras_resnest.visualization import plot_dataset
 
 SHAPE = (64, 128, 3)
 IMAGES, TRUTH = rectangles(4, SHAPE)
@@ -131,6 +141,132 @@ def test_ragged_boxes_train_in_a_graph():
     unknown = tf.data.Dataset.from_generator(lambda: iter([images]), output_signature=spec)
     with pytest.raises(ValueError, match=r"must have shape \(batch, 64, 128, 3\)"):
         model.predict(unknown, verbose=0)
+
+
+# === Lists and generators ===
+
+ROWS = {
+    name: [v[:n] for v, n in zip(values, COUNTS, strict=True)] for name, values in TRUTH.items()
+}
+LISTS = {name: [row.tolist() for row in rows] for name, rows in ROWS.items()}
+OBJECTS = {name: np.array([*rows, None], object)[:-1] for name, rows in ROWS.items()}
+
+
+@pytest.mark.parametrize("boxes", [ROWS, LISTS, OBJECTS], ids=["arrays", "lists", "objects"])
+def test_lists_of_boxes_equal_padded_boxes(model, boxes):
+    padded = {name: values.copy() for name, values in TRUTH.items()}
+    for i, count in enumerate(COUNTS):
+        padded["labels"][i, count:] = -1
+    want = pytest.approx(model.evaluate(IMAGES, padded, verbose=0), rel=1e-5)
+    batch = {"images": IMAGES, "bounding_boxes": boxes}
+    assert model.evaluate(IMAGES, boxes, verbose=0) == want
+    assert model.evaluate(batch, verbose=0) == want
+    assert model.evaluate(iter([batch]), steps=1, verbose=0) == want
+    assert model.evaluate(iter([(IMAGES, boxes)]), steps=1, verbose=0) == want
+    assert model.test_on_batch(batch) == want
+    truth, _ = collect_detections(model, [batch])
+    assert [len(rows["labels"]) for rows in truth] == COUNTS
+
+
+def test_generators_of_dictionaries_train_and_detect(model):
+    def batches():
+        for count in (1, 2, 0):  # objects per image
+            truth = {name: values[:2, :count].tolist() for name, values in TRUTH.items()}
+            yield {"images": IMAGES[:2], "bounding_boxes": truth}
+
+    validation = {"validation_data": (IMAGES, LISTS), "steps_per_epoch": 2}
+    history = model.fit(batches(), **validation, verbose=0).history
+    assert np.isfinite(history["loss"] + history["val_loss"]).all()
+    found, want = model.predict(batches(), verbose=0), model.predict(IMAGES[:2], verbose=0)
+    np.testing.assert_allclose(found["boxes"][4:], want["boxes"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "truth, message",
+    [
+        ({"boxes": [[[1, 2, 3]], []], "labels": [[0], []]}, "`boxes` must be an array, or a list"),
+        ({"boxes": [], "labels": []}, "`boxes` must be an array, or a list"),
+        ({"boxes": [[[1, 2, 3, 4]], []], "labels": [["red"], []]}, "`labels` must be an array, or"),
+        ([{"boxes": [[1, 2, 3, 4]], "labels": [0]}], "must be a dictionary.*Received: list"),
+        (None, "must be a dictionary.*Received: NoneType"),
+    ],
+)
+def test_other_ground_truth_is_refused(model, truth, message):
+    for method in (model.fit, model.evaluate, model.train_on_batch, model.test_on_batch):
+        with pytest.raises(ValueError, match=message):
+            method(IMAGES[:2], truth)
+
+
+# === Images that cannot be read ===
+
+
+def damaged_folder(folder):
+    """Images of which "bad.png" is damaged behind its header, as readers of headers find it."""
+    records = []
+    for i, name in enumerate(("a.png", "b.jpg", "bad.png", "c.png")):
+        Image.fromarray(IMAGES[i].astype("uint8")).save(folder / name)
+        records.append((str(folder / name), name, TRUTH["boxes"][i], TRUTH["labels"][i]))
+    content = (folder / "bad.png").read_bytes()
+    middle = len(content) // 2
+    (folder / "bad.png").write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
+    return [ImageRecord(*record) for record in records]
+
+
+def test_an_unreadable_image_is_named(model, tmp_path):
+    dataset = DetectionDataset(damaged_folder(tmp_path), model.class_names)
+    test = evaluation_batches(dataset, SHAPE, 2)
+    derived = test.map(lambda batch: (batch["images"], batch["bounding_boxes"])).repeat()
+    sources = (dataset, True), (dataset, False), (dataset.as_dataset().skip(1), False)
+    trains = [training_batches(data, SHAPE, 2, None, cache=cache) for data, cache in sources]
+    first, options = (IMAGES[:1], {k: v[:1] for k, v in TRUTH.items()}), {"verbose": 0}
+    for run in (
+        *(lambda data=data: model.fit(data, verbose=0) for data in trains),
+        lambda: model.fit(*first, validation_data=test, **options),
+        lambda: model.fit(*first, callbacks=[DetectionEvaluation(test)], **options),
+        lambda: model.evaluate(derived, steps=4, verbose=0),
+        lambda: model.predict(test, verbose=0),
+        lambda: plot_dataset(dataset),
+    ):
+        with pytest.raises(ValueError, match=r"Cannot read the image '.*/bad\.png'"):
+            run()
+
+
+def test_files_of_a_cache_belong_to_their_data(tmp_path):
+    damaged = damaged_folder(tmp_path)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "a.png").read_bytes())
+
+    def content(classes=("red", "green", "blue"), boxes=None, make=training_batches, **options):
+        records = [ImageRecord(r.image, r.image_id, r.boxes, r.labels) for r in damaged]
+        records[0].boxes = records[0].boxes if boxes is None else boxes
+        data = DetectionDataset(records, classes)
+        (batch,) = make(data, SHAPE, 4, cache=str(tmp_path / "cache"), **options)
+        return [batch["images"].numpy().tobytes(), batch["bounding_boxes"]["boxes"].numpy()]
+
+    options = {"augmentation": None, "shuffle_buffer": 0}
+    first, files = content(**options), set(tmp_path.glob("cache*.index"))
+    assert len(files) == 1
+    assert content(**options)[0] == first[0] and set(tmp_path.glob("cache*.index")) == files
+    moved = damaged[0].boxes + 1
+    np.testing.assert_array_equal(content(boxes=moved, **options)[1][0], moved)
+    Image.fromarray(IMAGES[3].astype("uint8")).save(tmp_path / "a.png")
+    assert content(**options)[0] != first[0]
+    content(classes=("blue", "green", "red"), **options)
+    content(use_difficult=False, **options)
+    content(make=evaluation_batches)
+    assert len(set(tmp_path.glob("cache*.index"))) == 6
+
+
+def test_an_unreadable_image_of_a_classifier_is_named(tmp_path):
+    records = [LabeledImage(r.image, r.image_id, 0, r.info) for r in damaged_folder(tmp_path)]
+    dataset = ClassificationDataset(records, ["one", "two"])
+    classifier = small_backbone().replace_top(2)
+    classifier.compile("sgd", "categorical_crossentropy", run_eagerly=True)
+    (tmp_path / "bad.png").unlink()
+    for training in (True, False):
+        batches = classification_batches(dataset, (64, 64), 2, training=training)
+        for run in (classifier.fit, classifier.evaluate):
+            with pytest.raises(ValueError, match=r"Cannot read .*/bad\.png': no such file"):
+                run(batches, verbose=0)
 
 
 # === Images of another size ===

@@ -46,23 +46,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-@contextlib.contextmanager
-def naming_images(*datasets):
-    """Replaces TensorFlow's error of a damaged or missing image by a ValueError that names it.
-
-    The readers of datasets decode only the header, so that the rest may be damaged.
-    """
-    import tensorflow as tf
-
-    try:
-        yield
-    except tf.errors.OpError:
-        for record in (record for dataset in datasets for record in dataset.records):
-            if isinstance(record.image, str):
-                kr.data.load_image(record.image)
-        raise
-
-
 # === Arguments ===
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
+from keras_resnest.checks import value_errors
 from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
     READING_OPTIONS,
@@ -30,7 +31,6 @@ from keras_resnest.cli.common import (
     check_output,
     find_crop,
     load_model,
-    naming_images,
     positive,
     published_weights,
     reading_options,
@@ -99,8 +99,7 @@ def evaluate_detector(model, arguments) -> dict:
     batches = kr.data.evaluation_batches(
         dataset, model.image_shape, arguments.batch_size, cache=False
     )
-    with naming_images(dataset):
-        truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
+    truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names
     voc = kr.evaluation.voc_average_precision(truth, found, names)
     coco = kr.evaluation.coco_average_precision(truth, found, names)
@@ -159,7 +158,7 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     batches = kr.data.classification_batches(
         elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
-    with naming_images(dataset):
+    with value_errors(batches):
         count, first, five = count_hits(model, batches)
     name, published = arguments.model, published_figure(arguments.model, arguments.weights)
     if not name.endswith(".keras"):

@@ -33,7 +33,7 @@ import keras
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file, naming_path
 from keras_resnest.cli import train_classifier, train_detector, workers
-from keras_resnest.cli.common import Failure, check_output, naming_images, positive
+from keras_resnest.cli.common import Failure, check_output, positive
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # Options that may change when a training is resumed ...
@@ -73,8 +73,7 @@ def run(arguments) -> int:
         workers.check_cluster_size(arguments.workers)
         training = prepare(arguments)
         try:
-            images = naming_images(training.train_set, training.test_set)
-            with naming_path(arguments.output), images:
+            with naming_path(arguments.output):
                 train(training, arguments)
         # Divergence, the checkpoint of another run, a full disk, a lost worker
         except (FloatingPointError, ValueError, OSError, RuntimeError) as error:

@@ -8,7 +8,6 @@ from keras_resnest.atomic import atomic_file
 from keras_resnest.cli.common import (
     add_reading_arguments,
     fraction,
-    naming_images,
     positive,
     reading_options,
 )
@@ -76,8 +75,7 @@ class Training:
         )
         chief, every = kr.training.is_chief(strategy), arguments.evaluate_every
         if chief:
-            with naming_images(self.train_set):
-                kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
+            kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
         self.measures = [
             kr.callbacks.DetectionEvaluation(self.test_batches, frequency=every, verbose=chief)
         ]

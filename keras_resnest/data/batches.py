@@ -9,6 +9,7 @@ with images in RGB, 0 to 255, and boxes "xyxy" in pixels of the image. "image_id
 "difficult" (n,) are optional.
 """
 
+import hashlib
 import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_image_shape
+from keras_resnest.checks import PREFIX, check_all_images, check_image_shape
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -95,7 +96,9 @@ def training_batches(
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
         cache: True keeps decoded images in memory (height x width x 3 bytes each), a path keeps
-            them in files with this prefix, False decodes them in every epoch.
+            them in files with this prefix, also for later runs on the same data, False decodes them
+            in every epoch. Of a `tf.data.Dataset` only the number and the types of its elements are
+            compared.
         drop_remainder: whether to drop the last, smaller batch of an epoch. The dropped images
             differ from epoch to epoch.
         max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default: the
@@ -134,6 +137,7 @@ def training_batches(
         keep = None if use_difficult else ~rows["difficult"]
         return update_element(element, element["images"], rows["boxes"], keep)
 
+    cache = _with_fingerprint(cache, dataset, source, "training", use_difficult)
     stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 
     def augment(epoch_seed, position, index, item):
@@ -201,6 +205,7 @@ def evaluation_batches(
     def prepare(element):
         return dict(resize(element), image_size=tf.shape(element["images"])[:2])
 
+    cache = _with_fingerprint(cache, dataset, source, "evaluation")
     elements = _cached(source.map(_check_boxes, num_parallel_calls), cache)
     elements = elements.map(prepare, num_parallel_calls)
     keys = tuple(PADDING), ("image_id", "image_size") if include_source else ()
@@ -426,6 +431,7 @@ def classification_batches(
     if training:
         augmentation = _classification_augmentation(augmentation, side, crop)
         cache = _num_bytes(dataset) <= _CACHE_LIMIT if cache is None else cache
+        cache = _with_fingerprint(cache, dataset, source, "training")
         stored, load = _stored(source, load, _with_channels, cache, num_parallel_calls)
 
         def augment(epoch_seed, position, index, item):
@@ -441,7 +447,8 @@ def classification_batches(
         elements = source.map(_with_channels).map(
             lambda element: dict(element, images=crop(element["images"])), num_parallel_calls
         )
-        elements = _cached(elements, cache)
+        settings = "evaluation", side, crop_ratio, interpolation
+        elements = _cached(elements, _with_fingerprint(cache, dataset, source, *settings))
 
     batches = _labeled_batches(
         elements, side, num_classes, batch_size, drop_remainder, mixup if training else 0.0
@@ -576,14 +583,26 @@ def _stored(
     return tf.data.Dataset.range(source.cardinality()), lambda index: clean(load(index))
 
 
+def _with_fingerprint(cache: bool | str, dataset, source, *settings) -> bool | str:
+    """Adds to a path what decides the content of its files: no run reads those of others."""
+    if not cache or cache is True:
+        return cache
+    elements = int(source.cardinality()), source.element_spec
+    content = repr((elements, getattr(dataset, "fingerprint", str)(), settings))
+    return f"{cache}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
 def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     if not cache:
         return elements
-    if int(elements.cardinality()) == tf.data.INFINITE_CARDINALITY:
+    count = int(elements.cardinality())
+    if count == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             f"`cache` must be False for an infinite dataset (`repeat()`). Received: cache={cache!r}"
         )
-    return elements.cache() if cache is True else elements.cache(str(cache))
+    elements = elements.cache() if cache is True else elements.cache(str(cache))
+    # After a pass that failed at an unreadable image, TensorFlow's cache holds all but that one.
+    return elements if count < 0 else elements.apply(tf.data.experimental.assert_cardinality(count))
 
 
 def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, limit: int | None) -> int:
@@ -628,5 +647,6 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
+    batches.check_images = lambda: check_all_images([dataset])  # called if reading fails
     batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

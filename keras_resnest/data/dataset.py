@@ -17,9 +17,11 @@ import collections
 import dataclasses
 import difflib
 import functools
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -203,7 +205,8 @@ class ImageDataset:
 
         TensorFlow decodes JPEG and PNG in parallel, to the same pixels as `load_image`; Pillow
         decodes what TensorFlow gets wrong (alpha, CMYK, 16 bits) or cannot read. EXIF orientation
-        is applied. A corrupt file raises a TensorFlow error when it is reached.
+        is applied. A corrupt file raises a TensorFlow error when it is reached; `check_images`
+        names the file.
 
         Args:
             shuffle: Whether to shuffle the images, in a new order in every epoch.
@@ -217,7 +220,32 @@ class ImageDataset:
         indices = tf.data.Dataset.range(len(part))
         if shuffle:
             indices = indices.shuffle(len(part), seed=seed)
-        return indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
+        elements = indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
+        elements.check_images = part.check_images
+        return elements
+
+    def check_images(self) -> None:
+        """Decodes all images. `fit` and evaluation call it if one of them cannot be read.
+
+        Raises:
+            ValueError: if an image cannot be read; it names the file.
+        """
+        import tensorflow as tf
+
+        if self.element_loader() is None:  # TFDS
+            return
+        read, records = image_reader(self.records), self.records
+
+        def check(index):
+            try:
+                read(index)
+            except tf.errors.OpError:
+                load_image(records[index].image)  # names the file
+                name = records[index].image_id
+                raise ValueError(f"TensorFlow cannot read the image {name!r}") from None
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, range(len(records))))
 
     def shard(self, num_shards: int, shard_index: int) -> "ImageDataset":
         """Returns one of several disjoint shards, for training on several machines.
@@ -302,6 +330,19 @@ class ImageDataset:
         }
         sums = {name: f"checksum {zlib.crc32(content):08x}" for name, content in contents.items()}
         return {"class_names": self.class_names, "images": len(self), **sums}
+
+    def fingerprint(self) -> str:
+        """Returns a text that changes with every image, box and label, for names of caches."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for record in self.records:
+            for field in dataclasses.fields(record):
+                value = getattr(record, field.name)
+                if field.name == "image" and isinstance(value, str):
+                    status = os.stat(value)
+                    value = status.st_size, status.st_mtime_ns
+                is_array = isinstance(value, np.ndarray)
+                digest.update(value.tobytes() if is_array else repr(value).encode())
+        return digest.hexdigest()
 
     def _image_names(self) -> list[str]:
         return [record.image_id for record in self.records]

@@ -4,6 +4,8 @@ The network is backbone and `RefineDetHeads`; `RefineDetLoss` trains it, `Detect
 its raw outputs into detections.
 """
 
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -203,24 +205,27 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
                 "RefineDet takes no `class_weight`; `sample_weight` weights whole images. "
                 f"Received: class_weight={kwargs['class_weight']}"
             )
-        self._check_arrays(x)
-        for data in (x, validation_data):
-            check_same_classes(data, self.class_names)
-        x, y = _as_pair(x, y)
-        validation_data = _with_dense_boxes(validation_data)
+        x, y = self._prepare(x, y)
+        check_same_classes(validation_data, self.class_names)
+        validation_data = _as_keras_reads(validation_data)
         if y is None and not isinstance(x, dict):
             kwargs.setdefault("shuffle", False)  # Keras warns where it cannot shuffle
         callbacks = _with_divergence_guard(callbacks)
-        with value_errors():
-            return super().fit(x, y, validation_data=validation_data, callbacks=callbacks, **kwargs)
+        return super().fit(x, y, validation_data=validation_data, callbacks=callbacks, **kwargs)
 
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, x=None, y=None, **kwargs):
-        self._check_arrays(x)
-        check_same_classes(x, self.class_names)
-        x, y = _as_pair(x, y)
+        return super().evaluate(*self._prepare(x, y), **kwargs)
+
+    @same_arguments_as(keras.Model.train_on_batch)
+    def train_on_batch(self, x, y=None, **kwargs):
         with value_errors():
-            return super().evaluate(x, y, **kwargs)
+            return super().train_on_batch(*self._prepare(x, y), **kwargs)
+
+    @same_arguments_as(keras.Model.test_on_batch)
+    def test_on_batch(self, x, y=None, **kwargs):
+        with value_errors():
+            return super().test_on_batch(*self._prepare(x, y), **kwargs)
 
     def train_step(self, *args):
         """Runs one step; the batch, in either layout, is the last argument on every backend."""
@@ -328,8 +333,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         """
         self._check_arrays(x)
         self.compiled_detector.discard_stale()
-        with value_errors():
-            return super().predict(x, **kwargs)
+        return super().predict(_as_keras_reads(x), **kwargs)
 
     def predict_on_batch(self, x) -> dict:
         """Detects in one batch, in this process alone under any strategy; see `predict`."""
@@ -376,8 +380,20 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         """Returns the name of a class, or its number if the model has no `class_names`."""
         return self.class_names[int(label)] if self.class_names else str(int(label))
 
+    def _prepare(self, x, y=None) -> tuple:
+        """Returns checked `x` and `y` of a Keras method, in layouts that Keras reads."""
+        self._check_arrays(x)
+        check_same_classes(x, self.class_names)
+        if y is None and isinstance(x, dict):  # with which Keras would drop `sample_weight`
+            x, y, _ = unpack_batch(x)
+        if hasattr(x, "shape"):
+            check_box_dictionary(y)
+        return _as_keras_reads(x), dense_boxes(y)
+
     def _check_arrays(self, images) -> None:
         """Checks arrays and tensors that are passed directly, on every backend."""
+        if images is None:
+            raise ValueError("`x` must be images, or a dataset of batches. Received: x=None")
         if isinstance(images, dict):
             images = images.get("images")
         if isinstance(images, list | tuple):
@@ -556,23 +572,27 @@ def _with_divergence_guard(callbacks):
     return [TerminateOnDivergence(), *callbacks]
 
 
-def _as_pair(x, y=None) -> tuple:
-    """Splits a dictionary of arrays, with which Keras would drop `sample_weight`."""
-    if y is None and isinstance(x, dict):
-        x, y, _ = unpack_batch(x)
-    return _with_dense_boxes(x), dense_boxes(y)
+def _as_keras_reads(data):
+    """Data in a layout that Keras reads.
 
+    Keras takes no generator of dictionaries and no lists of boxes. On JAX and PyTorch, it pads the
+    ragged boxes of a `tf.data.Dataset` with labels of 0.
+    """
 
-def _with_dense_boxes(data):
-    """Pads the ragged boxes of a `tf.data.Dataset`; on JAX and PyTorch, Keras adds labels of 0."""
+    def parts(*batch):
+        return tuple(part for part in unpack_batch(batch) if part is not None)
+
+    if isinstance(data, Iterator):
+        return (parts(*(batch if isinstance(batch, tuple) else (batch,))) for batch in data)
+    if isinstance(data, tuple):  # for validation
+        return parts(*data)
     if keras.backend.backend() == "tensorflow" or not hasattr(data, "element_spec"):
         return data
     import tensorflow as tf
 
     specs = keras.tree.flatten(data.element_spec)
-    if not any(isinstance(spec, tf.RaggedTensorSpec) for spec in specs):
-        return data
-    return data.map(lambda *batch: tuple(x for x in unpack_batch(batch) if x is not None))
+    is_ragged = any(isinstance(spec, tf.RaggedTensorSpec) for spec in specs)
+    return data.map(parts) if is_ragged else data
 
 
 def _sides(images) -> tuple:

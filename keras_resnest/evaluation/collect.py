@@ -8,7 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
-from keras_resnest.checks import check_box_dictionary, check_same_classes, unpack_batch
+from keras_resnest.checks import (
+    check_box_dictionary,
+    check_same_classes,
+    unpack_batch,
+    value_errors,
+)
 from keras_resnest.evaluation.box_table import check_classes
 from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
@@ -49,13 +54,14 @@ def collect_detections(
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)
     ground_truth, detections = [], []
-    for batch in itertools.islice(dataset, steps):
-        images, boxes = unpack_labeled_batch(batch)
-        size = tuple(images.shape[1:3])
-        original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
-        predicted = _predict(model, images)
-        ground_truth += _split_batch(boxes, given_format, size, original_sizes)
-        detections += _split_batch(predicted, predicted_format, size, original_sizes)
+    with value_errors(dataset):
+        for batch in itertools.islice(dataset, steps):
+            images, boxes = unpack_labeled_batch(batch)
+            size = tuple(images.shape[1:3])
+            original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
+            predicted = _predict(model, images)
+            ground_truth += _split_batch(boxes, given_format, size, original_sizes)
+            detections += _split_batch(predicted, predicted_format, size, original_sizes)
     if not detections:
         raise ValueError(
             "`dataset` must yield at least one batch (an iterator can be read only once). "

@@ -19,8 +19,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     With `synchronized`, statistics cover the batches of all replicas, and the variance is the mean
     of squared deviations, which is more accurate than Keras' difference of means.
 
-    A non-finite batch mean or variance does not change the moving one of its channel (except with
-    masks and `renorm`), so that one overflow cannot ruin a model. The first batch sets the moving
+    A non-finite batch mean or variance, or a variance of 0, as of a single image on a map of 1 x 1,
+    does not change the moving one of its channel (except with masks and `renorm`), so that it
+    cannot ruin a model. The first batch sets the moving
     statistics of an untrained layer, except in channels without variance: with Keras' share of
     1 - `momentum`, inference stays wrong for dozens of steps, in a ResNet-101 by a factor of 10,000
     after the first.
@@ -80,6 +81,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         untrained &= variance > self.epsilon  # 1 / sqrt(epsilon) is a large factor
         momentum = max(self.momentum, self.ema_momentum)
+        # Unknown for one value per channel: zeros would make inference grow by that factor.
+        variance = ops.where(variance > 0.0, variance, float("nan"))
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             old = ops.convert_to_tensor(moving)
             batch = ops.cast(batch, old.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import keras
 import numpy as np
 
+from keras_resnest.checks import value_errors
 from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.evaluation.coco import coco_average_precision
 from keras_resnest.evaluation.collect import (
@@ -226,14 +227,15 @@ def _check_frequency(frequency: int) -> int:
 
 def _first_batches(dataset, num_images: int):
     """Yields `(images, boxes)` batches of arrays with `num_images` images at most in total."""
-    for batch in dataset:
-        images, boxes = unpack_labeled_batch(batch)
-        count = min(num_images, len(images))
-        boxes = {name: np.asarray(values)[:count] for name, values in boxes.items()}
-        yield np.asarray(images)[:count], boxes
-        num_images -= count
-        if num_images == 0:
-            return
+    with value_errors(dataset):
+        for batch in dataset:
+            images, boxes = unpack_labeled_batch(batch)
+            count = min(num_images, len(images))
+            boxes = {name: np.asarray(values)[:count] for name, values in boxes.items()}
+            yield np.asarray(images)[:count], boxes
+            num_images -= count
+            if num_images == 0:
+                return
 
 
 def _log_values(result: AveragePrecision, per_class: bool) -> dict[str, float]:

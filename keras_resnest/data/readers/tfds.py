@@ -239,6 +239,10 @@ class _TfdsSplit:
     def element_loader(self):
         return None  # TFDS files are read sequentially
 
+    def fingerprint(self) -> str:
+        names = self._builder.info.full_name, str(self._split), self.class_names
+        return repr((*names, self._label_names, self._use_difficult))
+
     def _image_names(self) -> list[str]:
         return [self._builder.info.full_name, str(self._split)]  # reading all ids takes minutes
 
