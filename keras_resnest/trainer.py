@@ -267,8 +267,7 @@ def _leave_out_rest(x, others: dict, batch_size: int | None, replicas: int) -> t
         size = batch_size_of(x) if isinstance(x, tf.data.Dataset) else 0
         uneven = size is None
         if uneven:
-            x = x.map(lambda *batch: _first_rows(batch, replicas), tf.data.AUTOTUNE)
-            x = x.filter(lambda *batch: _num_rows(batch) > 0)
+            x = x.map(lambda *batch: _evenly_shared(batch, replicas), tf.data.AUTOTUNE)
         else:
             check_global_batch({size}, replicas)
     else:
@@ -310,6 +309,20 @@ def _first_rows(batch, replicas: int):
     """The rows of a batch that the replicas can share evenly."""
     rows = _num_rows(batch)
     return _slice_rows(batch, rows - rows % replicas)
+
+
+def _evenly_shared(batch, replicas: int):
+    """As `_first_rows`, inside a dataset. Of too few rows, every replica gets all.
+
+    Leaving them out would hide the number of batches, after which Keras runs an empty step.
+    """
+    import tensorflow as tf
+
+    rows = _num_rows(batch)
+    shared = rows - rows % replicas
+    index = tf.range(tf.where(shared > 0, shared, rows * replicas)) % rows
+    take = functools.partial(tf.gather, indices=index)
+    return keras.tree.map_structure(lambda part: None if part is None else take(part), batch)
 
 
 class _SharedBatches(keras.utils.PyDataset):
