@@ -440,6 +440,7 @@ def test_contradicting_columns_of_splits(tmp_path):
         return read_detection(tmp_path / "x.csv", split, **options)
 
     assert boxes(read(("train", "VAL", "TRAIN"), "train"), tmp_path) == {"a.png": [0, 1]}
+    assert len(data.read_csv(tmp_path / "x.csv", split="validation")) == 1
     with pytest.raises(ValueError, match=r"different splits of one image: a: 'test', 'train'"):
         read(("train", "val", "test"), "train")
     with pytest.warns(UserWarning, match="rows without a split"):
@@ -796,12 +797,15 @@ def test_lists_that_are_links_out_of_the_dataset(tmp_path):
 
 
 def test_class_folders_of_splits_in_any_letters(tmp_path):
+    tmp_path = tmp_path / "outer/flowers"
     write(tmp_path, {f"{split}/cat/a.png": None for split in ("Train", "VALID", "docs")})
     for split, found in (("train", "Train"), ("Training", "Train"), ("val", "VALID")):
         (record,) = read_image_folder(tmp_path, split).records
         assert Path(record.image) == tmp_path / found / "cat/a.png"
     with pytest.raises(ValueError, match="`split` must be given if folders are named Train, VALID"):
         read_image_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"Did you mean {tmp_path}"):
+        read_image_folder(tmp_path.parent)
     arguments = parse_arguments(["train", "--classifier", str(tmp_path)])
     assert [len(part) for part in train_classifier.read_train_test(arguments)] == [1, 1]
 

@@ -121,9 +121,9 @@ def read_csv(
 
 
 def _images_of_split(
-    path: Path, images: dict, splits: dict[str, bool], split: str, faults: Faults
+    path: Path, images: dict, splits: list[str], split: str, faults: Faults
 ) -> dict:
-    wanted = files.find_split(split, filter(None, splits))
+    wanted = files.find_split(split, splits)
     if wanted is None:
         known = ", ".join(filter(None, splits)) or "there is no column of splits"
         raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {known}")
@@ -137,26 +137,21 @@ def _images_of_split(
     }
 
 
-def _splits_of(rows: Iterable[dict[str, str]]) -> dict[str, bool]:
-    """Names in the column of splits, and whether they have objects; none without such a column."""
-    found: dict[str, bool] = {}
+def _splits_of(rows: Iterable[dict[str, str]]) -> list[str]:
+    """Names in the column of splits, also ""; none without such a column."""
+    found: dict[str, None] = {}
     for row in rows:
         if "fault" not in row:
             if "split" not in row:
-                return {}
-            found[row["split"]] = found.get(row["split"], False) or bool(row["label"])
-    return found if any(map(files.is_split_name, found)) else {}
-
-
-def _column_splits(path: Path) -> dict[str, bool]:
-    splits = _splits_of(row for _, row in _rows(path))
-    return {name: has_objects for name, has_objects in splits.items() if name}
+                return []
+            found[row["split"]] = None
+    return list(found) if any(map(files.is_split_name, found)) else []
 
 
 def csv_files(source: Path) -> dict[str, Path] | None:
     """Files by split, of a folder or a column of splits; None if a folder is no CSV dataset."""
     if not source.is_dir():
-        return dict.fromkeys(_column_splits(source), source)
+        return dict.fromkeys(filter(None, _splits_of(row for _, row in _rows(source))), source)
     found = files.by_split(filter(_has_known_columns, files.annotation_files(source, ".csv")))
     for inner in files.folders_in(source):
         if (path := inner / "_annotations.csv").is_file() and _has_known_columns(path):
@@ -167,10 +162,13 @@ def csv_files(source: Path) -> dict[str, Path] | None:
 
 def csv_has_objects(path: Path, split: str) -> bool:
     """Whether a split, of the column or the whole file, has objects."""
-    has_objects = _column_splits(path).get(split)
-    if has_objects is None:
-        return any(row.get("label") for _, row in _rows(path))
-    return has_objects
+    is_in_column = has_others = False
+    for _, row in _rows(path):
+        is_own, has_object = row.get("split", split) == split, bool(row.get("label"))
+        if is_own and has_object:
+            return True
+        is_in_column, has_others = is_in_column or is_own, has_others or has_object
+    return has_others and not is_in_column
 
 
 def _has_known_columns(path: Path) -> bool:
