@@ -332,7 +332,7 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
     ),
     "one list beside folders": (
         {**yolo("a"), **yolo("b", images="images/val", labels="labels/val", first=1), **CLASSES}
-        | {"Train2017.txt": "images/a.png"},
+        | {"Train2017.txt": "images\\a.png"},
         ["Train2017", "val"],
         {"Train2017": {"images/a.png": [0]}, "val": {"images/val/b.png": [1]}},
     ),
@@ -342,7 +342,7 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
         {"train": {"a.png": [0]}, "test": {"b.png": [1]}},
     ),
     "lists of VOC without Main": (
-        {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": "b\n"},
+        {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": ".\\b.png\r\n"},
         ["train", "val"],
         {"val": {"b.png": [1]}},
     ),
@@ -403,6 +403,14 @@ def test_lists_and_columns_are_splits(tmp_path, name):
         with pytest.raises(ValueError, match=r"`split` must be (in|one of).*'exam'"):
             read_detection(source, "exam")
     assert [len(part) for part in read_train_test(tmp_path)] == [1, 1]
+
+
+def test_folders_of_splits_that_are_links(tmp_path):
+    write(tmp_path, {**yolo("a", images="set/train", labels="set/train"), "set/classes.txt": "cat"})
+    write(tmp_path, yolo("b", images="far", labels="far", first=1))
+    (tmp_path / "set/val").symlink_to(tmp_path / "far")
+    wanted = {"set/train/a.png": [0], "set/val/b.png": [1]}
+    assert boxes(read_detection(tmp_path / "set"), tmp_path) == wanted
 
 
 def test_files_of_one_split_keep_their_names(tmp_path):

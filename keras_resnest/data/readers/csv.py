@@ -16,7 +16,7 @@ COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a head
 _SIZE = ("width", "height")  # may follow them (SKU-110K)
 _OPEN_IMAGES = {"imageid", "labelname"}  # boxes are fractions of the image
 # Google AutoML has no header, and four corners, of which two may be empty, as fractions
-_ML_USE = ("TRAIN", "VALIDATION", "TEST", "UNASSIGNED")
+_ML_USE = (*files.SPLIT_NAMES, "unassigned")
 _AUTOML = ("split", "image", "label", "x1", "y1", "", "", "x2", "y2", "", "")
 _SYNONYMS = {
     "image": (
@@ -194,7 +194,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not any(cells):
                 continue
             if columns is None:
-                is_automl = len(cells) == len(_AUTOML) and cells[0] in _ML_USE
+                is_automl = len(cells) == len(_AUTOML) and cells[0].lower() in _ML_USE
                 is_relative = is_automl or {c.lower() for c in cells} >= _OPEN_IMAGES
                 columns = _AUTOML if is_automl else _header(path, cells)
                 if columns and not is_automl:

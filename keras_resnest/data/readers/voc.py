@@ -189,7 +189,7 @@ class _VocFolder:
         if split is not None and found is None:
             known = ", ".join(sorted(self.splits)) or f"no .txt in {self.folder}/ImageSets/Main"
             raise ValueError(
-                f"`split` must be in ImageSets/Main, or a folder such as train. "
+                "`split` must be one of the lists of images, or a folder such as train. "
                 f"Received: {split!r}; available: {known}"
             )
         return found
@@ -230,6 +230,7 @@ class _VocFolder:
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
         line = stem if suffix.lower() in (*_XML, *IMAGE_SUFFIXES) else line
+        line = line and common.normalize_path(line)
         return line and (self._xml_ids.find(line) or self._image_ids.find(line) or line)
 
     def image_file(self, image_id: str, xml: "_VocXml") -> Path | None:
