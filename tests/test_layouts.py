@@ -159,6 +159,14 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         None,
         {"imgs/a.png": [0]},
     ),
+    "VOC in GBK": (
+        {
+            "图.png": None,
+            "a.xml": ('<?xml version="1.0" encoding="gbk"?>' + xml(0, "图.png")).encode("gbk"),
+        },
+        None,
+        {"图.png": [0]},
+    ),
     "VOC in lower case": (
         {"images/a.png": None, "annotations/a.xml": xml(0)},
         None,
@@ -222,7 +230,8 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         {"a.png": [0]},
     ),
     "CSV with decimal commas": (
-        {"a.png": None, "x.csv": "image;x1;y1;x2;y2;label\na.png;8,0;6,0;40,0;30,00;cat\n"},
+        {"a.png": None}
+        | {"x.csv": "sep=;\r\nimage;x1;y1;x2;y2;label\na.png;8,0;6,0;40,0;30,00;cat\n"},
         None,
         {"a.png": [0]},
     ),

@@ -181,6 +181,7 @@ def _has_known_columns(path: Path) -> bool:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, cells by column); rows of wrong length have only image and fault."""
     text = files.read_text(path, "CSV file", files.LARGE)
+    text = re.sub(r"\Asep=.(?=[\r\n])", "", text)  # of Excel
     first = next(iter(text.strip().splitlines()), "")
     delimiter = max(",;\t", key=first.count)
     options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}

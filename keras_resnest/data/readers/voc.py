@@ -15,6 +15,8 @@ from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError
 from keras_resnest.images import IMAGE_SUFFIXES
 
 _XML = (".xml",)
+# Encodings of several bytes per character, which the parser does not know.
+_ASIAN = re.compile(rb"<\?xml[^>]*\sencoding=.(gb\w+|big5|shift_jis|euc-\w+)", re.IGNORECASE)
 # Folders of XML files and of images, in lower case; first choice first.
 _XML_FOLDERS = ("annotations", "annotation", "annots", "anns", "labels", "label", "xmls", "xml")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "data", "imgs", "img")
@@ -307,10 +309,12 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def _parse_xml(path: Path, one_based: bool) -> _VocXml:
-    encoded = files.read_bytes(path, "XML")
+    encoded = files.read_bytes(path, "XML").lstrip()
+    asian = _ASIAN.match(encoded)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(encoded.lstrip(), parser)
+        text = encoded.decode(asian[1].decode()) if asian else encoded
+        root = ElementTree.fromstring(text, parser)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise FileError(path, "unreadable XML", str(error)) from error
     if root.tag != "annotation":
