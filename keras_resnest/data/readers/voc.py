@@ -198,14 +198,18 @@ class _VocFolder:
 
     def has_objects(self, split: str) -> bool:
         """Whether any image of a split has an object, or is missing: not if none is annotated."""
-        with contextlib.suppress(ValueError):  # is raised when the split is read
-            ids = self.listed_ids(split, Faults("skip")) or self.ids_in(split)
-            starts = (
-                files.read_start(self.xml_files[i], 1 << 16) for i in ids if i in self.xml_files
-            )
-            is_missing = any(i not in self.xml_files and i not in self.images for i in ids)
-            return is_missing or any(b"<object" in start.replace(b"\0", b"") for start in starts)
+        path = self.splits[split]
+        with contextlib.suppress(FileError):  # is raised when the split is read
+            lines = self.tree.read_lines(path, "list of images") if path else ()
+            ids = map(self._listed_id, lines) if path else self.ids_in(split)
+            return any(map(self._has_object, filter(None, ids)))
         return True
+
+    def _has_object(self, image_id: str) -> bool:
+        """Whether an image has an object, or is missing."""
+        if image_id not in self.xml_files:
+            return image_id not in self.images
+        return b"<object" in files.read_start(self.xml_files[image_id], 1 << 16).replace(b"\0", b"")
 
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
         """Ids in the list of a split; none if there is no list."""
