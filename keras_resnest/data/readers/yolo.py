@@ -195,8 +195,9 @@ class _YoloFolder:
     def without_unlabeled_splits(self, images: list[Path], faults: Faults) -> list[Path]:
         """Leaves out the images of splits that are not annotated: they are not background."""
         for split in filter(files.is_split_name, self.splits()):
-            own = set(self._images_of(split, Faults("skip")))
-            if own and not any(map(self.label_file, own)):
+            if any(map(self.label_file, self._images_of(split, Faults("skip")))):
+                continue
+            if own := set(self._images_of(split, Faults("skip"))):
                 faults.add(split, "split without text files", "left out")
                 images = [path for path in images if path not in own]
         return images
