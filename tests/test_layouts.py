@@ -159,6 +159,14 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         None,
         {"imgs/a.png": [0]},
     ),
+    "VOC in GBK": (
+        {
+            "图.png": None,
+            "a.xml": ('<?xml version="1.0" encoding="gbk"?>' + xml(0, "图.png")).encode("gbk"),
+        },
+        None,
+        {"图.png": [0]},
+    ),
     "VOC in lower case": (
         {"images/a.png": None, "annotations/a.xml": xml(0)},
         None,
@@ -222,7 +230,8 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         {"a.png": [0]},
     ),
     "CSV with decimal commas": (
-        {"a.png": None, "x.csv": "image;x1;y1;x2;y2;label\na.png;8,0;6,0;40,0;30,00;cat\n"},
+        {"a.png": None}
+        | {"x.csv": "sep=;\r\nimage;x1;y1;x2;y2;label\na.png;8,0;6,0;40,0;30,00;cat\n"},
         None,
         {"a.png": [0]},
     ),
@@ -332,7 +341,7 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
     ),
     "one list beside folders": (
         {**yolo("a"), **yolo("b", images="images/val", labels="labels/val", first=1), **CLASSES}
-        | {"Train2017.txt": "images/a.png"},
+        | {"Train2017.txt": "images\\a.png"},
         ["Train2017", "val"],
         {"Train2017": {"images/a.png": [0]}, "val": {"images/val/b.png": [1]}},
     ),
@@ -342,7 +351,7 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
         {"train": {"a.png": [0]}, "test": {"b.png": [1]}},
     ),
     "lists of VOC without Main": (
-        {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": "b\n"},
+        {**SIDES, "ImageSets/train.txt": "a\n", "ImageSets/val.txt": ".\\b.png\r\n"},
         ["train", "val"],
         {"val": {"b.png": [1]}},
     ),
@@ -405,6 +414,14 @@ def test_lists_and_columns_are_splits(tmp_path, name):
     assert [len(part) for part in read_train_test(tmp_path)] == [1, 1]
 
 
+def test_folders_of_splits_that_are_links(tmp_path):
+    write(tmp_path, {**yolo("a", images="set/train", labels="set/train"), "set/classes.txt": "cat"})
+    write(tmp_path, yolo("b", images="far", labels="far", first=1))
+    (tmp_path / "set/val").symlink_to(tmp_path / "far")
+    wanted = {"set/train/a.png": [0], "set/val/b.png": [1]}
+    assert boxes(read_detection(tmp_path / "set"), tmp_path) == wanted
+
+
 def test_files_of_one_split_keep_their_names(tmp_path):
     names = ("train.csv", "train_old.csv", "val_labels.csv", "test-2.csv")
     write(tmp_path, {"a.png": None, **{name: "a.png,8,6,40,30,cat\n" for name in names}})
@@ -440,6 +457,7 @@ def test_contradicting_columns_of_splits(tmp_path):
         return read_detection(tmp_path / "x.csv", split, **options)
 
     assert boxes(read(("train", "VAL", "TRAIN"), "train"), tmp_path) == {"a.png": [0, 1]}
+    assert len(data.read_csv(tmp_path / "x.csv", split="validation")) == 1
     with pytest.raises(ValueError, match=r"different splits of one image: a: 'test', 'train'"):
         read(("train", "val", "test"), "train")
     with pytest.warns(UserWarning, match="rows without a split"):
@@ -796,12 +814,15 @@ def test_lists_that_are_links_out_of_the_dataset(tmp_path):
 
 
 def test_class_folders_of_splits_in_any_letters(tmp_path):
+    tmp_path = tmp_path / "outer/flowers"
     write(tmp_path, {f"{split}/cat/a.png": None for split in ("Train", "VALID", "docs")})
     for split, found in (("train", "Train"), ("Training", "Train"), ("val", "VALID")):
         (record,) = read_image_folder(tmp_path, split).records
         assert Path(record.image) == tmp_path / found / "cat/a.png"
     with pytest.raises(ValueError, match="`split` must be given if folders are named Train, VALID"):
         read_image_folder(tmp_path)
+    with pytest.raises(ValueError, match=f"Did you mean {tmp_path}"):
+        read_image_folder(tmp_path.parent)
     arguments = parse_arguments(["train", "--classifier", str(tmp_path)])
     assert [len(part) for part in train_classifier.read_train_test(arguments)] == [1, 1]
 

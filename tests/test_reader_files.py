@@ -754,6 +754,7 @@ def test_default_splits_for_training_and_testing(tmp_path, splits, test):
     assert image_ids(train_set) == ["a.png", "b.png"] and image_ids(test_set) == ["c.png"]
 
 
+@pytest.mark.filterwarnings("ignore:.*are also training images")
 def test_test_set_has_the_class_names_of_the_training_set(tmp_path):
     write_csv_splits(tmp_path, train=[A, B], test=[A])
     train_set, test_set = read_train_test(str(tmp_path))

@@ -16,7 +16,7 @@ COLUMNS = ("image", "x1", "y1", "x2", "y2", "label")  # of a file without a head
 _SIZE = ("width", "height")  # may follow them (SKU-110K)
 _OPEN_IMAGES = {"imageid", "labelname"}  # boxes are fractions of the image
 # Google AutoML has no header, and four corners, of which two may be empty, as fractions
-_ML_USE = ("TRAIN", "VALIDATION", "TEST", "UNASSIGNED")
+_ML_USE = (*files.SPLIT_NAMES, "unassigned")
 _AUTOML = ("split", "image", "label", "x1", "y1", "", "", "x2", "y2", "", "")
 _SYNONYMS = {
     "image": (
@@ -121,9 +121,9 @@ def read_csv(
 
 
 def _images_of_split(
-    path: Path, images: dict, splits: dict[str, bool], split: str, faults: Faults
+    path: Path, images: dict, splits: list[str], split: str, faults: Faults
 ) -> dict:
-    wanted = files.find_split(split, filter(None, splits))
+    wanted = files.find_split(split, splits)
     if wanted is None:
         known = ", ".join(filter(None, splits)) or "there is no column of splits"
         raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {known}")
@@ -137,26 +137,21 @@ def _images_of_split(
     }
 
 
-def _splits_of(rows: Iterable[dict[str, str]]) -> dict[str, bool]:
-    """Names in the column of splits, and whether they have objects; none without such a column."""
-    found: dict[str, bool] = {}
+def _splits_of(rows: Iterable[dict[str, str]]) -> list[str]:
+    """Names in the column of splits, also ""; none without such a column."""
+    found: dict[str, None] = {}
     for row in rows:
         if "fault" not in row:
             if "split" not in row:
-                return {}
-            found[row["split"]] = found.get(row["split"], False) or bool(row["label"])
-    return found if any(map(files.is_split_name, found)) else {}
-
-
-def _column_splits(path: Path) -> dict[str, bool]:
-    splits = _splits_of(row for _, row in _rows(path))
-    return {name: has_objects for name, has_objects in splits.items() if name}
+                return []
+            found[row["split"]] = None
+    return list(found) if any(map(files.is_split_name, found)) else []
 
 
 def csv_files(source: Path) -> dict[str, Path] | None:
     """Files by split, of a folder or a column of splits; None if a folder is no CSV dataset."""
     if not source.is_dir():
-        return dict.fromkeys(_column_splits(source), source)
+        return dict.fromkeys(filter(None, _splits_of(row for _, row in _rows(source))), source)
     found = files.by_split(filter(_has_known_columns, files.annotation_files(source, ".csv")))
     for inner in files.folders_in(source):
         if (path := inner / "_annotations.csv").is_file() and _has_known_columns(path):
@@ -167,10 +162,13 @@ def csv_files(source: Path) -> dict[str, Path] | None:
 
 def csv_has_objects(path: Path, split: str) -> bool:
     """Whether a split, of the column or the whole file, has objects."""
-    has_objects = _column_splits(path).get(split)
-    if has_objects is None:
-        return any(row.get("label") for _, row in _rows(path))
-    return has_objects
+    is_in_column = has_others = False
+    for _, row in _rows(path):
+        is_own, has_object = row.get("split", split) == split, bool(row.get("label"))
+        if is_own and has_object:
+            return True
+        is_in_column, has_others = is_in_column or is_own, has_others or has_object
+    return has_others and not is_in_column
 
 
 def _has_known_columns(path: Path) -> bool:
@@ -183,6 +181,7 @@ def _has_known_columns(path: Path) -> bool:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, cells by column); rows of wrong length have only image and fault."""
     text = files.read_text(path, "CSV file", files.LARGE)
+    text = re.sub(r"\Asep=.(?=[\r\n])", "", text)  # of Excel
     first = next(iter(text.strip().splitlines()), "")
     delimiter = max(",;\t", key=first.count)
     options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
@@ -196,7 +195,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not any(cells):
                 continue
             if columns is None:
-                is_automl = len(cells) == len(_AUTOML) and cells[0] in _ML_USE
+                is_automl = len(cells) == len(_AUTOML) and cells[0].lower() in _ML_USE
                 is_relative = is_automl or {c.lower() for c in cells} >= _OPEN_IMAGES
                 columns = _AUTOML if is_automl else _header(path, cells)
                 if columns and not is_automl:

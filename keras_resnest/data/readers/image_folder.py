@@ -108,6 +108,8 @@ def _class_folders(folder: Path, split: str | None, faults: Faults) -> list[Path
             f"`split` must be given if folders are named {', '.join(splits)}. "
             f"Received: split=None for {folder}"
         )
+    if split is None and len(names) == 1 and folders_in(class_folders[0]):
+        raise ValueError(f"{folder} holds only one folder. Did you mean {class_folders[0]}?")
     for path in found:
         if not path.is_dir():
             faults.add(path, "file outside of the class folders", "left out")

@@ -15,6 +15,8 @@ from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError
 from keras_resnest.images import IMAGE_SUFFIXES
 
 _XML = (".xml",)
+# Encodings of several bytes per character, which the parser does not know.
+_ASIAN = re.compile(rb"<\?xml[^>]*\sencoding=.(gb\w+|big5|shift_jis|euc-\w+)", re.IGNORECASE)
 # Folders of XML files and of images, in lower case; first choice first.
 _XML_FOLDERS = ("annotations", "annotation", "annots", "anns", "labels", "label", "xmls", "xml")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "data", "imgs", "img")
@@ -189,21 +191,25 @@ class _VocFolder:
         if split is not None and found is None:
             known = ", ".join(sorted(self.splits)) or f"no .txt in {self.folder}/ImageSets/Main"
             raise ValueError(
-                f"`split` must be in ImageSets/Main, or a folder such as train. "
+                "`split` must be one of the lists of images, or a folder such as train. "
                 f"Received: {split!r}; available: {known}"
             )
         return found
 
     def has_objects(self, split: str) -> bool:
         """Whether any image of a split has an object, or is missing: not if none is annotated."""
-        with contextlib.suppress(ValueError):  # is raised when the split is read
-            ids = self.listed_ids(split, Faults("skip")) or self.ids_in(split)
-            starts = (
-                files.read_start(self.xml_files[i], 1 << 16) for i in ids if i in self.xml_files
-            )
-            is_missing = any(i not in self.xml_files and i not in self.images for i in ids)
-            return is_missing or any(b"<object" in start.replace(b"\0", b"") for start in starts)
+        path = self.splits[split]
+        with contextlib.suppress(FileError):  # is raised when the split is read
+            lines = self.tree.read_lines(path, "list of images") if path else ()
+            ids = map(self._listed_id, lines) if path else self.ids_in(split)
+            return any(map(self._has_object, filter(None, ids)))
         return True
+
+    def _has_object(self, image_id: str) -> bool:
+        """Whether an image has an object, or is missing."""
+        if image_id not in self.xml_files:
+            return image_id not in self.images
+        return b"<object" in files.read_start(self.xml_files[image_id], 1 << 16).replace(b"\0", b"")
 
     def listed_ids(self, split: str | None, faults: Faults) -> list[str]:
         """Ids in the list of a split; none if there is no list."""
@@ -230,6 +236,7 @@ class _VocFolder:
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
         line = stem if suffix.lower() in (*_XML, *IMAGE_SUFFIXES) else line
+        line = line and common.normalize_path(line)
         return line and (self._xml_ids.find(line) or self._image_ids.find(line) or line)
 
     def image_file(self, image_id: str, xml: "_VocXml") -> Path | None:
@@ -306,10 +313,12 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def _parse_xml(path: Path, one_based: bool) -> _VocXml:
-    encoded = files.read_bytes(path, "XML")
+    encoded = files.read_bytes(path, "XML").lstrip()
+    asian = _ASIAN.match(encoded)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(encoded.lstrip(), parser)
+        text = encoded.decode(asian[1].decode()) if asian else encoded
+        root = ElementTree.fromstring(text, parser)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise FileError(path, "unreadable XML", str(error)) from error
     if root.tag != "annotation":

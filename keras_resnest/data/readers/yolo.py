@@ -138,7 +138,8 @@ class _YoloFolder:
             return True
         for folder in (self.folder, *self._inner_folders()):
             images, labels = (self.tree.child(folder, name) for name in ("images", "labels"))
-            if images and labels and next(files.walk(labels, (".txt",)), None):
+            inner = [labels, *files.folders_in(labels)] if images and labels else ()
+            if any(next(files.walk(path, (".txt",)), None) for path in inner):
                 return True
             texts = files.entries(folder, (".txt",))
             if any(self.tree.named(folder, text.stem, IMAGE_SUFFIXES) for text in texts):
@@ -194,8 +195,9 @@ class _YoloFolder:
     def without_unlabeled_splits(self, images: list[Path], faults: Faults) -> list[Path]:
         """Leaves out the images of splits that are not annotated: they are not background."""
         for split in filter(files.is_split_name, self.splits()):
-            own = set(self._images_of(split, Faults("skip")))
-            if own and not any(map(self.label_file, own)):
+            if any(map(self.label_file, self._images_of(split, Faults("skip")))):
+                continue
+            if own := set(self._images_of(split, Faults("skip"))):
                 faults.add(split, "split without text files", "left out")
                 images = [path for path in images if path not in own]
         return images
@@ -289,7 +291,9 @@ class _YoloFolder:
     def _usual_places(self) -> dict[str | None, list[Path]]:
         """Folders and lists of images by split; None has all images."""
         places = self._usual_folders()
-        images = places.pop("", None) or [path for paths in places.values() for path in paths]
+        base = places.pop("", [])
+        inner = (path for paths in places.values() for path in paths)
+        images = base + [path for path in inner if not base or path.is_symlink()]  # see `walk`
         lists = files.split_lists(self.folder, self.tree).items()
         named = {name: [path] for name, path in lists if not self._is_label_file(path)}
         if named:  # folders may have another meaning
