@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.checks import check_fractions, check_positive
 from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
@@ -32,10 +33,8 @@ class BoxMatcher(Configurable):
     """
 
     def __init__(self, iou_threshold: float = 0.5, force_match: bool = True):
-        if not 0.0 < iou_threshold <= 1.0:
-            raise ValueError(
-                f"`iou_threshold` must be in (0, 1]. Received: iou_threshold={iou_threshold}"
-            )
+        check_fractions(iou_threshold=iou_threshold)
+        check_positive(iou_threshold=iou_threshold)
         self.iou_threshold = float(iou_threshold)
         self.force_match = bool(force_match)
 

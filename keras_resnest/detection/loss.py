@@ -7,8 +7,8 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, BoxMatcher
-from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
-from keras_resnest.checks import check_fractions
+from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes, encode_boxes
+from keras_resnest.checks import check_fractions, is_number
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -62,15 +62,18 @@ class RefineDetLoss(Configurable):
         two_step_regression: bool = True,
         variances=VARIANCES,
     ):
-        if negative_ratio < 0:
-            raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
+        if not is_number(negative_ratio) or negative_ratio < 0:
+            raise ValueError(
+                "`negative_ratio` must be a number that is not negative. "
+                f"Received: {negative_ratio!r}"
+            )
         check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)
         self.objectness_threshold = float(objectness_threshold)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
-        self.variances = tuple(variances)
+        self.variances = check_variances(variances)
 
     def __call__(self, outputs: dict, boxes, labels, anchors, sample_weight=None) -> dict:
         """Computes the four losses of a batch.
