@@ -5,7 +5,8 @@ The values of a batch are known only when the graph runs. A TensorFlow graph can
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -19,10 +20,29 @@ MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
 def check_fractions(**arguments: float) -> None:
-    """Raises `ValueError` if an argument is not between 0 and 1."""
+    """Raises `ValueError` if an argument is not a number between 0 and 1."""
     for name, value in arguments.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+        if not is_number(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value!r}")
+
+
+def check_positive(**arguments: float) -> None:
+    """Raises `ValueError` if an argument is not a number above zero."""
+    for name, value in arguments.items():
+        if not is_number(value) or not value > 0:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
+
+
+def check_counts(**arguments: int) -> None:
+    """Raises `ValueError` if an argument is not a positive integer, possibly as a float."""
+    for name, value in arguments.items():
+        if not is_number(value) or value < 1 or value % 1:
+            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+
+
+def is_number(value) -> bool:
+    """Whether a value is a number of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager
@@ -51,6 +71,8 @@ def check_class_names(class_names: Sequence[str], num_classes: int | None = None
     Raises:
         ValueError: if the names are not different strings, or not `num_classes` of them.
     """
+    if not isinstance(class_names, Iterable):
+        raise ValueError(f"`class_names` must be a list of names. Received: {class_names!r}")
     names = [class_names] if isinstance(class_names, str) else list(class_names)
     different = len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
     if not names or not different or num_classes not in (None, len(names)):

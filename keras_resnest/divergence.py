@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_resnest.atomic import atomic_file
+from keras_resnest.checks import check_counts, check_positive
 from keras_resnest.replicas import is_chief
 
 # Lower bound of the reference loss. Networks of this package start below it, so an easy first
@@ -52,10 +53,11 @@ class TerminateOnDivergence(keras.callbacks.Callback):
         super().__init__()
         if filepath is not None and not str(filepath).endswith(".weights.h5"):
             raise ValueError(f"`filepath` must end with .weights.h5. Received: {filepath!r}")
-        if max_growth is not None and max_growth <= 1:
-            raise ValueError(f"`max_growth` must be above 1. Received: max_growth={max_growth}")
-        if patience < 1:
-            raise ValueError(f"`patience` must be at least 1. Received: patience={patience}")
+        check_counts(patience=patience)
+        if max_growth is not None:
+            check_positive(max_growth=max_growth)
+            if max_growth <= 1:
+                raise ValueError(f"`max_growth` must be above 1. Received: max_growth={max_growth}")
         self.filepath = None if filepath is None else Path(filepath)
         self.max_growth = max_growth
         self.patience = int(patience)

@@ -58,6 +58,7 @@ class DistributedTraining:
       axis 0 of logs that have no axis. Here shapes come from the dataset's element spec, and
       logs get an axis.
     - `fit` leaves out the images at the end of a batch that the replicas cannot share evenly.
+    - `load_weights` loads all weights or, with a `ValueError` that names the file, none.
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
@@ -113,6 +114,15 @@ class DistributedTraining:
     def predict_on_batch(self, x):
         check_not_forked()
         return super().predict_on_batch(x)
+
+    @same_arguments_as(keras.Model.load_weights)
+    def load_weights(self, filepath, **kwargs):
+        before = self.get_weights()
+        try:
+            super().load_weights(filepath, **kwargs)
+        except Exception as error:  # each kind of damage raises another type
+            self.set_weights(before)
+            raise ValueError(f"{filepath} cannot be loaded: {error}") from error
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""

@@ -408,7 +408,7 @@ ERRORS = {
     "names for a detector": (
         {"format": "onnx", "class_names": CLASS_NAMES},
         "model.onnx",
-        r"RefineDet takes the options none .*Received: class_names",
+        "RefineDet takes nothing besides the arguments .*Received: class_names",
     ),
     "size for a detector": (
         {"format": "openvino", "image_shape": SHAPE},

@@ -7,6 +7,8 @@ import tensorflow as tf
 from detectors import rectangles, small_backbone, small_detector
 from PIL import Image
 
+from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.data import classification_batches, evaluation_batches, training_batches
 from keras_resnest.data.dataset import (
     ClassificationDataset,
@@ -14,7 +16,11 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     LabeledImage,
 )
+from keras_resnest.detection.decoding import DetectionDecoder
+from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.evaluation.collect import collect_detections
+from keras_resnest.layers import SplitAttention
+from keras_resnest.serving.export import export_model
 from keras_resnest.training.callbacks import DetectionEvaluation
 from keras_resnest.visualization import plot_dataset
 
@@ -336,6 +342,38 @@ def test_a_loss_without_training_is_called_as_in_keras(model):
     double.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
     want = 2.0 * model.evaluate(IMAGES, TRUTH, verbose=0)[0]
     assert double.train_on_batch(IMAGES, TRUTH)[0] == pytest.approx(want, rel=1e-4)
+
+
+# === Values of another kind ===
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.export(None), "`filepath` must be a file or folder.*Received: None"),
+        (lambda m: m.export("1", format=["onnx"]), r"`format` must be one of.*\['onnx'\]"),
+        (lambda m: m.export("1", foo=1), "RefineDet takes nothing besides.*Received: foo"),
+        (lambda m: export_model(None, "1"), "`model` must be a Keras model. Received: None"),
+        (lambda m: m.fit(), "`x` must be images.*Received: x=None"),
+        (lambda m: m.train_on_batch("images"), "`x` must be one array.*Received: a str"),
+        (lambda m: m.detect(IMAGES, None), "`confidence_threshold` must be between.*None"),
+        (lambda m: m.detect(IMAGES, batch_size="8"), "`batch_size` must be a positive.*'8'"),
+        (lambda m: m.replace_classes(3), "`class_names` must be a list of names. Received: 3"),
+        (lambda m: collect_detections(m, None), "`dataset` must be batches. Received: NoneType"),
+        (lambda m: DetectionDecoder(max_detections=None), "`max_detections` must be a positive"),
+        (lambda m: DetectionDecoder(iou_threshold=[0.5]), "`iou_threshold` must be between 0 and"),
+        (lambda m: BoxMatcher(None), "`iou_threshold` must be between 0 and 1.*None"),
+        (lambda m: RefineDetLoss(negative_ratio="3"), "`negative_ratio` must be a number.*'3'"),
+        (lambda m: RefineDetLoss(variances=None), "`variances` must be two positive.*None"),
+        (lambda m: AnchorGenerator(sizes=32), "`sizes` must be.*Received: sizes=32"),
+        (lambda m: SplitAttention("8"), "`filters` must be positive. Received: filters='8'"),
+        (lambda m: DetectionEvaluation([], frequency=None), "`frequency` must be a positive.*None"),
+    ],
+)
+def test_values_of_another_kind_are_named(model, call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(model)
 
 
 # === What is for other models ===

@@ -201,8 +201,25 @@ def test_weights_of_another_model_are_refused(models, tmp_path, other, layer):
 def test_weights_for_other_classes_are_refused(models, tmp_path):
     models["custom"].save_weights(tmp_path / "w.weights.h5")
     config = {**models["custom"].get_config(), "num_classes": 5, "class_names": None}
+    other = RefineDet.from_config(config)
+    before = other.get_weights()
     with pytest.raises(ValueError, match=r"(?s)4 objects could not be loaded.*classes_0"):
-        RefineDet.from_config(config).load_weights(tmp_path / "w.weights.h5")
+        other.load_weights(tmp_path / "w.weights.h5")
+    for a, b in zip(before, other.get_weights(), strict=True):  # all or nothing
+        np.testing.assert_array_equal(a, b)
+
+
+def test_damaged_weight_files_are_refused_and_named(models, tmp_path):
+    path, model = tmp_path / "w.weights.h5", models["custom"]
+    model.save_weights(path)
+    content = path.read_bytes()
+    for broken in (b"", b"text" * 99, content[:100], content[:-100]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"w\.weights\.h5 cannot be loaded: Unable to"):
+            model.load_weights(path)
+    for missing in (tmp_path / "missing.weights.h5", None, tmp_path):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            model.load_weights(missing)
 
 
 def test_a_damaged_file_is_refused(saved, tmp_path):

@@ -1,5 +1,7 @@
 """AnchorGenerator: the grid of boxes that a detector starts from."""
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 from keras import ops
@@ -40,6 +42,10 @@ class AnchorGenerator(Configurable):
         offset: float = 0.5,
         clip: bool = False,
     ):
+        lists = {"strides": strides, "sizes": sizes, "aspect_ratios": aspect_ratios}
+        for argument, values in lists.items():
+            if not isinstance(values, Iterable) or isinstance(values, str):
+                raise ValueError(f"`{argument}` must be a list. Received: {argument}={values!r}")
         self.strides = tuple(int(s) for s in strides)
         self.sizes = tuple(tuple(float(s) for s in np.ravel(level)) for level in sizes)
         self.aspect_ratios = tuple(float(r) for r in aspect_ratios)

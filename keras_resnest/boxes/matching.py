@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
+from keras_resnest.checks import check_counts, check_fractions, check_positive
 from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
@@ -33,10 +34,8 @@ class BoxMatcher(Configurable):
     """
 
     def __init__(self, iou_threshold: float = 0.5, force_match: bool = True):
-        if not 0.0 < iou_threshold <= 1.0:
-            raise ValueError(
-                f"`iou_threshold` must be in (0, 1]. Received: iou_threshold={iou_threshold}"
-            )
+        check_fractions(iou_threshold=iou_threshold)
+        check_positive(iou_threshold=iou_threshold)
         self.iou_threshold = float(iou_threshold)
         self.force_match = bool(force_match)
 
@@ -147,11 +146,7 @@ class ATSSMatcher(Configurable):
     """
 
     def __init__(self, num_candidates: int = 27):
-        if int(num_candidates) != num_candidates or num_candidates < 1:
-            raise ValueError(
-                "`num_candidates` must be a positive integer. "
-                f"Received: num_candidates={num_candidates}"
-            )
+        check_counts(num_candidates=num_candidates)
         self.num_candidates = int(num_candidates)
 
     def __call__(self, boxes, valid, anchors, level_sizes):

@@ -4,13 +4,24 @@ Boxes and anchors are `"xyxy"`, both in pixels or both relative.
 """
 
 import math
+from collections.abc import Iterable
 
 from keras import ops
+
+from keras_resnest.checks import is_number
 
 VARIANCES = (0.1, 0.2)  # of centers and log sizes (SSD, RefineDet)
 
 # No box grows beyond 62.5 times its anchor, so untrained networks predict finite boxes.
 MAX_LOG_SIZE_RATIO = math.log(1000.0 / 16.0)
+
+
+def check_variances(variances) -> tuple[float, float]:
+    """Returns variances as a tuple; raises `ValueError` unless they are two positive numbers."""
+    pair = tuple(variances) if isinstance(variances, Iterable) else ()
+    if len(pair) != 2 or not all(is_number(value) and value > 0 for value in pair):
+        raise ValueError(f"`variances` must be two positive numbers. Received: {variances!r}")
+    return pair
 
 
 def center_form(boxes):

@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
-from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
+from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes
 from keras_resnest.boxes.suppression import check_suppression, suppress_batch
-from keras_resnest.checks import check_fractions
+from keras_resnest.checks import check_counts, check_fractions
 from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
@@ -75,9 +75,7 @@ class DetectionDecoder(Configurable):
             confidence_threshold=confidence_threshold,
             iou_threshold=iou_threshold,
         )
-        for name, value in (("pre_nms_top_k", pre_nms_top_k), ("max_detections", max_detections)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        check_counts(pre_nms_top_k=pre_nms_top_k, max_detections=max_detections)
         self.objectness_threshold = float(objectness_threshold)
         self.confidence_threshold = float(confidence_threshold)
         self.iou_threshold = float(iou_threshold)
@@ -86,7 +84,7 @@ class DetectionDecoder(Configurable):
         self.clip_to_image = bool(clip_to_image)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
-        self.variances = tuple(variances)
+        self.variances = check_variances(variances)
         self.suppression = check_suppression(suppression)
         self.class_agnostic = bool(class_agnostic)
         self.alpha = float(alpha)

@@ -13,7 +13,13 @@ import numpy as np
 
 from keras_resnest.boxes.formats import convert_boxes, scale_boxes
 from keras_resnest.boxes.suppression import lower_confidence, suppress_boxes, vote_boxes
-from keras_resnest.checks import check_fractions, check_image_shape, check_images, value_errors
+from keras_resnest.checks import (
+    check_counts,
+    check_fractions,
+    check_image_shape,
+    check_images,
+    value_errors,
+)
 from keras_resnest.configurable import Configurable
 from keras_resnest.detection.decoding import PADDING
 from keras_resnest.detection.heads import STRIDES
@@ -109,6 +115,7 @@ def detect_images(
     Raises:
         ValueError: if a single image cannot be read.
     """
+    check_counts(batch_size=batch_size, max_pixels=max_pixels)
     if isinstance(images, str | os.PathLike) and os.path.isdir(images):
         images = find_images(images)
     if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:

@@ -7,9 +7,9 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
-from keras_resnest.boxes.offsets import VARIANCES, decode_boxes, encode_boxes
+from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import paired_iou
-from keras_resnest.checks import check_fractions
+from keras_resnest.checks import check_fractions, is_number
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -83,20 +83,22 @@ class RefineDetLoss(Configurable):
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(BOX_LOSSES)}. Received: {value!r}"
                 )
-        if not (box_loss_weight > 0 and smooth_l1_knee > 0):
+        positive = {"box_loss_weight": box_loss_weight, "smooth_l1_knee": smooth_l1_knee}
+        for name, value in positive.items():
+            if not is_number(value) or value <= 0:
+                raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
+        if not is_number(negative_ratio) or negative_ratio < 0:
             raise ValueError(
-                "`box_loss_weight` and `smooth_l1_knee` must be positive. "
-                f"Received: {box_loss_weight} and {smooth_l1_knee}"
+                "`negative_ratio` must be a number that is not negative. "
+                f"Received: {negative_ratio!r}"
             )
-        if negative_ratio < 0:
-            raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio}")
         check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)
         self.objectness_threshold = float(objectness_threshold)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
-        self.variances = tuple(variances)
+        self.variances = check_variances(variances)
         self.odm_matcher = odm_matcher
         self.box_loss, self.odm_box_loss = box_loss, odm_box_loss
         self.box_loss_weight, self.smooth_l1_knee = float(box_loss_weight), float(smooth_l1_knee)

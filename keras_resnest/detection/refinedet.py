@@ -4,6 +4,7 @@ The network is backbone and `RefineDetHeads`; `RefineDetLoss` trains it, `Detect
 its raw outputs into detections.
 """
 
+import os
 from collections.abc import Iterator
 
 import keras
@@ -19,6 +20,7 @@ from keras_resnest.checks import (
     check_box_dictionary,
     check_box_shapes,
     check_class_names,
+    check_fractions,
     check_ground_truth,
     check_image_shape,
     check_images,
@@ -369,6 +371,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         Raises:
             ValueError: if a single image cannot be read.
         """
+        check_fractions(confidence_threshold=confidence_threshold)
         return detect_images(
             images,
             lambda batch: detect_resized(self, batch, confidence_threshold),
@@ -396,10 +399,10 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
             raise ValueError("`x` must be images, or a dataset of batches. Received: x=None")
         if isinstance(images, dict):
             images = images.get("images")
-        if isinstance(images, list | tuple):
+        if isinstance(images, list | tuple | str | os.PathLike):
             raise ValueError(
-                "`x` must be one array of images; `detect` takes lists. "
-                f"Received: a {type(images).__name__} of {len(images)}"
+                "`x` must be one array of images; `detect` takes lists and files. "
+                f"Received: a {type(images).__name__}"
             )
         if not hasattr(images, "shape"):
             return

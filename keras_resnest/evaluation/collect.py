@@ -50,6 +50,8 @@ def collect_detections(
         >>> ground_truth, detections = collect_detections(model, validation_dataset)
         >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
     """
+    if not isinstance(dataset, Iterable):
+        raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)

@@ -51,10 +51,3 @@ class FeatureMapLayer(KeepsLayerChanges, keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "data_format": self.data_format}
-
-
-def check_positive(**arguments) -> None:
-    """Raises `ValueError` if an argument is not above zero."""
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive. Received: {name}={value}")

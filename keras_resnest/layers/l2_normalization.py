@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_resnest.checks import check_positive
+
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class L2Normalization(keras.layers.Layer):
@@ -36,8 +38,7 @@ class L2Normalization(keras.layers.Layer):
 
     def __init__(self, scale: float = 10.0, axis: int = -1, epsilon: float = 1e-6, **kwargs):
         super().__init__(**kwargs)
-        if epsilon <= 0:
-            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        check_positive(epsilon=epsilon)
         self.scale = scale
         self.axis = axis
         self.epsilon = epsilon

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_resnest.checks import check_counts, check_fractions
 from keras_resnest.layers.base import FeatureMapLayer
 
 
@@ -44,12 +45,10 @@ class DropBlock2D(FeatureMapLayer):
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"`rate` must be a number in [0, 1). Received: rate={rate}")
-        if int(block_size) != block_size or block_size < 1:
-            raise ValueError(
-                f"`block_size` must be a positive integer. Received: block_size={block_size}"
-            )
+        check_fractions(rate=rate)
+        if rate == 1.0:
+            raise ValueError("`rate` must be below 1. Received: rate=1")
+        check_counts(block_size=block_size)
         self.rate = rate
         self.block_size = int(block_size)
         self.seed = seed

@@ -3,7 +3,8 @@
 import keras
 from keras import ops
 
-from keras_resnest.layers.base import FeatureMapLayer, check_positive
+from keras_resnest.checks import check_positive
+from keras_resnest.layers.base import FeatureMapLayer
 from keras_resnest.layers.regularization import DropBlock2D
 
 

@@ -74,6 +74,8 @@ def export_model(
         >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
+    if not isinstance(filepath, str | os.PathLike):
+        raise ValueError(f"`filepath` must be a file or folder to write. Received: {filepath!r}")
     _check_arguments(format, precision, decode, representative_images)
     if format == "tf_saved_model":
         export_saved_model(model, filepath, precision, verbose, freeze, **options)
@@ -84,7 +86,7 @@ def export_model(
 
 
 def _check_arguments(format, precision, decode, representative_images) -> None:
-    if format not in FORMATS:
+    if format not in list(FORMATS):
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {format!r}")
     if precision not in FORMATS[format]:
         raise ValueError(

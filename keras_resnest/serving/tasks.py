@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import keras
 from keras import ops
 
 from keras_resnest.boxes.formats import scale_boxes
@@ -13,13 +14,14 @@ PADDING = -1  # as in `DetectionDecoder`
 
 def create_task(model, **options):
     """Returns the `DetectionTask` or `ImageTask` of a model; checks the names of the options."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must be a Keras model. Received: {model!r}")
     task = DetectionTask if hasattr(model, "decode") else ImageTask
     unknown = sorted(set(options) - set(task.options))
     if unknown:
         raise ValueError(
-            f"`export` of {type(model).__name__} takes the options "
-            f"{', '.join(task.options) or 'none'} besides its own arguments. "
-            f"Received: {', '.join(unknown)}"
+            f"`export` of {type(model).__name__} takes {', '.join(task.options) or 'nothing'} "
+            f"besides the arguments of `export_model`. Received: {', '.join(unknown)}"
         )
     return task(model, **options)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import keras
 import numpy as np
 
-from keras_resnest.checks import value_errors
+from keras_resnest.checks import check_counts, value_errors
 from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.evaluation.coco import coco_average_precision
 from keras_resnest.evaluation.collect import (
@@ -81,6 +81,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
         verbose: int = 1,
     ):
         super().__init__()
+        check_counts(frequency=frequency)
         if isinstance(validation_data, Iterator):
             raise ValueError(
                 "`validation_data` is read repeatedly, so it must not be an iterator or generator. "
@@ -90,7 +91,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
         self.class_names = class_names
         self.iou_threshold = iou_threshold
         self.interpolation = interpolation
-        self.frequency = _check_frequency(frequency)
+        self.frequency = int(frequency)
         self.coco = coco
         self.per_class = per_class
         self.bounding_box_format = bounding_box_format
@@ -179,12 +180,11 @@ class DetectionPlot(keras.callbacks.Callback):
         bounding_box_format: str | None = None,
     ):
         super().__init__()
-        if num_images < 1:
-            raise ValueError(f"`num_images` must be positive. Received: num_images={num_images}")
+        check_counts(frequency=frequency, num_images=num_images)
         self.dataset = dataset
         self.folder = folder
         self.class_names = class_names
-        self.frequency = _check_frequency(frequency)
+        self.frequency = int(frequency)
         self.num_images = num_images
         self.confidence_threshold = confidence_threshold
         self.bounding_box_format = bounding_box_format
@@ -217,12 +217,6 @@ def _is_due(epoch: int, frequency: int, params: dict | None, first: bool) -> boo
     """Every `frequency`-th epoch, the first of this training and the last one planned."""
     last = (params or {}).get("epochs")
     return first or (epoch + 1) % frequency == 0 or epoch + 1 == last
-
-
-def _check_frequency(frequency: int) -> int:
-    if int(frequency) != frequency or frequency < 1:
-        raise ValueError(f"`frequency` must be a positive integer. Received: frequency={frequency}")
-    return int(frequency)
 
 
 def _first_batches(dataset, num_images: int):

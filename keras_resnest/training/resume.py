@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnest.atomic import atomic_folder
+from keras_resnest.checks import check_counts
 from keras_resnest.replicas import is_chief, is_multi_worker, run_on_replicas
 
 STATE, ARRAYS = "state.json", "arrays.npz"
@@ -71,10 +72,8 @@ class ResumeTraining(keras.callbacks.Callback):
         metadata: Mapping | None = None,
     ):
         super().__init__()
-        if every_steps is not None and (int(every_steps) != every_steps or every_steps < 1):
-            raise ValueError(
-                f"`every_steps` must be a positive integer. Received: every_steps={every_steps}"
-            )
+        if every_steps is not None:
+            check_counts(every_steps=every_steps)
         if every_steps is not None and keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "`every_steps` requires the TensorFlow backend. "

@@ -129,7 +129,7 @@ def _load_keras_file(model, path, variant):
     before = model.get_weights()
     try:
         surplus = _keras_file_size(path) - _size_in_keras_file(model)
-        model.load_weights(path)
+        keras.Model.load_weights(model, path)
         # Without a classifier, the file may hold one.
         if surplus < 0 or (surplus > 0 and getattr(model, "include_top", True)):
             raise ValueError(f"{abs(surplus):,} numbers too {'many' if surplus > 0 else 'few'}")
