@@ -41,6 +41,15 @@ def small_detector(image_shape=(64, 128, 3), heads=None, switches=None, **kwargs
     return RefineDet(3, image_shape=image_shape, **options)
 
 
+def aligned_detector(image_shape=(64, 128, 3), heads=None, **kwargs):
+    """RefineDet++ with a random ODM, so that every output depends on where it is read."""
+    model = small_detector(image_shape, {"use_alignment": True, **(heads or {})}, **kwargs)
+    rng = np.random.default_rng(0)
+    odm = model.get_layer("odm")
+    odm.set_weights([rng.normal(size=w.shape) / 10 for w in odm.weights])
+    return model
+
+
 def rectangles(count, image_shape=(64, 128, 3), seed=0, objects=2):
     """Gray noise with one-colored rectangles; labels are the colors of CLASS_NAMES."""
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from detectors import small_detector
+from detectors import aligned_detector, small_detector
 
 from keras_resnest.backbones import create_backbone
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -23,6 +23,7 @@ KINDS = {
     "frozen": ("detector", {"freeze": True}),
     "bfloat16": ("detector", {"precision": "bfloat16"}),
     "relative": ("relative", {}),
+    "aligned": ("aligned", {}),
     "classifier": ("classifier", {"image_shape": (64, 64, 3)}),
 }
 BUILDERS = {
@@ -30,6 +31,7 @@ BUILDERS = {
     "relative": lambda: small_detector(
         (128, 64, 3), decoder=DECODER, bounding_box_format="rel_yxyx", class_names=None
     ),
+    "aligned": lambda: aligned_detector(decoder=DECODER),
     "classifier": lambda: create_backbone("resnest14_tiny", include_top=True, classes=3),
 }
 

@@ -71,3 +71,97 @@ def test_boxes_of_twice_the_size_give_a_dilated_convolution():
     layer.build([features().shape, BOXES])
     layer.set_weights([kernel])
     np.testing.assert_allclose(numpy(layer([features(), cells((6, 6))])), want, atol=1e-12)
+
+
+def test_gradients_are_finite_differences():
+    import tensorflow as tf
+
+    rng = np.random.default_rng(3)
+    layer, boxes = layer_of(), random_boxes()
+    layer.build([features().shape, BOXES])
+    weights = rng.normal(size=(BATCH, BOXES[1], FILTERS))
+    variables = [tf.Variable(features()), layer.kernel.value, layer.bias.value]
+
+    def loss():
+        return ops.sum(ops.square(layer([variables[0], boxes])) * weights)
+
+    with tf.GradientTape() as tape:
+        value = loss()
+    for variable, gradient in zip(variables, tape.gradient(value, variables), strict=True):
+        for _ in range(5):
+            step = rng.normal(size=variable.shape) * 1e-4
+            variable.assign_add(step)
+            above = loss()
+            variable.assign_sub(2 * step)
+            below = loss()
+            variable.assign_add(step)
+            np.testing.assert_allclose(np.sum(gradient * step), (above - below) / 2, rtol=1e-6)
+
+
+HOSTILE = (0.0, -1.0, 2.5, 6e4, -1e6, 1e30, -1e30, 3e38, -3e38, np.inf, -np.inf, np.nan)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_any_box_is_finite(dtype):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(4)
+    boxes = random_boxes().astype("float32")
+    boxes[0] = rng.choice(HOSTILE, BOXES[1:])
+    layer, x = layer_of(dtype=dtype), tf.constant(features(), "float32")
+    layer.build([x.shape, BOXES])
+    layer.bias.assign(np.arange(1.0, 1 + ANCHORS * FILTERS))
+    with tf.GradientTape(persistent=True) as tape:
+        given = tf.constant(boxes)
+        tape.watch([x, given])
+        outputs = layer([x, given])
+        loss = ops.sum(ops.square(ops.cast(outputs, "float32")))
+    assert np.isfinite(ops.cast(outputs, "float32")).all()
+    gradients = tape.gradient(loss, [x, layer.kernel.value, layer.bias.value])
+    assert all(np.isfinite(g).all() and np.any(g) for g in gradients)
+    assert tape.gradient(loss, given) is None
+    nowhere = ~np.isfinite(boxes).all(axis=-1)  # nothing is read but the bias
+    bias = np.tile(numpy(layer.bias).reshape(ANCHORS, FILTERS), (BATCH, HEIGHT * WIDTH, 1))
+    np.testing.assert_array_equal(numpy(ops.cast(outputs, "float32"))[nowhere], bias[nowhere])
+
+
+def test_far_boxes_equal_brute_force():
+    """Large coordinates keep their meaning: the middle lies inside of the map."""
+    rng = np.random.default_rng(5)
+    centers, half = (
+        rng.uniform(0, 4, (*BOXES[:2], 2)),
+        rng.choice([1.0, 60.0, 1e6], (*BOXES[:2], 2)),
+    )
+    boxes = np.concatenate([centers - half, centers + half], axis=-1)
+    layer = layer_of(use_bias=False)
+    got = numpy(layer([features(), boxes]))
+    want = aligned_convolution(features(), boxes, numpy(layer.kernel), np.zeros(6), ANCHORS)
+    np.testing.assert_allclose(got, want, atol=1e-8)
+    assert np.median(np.abs(want)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_anchors": 0}, "`num_anchors` must be a positive integer.*0"),
+        ({"filters": -1}, "`filters` must be a positive integer.*-1"),
+        ({"filters": 2.5}, r"`filters` must be a positive integer.*2\.5"),
+        ({"kernel_initializer": "unknown"}, "unknown"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AlignedConvolution(**{"num_anchors": 1, "filters": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 4, 5, 3), (1, 39, 4)), r"height \* width \* 2, 4.*\(1, 4, 5, 3\).*\(1, 39, 4\)"),
+        (((1, 4, 5, 3), (1, 40, 5)), r"\(1, 40, 5\)"),
+        (((1, 4, 5, None), (1, 40, 4)), "channels must be known"),
+    ],
+)
+def test_bad_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        layer_of().build(shapes)

@@ -9,9 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from detectors import rectangles, small_detector
+from detectors import aligned_detector, rectangles, small_detector
+from exported_models import DECODER
 
 PROGRAMS = Path(__file__).parent / "programs"
+SLOW = pytest.mark.slow
 
 
 def run(backend, program, *arguments, xla_flags="--xla_backend_optimization_level=0"):
@@ -28,12 +30,17 @@ def run(backend, program, *arguments, xla_flags="--xla_backend_optimization_leve
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def few_detections(image_shape):
+    return aligned_detector(image_shape, decoder=DECODER)
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-@pytest.mark.parametrize("training", [[], pytest.param(["train"], marks=pytest.mark.slow)])
-def test_predicts_as_on_tensorflow_and_trains(training, backend, tmp_path):
+@pytest.mark.parametrize("training", [[], pytest.param(["train"], marks=SLOW)])
+@pytest.mark.parametrize("make", [small_detector, pytest.param(few_detections, marks=SLOW)])
+def test_predicts_as_on_tensorflow_and_trains(make, training, backend, tmp_path):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("compares with the TensorFlow backend")
-    model = small_detector((64, 64, 3))
+    model = make((64, 64, 3))
     images, truth = rectangles(2, (64, 64, 3), objects=1)
     want = model.predict(images, verbose=0)
     model.save(tmp_path / "detector.keras")
@@ -45,6 +52,6 @@ def test_predicts_as_on_tensorflow_and_trains(training, backend, tmp_path):
         np.testing.assert_allclose(got[name], value, atol=1e-2 if name == "boxes" else 1e-4)
 
 
-@pytest.mark.slow  # XLA compiles the training step for minutes
+@SLOW  # XLA compiles the training step for minutes
 def test_data_parallel_devices_train_as_one():
     run("jax", "jax_data_parallel.py", xla_flags="--xla_force_host_platform_device_count=2")

@@ -128,6 +128,7 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
     models = {
         "detector": (detector, {}),
         "detector_raw": (detector, {"decode": False}),
+        "aligned": (model_of("aligned"), {}),
         "detector_float16": (detector, {"decode": False, "precision": "float16"}),
         "classifier": (classifier, {"class_names": CLASS_NAMES}),
     }
@@ -137,7 +138,8 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
     models["detector_int8"] = (detector, {"decode": False, **calibration})
     if request.param == "onnx":
         models["detector_decoded8"] = (detector, calibration)
-    images = {"detector_images": random_images(), "classifier_images": random_images((64, 64, 3))}
+    images = {f"{name}_images": random_images() for name in ("detector", "aligned")}
+    images |= {"classifier_images": random_images((64, 64, 3))}
     if request.param != "litert":
         models["open"] = (open_classifier, {})
         images["open_images"] = random_images((40, 56, 3))
@@ -161,10 +163,11 @@ def assert_same_detections(got, want):
 # === The same results ===
 
 
-def test_detections(exported, detector):
-    want = detector.predict(random_images(), verbose=0)
+@pytest.mark.parametrize("name", ["detector", "aligned"])
+def test_detections(exported, name):
+    want = model_of(name).predict(random_images(), verbose=0)
     assert ((want["num_detections"] > 0) & (want["num_detections"] < MAX)).all()
-    for got in exported.batches("detector"):
+    for got in exported.batches(name):
         assert_same_detections(got, want)
 
 

@@ -107,7 +107,7 @@ CALLS = ["float 3", "float 1", "uint8", "serve float", "serve uint8"]
     [
         *(("detector", call) for call in CALLS),
         *(("classifier", call) for call in CALLS),
-        *((kind, "float 3") for kind in ("relative", "frozen")),
+        *((kind, "float 3") for kind in ("relative", "frozen", "aligned")),
     ],
 )
 def test_tensors_give_what_predict_gives(answers, kind, call):

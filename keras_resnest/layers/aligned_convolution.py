@@ -4,11 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnest.layers.base import check_positive
-
 # Sample points along a side of a box, as fractions of the side: centers of its thirds.
 _THIRDS = np.array([1 / 6, 3 / 6, 5 / 6])
-_LARGEST = 1e37  # sides of boxes up to this do not overflow float32
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -31,15 +28,15 @@ class AlignedConvolution(keras.layers.Layer):
     Call arguments:
         inputs: list of features (batch, height, width, channels) and `"xyxy"` boxes
             (batch, height * width * num_anchors, 4), by row, column and anchor, in pixels of the
-            map: pixel (0, 0) covers [0, 1) x [0, 1). Boxes may have any value; a coordinate that
-            is not a number counts as 0.
+            map: pixel (0, 0) covers [0, 1) x [0, 1). Coordinates may have any value; what is
+            infinite or not a number lies outside of the map.
 
     Returns:
         Tensor (batch, height * width * num_anchors, filters).
 
     Raises:
-        ValueError: if `num_anchors` or `filters` is not positive, the channels are unknown, or
-            the numbers of boxes and cells do not fit.
+        ValueError: if `num_anchors` or `filters` is not a positive integer, the channels are
+            unknown, or the numbers of boxes and cells do not fit.
 
     Example:
         >>> layer = AlignedConvolution(num_anchors=3, filters=4)
@@ -60,7 +57,9 @@ class AlignedConvolution(keras.layers.Layer):
     ):
         # Half precision cannot tell the pixels of a map apart: boxes are not cast.
         super().__init__(autocast=False, **kwargs)
-        check_positive(num_anchors=num_anchors, filters=filters)
+        for name, value in (("num_anchors", num_anchors), ("filters", filters)):
+            if int(value) != value or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         self.num_anchors = int(num_anchors)
         self.filters = int(filters)
         self.use_bias = bool(use_bias)
@@ -100,7 +99,7 @@ class AlignedConvolution(keras.layers.Layer):
 
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
         boxes = ops.cast(ops.stop_gradient(boxes), dtype)
-        boxes = ops.reshape(ops.clip(_numbers(boxes), -_LARGEST, _LARGEST), (batch, -1, anchors, 4))
+        boxes = ops.reshape(boxes, (batch, -1, anchors, 4))
         column, column_weight = _pixels(boxes[..., 0], boxes[..., 2], width)  # (B, H * W, K, 2, 3)
         row, row_weight = _pixels(boxes[..., 1], boxes[..., 3], height)
         taps = np.arange(3, dtype="int32")
@@ -136,10 +135,6 @@ class AlignedConvolution(keras.layers.Layer):
         }
 
 
-def _numbers(x):
-    return ops.where(x == x, x, 0.0)
-
-
 def _pixels(start, stop, side):
     """The pixels on both sides of the three points between two edges, and their weights.
 
@@ -147,7 +142,9 @@ def _pixels(start, stop, side):
     the map have weight 0.
     """
     points = start[..., None] + (stop - start)[..., None] * ops.cast(_THIRDS, start.dtype)
-    points = ops.clip(points - 0.5, -1.0, ops.cast(side, points.dtype))  # in pixel centers
+    points = points - 0.5  # from edges to centers of pixels
+    points = ops.where(ops.isnan(points), -1.0, points)
+    points = ops.clip(points, -1.0, ops.cast(side, points.dtype))
     before = ops.floor(points)
     after_weight = points - before
     weight = ops.stack([1.0 - after_weight, after_weight], axis=-2)

@@ -353,11 +353,14 @@ class _Graph:
         """Runs the operations of `REDUCED` in `dtype`, with casts at the borders."""
         import tensorflow as tf
 
+        exact = self._positions()
         # A dictionary keeps the order, so that a model is always exported to the same file.
         chosen = dict.fromkeys(
             name
             for name, node in self.nodes.items()
-            if node.op in REDUCED and _attribute(node, "T").type == tf.float32.as_datatype_enum
+            if node.op in REDUCED
+            and name not in exact
+            and _attribute(node, "T").type == tf.float32.as_datatype_enum
         )
         casts = {}
         for name in chosen:
@@ -373,6 +376,20 @@ class _Graph:
                 for i, source in enumerate(consumer.input):
                     if _node_name(source) == name:
                         self.set_input(consumer, i, self._cast(source, dtype, tf.float32, casts))
+
+    def _positions(self) -> set:
+        """Nodes between the convolutions and a cast to integers: positions in a feature map."""
+        import tensorflow as tf
+
+        casts = [n for n in self.nodes.values() if n.op == "Cast"]
+        stack = [n.input[0] for n in casts if n.attr["DstT"].type == tf.int32.as_datatype_enum]
+        found = set()
+        while stack:
+            node = self.nodes[_node_name(stack.pop())]
+            if node.name not in found and node.op not in (*LINEAR, "BiasAdd"):
+                found.add(node.name)
+                stack += node.input
+        return found
 
     def _cast(self, source: str, before, after, casts: dict) -> str:
         """Returns the tensor in another type; `casts` holds earlier results."""

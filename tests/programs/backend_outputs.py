@@ -49,6 +49,11 @@ for name in names:
             layer.build(x.shape)
             randomize(layer, 0)
             outputs[type(layer).__name__] = keras.ops.convert_to_numpy(layer(x))
+        boxes = np.random.default_rng(2).uniform(-2, 15, (2, 13 * 9 * 2, 4)).astype("float32")
+        layer = kr.layers.AlignedConvolution(2, 5)
+        layer.build([x.shape, boxes.shape])
+        randomize(layer, 0)
+        outputs["AlignedConvolution"] = keras.ops.convert_to_numpy(layer([x, boxes]))
         continue
     model = kr.create_backbone(name, include_top=False)
     randomize(model, 1)
