@@ -73,6 +73,11 @@ def test_boxes_of_twice_the_size_give_a_dilated_convolution():
     np.testing.assert_allclose(numpy(layer([features(), cells((6, 6))])), want, atol=1e-12)
 
 
+def test_no_images():
+    x, boxes = np.zeros((0, HEIGHT, WIDTH, CHANNELS)), np.zeros((0, *BOXES[1:]))
+    assert layer_of()([x, boxes]).shape == (0, BOXES[1], FILTERS)
+
+
 def test_gradients_are_finite_differences():
     import tensorflow as tf
 

@@ -90,7 +90,7 @@ class AlignedConvolution(keras.layers.Layer):
     def call(self, inputs):
         features, boxes = inputs
         batch, height, width, channels = ops.shape(features)
-        anchors, filters = self.num_anchors, self.filters
+        cells, anchors, filters = height * width, self.num_anchors, self.filters
         # Reading is linear, so the kernel is applied first: fewer numbers are read.
         kernel = ops.transpose(ops.cast(self.kernel, self.compute_dtype), (2, 0, 1, 3))
         kernel = ops.reshape(kernel, (channels, 9 * anchors * filters))
@@ -99,7 +99,7 @@ class AlignedConvolution(keras.layers.Layer):
 
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
         boxes = ops.cast(ops.stop_gradient(boxes), dtype)
-        boxes = ops.reshape(boxes, (batch, -1, anchors, 4))
+        boxes = ops.reshape(boxes, (-1, cells, anchors, 4))
         column, column_weight = _pixels(boxes[..., 0], boxes[..., 2], width)  # (B, H * W, K, 2, 3)
         row, row_weight = _pixels(boxes[..., 1], boxes[..., 3], height)
         taps = np.arange(3, dtype="int32")
@@ -115,11 +115,10 @@ class AlignedConvolution(keras.layers.Layer):
             read = ops.take(table, ops.reshape(index, (-1, 18)), axis=0)
             weight = ops.cast(ops.reshape(weight, (-1, 18, 1)), read.dtype)
             outputs = outputs + ops.sum(read * weight, axis=1)  # (B * H * W * K, F)
-        outputs = ops.reshape(outputs, (batch, -1, anchors, filters))
         if self.use_bias:
             bias = ops.cast(self.bias, self.compute_dtype)
-            outputs = outputs + ops.reshape(bias, (anchors, filters))
-        return ops.reshape(outputs, (batch, -1, filters))
+            outputs = ops.reshape(outputs, (-1, anchors * filters)) + bias
+        return ops.reshape(outputs, (-1, cells * anchors, filters))
 
     def compute_output_shape(self, input_shape):
         features, boxes = input_shape
