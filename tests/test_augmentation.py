@@ -510,6 +510,9 @@ def test_resize_is_bilinear_with_half_pixel_centers_and_keeps_all_boxes():
         (lambda: RandomRotate90(-0.1), "probability"),
         (lambda: PhotometricDistortion(contrast=(1.5, 0.5)), "contrast"),
         (lambda: PhotometricDistortion(hue=300), "hue"),
+        (lambda: PhotometricDistortion(hue=None), "hue"),
+        (lambda: RandomFlip(vertical="0.5"), "vertical"),
+        (lambda: RandomIoUCrop(trials=None), "trials"),
     ],
 )
 def test_errors_name_the_argument(build, argument):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_image_shape
+from keras_resnest.checks import check_counts, check_image_shape
 from keras_resnest.data.augmentation.geometry import (
     MEAN_COLOR,
     apply_if,
@@ -216,8 +216,7 @@ class RandomIoUCrop:
                 "`aspect_ratio` must be (low, high) with low <= 1 <= high. "
                 f"Received: aspect_ratio={self.aspect_ratio!r}"
             )
-        if self.trials < 1:
-            raise ValueError(f"`trials` must be at least 1. Received: trials={self.trials!r}")
+        check_counts(trials=self.trials)
         check_probabilities(self, "probability")
 
     def __call__(self, element: dict, seed) -> dict:

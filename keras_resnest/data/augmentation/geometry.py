@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_resnest.checks import check_fractions, is_number
+
 #: Mean color of ImageNet (red, green, blue, 0 to 255), SSD's fill color.
 MEAN_COLOR = (123.0, 117.0, 104.0)
 
@@ -138,17 +140,14 @@ def window_iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
 
 
 def check_probabilities(augmentation, *names: str) -> None:
-    """Raises ValueError if one of these attributes is not within 0 to 1."""
-    for name in names:
-        value = getattr(augmentation, name)
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"`{name}` must be within 0 to 1. Received: {name}={value!r}")
+    """Raises ValueError if one of these attributes is not between 0 and 1."""
+    check_fractions(**{name: getattr(augmentation, name) for name in names})
 
 
 def check_range(name: str, values: tuple, low: float, high: float) -> None:
     """Raises ValueError unless `values` are (lower, upper), ordered and within low to high."""
     is_pair = isinstance(values, Sequence) and len(values) == 2
-    if not is_pair or not low <= values[0] <= values[1] <= high:
+    if not is_pair or not all(map(is_number, values)) or not low <= values[0] <= values[1] <= high:
         received = values[1] if is_pair and values[0] == low else values
         raise ValueError(f"`{name}` must be within {low} to {high}. Received: {name}={received!r}")
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_resnest.checks import is_number
 from keras_resnest.data.augmentation.geometry import (
     PADDING,
     between,
     centers_inside,
     check_probabilities,
+    check_range,
     pad_rows,
     split_seed,
     view,
@@ -55,10 +57,7 @@ class Mosaic:
             raise ValueError(
                 f"`center` must be (low, high) between 0 and 1. Received: center={self.center!r}"
             )
-        if not 0.0 <= self.min_box_size < float("inf"):
-            raise ValueError(
-                f"`min_box_size` must be at least 0. Received: min_box_size={self.min_box_size!r}"
-            )
+        check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
     def __call__(self, batch: dict, seed) -> dict:
         """Returns the batch with some images replaced by mosaics."""
@@ -149,7 +148,7 @@ class MixUp:
     def __post_init__(self):
         check_probabilities(self, "probability")
         # With a smaller alpha, float32 gamma draws are often zero.
-        if not 0.1 <= self.alpha < float("inf"):
+        if not is_number(self.alpha) or not 0.1 <= self.alpha < float("inf"):
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
     def __call__(self, batch: dict, seed) -> dict:
