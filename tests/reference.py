@@ -76,13 +76,12 @@ def softmax(logits):
 
 def diou(boxes1, boxes2):
     """Distance IoU of every pair of "xyxy" boxes, (M, N): arXiv 1911.08287, equation 7."""
-    result = iou(boxes1, boxes2)
-    for m, n in np.ndindex(result.shape):
-        a, b = boxes1[m], boxes2[n]
-        (ca, _), (cb, _) = centers_and_sizes(a), centers_and_sizes(b)
-        hull = np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2])
-        result[m, n] -= ((ca - cb) ** 2).sum() / max((hull.astype("float64") ** 2).sum(), 1e-7)
-    return result
+    boxes1 = np.reshape(boxes1, (-1, 1, 4)).astype("float64")
+    boxes2 = np.reshape(boxes2, (1, -1, 4)).astype("float64")
+    (centers1, _), (centers2, _) = centers_and_sizes(boxes1), centers_and_sizes(boxes2)
+    hull = np.maximum(boxes1, boxes2)[..., 2:] - np.minimum(boxes1, boxes2)[..., :2]
+    diagonal = np.maximum((hull**2).sum(axis=-1), 1e-7)
+    return iou(boxes1, boxes2) - ((centers1 - centers2) ** 2).sum(axis=-1) / diagonal
 
 
 def suppress(boxes, confidence, labels, iou_threshold, suppression="greedy", class_agnostic=False):
