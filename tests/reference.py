@@ -94,12 +94,21 @@ def suppress(boxes, confidence, labels, iou_threshold, suppression="greedy", cla
     return kept
 
 
-def soften(boxes, confidence, labels, iou_threshold, confidence_threshold, class_agnostic=False):
+def soften(
+    boxes,
+    confidence,
+    labels,
+    iou_threshold,
+    confidence_threshold,
+    class_agnostic=False,
+    passes=None,
+):
     """Linear soft suppression: the chosen rows, in order, and the confidence of all rows.
 
     Takes the most confident waiting row; it multiplies the confidence of each other waiting row
-    of its class with an IoU above the threshold by 1 - IoU.
+    of its class, and of another pass, with an IoU above the threshold by 1 - IoU.
     """
+    passes = range(len(boxes)) if passes is None else passes
     overlaps, confidence = iou(boxes, boxes), np.array(confidence, "float64")
     chosen, waiting = [], set(range(len(confidence)))
     while waiting := {i for i in waiting if confidence[i] > confidence_threshold}:
@@ -107,7 +116,8 @@ def soften(boxes, confidence, labels, iou_threshold, confidence_threshold, class
         chosen.append(best)
         waiting.remove(best)
         for i in waiting:
-            if (class_agnostic or labels[i] == labels[best]) and overlaps[best, i] > iou_threshold:
+            rivals = (class_agnostic or labels[i] == labels[best]) and passes[i] != passes[best]
+            if rivals and overlaps[best, i] > iou_threshold:
                 confidence[i] *= 1 - overlaps[best, i]
     return chosen, confidence
 

@@ -1,6 +1,7 @@
 """The detector on JAX and PyTorch, in their own process: trains, predicts as on TensorFlow."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,14 @@ import keras
 import numpy as np
 import pytest
 from detectors import rectangles, small_detector
+from exported_models import AWARE
 
+from keras_resnest.detection.decoding import DetectionDecoder
+
+DECODERS = {
+    "soft": {**AWARE, "suppression": "soft", "class_agnostic": True},
+    "diou": {**AWARE, "suppression": "diou", "alpha": 0.7},
+}
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -33,16 +41,25 @@ def run(backend, program, *arguments, xla_flags="--xla_backend_optimization_leve
 def test_predicts_as_on_tensorflow_and_trains(training, backend, tmp_path):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("compares with the TensorFlow backend")
-    model = small_detector((64, 64, 3))
+    model = small_detector((64, 64, 3), heads={"predict_iou": True})
     images, truth = rectangles(2, (64, 64, 3), objects=1)
     want = model.predict(images, verbose=0)
     model.save(tmp_path / "detector.keras")
     np.save(tmp_path / "images.npy", images)
     np.savez(tmp_path / "truth.npz", **truth)
-    run(backend, "backend_detector.py", str(tmp_path), *training)
-    got = np.load(tmp_path / "predicted.npz")
-    for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, atol=1e-2 if name == "boxes" else 1e-4)
+    raw = {name: value.numpy() for name, value in model(images, training=False).items()}
+    np.savez(tmp_path / "raw.npz", **raw)
+    wants = {"predicted": want}
+    for name, settings in DECODERS.items():
+        model.decoder = DetectionDecoder(**settings)
+        wants[name] = model.predict(images, verbose=0)
+        assert (wants[name]["num_detections"] > 2).all()
+    run(backend, "backend_detector.py", str(tmp_path), json.dumps(DECODERS), *training)
+    for name, want in wants.items():
+        got = np.load(tmp_path / f"{name}.npz")
+        for output, value in want.items():
+            atol = 1e-2 if output == "boxes" else 1e-4
+            np.testing.assert_allclose(got[output], value, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow  # XLA compiles the training step for minutes
