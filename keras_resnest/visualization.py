@@ -35,6 +35,7 @@ LOSSES = (
     *("loss", "arm_box_loss", "arm_classification_loss"),
     *("odm_box_loss", "odm_classification_loss"),
 )
+CURVES = (*LOSSES, "odm_iou_loss")  # the last only if the network predicts the IoU
 
 
 def class_color(label: int) -> tuple[float, float, float]:
@@ -398,7 +399,7 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
     curves = {}
     for part in history if isinstance(history, list | tuple) else [history]:
         curves |= _history_curves(part)
-    losses = [name for name in LOSSES if name in curves or f"val_{name}" in curves]
+    losses = [name for name in CURVES if name in curves or f"val_{name}" in curves]
     means = [name for name in curves if name.startswith("val_mAP")]
     classes = [name for name in curves if name.startswith("val_AP") and "/" in name]
     panels = [names for names in (losses, means + classes) if names]
@@ -499,7 +500,7 @@ def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _draw_losses(axes, curves, losses, log_scale: bool) -> None:
     dashes = (0, (4, 2))
     for name in losses:
-        color = "black" if name == "loss" else class_color(LOSSES.index(name) - 1)
+        color = "black" if name == "loss" else class_color(CURVES.index(name) - 1)
         label = name  # of the first of the two lines
         for prefix, linestyle in (("", "solid"), ("val_", dashes)):
             if prefix + name in curves:

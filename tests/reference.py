@@ -76,13 +76,12 @@ def softmax(logits):
 
 def diou(boxes1, boxes2):
     """Distance IoU of every pair of "xyxy" boxes, (M, N): arXiv 1911.08287, equation 7."""
-    result = iou(boxes1, boxes2)
-    for m, n in np.ndindex(result.shape):
-        a, b = boxes1[m], boxes2[n]
-        (ca, _), (cb, _) = centers_and_sizes(a), centers_and_sizes(b)
-        hull = np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2])
-        result[m, n] -= ((ca - cb) ** 2).sum() / max((hull.astype("float64") ** 2).sum(), 1e-7)
-    return result
+    boxes1 = np.reshape(boxes1, (-1, 1, 4)).astype("float64")
+    boxes2 = np.reshape(boxes2, (1, -1, 4)).astype("float64")
+    (centers1, _), (centers2, _) = centers_and_sizes(boxes1), centers_and_sizes(boxes2)
+    hull = np.maximum(boxes1, boxes2)[..., 2:] - np.minimum(boxes1, boxes2)[..., :2]
+    diagonal = np.maximum((hull**2).sum(axis=-1), 1e-7)
+    return iou(boxes1, boxes2) - ((centers1 - centers2) ** 2).sum(axis=-1) / diagonal
 
 
 def suppress(boxes, confidence, labels, iou_threshold, suppression="greedy", class_agnostic=False):
@@ -95,12 +94,21 @@ def suppress(boxes, confidence, labels, iou_threshold, suppression="greedy", cla
     return kept
 
 
-def soften(boxes, confidence, labels, iou_threshold, confidence_threshold, class_agnostic=False):
+def soften(
+    boxes,
+    confidence,
+    labels,
+    iou_threshold,
+    confidence_threshold,
+    class_agnostic=False,
+    passes=None,
+):
     """Linear soft suppression: the chosen rows, in order, and the confidence of all rows.
 
     Takes the most confident waiting row; it multiplies the confidence of each other waiting row
-    of its class with an IoU above the threshold by 1 - IoU.
+    of its class, and of another pass, with an IoU above the threshold by 1 - IoU.
     """
+    passes = range(len(boxes)) if passes is None else passes
     overlaps, confidence = iou(boxes, boxes), np.array(confidence, "float64")
     chosen, waiting = [], set(range(len(confidence)))
     while waiting := {i for i in waiting if confidence[i] > confidence_threshold}:
@@ -108,7 +116,8 @@ def soften(boxes, confidence, labels, iou_threshold, confidence_threshold, class
         chosen.append(best)
         waiting.remove(best)
         for i in waiting:
-            if (class_agnostic or labels[i] == labels[best]) and overlaps[best, i] > iou_threshold:
+            rivals = (class_agnostic or labels[i] == labels[best]) and passes[i] != passes[best]
+            if rivals and overlaps[best, i] > iou_threshold:
                 confidence[i] *= 1 - overlaps[best, i]
     return chosen, confidence
 

@@ -6,7 +6,7 @@ import reference
 from detectors import CLASS_NAMES, rectangles, small_detector
 
 import keras_resnest as kr
-from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import lower_confidence, suppress_boxes, vote_boxes
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.detect import (
     REFINEDET320_PLUS,
@@ -45,6 +45,24 @@ def test_suppression_and_voting_equal_loops(seed, threshold):
     got = vote_boxes(*arguments, **rows, voting_iou=threshold)
     np.testing.assert_allclose(got, vote_by_loops(*arguments, **rows, voting_iou=threshold))
     assert np.abs(got - arguments[0]).max() > 0.5  # they did move
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("threshold", [0.3, 0.45])
+def test_other_suppressions_equal_loops(threshold, class_agnostic):
+    rows, options = random_rows(), {"iou_threshold": threshold, "class_agnostic": class_agnostic}
+    greedy = suppress_boxes(**rows, **options).tolist()
+    diou = suppress_boxes(**rows, **options, suppression="diou").tolist()
+    assert greedy == reference.suppress(**rows, **options)
+    assert diou == reference.suppress(**rows, **options, suppression="diou") != greedy
+    for passes in (None, np.arange(60) // 20):
+        loops = {"confidence_threshold": 0.0, "passes": passes}
+        chosen, want = reference.soften(**rows, **options, **loops)
+        got = lower_confidence(**rows, **options, passes=passes)
+        np.testing.assert_allclose(got, want)
+        assert len(chosen) > len(diou) and (got < rows["confidence"]).sum() > 10
+    chosen, _ = reference.soften(**rows, **options, confidence_threshold=0.0)
+    assert suppress_boxes(**rows, **options, suppression="soft").tolist() == chosen
 
 
 def test_a_single_box_votes_for_itself():
@@ -93,8 +111,12 @@ def test_nothing_to_merge():
     assert empty.shape == (0, 4)
     flat = [[5, 5, 5, 9.0]]  # without area
     np.testing.assert_array_equal(vote_boxes(flat, [0], flat, [0.5], [0]), flat)
+    assert lower_confidence(np.zeros((0, 4)), [], np.zeros(0, int)).shape == (0,)
+    assert lower_confidence([[0, 0, 9, 9]] * 2, [0.5, 0.9], [0, -1]).tolist() == [0.5, 0.0]
     with pytest.raises(ValueError, match="same number of rows"):
         suppress_boxes([[0, 0, 1, 1]], [0.5, 0.6], [0])
+    with pytest.raises(ValueError, match=r"suppression.*'hard'"):
+        suppress_boxes([[0, 0, 1, 1]], [0.5], [0], suppression="hard")
 
 
 # === The detector ===
@@ -132,6 +154,29 @@ def test_one_size_without_mirror_and_voting_is_the_detector_itself(detector):
     through = single.detect(images[0], confidence_threshold=0.4)
     np.testing.assert_allclose(through["boxes"], own["boxes"], atol=1e-3)
     assert through["class_names"] == own["class_names"] and len(own["class_names"])
+
+
+@pytest.mark.parametrize("suppression", ["greedy", "diou", "soft"])
+def test_suppresses_as_the_decoder(detector, monkeypatch, suppression):
+    """One view gives the decoder's detections; two views suppress each other in the same way."""
+    options = {"suppression": suppression, "class_agnostic": True, "clip_to_image": False}
+    decoder = DetectionDecoder(confidence_threshold=0.3, iou_threshold=0.2, **options)
+    monkeypatch.setattr(detector, "decoder", decoder)
+    images, _ = rectangles(2, seed=5)
+    want = detector.predict(images, verbose=0)
+    options = {"image_sizes": [(64, 128)], "voting_iou": None, "iou_threshold": 0.2}
+    got = MultiScaleDetector(detector, **options, flip=False).predict_on_batch(images)
+    np.testing.assert_array_equal(got["num_detections"], want["num_detections"])
+    np.testing.assert_allclose(got["confidence"], want["confidence"], atol=1e-5)
+    np.testing.assert_allclose(got["boxes"], want["boxes"], atol=2e-3)
+    both = MultiScaleDetector(detector, **options).predict_on_batch(images)
+    for row in range(2):
+        boxes = both["boxes"][row, : both["num_detections"][row]]
+        confidence = both["confidence"][row, : len(boxes)]
+        assert len(boxes) and confidence.dtype == "float32" and (confidence > 0.3).all()
+        overlaps = (reference.diou if suppression == "diou" else reference.iou)(boxes, boxes)
+        np.fill_diagonal(overlaps, 0)
+        assert (overlaps.max() > 0.21) == (suppression == "soft")
 
 
 def test_a_mirrored_image_gives_mirrored_detections(both_views):

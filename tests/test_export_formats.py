@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles
-from exported_models import DECODER, model_of
+from exported_models import DECODER, aware_detector, model_of
 
 from keras_resnest.backbones import ResNet, create_backbone
 from keras_resnest.images import load_image, resize_image
@@ -128,9 +128,12 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
     models = {
         "detector": (detector, {}),
         "detector_raw": (detector, {"decode": False}),
-        "aligned": (model_of("aligned"), {}),
         "detector_float16": (detector, {"decode": False, "precision": "float16"}),
         "classifier": (classifier, {"class_names": CLASS_NAMES}),
+        "aligned": (model_of("aligned"), {}),
+        "aware": (model_of("aware"), {}),
+        "aware_diou": (aware_detector("diou"), {}),
+        "aware_raw": (model_of("aware"), {"decode": False}),
     }
     if request.param == "openvino":
         models["detector_decoded16"] = (detector, {"precision": "float16"})
@@ -138,8 +141,8 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
     models["detector_int8"] = (detector, {"decode": False, **calibration})
     if request.param == "onnx":
         models["detector_decoded8"] = (detector, calibration)
-    images = {f"{name}_images": random_images() for name in ("detector", "aligned")}
-    images |= {"classifier_images": random_images((64, 64, 3))}
+    images = {f"{name}_images": random_images() for name in ("detector", "aligned", "aware")}
+    images["classifier_images"] = random_images((64, 64, 3))
     if request.param != "litert":
         models["open"] = (open_classifier, {})
         images["open_images"] = random_images((40, 56, 3))
@@ -182,8 +185,26 @@ def test_raw_outputs(exported, detector):
 
 def test_raw_outputs_decoded_by_numpy(exported, detector):
     want = detector.predict(random_images(), verbose=0)
-    for got in exported.batches("decoded"):
+    for got in exported.batches("detector_raw_decoded"):
         assert_same_detections(got, want)
+
+
+def test_predicted_iou_and_other_suppressions(exported):
+    """The graph, and numpy with the raw outputs, find what `predict` finds."""
+    soft, diou = model_of("aware"), aware_detector("diou")
+    want = soft.predict(random_images(), verbose=0)
+    assert ((want["num_detections"] > 0) & (want["num_detections"] < MAX)).all()
+    for name in ("aware", "aware_raw_decoded"):
+        for got in exported.batches(name):
+            assert_same_detections(got, want)
+    other = diou.predict(random_images(), verbose=0)
+    assert (other["num_detections"] > want["num_detections"]).all()
+    for got in exported.batches("aware_diou"):
+        assert_same_detections(got, other)
+    raw = soft(random_images(), training=False)["odm_iou"]
+    for got in exported.batches("aware_raw"):
+        assert set(got) == {*RAW, "odm_iou"}
+        np.testing.assert_allclose(got["odm_iou"], raw, atol=1e-4)
 
 
 def test_classifier(exported, classifier):
@@ -296,7 +317,7 @@ def tensors_of(path):
     return list(zip([t.any_name for t in tensors], kinds, shapes, strict=True))
 
 
-@pytest.mark.parametrize("name", ["detector", "detector_raw", "classifier", "open"])
+@pytest.mark.parametrize("name", ["detector", "aware_raw", "classifier", "open"])
 def test_triton_knows_the_tensors(exported, name):
     if exported.format == "litert":
         pytest.skip("there is no server for LiteRT")
@@ -328,7 +349,7 @@ def test_no_other_files(exported):
         wanted |= {f"{stem}{exported.suffix}.config.pbtxt" for stem in models}
     if exported.format == "openvino":
         wanted |= {f"{stem}{end}" for stem in models for end in (".bin", ".xml.ovms.json")}
-    raw = {stem for stem in models if stem.startswith("detector_") and "decoded" not in stem}
+    raw = {stem for stem in models if stem.endswith(("_raw", "_float16", "_int8"))}
     wanted |= {f"{stem}{exported.suffix}.anchors.npy" for stem in raw}
     ours = {"found.npz", "runtime.json"} | {p.name for p in exported.folder.glob("*_images*.npy")}
     assert {path.name for path in exported.folder.iterdir()} - ours == wanted

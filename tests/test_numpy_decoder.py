@@ -36,6 +36,14 @@ def random_outputs(seed, batch=2, classes=3, anchors=ANCHORS, sharp=2.0, dtype="
     }
 
 
+def with_iou(outputs):
+    """Adds `odm_iou`, with logits of an IoU of exactly 0 and 1 in float32."""
+    rng = np.random.default_rng(20)
+    iou = (rng.normal(size=(*outputs["odm_boxes"].shape[:2], 1)) * 2).astype("f4")
+    iou[:, ::50], iou[:, 1::50] = -300, 300
+    return {**outputs, "odm_iou": iou}
+
+
 def by_keras(outputs, anchors=ANCHORS, shape=SHAPE, target="xyxy", **options):
     got = DetectionDecoder(**options)(outputs, anchors, shape, target)
     return {name: ops.convert_to_numpy(value) for name, value in got.items()}
@@ -88,10 +96,16 @@ def test_constants_and_defaults_are_those_of_the_package():
         {"pre_nms_top_k": 10**6, "iou_threshold": 0.0},
         {"iou_threshold": 1.0, "clip_to_image": False},
         {"variances": (0.2, 0.1), "clip_to_image": False},
+        {"suppression": "diou"},
+        {"suppression": "soft", "max_detections": 20},
+        {"suppression": "soft", "class_agnostic": True, "confidence_threshold": 0.2},
+        {"class_agnostic": True, "alpha": 0.3},
+        {"suppression": "diou", "iou_threshold": 0.0, "alpha": 1.0},
     ],
+    ids=str,
 )
 def test_equals_keras(seed, options):
-    outputs = random_outputs(seed)
+    outputs = with_iou(random_outputs(seed)) if "alpha" in options else random_outputs(seed)
     assert_same(by_numpy(outputs, **options), by_keras(outputs, **options))
 
 
@@ -237,6 +251,37 @@ def test_thresholds_are_exclusive():
     assert count(iou_threshold=0.499) == [1]
     assert count(confidence_threshold=0.5) == count(objectness_threshold=0.5) == [0]
     assert count(confidence_threshold=0.499, objectness_threshold=0.499, iou_threshold=0.5) == [2]
+
+
+# === The predicted IoU ===
+
+
+@pytest.mark.parametrize("classes", [1, 3, 1000])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_confidence_of_probability_and_iou(alpha, classes):
+    """Also of probabilities and an IoU of exactly 0 in float32: 0 ** 0 is 1, as in numpy."""
+    anchors = ANCHORS[:12]
+    outputs = with_iou(random_outputs(4, 1, classes, anchors))
+    outputs["odm_logits"][0, 2::4, 1] = -300.0
+    options = {"alpha": alpha, "class_agnostic": True, "iou_threshold": 1.0}
+    options |= {"confidence_threshold": 0.0, "negative_anchor_filtering": False}
+    p = reference.softmax(outputs["odm_logits"])[0, :, 1:].max(axis=1)
+    iou = 1 / (1 + np.exp(-outputs["odm_iou"][0, :, 0].astype("float64")))
+    want = np.sort((p**alpha * iou ** (1 - alpha)).astype("float32"))[::-1]
+    for decode in (by_numpy, by_keras):
+        got = decode(outputs, anchors, **options)
+        count = (want > 0).sum()
+        assert got["num_detections"].tolist() == [count]
+        np.testing.assert_allclose(got["confidence"][0, :count], want[:count], rtol=1e-5)
+
+
+def test_nan_of_the_iou_is_never_a_detection():
+    for alpha in (0.0, 0.5, 1.0):
+        outputs = with_iou(random_outputs(4))
+        outputs["odm_iou"][0], outputs["odm_logits"][1, ::2] = np.nan, np.nan
+        got = by_numpy(outputs, alpha=alpha)
+        assert got["num_detections"][0] == 0 < got["num_detections"][1]
+        assert np.isfinite(got["confidence"]).all()
 
 
 # === Golden detections of the reference implementation ===
@@ -426,6 +471,9 @@ def test_from_files(tmp_path):
         ({"decoder": {**ON, "iou_threshold": 2}}, "iou_threshold"),
         ({"decoder": {**ON, "iou_threshold": "high"}}, r"decoder\.json"),
         ({"decoder": {**ON, "clip_to_image": 1}}, "clip_to_image"),
+        ({"decoder": {**ON, "class_agnostic": "no"}}, "class_agnostic.*true or false"),
+        ({"decoder": {**ON, "alpha": 2}}, "alpha"),
+        ({"decoder": {**ON, "suppression": ["soft"]}}, "suppression"),
         ({"decoder": {**ON, "variances": [0.1, 0.1, 0.2, 0.2]}}, "variances"),
         ({"class_names": "red"}, "class_names"),
     ],
@@ -473,6 +521,8 @@ def test_unreadable_files(tmp_path):
         ({"max_detections": 0}, "max_detections"),
         ({"pre_nms_top_k": 2.5}, "pre_nms_top_k"),
         ({"variances": 0.1}, "variances"),
+        ({"suppression": "hard"}, "suppression.*greedy, diou, soft.*'hard'"),
+        ({"alpha": -0.1}, "alpha"),
     ],
 )
 def test_bad_arguments(arguments, word):
@@ -492,6 +542,7 @@ def test_bad_arguments(arguments, word):
         (lambda o: o.update(odm_logits=o["odm_logits"][0]), "odm_logits"),
         (lambda o: o.update(odm_boxes=np.float32(3)), r"odm_boxes.*\(\)"),
         (lambda o: o.update(arm_boxes=o["arm_boxes"].astype("int8")), "arm_boxes.*int8"),
+        (lambda o: o.update(odm_iou=o["arm_objectness"]), r"odm_iou.*\(batch, 510, 1\)"),
     ],
 )
 def test_bad_outputs(change, word):

@@ -131,6 +131,24 @@ def test_both_layouts_and_all_formats_give_the_same_loss():
     assert want["loss"] == pytest.approx(sum(want[n] for n in LOSS_NAMES), rel=1e-5)
 
 
+def test_the_loss_of_the_predicted_iou():
+    """It is logged and weighted as the others, in training and evaluation."""
+    model = small_detector((64, 64, 3), heads={"predict_iou": True})
+    images, truth = rectangles(2, (64, 64, 3))
+    model.compile(keras.optimizers.SGD(1e-3), run_eagerly=True)  # faster than tracing
+    options = {"verbose": 0, "return_dict": True}
+    one = {name: rows[:1] for name, rows in truth.items()}
+    first = model.evaluate(images[:1], one, **options)
+    both = model.evaluate(images, truth, sample_weight=np.array([3.0, 0.0]), **options)
+    assert set(first) == {"loss", *LOSS_NAMES, "odm_iou_loss"}
+    assert first["loss"] == pytest.approx(sum(v for k, v in first.items() if k != "loss"), rel=1e-5)
+    assert first["odm_iou_loss"] > 0 and both == pytest.approx(first, rel=1e-4)
+    kernel = model.get_layer("odm").iou_convolutions[0].kernel
+    before = kernel.numpy()
+    logs = model.fit(images, truth, sample_weight=np.ones(2), verbose=0).history
+    assert np.isfinite(logs["odm_iou_loss"]).all() and (kernel.numpy() != before).any()
+
+
 def test_padding_rows_do_not_matter():
     model = small_detector()
     model.compile(run_eagerly=True)

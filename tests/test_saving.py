@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 
+from keras_resnest.backbones.weights.torch_names import _named_variables, load_torch_state_dict
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.detection.builders import refinedet_tiny
@@ -220,6 +221,31 @@ def test_damaged_weight_files_are_refused_and_named(models, tmp_path):
     for missing in (tmp_path / "missing.weights.h5", None, tmp_path):
         with pytest.raises(ValueError, match="cannot be loaded"):
             model.load_weights(missing)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_weights_with_and_without_predicted_iou(tmp_path, stored):
+    """Neither is loaded in part: Keras would leave out what the model lacks."""
+    with_iou = small_detector((64, 64, 3), heads={"predict_iou": True})
+    source, target = small_detector((64, 64, 3)), with_iou
+    if stored:
+        source, target = target, source
+    source.set_weights([w + 1.0 for w in source.get_weights()])
+    source.save_weights(tmp_path / "w.weights.h5")
+    before = target.get_weights()
+    message = f"predict_iou={not stored}.*as this one. Received: predict_iou={stored}"
+    with pytest.raises(ValueError, match=message):
+        target.load_weights(tmp_path / "w.weights.h5")
+    arrays = {n: w.numpy() for n, w in _named_variables(source, {})}
+    arrays = {n: w.transpose(3, 2, 0, 1) if w.ndim == 4 else w for n, w in arrays.items()}
+    with pytest.raises(
+        ValueError, match="left over: odm_iou_0" if stored else "missing: odm_iou_0"
+    ):
+        load_torch_state_dict(target, arrays)
+    for a, b in zip(target.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = source.replace_classes(["blue", "other"])
+    assert again.heads.predict_iou is stored and ("odm_iou" in again.output) is stored
 
 
 def test_a_damaged_file_is_refused(saved, tmp_path):

@@ -107,7 +107,7 @@ CALLS = ["float 3", "float 1", "uint8", "serve float", "serve uint8"]
     [
         *(("detector", call) for call in CALLS),
         *(("classifier", call) for call in CALLS),
-        *((kind, "float 3") for kind in ("relative", "frozen", "aligned")),
+        *((kind, "float 3") for kind in ("relative", "aware", "aligned", "frozen")),
     ],
 )
 def test_tensors_give_what_predict_gives(answers, kind, call):
@@ -123,7 +123,7 @@ def test_tensors_give_what_predict_gives(answers, kind, call):
         np.testing.assert_allclose(got[output], value[:count], rtol=0, atol=atol, err_msg=output)
 
 
-@pytest.mark.parametrize("kind", ["detector", "relative", "frozen"])
+@pytest.mark.parametrize("kind", ["detector", "relative", "aware", "frozen"])
 def test_files_give_what_detect_gives(answers, kind):
     """For images of any kind and size; boxes in the pixels of each, or fractions."""
     images, model = encoded_images(), model_of(kind)
@@ -180,7 +180,8 @@ def test_raw_outputs(answers, kind):
     outputs = model_of(kind)(images_of(kind), training=False)
     want = outputs if isinstance(outputs, dict) else {"predictions": outputs}
     got = answers[kind, "raw"]
-    assert set(got) == set(want) == (set(RAW) if kind in DETECTORS else {"predictions"})
+    names = {*RAW, "odm_iou"} if kind == "aware" else RAW
+    assert set(got) == set(want) == (set(names) if kind in DETECTORS else {"predictions"})
     for output, value in want.items():
         assert got[output].dtype == np.float32
         if kind == "bfloat16":  # rounded, but not much
@@ -197,7 +198,7 @@ def test_standard_operations_only(facts, kind):
     """TensorFlow Serving knows them all, and none calls back into Python or requires XLA."""
     ops = set(facts[kind]["ops"])
     assert {"DecodeJpeg", "Conv2D"} <= ops
-    assert ("CombinedNonMaxSuppression" in ops) == (kind in DETECTORS)
+    assert ("CombinedNonMaxSuppression" in ops) == (kind in ("detector", "frozen", "bfloat16"))
     assert facts[kind]["not in TensorFlow"] == []
     assert not {"PyFunc", "EagerPyFunc", "PyFuncStateless", "NumpyFunc"} & ops
     assert not [a for a in facts[kind]["attributes"] if "Xla" in a]
@@ -262,6 +263,8 @@ def test_metadata_of_a_detector():
     assert found["decoder"]["max_detections"] == MAX
     assert found["decoder"]["two_step_regression"] is True
     assert found["decoder"]["negative_anchor_filtering"] is True
+    found = metadata("aware")["decoder"]
+    assert (found["suppression"], found["class_agnostic"], found["alpha"]) == ("soft", True, 0.5)
 
 
 def test_metadata_of_a_classifier():

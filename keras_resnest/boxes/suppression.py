@@ -67,8 +67,11 @@ def suppress_batch(
         confidence, labels = ops.top_k(confidence, 1)  # (B, A, 1)
         rows.append(ops.cast(labels, "int32"))
     rows, confidence = _top_k_per_class(rows, confidence, k)
-    lower = _lower_neighbors if suppression == "soft" else _drop_neighbors
-    lower = functools.partial(lower, rows[0], *thresholds, suppression)
+    if suppression == "soft":
+        lower = functools.partial(_lower_neighbors, rows[0], *thresholds, max_detections)
+    else:
+        overlap = pairwise_diou if suppression == "diou" else pairwise_iou
+        lower = functools.partial(_drop_neighbors, rows[0], *thresholds, overlap)
     if on_tensorflow and not portable:
         confidence = _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections)
     else:
@@ -150,8 +153,11 @@ def _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections:
     return tf.cond(enough, lambda: lowered, lambda: lower(confidence))
 
 
-def _lower_neighbors(boxes, confidence_threshold, iou_threshold, _, confidence):
-    """Soft NMS with the linear weight: each choice lowers the confidence of its neighbors."""
+def _lower_neighbors(boxes, confidence_threshold, iou_threshold, max_detections: int, confidence):
+    """Soft NMS with the linear weight: each choice lowers the confidence of its neighbors.
+
+    After `max_detections` choices no other box of the class can become a detection.
+    """
     num_classes, k = confidence.shape[1:]
     boxes = ops.reshape(boxes, (-1, k, 4))
     ranks = ops.arange(k, dtype="int32")
@@ -169,14 +175,16 @@ def _lower_neighbors(boxes, confidence_threshold, iou_threshold, _, confidence):
     confidence = ops.reshape(confidence, (-1, k))
     waiting = confidence > confidence_threshold
     confidence, _ = ops.while_loop(
-        lambda _, waiting: ops.any(waiting), choose, (confidence, waiting), maximum_iterations=k
+        lambda _, waiting: ops.any(waiting),
+        choose,
+        (confidence, waiting),
+        maximum_iterations=min(k, max_detections),
     )
     return ops.reshape(confidence, (-1, num_classes, k))
 
 
-def _drop_neighbors(boxes, confidence_threshold, iou_threshold, suppression, confidence):
+def _drop_neighbors(boxes, confidence_threshold, iou_threshold, overlap, confidence):
     """NMS: the confidence of suppressed boxes is 0."""
-    overlap = pairwise_diou if suppression == "diou" else pairwise_iou
     alive = _survivors(boxes, confidence > confidence_threshold, iou_threshold, overlap)
     return ops.where(alive, confidence, 0.0)
 

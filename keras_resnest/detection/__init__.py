@@ -2,7 +2,7 @@
 
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import ATSSMatcher, BoxMatcher
-from keras_resnest.boxes.suppression import suppress_boxes, vote_boxes
+from keras_resnest.boxes.suppression import lower_confidence, suppress_boxes, vote_boxes
 from keras_resnest.detection.anchor_fit import AnchorCoverage, anchor_coverage, fit_anchors
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -28,6 +28,7 @@ __all__ = [
     "anchor_coverage",
     "class_sources",
     "fit_anchors",
+    "lower_confidence",
     "suppress_boxes",
     "vote_boxes",
 ]

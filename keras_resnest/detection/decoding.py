@@ -138,8 +138,10 @@ class DetectionDecoder(Configurable):
             anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)  # (B, A, 4)
         boxes = decode_boxes(raw["odm_boxes"], anchors, self.variances)
         if "odm_iou" in raw:
-            # The sum of logarithms, unlike a product of powers, is fast, and never 0 ** 0.
-            log_iou = ops.log_sigmoid(raw["odm_iou"])  # (B, A, 1)
+            # Logarithms are faster than powers, and there is no 0 ** 0.
+            iou = raw["odm_iou"]  # (B, A, 1)
+            # LiteRT's `log_sigmoid` is -inf below -88.
+            log_iou = ops.minimum(iou, 0.0) - ops.log(1.0 + ops.exp(-ops.abs(iou)))
             log_p = ops.log_softmax(raw["odm_logits"], axis=-1)[..., 1:]
             confidence = ops.exp(self.alpha * log_p + (1.0 - self.alpha) * log_iou)
         else:

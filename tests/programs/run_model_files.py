@@ -69,9 +69,9 @@ for path in sorted(folder.glob("*" + suffix)):
             answer = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
             for name, value in answer.items():
                 found[f"{path.stem}/{images_name}/{batch}/{name}"] = value
-            if path.stem == "detector_raw":
+            if path.stem.endswith("_raw"):
                 decoder = decoder_numpy.NumpyDetectionDecoder.from_files(f"{path}.json")
                 for name, value in decoder(answer).items():
-                    found[f"decoded/{images_name}/{batch}/{name}"] = value
+                    found[f"{path.stem}_decoded/{images_name}/{batch}/{name}"] = value
 assert all(sys.modules[name] is None for name in BLOCKED)
 np.savez(folder / "found.npz", **found)
