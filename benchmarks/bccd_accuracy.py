@@ -148,16 +148,19 @@ def build(arguments, train, switches: dict, steps_per_epoch: int) -> kr.RefineDe
     generator = kr.detection.AnchorGenerator()
     if arguments.anchors == "fitted":
         generator = kr.detection.fit_anchors(train, shape)
-    row = kr.builders.BUILDERS[arguments.model][2]  # random weights need batch normalization
+    row = kr.builders.BUILDERS[arguments.model]
     options = {part: switches.get(part, {}) for part in ("heads", "loss", "decoder", "recipe")}
     model = getattr(kr.builders, arguments.model)(
         num_classes=len(train.class_names),
         image_shape=shape,
         class_names=train.class_names,
         anchor_generator=generator,
-        heads=kr.detection.RefineDetHeads(**{**row, "use_batch_norm": True, **options["heads"]}),
-        detection_loss=kr.detection.RefineDetLoss(**options["loss"]),
-        decoder=kr.detection.DetectionDecoder(**options["decoder"]),
+        # Random weights need batch normalization.
+        heads=kr.detection.RefineDetHeads(
+            **{**row.heads, "use_batch_norm": True, **options["heads"]}
+        ),
+        detection_loss=kr.detection.RefineDetLoss(**{**row.loss, **options["loss"]}),
+        decoder=kr.detection.DetectionDecoder(**{**row.decoder, **options["decoder"]}),
         dtype=arguments.dtype,
     )
     given = {"learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}

@@ -25,8 +25,10 @@ def run(arguments) -> int:
     if kind == "networks":
         rows = {model.name: model for model in kr.list_models()}
     elif kind == "detectors":
-        builders = kr.builders.BUILDERS.items()
-        rows = {name: f"{backbone:16} {side} x {side}" for name, (backbone, side, _) in builders}
+        rows = {
+            name: f"{row.backbone:16} {row.side} x {row.side}"
+            for name, row in kr.builders.BUILDERS.items()
+        }
     else:
         rows = {name: recipe.source for name, recipe in kr.recipes.RECIPES.items()}
     found = {}

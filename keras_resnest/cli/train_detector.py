@@ -147,7 +147,7 @@ def make_recipe(arguments, batch_size: int, num_images: int):
 
 
 def build_model(arguments, train_set) -> kr.RefineDet:
-    side = kr.builders.BUILDERS[arguments.model][1]
+    side = kr.builders.BUILDERS[arguments.model].side
     image_shape = (*(arguments.image_size or (side, side)), 3)
     anchors = kr.detection.AnchorGenerator(sizes=arguments.anchor_sizes)
     if arguments.fit_anchors:

@@ -1,8 +1,12 @@
 """Builder functions: one for each published RefineDet, and a small one for CPUs."""
 
+from typing import NamedTuple
+
 from keras_resnest.backbones import create_backbone, load_torch_state_dict, read_state_dict
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import RefineDetHeads
+from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.detection.refinedet import RefineDet
 
 # Modules of the PyTorch ports that detection does not use: pengyang1225's checkpoints hold a
@@ -20,26 +24,49 @@ _RESNET_HEADS = {
     "use_residual_blocks": True,
 }
 
-# name: (backbone, side of the images in pixels, arguments of `RefineDetHeads`)
+
+class DetectorVariant(NamedTuple):
+    """One row of `BUILDERS`: what a builder passes to `RefineDet`.
+
+    Args:
+        backbone: name of the backbone.
+        side: height and width of the images in pixels.
+        heads: arguments of `RefineDetHeads`.
+        loss: arguments of `RefineDetLoss`.
+        decoder: arguments of `DetectionDecoder`.
+    """
+
+    backbone: str
+    side: int
+    heads: dict = {}
+    loss: dict = {}
+    decoder: dict = {}
+
+
+_ALIGNED = {"use_alignment": True}
+
+# The published networks, with the published losses and decoder, and a small one.
 BUILDERS = {
-    "refinedet320_vgg16": ("vgg16_reduced", 320, {}),
-    "refinedet512_vgg16": ("vgg16_reduced", 512, {}),
-    "refinedet320_resnet50": ("resnet50", 320, _RESNET_HEADS),
-    "refinedet512_resnet50": ("resnet50", 512, _RESNET_HEADS),
-    "refinedet320_resnet101": ("resnet101", 320, _RESNET_HEADS),
-    "refinedet512_resnet101": ("resnet101", 512, _RESNET_HEADS),
-    "refinedet320_resnest50": ("resnest50", 320, {}),
-    "refinedet512_resnest50": ("resnest50", 512, {}),
-    "refinedet320_resnest101": ("resnest101", 320, {}),
-    "refinedet512_resnest101": ("resnest101", 512, {}),
-    "refinedet_plus_plus512_vgg16": ("vgg16_reduced", 512, {"use_alignment": True}),
-    "refinedet_plus_plus512_resnest50": ("resnest50", 512, {"use_alignment": True}),
-    "refinedet_tiny": ("resnest14_tiny", 320, {"filters": 64, "use_batch_norm": True}),
+    "refinedet320_vgg16": DetectorVariant("vgg16_reduced", 320),
+    "refinedet512_vgg16": DetectorVariant("vgg16_reduced", 512),
+    "refinedet320_resnet50": DetectorVariant("resnet50", 320, _RESNET_HEADS),
+    "refinedet512_resnet50": DetectorVariant("resnet50", 512, _RESNET_HEADS),
+    "refinedet320_resnet101": DetectorVariant("resnet101", 320, _RESNET_HEADS),
+    "refinedet512_resnet101": DetectorVariant("resnet101", 512, _RESNET_HEADS),
+    "refinedet320_resnest50": DetectorVariant("resnest50", 320),
+    "refinedet512_resnest50": DetectorVariant("resnest50", 512),
+    "refinedet320_resnest101": DetectorVariant("resnest101", 320),
+    "refinedet512_resnest101": DetectorVariant("resnest101", 512),
+    "refinedet_plus_plus512_vgg16": DetectorVariant("vgg16_reduced", 512, _ALIGNED),
+    "refinedet_plus_plus512_resnest50": DetectorVariant("resnest50", 512, _ALIGNED),
+    "refinedet_tiny": DetectorVariant(
+        "resnest14_tiny", 320, {"filters": 64, "use_batch_norm": True}
+    ),
 }
 
 
 def _builder(name: str):
-    backbone, side, heads = BUILDERS[name]
+    backbone, side, heads, loss, decoder = BUILDERS[name]
 
     def build(
         num_classes: int | None = None,
@@ -50,6 +77,8 @@ def _builder(name: str):
     ) -> RefineDet:
         arguments = {"backbone": backbone, "image_shape": image_shape, "name": name}
         arguments["heads"] = RefineDetHeads(**heads)
+        arguments["detection_loss"] = RefineDetLoss(**loss)
+        arguments["decoder"] = DetectionDecoder(**decoder)
         if backbone_weights is not None:
             arguments["backbone"] = create_backbone(
                 backbone, include_top=False, weights=backbone_weights, dtype=kwargs.get("dtype")
