@@ -16,12 +16,17 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     LabeledImage,
 )
+from keras_resnest.data.readers.csv import read_csv
+from keras_resnest.data.readers.detect_format import read_detection
+from keras_resnest.data.readers.voc import read_voc
+from keras_resnest.detection.anchor_fit import fit_anchors
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.evaluation.collect import collect_detections
 from keras_resnest.layers import SplitAttention
 from keras_resnest.serving.export import export_model
 from keras_resnest.training.callbacks import DetectionEvaluation
+from keras_resnest.training.resume import ResumeTraining
 from keras_resnest.visualization import plot_dataset
 
 SHAPE = (64, 128, 3)
@@ -367,6 +372,11 @@ def test_a_loss_without_training_is_called_as_in_keras(model):
         (lambda m: RefineDetLoss(variances=None), "`variances` must be two positive.*None"),
         (lambda m: AnchorGenerator(sizes=32), "`sizes` must be.*Received: sizes=32"),
         (lambda m: SplitAttention("8"), "`filters` must be positive. Received: filters='8'"),
+        (lambda m: read_detection(None), "`source` must be a path. Received: None"),
+        (lambda m: read_voc(3), "`folder` must be a path. Received: 3"),
+        (lambda m: read_csv(None), "`file` must be a path. Received: None"),
+        (lambda m: fit_anchors(None, (64, 64)), "`dataset` must be a dataset. Received: None"),
+        (lambda m: ResumeTraining(None), "`folder` must be a path. Received: None"),
         (lambda m: DetectionEvaluation([], frequency=None), "`frequency` must be a positive.*None"),
     ],
 )

@@ -5,7 +5,7 @@ far off. `anchor_coverage` counts such objects; `fit_anchors` finds sizes that l
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -347,6 +347,8 @@ def _labeled_boxes(dataset, shape: tuple[int, int]):
         images = [(r.boxes, r.labels, (r.height, r.width)) for r in dataset.records]
     else:
         source = dataset.as_dataset() if hasattr(dataset, "as_dataset") else dataset
+        if not isinstance(source, Iterable):
+            raise ValueError(f"`dataset` must be a dataset. Received: {dataset!r}")
         images = [_boxes_of(element) for element in source]
     boxes, labels = [np.zeros((0, 4))], [np.zeros(0, int)]
     for image_boxes, image_labels, (height, width) in images:

@@ -59,7 +59,7 @@ def read_coco(
     Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """
     faults = Faults(on_error, unannotated)
-    path = Path(annotation_file)
+    path = files.check_path(annotation_file, "annotation_file")
     content = _load(path)
     given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
     image_names = [str(image.get("file_name", "")) for image in content["images"]]

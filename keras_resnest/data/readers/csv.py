@@ -76,8 +76,8 @@ def read_csv(
     Example: `train = read_csv("data/train.csv", image_folder="data/images")`
     """
     faults = Faults(on_error, unannotated)
-    path = Path(file)
-    if not os.path.exists(path):
+    path = files.check_path(file, "file")
+    if not path.exists():
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
     given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
     images: dict[str, list[tuple[int, dict[str, str]]]] = {}

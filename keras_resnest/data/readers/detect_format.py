@@ -11,7 +11,7 @@ from typing import Any
 from keras_resnest.data.dataset import DetectionDataset, Problem
 from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
 from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
-from keras_resnest.data.readers.files import entries, find_split, folders_in
+from keras_resnest.data.readers.files import check_path, entries, find_split, folders_in
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
 from keras_resnest.data.readers.voc import read_voc, voc_splits
 from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
@@ -88,7 +88,7 @@ def read_detection(
     options |= {"on_error": on_error, "allow_outside": allow_outside}
     if unannotated is not None:
         options["unannotated"] = unannotated
-    path, kind = Path(source), _format_of(source, format)
+    path, kind = check_path(source, "source"), _format_of(source, format)
     splits_of, read = _FORMATS[kind]
     if kind not in ("coco", "csv"):
         if image_folder is not None:
@@ -199,8 +199,8 @@ def _format_of(source: str | os.PathLike, given: str | None) -> str:
     """The format of a file or folder, as given or recognized."""
     if given is not None and given not in _FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {given!r}")
-    path = Path(source)
-    if not os.path.exists(path):
+    path = check_path(source, "source")
+    if not path.exists():
         raise ValueError(f"{path}: no such file or folder. Expected:{_EXPECTED}")
     if given is not None:
         return given

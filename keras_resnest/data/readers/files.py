@@ -78,9 +78,16 @@ def read_text(path: str | os.PathLike, what: str, limit: int = SMALL) -> str:
 # === Listing ===
 
 
+def check_path(path: str | os.PathLike, argument: str) -> Path:
+    """Returns a path, or raises a `ValueError` that names the argument."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"`{argument}` must be a path. Received: {path!r}")
+    return Path(path)
+
+
 def check_folder(folder: str | os.PathLike, argument: str) -> Path:
     """Returns an existing folder as an absolute path, or raises a `ValueError` that names it."""
-    if not os.path.isdir(folder):
+    if not check_path(folder, argument).is_dir():
         raise ValueError(f"`{argument}` must be a folder. Received: {folder} (no such folder)")
     return Path(os.path.abspath(folder))
 

@@ -19,6 +19,7 @@ from keras_resnest.data.readers.common import Faults
 from keras_resnest.data.readers.files import (
     FileError,
     check_folder,
+    check_path,
     composed,
     entries,
     find_split,
@@ -60,7 +61,7 @@ def read_image_folder(
         ```
     """
     faults = Faults(on_error)
-    folder = _split_folder(Path(folder), split)
+    folder = _split_folder(check_path(folder, "folder"), split)
     class_folders = _class_folders(folder, split, faults)
     names = check_class_names(class_names or sorted(composed(path.name) for path in class_folders))
     records = _read_records(folder, _labeled_paths(class_folders, names, faults), faults)

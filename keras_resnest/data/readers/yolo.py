@@ -124,10 +124,11 @@ class _YoloFolder:
     """The files of a YOLO dataset."""
 
     def __init__(self, source: str | os.PathLike, allow_outside: bool = False):
-        is_file = os.path.exists(source) and not os.path.isdir(source)
-        self.folder = files.check_folder(Path(source).parent if is_file else source, "folder")
+        path = files.check_path(source, "folder")
+        is_file = path.exists() and not path.is_dir()
+        self.folder = files.check_folder(path.parent if is_file else path, "folder")
         self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
-        self.file = Path(source) if is_file else next(iter(_settings(self.folder)), None)
+        self.file = path if is_file else next(iter(_settings(self.folder)), None)
         self.settings = read_settings(self.file) if self.file else {}
         self._label_folders: dict[Path, Path | None] = {}
         self._stated = self._find_stated()
