@@ -233,9 +233,7 @@ def generalized_iou_by_hand(a, b):
 LOSSES = {
     "smooth_l1": {},
     "giou": {"box_loss": "giou"},
-    "joint": {"joint_regression": True, "odm_box_loss": "giou"},
     "atss": {
-        "joint_regression": True,
         "matcher": ATSSMatcher(),
         "odm_matcher": BoxMatcher(0.7),
         "smooth_l1_knee": 0.1,
@@ -276,29 +274,3 @@ def test_loss_survives_serialization(options):
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         RefineDetLoss(**arguments)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="takes gradients with a tape")
-@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
-def test_joint_regression_moves_the_refined_anchors(box_loss):
-    """The derivative in a random direction of the ARM's offsets, by finite differences."""
-    import tensorflow as tf
-
-    outputs = random_outputs(5, SCENE, 0.3)
-    loss = RefineDetLoss(box_loss=box_loss, joint_regression=True)
-    alone = RefineDetLoss(box_loss=box_loss)
-
-    def odm_box_loss(loss, arm_boxes):
-        given = {**outputs, "arm_boxes": arm_boxes}
-        return loss(given, OBJECTS, CLASSES_OF_OBJECTS, SCENE)["odm_box_loss"]
-
-    arm_boxes = tf.Variable(outputs["arm_boxes"])
-    with tf.GradientTape() as tape:
-        value = odm_box_loss(loss, arm_boxes)
-    gradient = tape.gradient(value, arm_boxes).numpy()
-    assert float(value) == float(odm_box_loss(alone, arm_boxes))
-    # So small a step that no anchor changes its object.
-    step = 1e-3 * np.sign(gradient)
-    ends = [float(odm_box_loss(loss, outputs["arm_boxes"] + sign * step)) for sign in (1, -1)]
-    assert ends[0] - ends[1] == pytest.approx(2 * (gradient * step).sum(), rel=0.02)
-    assert ends[0] > ends[1]

@@ -31,8 +31,8 @@ class RefineDetLoss(Configurable):
     Each stage has a box loss on its positive anchors and a cross entropy on positives and mined
     negatives, both divided by its positives in the global batch. The ARM separates objects from
     background on the regular anchors; the ODM learns classes and offsets on the anchors that the
-    ARM has refined. If the ODM predicts the IoU of its boxes, the binary cross entropy of the
-    positives is a fifth loss.
+    ARM has refined. No gradient flows through the refined anchors. If the ODM predicts the IoU of
+    its boxes, the binary cross entropy of the positives is a fifth loss.
 
     An image of weight 2 counts as two images: its losses and its positives count twice.
 
@@ -43,8 +43,6 @@ class RefineDetLoss(Configurable):
         odm_box_loss: box loss of the second stage, by default `box_loss`.
         box_loss_weight: factor of the box losses. GIoU, which is at most 2, needs about 2.
         smooth_l1_knee: error of an offset up to which smooth L1 is quadratic.
-        joint_regression: whether the ODM's box loss also moves the refined anchors, so that both
-            stages learn the final box together. By default no gradient flows through them.
         negative_ratio: hard negatives per positive, for each image.
         objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
             negatives of the ODM.
@@ -79,7 +77,6 @@ class RefineDetLoss(Configurable):
         odm_box_loss: str | None = None,
         box_loss_weight: float = 1.0,
         smooth_l1_knee: float = 1.0,
-        joint_regression: bool = False,
     ):
         for name, value in (("box_loss", box_loss), ("odm_box_loss", odm_box_loss or box_loss)):
             if value not in BOX_LOSSES:
@@ -104,7 +101,6 @@ class RefineDetLoss(Configurable):
         self.variances = check_variances(variances)
         self.odm_matcher = odm_matcher
         self.box_loss, self.odm_box_loss = box_loss, odm_box_loss
-        self.joint_regression = bool(joint_regression)
         self.box_loss_weight, self.smooth_l1_knee = float(box_loss_weight), float(smooth_l1_knee)
 
     def __call__(
@@ -136,10 +132,7 @@ class RefineDetLoss(Configurable):
         )
         if self.two_step_regression:
             refined = decode_boxes(outputs["arm_boxes"], anchors, self.variances)  # (B, A, 4)
-            if self.joint_regression:
-                anchors = ops.clip(refined, -MAX_PIXEL, MAX_PIXEL)
-            else:
-                anchors = ops.stop_gradient(refined)
+            anchors = ops.stop_gradient(refined)
         minable = None
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
@@ -179,7 +172,7 @@ class RefineDetLoss(Configurable):
         if box_loss == "giou":
             box_losses = 1.0 - paired_iou(found, targets, generalized=True)
         else:
-            wanted = encode_boxes(targets, anchors, self.variances)
+            wanted = ops.stop_gradient(encode_boxes(targets, anchors, self.variances))
             box_losses = smooth_l1(wanted, offsets, self.smooth_l1_knee)
         losses = {
             "box": self.box_loss_weight * ops.where(positive, box_losses, 0.0),
