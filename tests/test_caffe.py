@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from golden.caffe import make_caffemodel as recipe
 
+import keras_resnest as kr
 from keras_resnest.backbones import (
     ResNet,
     ResNet101,
@@ -354,3 +355,33 @@ def test_a_backbone_is_no_detector(tmp_path):
     (tmp_path / "x.caffemodel").write_bytes(GOOD)
     with pytest.raises(ValueError, match=r"x.caffemodel holds no RefineDet.* P3_mbox_conf"):
         builders.refinedet320_vgg16(weights=tmp_path / "x.caffemodel")
+
+
+# === Published files ===
+
+
+def test_published_detectors_are_listed_and_looked_up(tmp_path, monkeypatch):
+    files = kr.list_models(kind="detector")
+    assert len(files) == 14 == len({f.source for f in files})
+    assert all(f.name in builders.BUILDERS for f in files)
+    best = {(f.name, f.weights): f.map for f in files}
+    assert best["refinedet512_vgg16", "voc0712"] == 81.8
+    (row,) = kr.list_models("RefineDet320_resnet*", kind="detector")
+    text = str(kr.list_models("refinedet320_resnet*", kind="detector"))
+    assert text.count("\n") == 2 and "| coco | COCO trainval35k | COCO test-dev | 32.0 |" in text
+    with pytest.raises(ValueError, match="`kind` must be one of"):
+        kr.list_models(kind="detectors")
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{row.file} .* must be in {tmp_path}.* get .*id=1yrCf"):
+        builders.refinedet320_resnet101(weights="coco")
+    for wrong in ("voc07", True, ["voc0712"]):
+        with pytest.raises(ValueError, match=r"must be None, .* tag \(voc0712, .*Received"):
+            builders.refinedet320_vgg16(weights=wrong)
+    with pytest.raises(ValueError, match=r"refinedet_tiny must be None, the path of a file\. "):
+        builders.refinedet_tiny(weights="coco")
+    folder = tmp_path / "models" / "keras_resnest"
+    folder.mkdir(parents=True)
+    (folder / row.file).write_bytes(GOOD)
+    with pytest.raises(ValueError, match=f"{row.file} holds no RefineDet"):
+        builders.refinedet320_resnet101(weights="coco")

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_resnest.backbones import create_backbone, read_state_dict
-from keras_resnest.backbones.weights.caffe import caffe_form, check_caffe_form, is_caffe_file
-from keras_resnest.backbones.weights.fetching import load_arrays_of_file
+from keras_resnest.backbones.weights import caffe, detector_files, fetching
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.detection import class_names as known
+from keras_resnest.detection import arguments as checks
+from keras_resnest.detection import class_names
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.loss import RefineDetLoss
@@ -75,7 +75,8 @@ BUILDERS = {
 }
 
 
-_CAFFE_CLASS_NAMES = {len(names): list(names) for names in (known.VOC, known.COCO)}
+_CAFFE_CLASS_HEAD = re.compile(r"(res)?P3_(inter_)?mbox_conf\.weight")
+_CAFFE_CLASS_NAMES = {len(names): list(names) for names in (class_names.VOC, class_names.COCO)}
 _CAFFE_DECODER = {"pre_nms_top_k": 1000, "max_detections": 500}  # of the authors' code
 
 
@@ -93,9 +94,10 @@ def _builder(name: str):
         arguments["heads"] = RefineDetHeads(**heads)
         arguments["detection_loss"] = RefineDetLoss(**loss)
         arguments["decoder"] = DetectionDecoder(**decoder)
-        form = caffe_form(weights, backbone)
+        weights = detector_files.detector_weights(name, weights)
+        form = caffe.caffe_form(weights, backbone)
         arrays = None if weights is None else read_state_dict(weights)
-        if is_caffe_file(weights):
+        if caffe.is_caffe_file(weights):
             arguments["decoder"] = DetectionDecoder(**{**_CAFFE_DECODER, **decoder})
             arguments |= _caffe_classes(weights, arrays, num_classes, kwargs.get("class_names"))
         else:
@@ -106,8 +108,8 @@ def _builder(name: str):
             arguments["backbone"] = create_backbone(backbone, include_top=False, **options)
         model = RefineDet(**{**arguments, **kwargs})
         if arrays is not None:
-            check_caffe_form(model.backbone, weights, backbone)
-            load_arrays_of_file(model, arrays, weights, ignore=_UNUSED_MODULES)
+            caffe.check_caffe_form(model.backbone, weights, backbone)
+            fetching.load_arrays_of_file(model, arrays, weights, ignore=_UNUSED_MODULES)
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -116,9 +118,10 @@ def _builder(name: str):
     Args:
         num_classes: number of classes, without background; by default that of `class_names`.
         image_shape: (height, width, 3), sides multiples of 64.
-        weights: path of a file of the authors (`.caffemodel`), whose network, anchors, decoder
-            and classes are used; or of a checkpoint of the PyTorch ports (`.pth`, `.safetensors`),
-            which clip anchors to the image; or None.
+        weights: tag of a file of the authors, see `list_models(kind="detector")`; the path of such
+            a file (`.caffemodel`), whose network, anchors, decoder and classes are used; the path
+            of a checkpoint of the PyTorch ports (`.pth`, `.safetensors`), which clip anchors to
+            the image; or None.
         backbone_weights: `weights` of the backbone alone, such as `"imagenet"`; see
             `create_backbone`.
         **kwargs: as in `RefineDet`.
@@ -136,14 +139,16 @@ def _builder(name: str):
     return build
 
 
-def _caffe_classes(path, arrays: dict, num_classes, class_names) -> dict:
+def _caffe_classes(path, arrays: dict, num_classes, names) -> dict:
     """Number and names of the classes of a Caffe file; they must be those asked for."""
-    heads = [a for n, a in arrays.items() if re.fullmatch(r"(res)?P3_(inter_)?mbox_conf.weight", n)]
+    heads = [array for name, array in arrays.items() if _CAFFE_CLASS_HEAD.fullmatch(name)]
     if not heads:
         raise ValueError(f"{path} holds no RefineDet: there is no layer P3_mbox_conf")
     count = max(len(np.atleast_1d(heads[0])) // 3 - 1, 1)
-    asked = num_classes if class_names is None else len(class_names)
-    if asked not in (None, count):
+    asked = count
+    if num_classes is not None or names is not None:
+        asked, _ = checks.check_classes(num_classes, names)
+    if asked != count:
         raise ValueError(
             f"{path} is for {count} classes; `replace_classes` changes them after loading. "
             f"Received: num_classes={asked}"

@@ -18,6 +18,7 @@ from keras_resnest.backbones.weights.caffe import (
     is_caffe_file,
     read_caffemodel,
 )
+from keras_resnest.backbones.weights.detector_files import models_folder
 from keras_resnest.backbones.weights.table import PRETRAINED, PretrainedWeights
 from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 
@@ -337,8 +338,7 @@ def _fetch_from_hub(published, variant):
 
 
 def _fetch_from_url(published, variant):
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    path = home / "models" / "keras_resnest" / published.source.rsplit("/", 1)[-1]
+    path = models_folder() / published.source.rsplit("/", 1)[-1]
     if path.exists():
         return path, None
     try:
