@@ -80,7 +80,8 @@ HOSTILE = {
     "terabytes": recipe.tag(100, 2) + recipe.varint(1 << 42) + GOOD,
     "terabytes_of_values": layer(blob((1 << 40,), recipe.tag(5, 2) + recipe.varint(1 << 42))),
     "shape_of_terabytes": layer(blob((1 << 20, 1 << 20, 1 << 22), FOUR)),
-    "shape_of_nothing": layer(blob((0, 1 << 63), b"")),
+    "shape_of_nothing": layer(blob((1 << 40, 0), b"")),
+    "no_values": layer(b""),
     "negative_shape": layer(blob((2**64 - 2, 2), FOUR)),
     "shape_of_1000": layer(blob((1,) * 1000, recipe.field_float(5, 1.0))),
     "long_number": recipe.tag(100, 0) + b"\xff" * 11,
@@ -309,12 +310,12 @@ def test_pooling_of_the_stem_rounds_up(side):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A VGG-16 detector for VOC that lacks all layers but three."""
+    """A VGG-16 detector for VOC that lacks most layers."""
     path = tmp_path_factory.mktemp("caffe") / "voc.caffemodel"
     layers = [
         layer
         for layer in MANIFESTS["vgg16_voc"]["layers"]
-        if layer["name"] in ("conv1_1", "P3_mbox_loc", "P3_mbox_conf")
+        if layer["name"] in ("conv1_1", "P3_mbox_loc") or layer["name"][2:] == "_mbox_conf"
     ]
     write_file(path, {"name": "x", "format": "layer", "layers": layers})
     return path
@@ -330,10 +331,14 @@ def file(tmp_path_factory):
         ),
         (
             lambda f: builders.refinedet320_vgg16(weights=f),
-            "is for another network than refinedet320_vgg16: 92 arrays differ.*missing: conv1_2",
+            "is for another network than refinedet320_vgg16: 86 arrays differ.*missing: conv1_2",
         ),
         (lambda f: builders.refinedet_tiny(weights=f), "Caffe files are for .* resnest14_tiny"),
         (lambda f: create_backbone("vgg16", weights=f), "Caffe files are for .* vgg16$"),
+        (
+            lambda f: builders.refinedet_plus_plus512_vgg16(weights=f),
+            r"is for RefineDet\. Received: RefineDet\+\+",
+        ),
         (lambda f: VGG16Reduced(weights=f), "left over: P3_mbox_loc.weight"),
         (
             lambda f: load_pretrained(ResNet([8], [1], [1]), f, "resnet101"),
@@ -351,10 +356,23 @@ def test_files_that_do_not_fit_are_refused(file, build, match):
     assert "\n" not in str(error.value)
 
 
-def test_a_backbone_is_no_detector(tmp_path):
-    (tmp_path / "x.caffemodel").write_bytes(GOOD)
+@pytest.mark.parametrize("shape", [None, (), (63, 256, 1, 1), (30_000, 1, 1, 1)])
+def test_a_file_without_class_heads_is_no_detector(tmp_path, shape):
+    layers = {} if shape is None else {f"P{i}_mbox_conf": np.ones(shape, "f") for i in (3, 4, 5, 6)}
+    content = [recipe.encode_layer(name, "Convolution", [a]) for name, a in layers.items()]
+    path = tmp_path / "x.caffemodel"
+    path.write_bytes(b"".join([GOOD, *content]))
     with pytest.raises(ValueError, match=r"x.caffemodel holds no RefineDet.* P3_mbox_conf"):
-        builders.refinedet320_vgg16(weights=tmp_path / "x.caffemodel")
+        builders.refinedet320_vgg16(weights=path)
+
+
+def test_scalars_are_no_kernels(tmp_path):
+    one = np.float32(1)
+    content = [recipe.encode_layer(n, "X", [one] * 2) for n in ("conv1_1", "conv1_2", "fc7")]
+    content.append(recipe.encode_layer("conv2_1", "X", [one] * 3))
+    (tmp_path / "x.caffemodel").write_bytes(b"".join(content))
+    with pytest.raises(ValueError, match=r"missing: conv2_1_weight.*wrong shape.*left over"):
+        VGG16Reduced(weights=tmp_path / "x.caffemodel")
 
 
 # === Published files ===

@@ -3,8 +3,6 @@
 import re
 from typing import NamedTuple
 
-import numpy as np
-
 from keras_resnest.backbones import create_backbone, read_state_dict
 from keras_resnest.backbones.weights import caffe, detector_files, fetching
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -75,7 +73,8 @@ BUILDERS = {
 }
 
 
-_CAFFE_CLASS_HEAD = re.compile(r"(res)?P3_(inter_)?mbox_conf\.weight")
+_CAFFE_CLASS_HEAD = re.compile(r"(res)?P[3-6]_(inter_)?mbox_conf\.weight")
+_CAFFE_CLASS_KERNELS = ((256, 3, 3), (1024, 3, 3))  # VGG-16, ResNet-101
 _CAFFE_CLASS_NAMES = {len(names): list(names) for names in (class_names.VOC, class_names.COCO)}
 _CAFFE_DECODER = {"pre_nms_top_k": 1000, "max_detections": 500}  # of the authors' code
 
@@ -109,6 +108,8 @@ def _builder(name: str):
         model = RefineDet(**{**arguments, **kwargs})
         if arrays is not None:
             caffe.check_caffe_form(model.backbone, weights, backbone)
+            if caffe.is_caffe_file(weights) and model.heads.use_alignment:
+                raise ValueError(f"{weights} is for RefineDet. Received: RefineDet++, {model.name}")
             fetching.load_arrays_of_file(model, arrays, weights, ignore=_UNUSED_MODULES)
         return model
 
@@ -141,11 +142,13 @@ def _builder(name: str):
 
 def _caffe_classes(path, arrays: dict, num_classes, names) -> dict:
     """Number and names of the classes of a Caffe file; they must be those asked for."""
-    heads = [array for name, array in arrays.items() if _CAFFE_CLASS_HEAD.fullmatch(name)]
-    if not heads:
-        raise ValueError(f"{path} holds no RefineDet: there is no layer P3_mbox_conf")
-    count = max(len(np.atleast_1d(heads[0])) // 3 - 1, 1)
-    asked = count
+    heads = [array.shape for name, array in arrays.items() if _CAFFE_CLASS_HEAD.fullmatch(name)]
+    if len(heads) != 4 or len(set(heads)) > 1 or heads[0][1:] not in _CAFFE_CLASS_KERNELS:
+        raise ValueError(
+            f"{path} holds no RefineDet: the weights of P3_mbox_conf to P6_mbox_conf have the "
+            f"shapes {heads}"
+        )
+    asked = count = max(heads[0][0] // 3 - 1, 1)
     if num_classes is not None or names is not None:
         asked, _ = checks.check_classes(num_classes, names)
     if asked != count:

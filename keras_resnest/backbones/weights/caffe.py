@@ -153,7 +153,7 @@ def _blob(buffer, start: int, stop: int) -> np.ndarray:
     field = 8 if values[8] else 5
     array = np.frombuffer(values[field], f"<f{_VALUE_FIELDS[field]}")
     shape = tuple(shape or ())
-    if math.prod(shape) != array.size:
+    if math.prod(shape) != array.size or not array.size:
         raise ValueError(f"an array of shape {shape} has {array.size} values")
     return array.reshape(shape)
 

@@ -128,7 +128,7 @@ def _load_file(model, path, variant, ignore):
     _check_exists(path)
     if not path.endswith(FILE_ENDINGS):
         raise ValueError(
-            "`weights` must be a tag, or the path of a .safetensors, .weights.h5, .caffemodel or "
+            "`weights` must be a tag, or the path of a .safetensors, .caffemodel, .weights.h5 or "
             f"PyTorch file ({', '.join(TORCH_ENDINGS)}). Received: {path!r}"
         )
     if path.endswith(".weights.h5"):
@@ -191,7 +191,7 @@ def load_arrays_of_file(model: keras.Model, state_dict: dict, path, ignore=()) -
         examples = {line.split(":")[0]: line for line in reversed(problems)}
         raise ValueError(
             f"{path} is for another network than {model.name}: {len(problems)} arrays differ, such "
-            f"as {'; '.join(examples.values())}"
+            f"as {'; '.join(reversed(examples.values()))}"
         ) from error
 
 
@@ -273,7 +273,8 @@ def _published(weights, variant):
     if not tags:
         raise ValueError(
             f"There are no published weights of {variant}. `weights` must be None or the path of "
-            f"a .safetensors, .weights.h5 or PyTorch file. Received: weights={weights!r}"
+            "a .safetensors, .caffemodel, .weights.h5 or PyTorch file. "
+            f"Received: weights={weights!r}"
         )
     nearest = difflib.get_close_matches(weights, tags, n=1, cutoff=0.0)[0]
     raise ValueError(
