@@ -21,6 +21,14 @@ given size. Top-1 is the ImageNet accuracy published with the first of the weigh
 `weights="imagenet"` selects. `docs/generate_zoo.py` writes this table.
 
 """
+DETECTORS = """
+## Detectors of the RefineDet authors
+
+The files are not downloaded: the authors have them on Google Drive, one archive each.
+[How to load them](detector.md#weights-of-the-authors). mAP is the published one for one image size,
+at IoU 0.5 for VOC and 0.5 to 0.95 for COCO.
+
+"""
 
 
 def figures_of(name: str) -> tuple[int, float]:
@@ -45,7 +53,8 @@ def write_figures() -> None:
 
 def tables() -> tuple[str, str]:
     """Returns the text of `docs/zoo.md` and the table of the README."""
-    return f"{INTRODUCTION}{zoo.list_models()}\n", f"{zoo.list_models(IN_README)}\n"
+    whole = f"{INTRODUCTION}{zoo.list_models()}\n{DETECTORS}{zoo.list_models(kind='detector')}\n"
+    return whole, f"{zoo.list_models(IN_README)}\n"
 
 
 def write_tables() -> None:

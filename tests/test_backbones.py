@@ -297,6 +297,13 @@ def test_torch_weights_load_all_or_nothing(small_model):
         assert np.array_equal(now, then)
 
 
+def test_two_arrays_for_one_weight_are_refused(small_model):
+    state_dict = torch_state_dict(small_model, np.random.default_rng(1))
+    state_dict["fc_weight"] = state_dict["fc.weight"]
+    with pytest.raises(ValueError, match=r"left over: fc_weight, beside fc\.weight"):
+        load_torch_state_dict(small_model, state_dict)
+
+
 def test_torch_weights_with_other_names_and_modules_to_ignore(small_model):
     state_dict = torch_state_dict(small_model, np.random.default_rng(2))
     for weight in ("weight", "bias"):

@@ -365,7 +365,7 @@ def test_a_folder_hides_no_tag(tmp_path, monkeypatch):
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
-    with pytest.raises(ValueError, match=r"the path of a .safetensors, .weights.h5 or PyTorch"):
+    with pytest.raises(ValueError, match=r"the path of a .safetensors, .caffemodel"):
         ResNet18(weights=path)
 
 

@@ -8,6 +8,8 @@ from keras_resnest.layers import BatchNormalization, DepthwiseConv2D, DropBlock2
 # Mean and standard deviation of ImageNet's training images, RGB, 0 to 255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+# What Caffe's networks subtract from RGB images, 0 to 255; nothing is divided.
+CAFFE_MEAN = (123.0, 117.0, 104.0)
 
 
 class GraphBuilder:
@@ -18,7 +20,9 @@ class GraphBuilder:
         self.image_options = {"data_format": data_format, "dtype": dtype}
         self.options = {"dtype": dtype}
 
-    def rescale(self, x, mean=IMAGENET_MEAN, standard_deviation=IMAGENET_STANDARD_DEVIATION):
+    def rescale(self, x, caffe: bool = False):
+        mean = CAFFE_MEAN if caffe else IMAGENET_MEAN
+        standard_deviation = (1.0, 1.0, 1.0) if caffe else IMAGENET_STANDARD_DEVIATION
         return layers.Normalization(
             axis=self.channel_axis,
             mean=mean,
@@ -95,10 +99,10 @@ class GraphBuilder:
     def pad(self, x, size, name):
         return layers.ZeroPadding2D(size, name=name, **self.image_options)(x)
 
-    def max_pool(self, x, name):
+    def max_pool(self, x, name, padding=1):
         """3x3 max pooling with stride 2. The map must have no negative values."""
         # Without negative values, zeros pad like minus infinity.
-        x = self.pad(x, 1, f"{name}_pad")
+        x = self.pad(x, padding, f"{name}_pad")
         return layers.MaxPooling2D(3, strides=2, name=name, **self.image_options)(x)
 
     def average_pool(self, x, strides, name):

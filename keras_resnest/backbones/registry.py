@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.weights.caffe import caffe_form
 from keras_resnest.backbones.weights.fetching import load_pretrained
 
 
@@ -25,8 +26,8 @@ _DOCSTRING = """Builds {title}.
     Args:
         include_top: whether the model ends with a classifier.
         weights: `"imagenet"` or another tag of `list_models({name!r})` for published weights;
-            the path of a `.safetensors`, `.weights.h5` or PyTorch `state_dict` file; or None
-            for random weights.
+            the path of a `.safetensors`, `.weights.h5`, PyTorch `state_dict` or `.caffemodel`
+            file, whose network is then built; or None for random weights.
         input_shape: shape of one image. Default: `(None, None, 3)`, any size.
         pooling: without a classifier, `"avg"` or `"max"` for a feature vector, None for a map.
         classes: integer, number of classes.
@@ -75,7 +76,7 @@ def register(
             "include_rescaling": include_rescaling,
             "name": name or variant,
         }
-        model = network(**{**arguments, **options, **kwargs})
+        model = network(**{**arguments, **options, **caffe_form(weights, variant), **kwargs})
         if weights is not None:
             load_pretrained(model, weights, variant)
         return model

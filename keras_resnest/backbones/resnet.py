@@ -45,6 +45,9 @@ class ResNet(Backbone):
         stem_pooling: whether 3x3 max pooling with stride 2 ends the stem.
         deep_stem: whether the stem has three 3x3 convolutions of `stem_width`, `stem_width` and
             `2 * stem_width` channels ("C") instead of one of `stem_width`.
+        caffe_stem: whether the stem is that of the first published networks, in Caffe:
+            `include_rescaling` subtracts (123, 117, 104), and pooling is not padded and rounds
+            sizes up.
         stride_in_1x1: whether bottleneck blocks have their stride in the first 1x1 convolution,
             as first published, instead of the 3x3 convolution ("B").
         avg_down: whether 2x2 average pooling downsamples the shortcut before its 1x1
@@ -93,6 +96,7 @@ class ResNet(Backbone):
         stem_kernel_size: int = 7,
         stem_pooling: bool = True,
         deep_stem: bool = False,
+        caffe_stem: bool = False,
         stride_in_1x1: bool = False,
         avg_down: bool = False,
         avd: str | None = None,
@@ -116,7 +120,7 @@ class ResNet(Backbone):
 def _build_graph(graph, x, config):
     _check_config(config)
     if config["include_rescaling"]:
-        x = graph.rescale(x)
+        x = graph.rescale(x, caffe=config["caffe_stem"])
     x, stride = _stem(graph, x, config)
     stages = zip(
         config["stackwise_num_filters"],
@@ -152,7 +156,9 @@ def _stem(graph, x, config):
         x = graph.convolution(x, width, config["stem_kernel_size"], strides=2, name="conv1")
     x = graph.relu(graph.norm(x, "bn1"), "relu")
     if config["stem_pooling"]:
-        return graph.max_pool(x, "maxpool"), 4
+        # A last row and column of zeros rounds even sizes up and changes nothing for odd ones.
+        padding = ((0, 1), (0, 1)) if config["caffe_stem"] else 1
+        return graph.max_pool(x, "maxpool", padding), 4
     return x, 2
 
 

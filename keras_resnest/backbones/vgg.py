@@ -6,9 +6,6 @@ from keras import layers
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.layers import GroupedConv2D
 
-# Mean of the training images of the published reduced weights, RGB, 0 to 255.
-CAFFE_MEAN = (123.0, 117.0, 104.0)
-
 
 @keras.saving.register_keras_serializable("keras_resnest")
 class VGG(Backbone):
@@ -70,7 +67,7 @@ def _build_graph(graph, x, config):
     _check_config(config)
     reduced = config["reduced_top"]
     if config["include_rescaling"]:
-        x = graph.rescale(x, CAFFE_MEAN, (1.0, 1.0, 1.0)) if reduced else graph.rescale(x)
+        x = graph.rescale(x, caffe=reduced)
     padding = "same" if reduced else "valid"
     pyramid_outputs = {}
     stages = zip(config["stackwise_num_filters"], config["stackwise_num_blocks"], strict=True)

@@ -8,7 +8,9 @@ import keras
 import numpy as np
 
 from keras_resnest.backbones.figures import FIGURES
+from keras_resnest.backbones.graph import check_choices
 from keras_resnest.backbones.registry import VARIANTS
+from keras_resnest.backbones.weights.detector_files import DETECTOR_FILES, DetectorFile
 from keras_resnest.backbones.weights.table import PRETRAINED
 
 
@@ -32,36 +34,54 @@ class ModelSummary(NamedTuple):
 
 
 class ModelTable(list):
-    """List of `ModelSummary` that prints as a table."""
+    """List of `ModelSummary` or `DetectorFile` that prints as a table."""
 
     def __str__(self):
-        lines = [
-            "| name | parameters | GFLOPs | at | top-1 | weights | license |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for model in self:
-            top1 = "" if model.top1 is None else f"{model.top1:.2f}"
-            licenses = ", ".join(dict.fromkeys(model.licenses))
-            lines.append(
-                f"| {model.name} | {model.parameters / 1e6:.2f} M | {model.gflops:.2f} | "
-                f"{model.crop_size} | {top1} | {', '.join(model.weights)} | {licenses} |"
-            )
-        return "\n".join(lines)
+        header = ("name", "parameters", "GFLOPs", "at", "top-1", "weights", "license")
+        if self and isinstance(self[0], DetectorFile):
+            header = ("name", "weights", "data", "test", "mAP", "file", "source", "license")
+        rows = [header, ["---"] * len(header), *(_cells(model) for model in self)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def list_models(pattern: str = "*") -> ModelTable:
-    """Lists the networks that `create_backbone` builds.
+def _cells(model) -> tuple:
+    if isinstance(model, DetectorFile):
+        return tuple("" if value is None else str(value) for value in model)
+    return (
+        model.name,
+        f"{model.parameters / 1e6:.2f} M",
+        f"{model.gflops:.2f}",
+        str(model.crop_size),
+        "" if model.top1 is None else f"{model.top1:.2f}",
+        ", ".join(model.weights),
+        ", ".join(dict.fromkeys(model.licenses)),
+    )
+
+
+def list_models(pattern: str = "*", kind: str = "backbone") -> ModelTable:
+    """Lists the networks that `create_backbone` builds, or the files of published detectors.
 
     Args:
         pattern: shell pattern, such as `"resnest*"`. Case does not matter.
+        kind: `"backbone"` or `"detector"`.
 
     Returns:
-        List of `ModelSummary`, in the order of the table. `print` shows a table.
+        List of `ModelSummary`, in the order of the table, or of `DetectorFile`. `print` shows a
+        table.
+
+    Raises:
+        ValueError: if `kind` is another.
 
     Example:
         >>> list_models("resnest50")[0].weights
         ('in1k', 'official')
+        >>> list_models("refinedet512_resnet101", kind="detector")[0].map
+        36.4
     """
+    check_choices({"kind": kind}, kind=("backbone", "detector"))
+    if kind == "detector":
+        found = [f for f in DETECTOR_FILES if fnmatch.fnmatchcase(f.name, pattern.lower())]
+        return ModelTable(found)
     return ModelTable(
         _summary(name) for name in VARIANTS if fnmatch.fnmatchcase(name, pattern.lower())
     )

@@ -1,9 +1,13 @@
 """Builder functions: one for each published RefineDet, and a small one for CPUs."""
 
+import re
 from typing import NamedTuple
 
-from keras_resnest.backbones import create_backbone, load_torch_state_dict, read_state_dict
+from keras_resnest.backbones import create_backbone, read_state_dict
+from keras_resnest.backbones.weights import caffe, detector_files, fetching
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.detection import arguments as checks
+from keras_resnest.detection import class_names
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.loss import RefineDetLoss
@@ -14,9 +18,9 @@ from keras_resnest.detection.refinedet import RefineDet
 _UNUSED_MODULES = ("Resnet86", "model.fc")
 
 # As the authors' ResNet101_COCO_320.py: batch normalization in the TCBs, no L2 normalization,
-# residual blocks for P6 (128, 128, 512 channels) and before the heads (256, 256, 1024). Only the
-# backbone differs: theirs has its strides in the 1x1 convolutions, ours and all weights that are
-# published today in the 3x3 ones.
+# residual blocks for P6 (128, 128, 512 channels) and before the heads (256, 256, 1024). Their
+# backbone has its strides in the 1x1 convolutions, and comes with their weights; all weights that
+# are published today have them in the 3x3 ones.
 _RESNET_HEADS = {
     "extra_filters": (128, 512),
     "use_batch_norm": True,
@@ -34,6 +38,10 @@ class DetectorVariant(NamedTuple):
         heads: arguments of `RefineDetHeads`.
         loss: arguments of `RefineDetLoss`.
         decoder: arguments of `DetectionDecoder`.
+
+    Example:
+        >>> BUILDERS["refinedet320_vgg16"].backbone
+        'vgg16_reduced'
     """
 
     backbone: str
@@ -65,6 +73,12 @@ BUILDERS = {
 }
 
 
+_CAFFE_CLASS_HEAD = re.compile(r"(res)?P[3-6]_(inter_)?mbox_conf\.weight")
+_CAFFE_CLASS_KERNELS = ((256, 3, 3), (1024, 3, 3))  # VGG-16, ResNet-101
+_CAFFE_CLASS_NAMES = {len(names): list(names) for names in (class_names.VOC, class_names.COCO)}
+_CAFFE_DECODER = {"pre_nms_top_k": 1000, "max_detections": 500}  # of the authors' code
+
+
 def _builder(name: str):
     backbone, side, heads, loss, decoder = BUILDERS[name]
 
@@ -79,15 +93,24 @@ def _builder(name: str):
         arguments["heads"] = RefineDetHeads(**heads)
         arguments["detection_loss"] = RefineDetLoss(**loss)
         arguments["decoder"] = DetectionDecoder(**decoder)
-        if backbone_weights is not None:
-            arguments["backbone"] = create_backbone(
-                backbone, include_top=False, weights=backbone_weights, dtype=kwargs.get("dtype")
-            )
-        if weights is not None:
-            arguments["anchor_generator"] = AnchorGenerator(clip=True)  # as in the ports
-        model = RefineDet(num_classes, **{**arguments, **kwargs})
-        if weights is not None:
-            load_torch_state_dict(model, read_state_dict(weights), ignore=_UNUSED_MODULES)
+        weights = detector_files.detector_weights(name, weights)
+        form = caffe.caffe_form(weights, backbone)
+        arrays = None if weights is None else read_state_dict(weights)
+        if caffe.is_caffe_file(weights):
+            arguments["decoder"] = DetectionDecoder(**{**_CAFFE_DECODER, **decoder})
+            arguments |= _caffe_classes(weights, arrays, num_classes, kwargs.get("class_names"))
+        else:
+            arguments["num_classes"] = num_classes
+            arguments["anchor_generator"] = AnchorGenerator(clip=arrays is not None)
+        if (form or backbone_weights is not None) and "backbone" not in kwargs:
+            options = {"weights": backbone_weights, "dtype": kwargs.get("dtype"), **form}
+            arguments["backbone"] = create_backbone(backbone, include_top=False, **options)
+        model = RefineDet(**{**arguments, **kwargs})
+        if arrays is not None:
+            caffe.check_caffe_form(model.backbone, weights, backbone)
+            if caffe.is_caffe_file(weights) and model.heads.use_alignment:
+                raise ValueError(f"{weights} is for RefineDet. Received: RefineDet++, {model.name}")
+            fetching.load_arrays_of_file(model, arrays, weights, ignore=_UNUSED_MODULES)
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -96,8 +119,10 @@ def _builder(name: str):
     Args:
         num_classes: number of classes, without background; by default that of `class_names`.
         image_shape: (height, width, 3), sides multiples of 64.
-        weights: path of a checkpoint of the PyTorch RefineDet ports (`.pth`, `.safetensors`), or
-            None. Anchors are then clipped to the image, as in the ports.
+        weights: tag of a file of the authors, see `list_models(kind="detector")`; the path of such
+            a file (`.caffemodel`), whose network, anchors, decoder and classes are used; the path
+            of a checkpoint of the PyTorch ports (`.pth`, `.safetensors`), which clip anchors to
+            the image; or None.
         backbone_weights: `weights` of the backbone alone, such as `"imagenet"`; see
             `create_backbone`.
         **kwargs: as in `RefineDet`.
@@ -113,6 +138,25 @@ def _builder(name: str):
         >>> model = keras_resnest.builders.{name}(class_names=["cat", "dog"])
     """
     return build
+
+
+def _caffe_classes(path, arrays: dict, num_classes, names) -> dict:
+    """Number and names of the classes of a Caffe file; they must be those asked for."""
+    heads = [array.shape for name, array in arrays.items() if _CAFFE_CLASS_HEAD.fullmatch(name)]
+    if len(heads) != 4 or len(set(heads)) > 1 or heads[0][1:] not in _CAFFE_CLASS_KERNELS:
+        raise ValueError(
+            f"{path} holds no RefineDet: the weights of P3_mbox_conf to P6_mbox_conf have the "
+            f"shapes {heads}"
+        )
+    asked = count = max(heads[0][0] // 3 - 1, 1)
+    if num_classes is not None or names is not None:
+        asked, _ = checks.check_classes(num_classes, names)
+    if asked != count:
+        raise ValueError(
+            f"{path} is for {count} classes; `replace_classes` changes them after loading. "
+            f"Received: num_classes={asked}"
+        )
+    return {"num_classes": count, "class_names": _CAFFE_CLASS_NAMES.get(count)}
 
 
 refinedet320_vgg16 = _builder("refinedet320_vgg16")

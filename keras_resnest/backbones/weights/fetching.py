@@ -12,14 +12,21 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_resnest.backbones.weights.caffe import (
+    caffe_state_dict,
+    check_caffe_form,
+    is_caffe_file,
+    read_caffemodel,
+)
+from keras_resnest.backbones.weights.detector_files import models_folder
 from keras_resnest.backbones.weights.table import PRETRAINED, PretrainedWeights
 from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
-FILE_ENDINGS = (".safetensors", ".weights.h5", *TORCH_ENDINGS)
+FILE_ENDINGS = (".safetensors", ".weights.h5", ".caffemodel", *TORCH_ENDINGS)
 # PyTorch modules that a model without a classifier skips.
-TOP_MODULES = ("fc", "head", "classifier", "pre_logits", "LastSE")
+TOP_MODULES = ("fc", "fc1000", "head", "classifier", "pre_logits", "LastSE")
 # In older versions, a file can make `torch.load(weights_only=True)` execute code
 # (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = "2.10"
@@ -38,7 +45,8 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     Args:
         model: a network of this package.
         weights: `"imagenet"`, a tag such as `"a1_in1k"`, or the path of a file: `.safetensors`,
-            a PyTorch `state_dict` (`.pth`, `.pt`, `.bin`, `.tar`) or Keras' `.weights.h5`.
+            a PyTorch `state_dict` (`.pth`, `.pt`, `.bin`, `.tar`), Keras' `.weights.h5` or
+            Caffe's `.caffemodel`.
         variant: name of the network, as in `list_models()`.
         ignore: further PyTorch modules to skip.
 
@@ -71,17 +79,19 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     except ValueError:
         _remove_from_cache(path)
         raise
-    _load_state_dict(model, state_dict, path, ignore)
+    load_arrays_of_file(model, state_dict, path, ignore)
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the arrays of a `.safetensors` file or a PyTorch `state_dict` file.
+    """Reads the arrays of a `.safetensors`, `.caffemodel` or PyTorch `state_dict` file.
 
     Nothing in the file is executed. Half precision becomes float32. Wrappers of training
-    programs (`{"state_dict": ...}`, the prefix `module.`) are removed.
+    programs (`{"state_dict": ...}`, the prefix `module.`) are removed. Caffe's layers have the
+    names of the file, its statistics of batch normalization are divided by their factor, and its
+    first convolution reads RGB.
 
     Args:
-        path: a file that ends in `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar`.
+        path: a file that ends in `.safetensors`, `.caffemodel`, `.pth`, `.pt`, `.bin` or `.tar`.
 
     Returns:
         Dict of arrays by PyTorch name, in PyTorch's layout.
@@ -96,6 +106,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = os.fspath(path)
     _check_exists(path)
+    if is_caffe_file(path):
+        return caffe_state_dict(read_caffemodel(path))
     read = _read_safetensors if path.endswith(".safetensors") else _read_torch
     half = ("float16", "bfloat16")
     arrays = {n: a.astype("float32") if a.dtype.name in half else a for n, a in read(path).items()}
@@ -116,13 +128,14 @@ def _load_file(model, path, variant, ignore):
     _check_exists(path)
     if not path.endswith(FILE_ENDINGS):
         raise ValueError(
-            "`weights` must be a tag, or the path of a .safetensors, .weights.h5 or PyTorch file "
-            f"({', '.join(TORCH_ENDINGS)}). Received: {path!r}"
+            "`weights` must be a tag, or the path of a .safetensors, .caffemodel, .weights.h5 or "
+            f"PyTorch file ({', '.join(TORCH_ENDINGS)}). Received: {path!r}"
         )
     if path.endswith(".weights.h5"):
         _load_keras_file(model, path, variant)
     else:
-        _load_state_dict(model, read_state_dict(path), path, ignore)
+        check_caffe_form(model, path, variant)
+        load_arrays_of_file(model, read_state_dict(path), path, ignore)
 
 
 def _load_keras_file(model, path, variant):
@@ -165,13 +178,21 @@ def _size_in_keras_file(model):
     return sum(int(np.prod(variable.shape)) for variable in saved)
 
 
-def _load_state_dict(model, state_dict, path, ignore):
+def load_arrays_of_file(model: keras.Model, state_dict: dict, path, ignore=()) -> None:
+    """Loads what `read_state_dict` returned; an error names the file."""
     if not getattr(model, "include_top", True):
         ignore = (*ignore, *TOP_MODULES)
     try:
         load_torch_state_dict(model, state_dict, ignore=ignore)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit. {error}") from error
+        if not is_caffe_file(path):
+            raise ValueError(f"{path} does not fit. {error}") from error
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        examples = {line.split(":")[0]: line for line in reversed(problems)}
+        raise ValueError(
+            f"{path} is for another network than {model.name}: {len(problems)} arrays differ, such "
+            f"as {'; '.join(reversed(examples.values()))}"
+        ) from error
 
 
 def _read_safetensors(path):
@@ -252,7 +273,8 @@ def _published(weights, variant):
     if not tags:
         raise ValueError(
             f"There are no published weights of {variant}. `weights` must be None or the path of "
-            f"a .safetensors, .weights.h5 or PyTorch file. Received: weights={weights!r}"
+            "a .safetensors, .caffemodel, .weights.h5 or PyTorch file. "
+            f"Received: weights={weights!r}"
         )
     nearest = difflib.get_close_matches(weights, tags, n=1, cutoff=0.0)[0]
     raise ValueError(
@@ -317,8 +339,7 @@ def _fetch_from_hub(published, variant):
 
 
 def _fetch_from_url(published, variant):
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    path = home / "models" / "keras_resnest" / published.source.rsplit("/", 1)[-1]
+    path = models_folder() / published.source.rsplit("/", 1)[-1]
     if path.exists():
         return path, None
     try:

@@ -1,4 +1,4 @@
-"""Loads PyTorch weights into Keras models."""
+"""Loads weights with the names of PyTorch or Caffe into Keras models."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -47,6 +47,44 @@ def _tcb_layer(match):
     return f"tcb_p{level + 3}.{'conv3' if part == 2 else 'conv1' if place == 0 else 'conv2'}."
 
 
+# Levels of the maps that the ARM of Caffe's VGG-16 reads.
+_CAFFE_VGG16_LEVELS = {"conv4_3_norm": 3, "conv5_3_norm": 4, "fc7": 5, "conv6_2": 6}
+
+
+def _caffe_level(source):
+    """Stage and level of the map before a head: "P3" is the ODM's, "res3b3_relu" the ARM's."""
+    level = _CAFFE_VGG16_LEVELS.get(source) or int(re.search(r"\d", source)[0])
+    return "odm" if source.startswith("P") else "arm", level
+
+
+def _caffe_head(match):
+    stage, level = _caffe_level(match["source"])
+    return f"{stage}_{'boxes' if match['output'] == 'loc' else 'classes'}_{level - 3}."
+
+
+def _caffe_tcb(match):
+    level, is_norm = int(match["level"]), match["kind"] is not None
+    if match["up"]:  # named after the block that it reads
+        return f"tcb_p{level - 1}.upsample{'_bn' if is_norm else ''}."
+    return f"tcb_p{level}.{'bn' if is_norm else 'conv'}{match['place'] or 3}."
+
+
+def _caffe_block(match):
+    block, branch, is_norm = match["block"], match["branch"], match["kind"] != "res"
+    if block.endswith("_inter"):
+        name = "{}_p{}".format(*_caffe_level(block.removesuffix("_inter")))
+    elif block == "6":
+        name = "res6"
+    else:  # 4a, 4b, 4c or 4a, 4b1, 4b2
+        name = f"layer{int(block[0]) - 1}_{block[2:] or ord(block[1]) - ord('a')}"
+        if branch == "1":
+            return f"{name}.downsample.{int(is_norm)}."
+    if branch == "1":
+        return f"{name}_shortcut{'_bn' if is_norm else ''}."
+    return f"{name}_{'bn' if is_norm else 'conv'}{'abc'.index(branch[1]) + 1}."
+
+
+_CAFFE_BLOCK = r"6|[2-5][a-z]\d*|(res\d\w*_relu|P\d)_inter"
 _CONV_NORM = [(r"\.conv(\d)\.conv\.", r".conv\1."), (r"\.conv(\d)\.bn\.", r".bn\1.")]
 # PyTorch implementations whose module names differ from our layer names: a pattern that
 # identifies them by one of their names, and the replacements.
@@ -98,6 +136,33 @@ _FAMILIES = {
             (r"^tcb(?P<list>\d)\.(?P<place>\d+)\.", _tcb_layer),
         ],
     ),
+    "RefineDet of Caffe": (
+        r"^(res)?P3_(inter_)?mbox_loc\.",
+        [
+            (
+                r"^(res)?(?P<source>conv\d\w*|fc7|res\d\w*_relu|P\d)(_inter)?"
+                r"_mbox_(?P<output>loc|conf)\.",
+                _caffe_head,
+            ),
+            (r"^conv4_3_norm\.", "l2_normalization_p3."),
+            (r"^conv5_3_norm\.", "l2_normalization_p4."),
+            (
+                r"^(TL(?=\d_)|P)(?P<level>\d)(_(?P<place>[12]))?(?P<up>-up)?(_(?P<kind>bn|scale))?\.",
+                _caffe_tcb,
+            ),
+        ],
+    ),
+    "ResNet of Caffe": (
+        r"^res2a_branch1\.",
+        [
+            (r"^(bn|scale)_conv1\.", "bn1."),
+            (
+                rf"^(?P<kind>res|bn|scale)(?P<block>{_CAFFE_BLOCK})_branch(?P<branch>1|2[abc])\.",
+                _caffe_block,
+            ),
+            (r"^fc1000\.", "fc."),
+        ],
+    ),
     "VGG-16 with reduced dense layers": (r"^33\.", [(r"^(?P<place>\d+)\.", _vgg16_layer)]),
 }
 
@@ -116,8 +181,8 @@ def load_torch_state_dict(
 
     A module `layer1.0.conv2.conv` matches the layer `layer1_0_conv2_conv`, or the sublayer `conv`
     of the layer `layer1_0_conv2`. Kernels are transposed to Keras' layout. The modules of timm's
-    RegNet, SKNet and VGG-16, torchvision's VGG-16 and ShuffleNet V2, megvii's ShuffleNet and the
-    RefineDet ports are recognized and renamed.
+    RegNet, SKNet and VGG-16, torchvision's VGG-16 and ShuffleNet V2, megvii's ShuffleNet, the
+    RefineDet ports, and ResNet and RefineDet of Caffe are recognized and renamed.
 
     Args:
         model: a built Keras model, such as `ResNeSt50()`.
@@ -140,13 +205,16 @@ def load_torch_state_dict(
         if not name.endswith(_TORCH_ONLY) and not name.startswith(ignored)
     }
     replacements = _replacements(arrays)
-    torch_names = {}
+    torch_names, problems = {}, []
     for name in arrays:
         keras_name = name
         for pattern, replacement in replacements:
             keras_name = re.sub(pattern, replacement, keras_name)
-        torch_names[keras_name.replace(".", "_")] = name
-    values, problems = [], []
+        keras_name = keras_name.replace(".", "_")
+        if keras_name in torch_names:
+            problems.append(f"left over: {name}, beside {torch_names[keras_name]}")
+        torch_names[keras_name] = name
+    values = []
     for keras_name, variable in _named_variables(model, module_names or {}):
         name = torch_names.pop(keras_name, None)
         if name is None:
