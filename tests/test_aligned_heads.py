@@ -81,7 +81,7 @@ def test_a_graph_of_unknown_sizes(model):
 
 def test_trains():
     model = small_detector((64, 64, 3), heads={"use_alignment": True})
-    batch = rectangles(2, (64, 128, 3))  # of another size
+    batch = rectangles(2, (64, 64, 3))
     kernel = model.get_layer("odm").class_convolutions[0].kernel
     before = kernel.numpy()
     model.compile(keras.optimizers.SGD(1e-2, global_clipnorm=10.0), run_eagerly=True)

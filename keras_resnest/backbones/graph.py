@@ -9,7 +9,7 @@ from keras_resnest.layers import BatchNormalization, DepthwiseConv2D, DropBlock2
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 # What Caffe's networks subtract from RGB images, 0 to 255; nothing is divided.
-CAFFE_MEAN = (123.0, 117.0, 104.0)
+CAFFE_RESCALING = (123.0, 117.0, 104.0), (1.0, 1.0, 1.0)
 
 
 class GraphBuilder:
@@ -20,9 +20,7 @@ class GraphBuilder:
         self.image_options = {"data_format": data_format, "dtype": dtype}
         self.options = {"dtype": dtype}
 
-    def rescale(self, x, caffe: bool = False):
-        mean = CAFFE_MEAN if caffe else IMAGENET_MEAN
-        standard_deviation = (1.0, 1.0, 1.0) if caffe else IMAGENET_STANDARD_DEVIATION
+    def rescale(self, x, mean=IMAGENET_MEAN, standard_deviation=IMAGENET_STANDARD_DEVIATION):
         return layers.Normalization(
             axis=self.channel_axis,
             mean=mean,

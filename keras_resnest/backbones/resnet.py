@@ -4,7 +4,7 @@ import keras
 from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.graph import check_choices, different_from
+from keras_resnest.backbones.graph import CAFFE_RESCALING, check_choices, different_from
 from keras_resnest.layers import SelectiveKernel, SplitAttention, SqueezeExcitation
 from keras_resnest.layers.channel_attention import round_channels
 
@@ -120,7 +120,7 @@ class ResNet(Backbone):
 def _build_graph(graph, x, config):
     _check_config(config)
     if config["include_rescaling"]:
-        x = graph.rescale(x, caffe=config["caffe_stem"])
+        x = graph.rescale(x, *(CAFFE_RESCALING if config["caffe_stem"] else ()))
     x, stride = _stem(graph, x, config)
     stages = zip(
         config["stackwise_num_filters"],

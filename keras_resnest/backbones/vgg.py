@@ -4,6 +4,7 @@ import keras
 from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.graph import CAFFE_RESCALING
 from keras_resnest.layers import GroupedConv2D
 
 
@@ -67,7 +68,7 @@ def _build_graph(graph, x, config):
     _check_config(config)
     reduced = config["reduced_top"]
     if config["include_rescaling"]:
-        x = graph.rescale(x, caffe=reduced)
+        x = graph.rescale(x, *(CAFFE_RESCALING if reduced else ()))
     padding = "same" if reduced else "valid"
     pyramid_outputs = {}
     stages = zip(config["stackwise_num_filters"], config["stackwise_num_blocks"], strict=True)

@@ -386,6 +386,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
 
     def _prepare(self, x, y=None) -> tuple:
         """Returns checked `x` and `y` of a Keras method, in layouts that Keras reads."""
+        check_not_forked()  # the checks run TensorFlow too
         self._check_arrays(x)
         check_same_classes(x, self.class_names)
         if y is None and isinstance(x, dict):  # with which Keras would drop `sample_weight`
