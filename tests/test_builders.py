@@ -9,7 +9,7 @@ from keras_resnest.detection import builders
 from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.layers import AlignedConvolution, L2Normalization, TransferConnectionBlock
 
-DEEP = ("101", "plus_plus512_vgg16")  # minutes on two busy cores
+DEEP = ("101", "plus_plus")  # minutes on two busy cores
 NAMES = [  # the others for 512 pixels are the same networks
     pytest.param(n, marks=pytest.mark.slow) if any(d in n for d in DEEP) else n
     for n in sorted(builders.BUILDERS)
