@@ -83,6 +83,13 @@ ABLATIONS = {
     "second_stage": {
         "full": {},
         "without two-step regression": _stages(two_step_regression=False),
+        "ODM matched at IoU 0.6": {"loss": {"odm_matcher": kr.detection.BoxMatcher(0.6)}},
+        "ODM matched at IoU 0.7": {"loss": {"odm_matcher": kr.detection.BoxMatcher(0.7)}},
+        "ATSS": {"loss": {"matcher": kr.detection.ATSSMatcher()}},
+        "GIoU": {"loss": {"box_loss": "giou", "box_loss_weight": 2.0}},
+        "smooth L1 with a knee of 0.1": {"loss": {"smooth_l1_knee": 0.1}},
+        "predicted IoU": {"heads": {"predict_iou": True}},
+        "aligned": {"heads": {"use_alignment": True}},
         "averaged weights": {"recipe": {"ema_momentum": 0.99}},
     },
 }
