@@ -47,6 +47,16 @@ def check_part(name: str, value, kind: type):
     return value
 
 
+def check_parts(heads, detection_loss, decoder) -> tuple:
+    """The parts of a detector, checked against each other."""
+    heads = check_part("heads", heads, RefineDetHeads)
+    detection_loss = check_part("detection_loss", detection_loss, RefineDetLoss)
+    decoder = check_part("decoder", decoder, DetectionDecoder)
+    check_same_offsets(detection_loss, decoder)
+    check_alignment(heads, detection_loss)
+    return heads, detection_loss, decoder
+
+
 def check_weight_file(path: str, predict_iou: bool) -> None:
     """Keras ignores the weights of an output that the model lacks, and lists those that it has."""
     import h5py

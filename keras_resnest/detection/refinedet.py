@@ -32,11 +32,10 @@ from keras_resnest.checks import (
     value_errors,
 )
 from keras_resnest.detection.arguments import (
-    check_alignment,
     check_anchor_generator,
     check_channels_last,
     check_classes,
-    check_part,
+    check_parts,
     check_same_offsets,
     check_weight_file,
 )
@@ -127,11 +126,7 @@ class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
         image_shape = (*check_image_shape(image_shape, STRIDES[-1]), 3)
         bounding_box_format = check_box_format(bounding_box_format)
         anchor_generator = check_anchor_generator(anchor_generator)
-        heads = check_part("heads", heads, RefineDetHeads)
-        detection_loss = check_part("detection_loss", detection_loss, RefineDetLoss)
-        decoder = check_part("decoder", decoder, DetectionDecoder)
-        check_same_offsets(detection_loss, decoder)
-        check_alignment(heads, detection_loss)
+        heads, detection_loss, decoder = check_parts(heads, detection_loss, decoder)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         backbone = _backbone(backbone, dtype)
 
