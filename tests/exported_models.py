@@ -16,8 +16,10 @@ from keras_resnest.detection.decoding import DetectionDecoder
 
 # So few detections that random weights leave no near ties, and all lists end with padding.
 DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
-DIOU = DetectionDecoder(confidence_threshold=0.9, max_detections=40, suppression="diou")
-# Random weights that predict the IoU: here too without near ties, and the suppressions differ.
+DIOU = DetectionDecoder(
+    confidence_threshold=0.9, iou_threshold=0.1, max_detections=40, suppression="diou"
+)
+# Random weights that predict the IoU: here too without near ties.
 AWARE = {"confidence_threshold": 0.65, "iou_threshold": 0.1, "max_detections": 40}
 
 # kind: (name of the model, options of its export)
@@ -27,24 +29,20 @@ KINDS = {
     "bfloat16": ("detector", {"precision": "bfloat16"}),
     "relative": ("relative", {}),
     "aware": ("aware", {}),
-    "aligned": ("aligned", {}),
     "classifier": ("classifier", {"image_shape": (64, 64, 3)}),
 }
 BUILDERS = {
     "detector": lambda: small_detector(decoder=DECODER),
-    "relative": lambda: small_detector(
+    "relative": lambda: aligned_detector(
         (128, 64, 3), decoder=DIOU, bounding_box_format="rel_yxyx", class_names=None
     ),
-    "aware": lambda: aware_detector("soft"),
-    "aligned": lambda: aligned_detector(decoder=DECODER),
+    "aware": lambda: small_detector(
+        heads={"predict_iou": True},
+        decoder=DetectionDecoder(suppression="soft", class_agnostic=True, **AWARE),
+    ),
+    "aligned": lambda: aligned_detector(decoder=DIOU),
     "classifier": lambda: create_backbone("resnest14_tiny", include_top=True, classes=3),
 }
-
-
-def aware_detector(suppression):
-    """A detector that predicts the IoU and suppresses across classes."""
-    decoder = DetectionDecoder(suppression=suppression, class_agnostic=True, **AWARE)
-    return small_detector(heads={"predict_iou": True}, decoder=decoder)
 
 
 @functools.cache
@@ -54,7 +52,7 @@ def _build(name):
 
 
 def model_of(kind):
-    return _build(KINDS[kind][0])
+    return _build(KINDS[kind][0] if kind in KINDS else kind)
 
 
 @functools.cache

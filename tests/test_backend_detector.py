@@ -15,10 +15,7 @@ from exported_models import AWARE
 
 from keras_resnest.detection.decoding import DetectionDecoder
 
-DECODERS = {
-    "soft": {**AWARE, "suppression": "soft", "class_agnostic": True},
-    "diou": {**AWARE, "suppression": "diou", "alpha": 0.7},
-}
+DECODERS = {"soft": {**AWARE, "suppression": "soft", "class_agnostic": True, "alpha": 0.7}}
 PROGRAMS = Path(__file__).parent / "programs"
 SLOW = pytest.mark.slow
 

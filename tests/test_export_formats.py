@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles
-from exported_models import DECODER, aware_detector, model_of
+from exported_models import DECODER, model_of
 
 from keras_resnest.backbones import ResNet, create_backbone
 from keras_resnest.images import load_image, resize_image
@@ -132,7 +132,6 @@ def exported(request, tmp_path_factory, detector, classifier, open_classifier, p
         "classifier": (classifier, {"class_names": CLASS_NAMES}),
         "aligned": (model_of("aligned"), {}),
         "aware": (model_of("aware"), {}),
-        "aware_diou": (aware_detector("diou"), {}),
         "aware_raw": (model_of("aware"), {"decode": False}),
     }
     if request.param == "openvino":
@@ -191,16 +190,12 @@ def test_raw_outputs_decoded_by_numpy(exported, detector):
 
 def test_predicted_iou_and_other_suppressions(exported):
     """The graph, and numpy with the raw outputs, find what `predict` finds."""
-    soft, diou = model_of("aware"), aware_detector("diou")
+    soft = model_of("aware")
     want = soft.predict(random_images(), verbose=0)
     assert ((want["num_detections"] > 0) & (want["num_detections"] < MAX)).all()
     for name in ("aware", "aware_raw_decoded"):
         for got in exported.batches(name):
             assert_same_detections(got, want)
-    other = diou.predict(random_images(), verbose=0)
-    assert (other["num_detections"] > want["num_detections"]).all()
-    for got in exported.batches("aware_diou"):
-        assert_same_detections(got, other)
     raw = soft(random_images(), training=False)["odm_iou"]
     for got in exported.batches("aware_raw"):
         assert set(got) == {*RAW, "odm_iou"}

@@ -107,7 +107,7 @@ CALLS = ["float 3", "float 1", "uint8", "serve float", "serve uint8"]
     [
         *(("detector", call) for call in CALLS),
         *(("classifier", call) for call in CALLS),
-        *((kind, "float 3") for kind in ("relative", "aware", "aligned", "frozen")),
+        *((kind, "float 3") for kind in ("relative", "aware", "frozen")),
     ],
 )
 def test_tensors_give_what_predict_gives(answers, kind, call):
@@ -198,8 +198,8 @@ def test_standard_operations_only(facts, kind):
     """TensorFlow Serving knows them all, and none calls back into Python or requires XLA."""
     ops = set(facts[kind]["ops"])
     assert {"DecodeJpeg", "Conv2D"} <= ops
-    native = ("detector", "aligned", "frozen", "bfloat16")  # greedy, within classes
-    assert ("CombinedNonMaxSuppression" in ops) == (kind in native)
+    # Greedy suppression within classes is one operation.
+    assert ("CombinedNonMaxSuppression" in ops) == (kind in ("detector", "frozen", "bfloat16"))
     assert facts[kind]["not in TensorFlow"] == []
     assert not {"PyFunc", "EagerPyFunc", "PyFuncStateless", "NumpyFunc"} & ops
     assert not [a for a in facts[kind]["attributes"] if "Xla" in a]
