@@ -16,6 +16,7 @@ from detectors import CLASS_NAMES, rectangles
 from exported_models import DECODER, model_of
 
 from keras_resnest.backbones import ResNet, create_backbone
+from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.images import load_image, resize_image
 from keras_resnest.serving import NumpyDetectionDecoder, decoder_numpy, export_model
 
@@ -171,6 +172,15 @@ def test_detections(exported, name):
     assert ((want["num_detections"] > 0) & (want["num_detections"] < MAX)).all()
     for got in exported.batches(name):
         assert_same_detections(got, want)
+
+
+def test_the_aligned_detector_needs_its_suppression():
+    """With greedy suppression it finds less: an export without DIoU would be noticed."""
+    model = model_of("aligned")
+    greedy = DetectionDecoder(**{**model.decoder.get_config(), "suppression": "greedy"})
+    outputs = model(random_images(), training=False)
+    fewer = np.array(greedy(outputs, model.anchors, SHAPE)["num_detections"])
+    assert (fewer < model.predict(random_images(), verbose=0)["num_detections"]).any()
 
 
 def test_raw_outputs(exported, detector):
