@@ -38,7 +38,7 @@ BUILDERS = {
     ),
     "aware": lambda: small_detector(
         heads={"predict_iou": True},
-        decoder=DetectionDecoder(suppression="soft", class_agnostic=True, **AWARE),
+        decoder=DetectionDecoder(suppression="soft", class_agnostic=True, voting_iou=0.6, **AWARE),
     ),
     "aligned": lambda: aligned_detector(decoder=DIOU),
     "classifier": lambda: create_backbone("resnest14_tiny", include_top=True, classes=3),

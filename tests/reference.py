@@ -122,6 +122,16 @@ def soften(
     return chosen, confidence
 
 
+def vote(boxes, confidence, voting_iou):
+    """The mean of each box's neighbors, weighted by confidence (arXiv 1505.01749, section 5)."""
+    overlaps, placed = iou(boxes, boxes), np.array(boxes, "float64")
+    for i in range(len(boxes)):
+        voters = [j for j in range(len(boxes)) if overlaps[i, j] >= voting_iou]
+        if voters:  # a box without area does not overlap itself
+            placed[i] = np.average(boxes[voters], axis=0, weights=confidence[voters])
+    return placed
+
+
 def decode_detections(
     outputs,
     anchors,
@@ -133,6 +143,7 @@ def decode_detections(
     suppression="greedy",
     class_agnostic=False,
     alpha=0.5,
+    voting_iou=None,
 ):
     """Detections of one image: rows of (confidence, label, box), most confident first.
 
@@ -157,7 +168,8 @@ def decode_detections(
         else:
             kept, final = suppress(*rows, iou_threshold, suppression), column[order]
         labels = best[order] if class_agnostic else np.full(len(order), label)
-        detections += [(final[i], labels[i], boxes[order[i]].tolist()) for i in kept]
+        placed = vote(*rows[:2], voting_iou) if voting_iou is not None else rows[0]
+        detections += [(final[i], labels[i], placed[i].tolist()) for i in kept]
     return sorted(detections, reverse=True)[:max_detections]
 
 

@@ -15,7 +15,15 @@ from exported_models import AWARE
 
 from keras_resnest.detection.decoding import DetectionDecoder
 
-DECODERS = {"soft": {**AWARE, "suppression": "soft", "class_agnostic": True, "alpha": 0.7}}
+DECODERS = {
+    "soft": {
+        **AWARE,
+        "suppression": "soft",
+        "class_agnostic": True,
+        "alpha": 0.7,
+        "voting_iou": 0.6,
+    }
+}
 PROGRAMS = Path(__file__).parent / "programs"
 SLOW = pytest.mark.slow
 

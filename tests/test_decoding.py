@@ -44,6 +44,9 @@ def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0, i
         {"class_agnostic": True, "suppression": "soft", "alpha": 0.3, "pre_nms_top_k": 40},
         {"alpha": 0.3},
         {"alpha": 1.0},
+        {"voting_iou": 0.6},
+        {"voting_iou": 0.3, "suppression": "soft", "max_detections": 30},
+        {"voting_iou": 0.5, "class_agnostic": True, "max_detections": 900},
     ],
     ids=str,
 )

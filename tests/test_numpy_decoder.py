@@ -101,6 +101,8 @@ def test_constants_and_defaults_are_those_of_the_package():
         {"suppression": "soft", "class_agnostic": True, "confidence_threshold": 0.2},
         {"class_agnostic": True, "alpha": 0.3},
         {"suppression": "diou", "iou_threshold": 0.0, "alpha": 1.0},
+        {"voting_iou": 0.6, "max_detections": 30},
+        {"voting_iou": 0.4, "class_agnostic": True, "suppression": "soft"},
     ],
     ids=str,
 )

@@ -33,6 +33,7 @@ def suppress_batch(
     portable: bool = False,
     suppression: str = "greedy",
     class_agnostic: bool = False,
+    voting_iou: float | None = None,
 ):
     """Applies NMS to each class of each image of a batch.
 
@@ -48,6 +49,7 @@ def suppress_batch(
             TensorFlow's NMS operation. The results are equal.
         suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`.
         class_agnostic: whether each box keeps only its best class, and all classes count as one.
+        voting_iou: lowest IoU of the boxes that vote, or None, see `DetectionDecoder`.
 
     Returns:
         Boxes `(batch, max_detections, 4)`, confidence and int32 labels
@@ -57,26 +59,52 @@ def suppress_batch(
     k = min(pre_nms_top_k, confidence.shape[1])
     thresholds = confidence_threshold, iou_threshold
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    if on_tensorflow and suppression == "greedy" and not (portable or class_agnostic):
-        (boxes,), confidence = _top_k_per_class([boxes], confidence, k)
-        return _suppress_native(boxes, confidence, *thresholds, max_detections)
-    if on_tensorflow:
+    native = on_tensorflow and suppression == "greedy" and not (portable or class_agnostic)
+    if on_tensorflow and not native:
         boxes, confidence = _drop_other_anchors(boxes, confidence, confidence_threshold, k)
     rows = [boxes]
     if class_agnostic:
         confidence, labels = ops.top_k(confidence, 1)  # (B, A, 1)
         rows.append(ops.cast(labels, "int32"))
     rows, confidence = _top_k_per_class(rows, confidence, k)
-    if suppression == "soft":
-        lower = functools.partial(_lower_neighbors, rows[0], *thresholds, max_detections)
+    if native:
+        found = _suppress_native(rows[0], confidence, *thresholds, max_detections)
     else:
-        overlap = pairwise_diou if suppression == "diou" else pairwise_iou
-        lower = functools.partial(_drop_neighbors, rows[0], *thresholds, overlap)
-    if on_tensorflow and not portable:
-        confidence = _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections)
-    else:
-        confidence = lower(confidence)
-    return _most_confident(rows, confidence, confidence_threshold, max_detections)
+        if suppression == "soft":
+            lower = functools.partial(_lower_neighbors, rows[0], *thresholds, max_detections)
+        else:
+            overlap = pairwise_diou if suppression == "diou" else pairwise_iou
+            lower = functools.partial(_drop_neighbors, rows[0], *thresholds, overlap)
+        if on_tensorflow and not portable:
+            lowered = _lower_in_two_steps(lower, confidence, confidence_threshold, max_detections)
+        else:
+            lowered = lower(confidence)
+        found = _most_confident(rows, lowered, confidence_threshold, max_detections)
+    if voting_iou is None:
+        return found
+    kept, *others = found
+    group = ops.zeros_like(others[1]) if class_agnostic else others[1]
+    voters = rows[0], ops.where(confidence > confidence_threshold, confidence, 0.0)
+    return _vote(kept, group, *voters, voting_iou), *others
+
+
+def _vote(kept, group, boxes, confidence, voting_iou: float):
+    """As `vote_boxes`: `kept` (B, n, 4) of the classes `group` (B, n), voters (B, C, k, 4)."""
+    num_classes, k = confidence.shape[1:]
+    first = num_classes * ops.arange(ops.shape(kept)[0], dtype="int32")[:, None]
+    group = ops.reshape(group + first, (-1,))  # (B * n,)
+    # Rows are taken whole: gathering single boxes is slow.
+    boxes = ops.take(ops.reshape(boxes, (-1, k * 4)), group, axis=0)
+    boxes = ops.reshape(boxes, (-1, k, 4))
+    confidence = ops.take(ops.reshape(confidence, (-1, k)), group, axis=0)
+    single = ops.reshape(kept, (-1, 1, 4))
+    near = pairwise_iou(single, boxes)[:, 0] >= voting_iou  # (B * n, k)
+    weights = ops.where(near, confidence, 0.0)[:, None]
+    total = ops.sum(weights, axis=2, keepdims=True)
+    # A diverged box has no weight, and must not enter as 0 * inf.
+    mean = ops.matmul(weights, ops.where(near[..., None], boxes, 0.0))
+    voted = ops.where(total > 0.0, mean / ops.where(total > 0.0, total, 1.0), single)
+    return ops.reshape(voted, ops.shape(kept))
 
 
 def _drop_other_anchors(boxes, confidence, confidence_threshold, k: int):
@@ -101,7 +129,7 @@ def _top_k_per_class(rows, confidence, k: int):
     return [ops.reshape(x, (-1, num_classes, k, x.shape[-1])) for x in chosen], values
 
 
-def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections):
+def _suppress_native(boxes, confidence, confidence_threshold, iou_threshold, max_detections: int):
     """Uses TensorFlow's batched NMS: fast, and part of every TensorFlow Serving."""
     import tensorflow as tf
 

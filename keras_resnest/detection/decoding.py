@@ -38,6 +38,9 @@ class DetectionDecoder(Configurable):
             so that an object is found once.
         alpha: exponent, 0 to 1, of the class probability p where the network predicts the IoU of
             its boxes: the confidence is `p**alpha * iou**(1 - alpha)`.
+        voting_iou: if not None, each box that remains moves to the mean, weighted by confidence, of
+            all candidates of its class whose IoU with it is at least this ("box voting"). Boxes
+            are placed better.
 
     Raises:
         ValueError: if a threshold or `alpha` is not in [0, 1], a count is not a positive integer,
@@ -51,7 +54,8 @@ class DetectionDecoder(Configurable):
 
     Source: RefineDet (arXiv 1711.06897) section 3.4, "Inference". The defaults of
     `pre_nms_top_k` and `max_detections` are the paper's; the authors' code has 1000 and 500.
-    DIoU: arXiv 1911.08287 section 3.4; soft: arXiv 1704.04503; `alpha`: arXiv 1912.05992 eq. 7.
+    DIoU: arXiv 1911.08287 section 3.4; soft: arXiv 1704.04503; `alpha`: arXiv 1912.05992 eq. 7;
+    voting: arXiv 1505.01749 section 5.
     """
 
     def __init__(
@@ -68,9 +72,11 @@ class DetectionDecoder(Configurable):
         suppression: str = "greedy",
         class_agnostic: bool = False,
         alpha: float = 0.5,
+        voting_iou: float | None = None,
     ):
         check_fractions(
             alpha=alpha,
+            voting_iou=voting_iou or 0.0,
             objectness_threshold=objectness_threshold,
             confidence_threshold=confidence_threshold,
             iou_threshold=iou_threshold,
@@ -88,6 +94,7 @@ class DetectionDecoder(Configurable):
         self.suppression = check_suppression(suppression)
         self.class_agnostic = bool(class_agnostic)
         self.alpha = float(alpha)
+        self.voting_iou = None if voting_iou is None else float(voting_iou)
 
     def __call__(
         self,
@@ -123,6 +130,7 @@ class DetectionDecoder(Configurable):
             portable,
             self.suppression,
             self.class_agnostic,
+            self.voting_iou,
         )
         height, width = image_shape[:2]
         if self.clip_to_image:

@@ -336,8 +336,13 @@ class MultiScaleDetector(Configurable):
         merged = {name: values[kept] for name, values in rows.items()}
         merged["confidence"] = confidence[kept].astype("float32")
         if self.voting_iou is not None:
+            labels = rows["labels"]
+            group = np.minimum(labels, 0) if decoder.class_agnostic else labels
             merged["boxes"] = vote_boxes(
-                merged["boxes"], merged["labels"], **rows, voting_iou=self.voting_iou
+                merged["boxes"],
+                group[kept],
+                **{**rows, "labels": group},
+                voting_iou=self.voting_iou,
             )
         return merged
 

@@ -61,6 +61,8 @@ class NumpyDetectionDecoder:
         class_agnostic: whether each box keeps only its best class, and all classes count as one.
         alpha: exponent, 0 to 1, of the class probability p where there is an output `"odm_iou"`:
             the confidence is `p**alpha * iou**(1 - alpha)`.
+        voting_iou: if not None, each box that remains moves to the mean, weighted by confidence, of
+            all boxes of its class that entered suppression and whose IoU with it is at least this.
 
     Raises:
         ValueError: if an argument is out of range or has a wrong shape.
@@ -93,6 +95,7 @@ class NumpyDetectionDecoder:
         suppression="greedy",
         class_agnostic=False,
         alpha=0.5,
+        voting_iou=None,
     ):
         if np.shape(variances) != (2,):
             raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
@@ -118,6 +121,9 @@ class NumpyDetectionDecoder:
         self.suppression = suppression
         self.class_agnostic = bool(class_agnostic)
         self.alpha = _check_fraction("alpha", alpha)
+        self.voting_iou = voting_iou
+        if voting_iou is not None:
+            self.voting_iou = _check_fraction("voting_iou", voting_iou)
 
     @classmethod
     def from_files(cls, path):
@@ -229,20 +235,22 @@ class NumpyDetectionDecoder:
         found = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
         for label, values in enumerate(confidence):
-            # Only boxes above the last of `max_detections` others can remain.
+            # Only boxes above the last of `max_detections` others can remain, but others vote.
             floor = best[0] if len(best) == self.max_detections else self.confidence_threshold
-            rows = self._most_confident(values, floor)
-            values = values[rows]
+            lowest = floor if self.voting_iou is None else self.confidence_threshold
+            rows = self._most_confident(values, lowest)
+            chosen, values = boxes[rows], values[rows]
             if len(rows):
-                kept, values = self._suppress(boxes[rows], values, floor)
-                rows = rows[kept]
+                kept, lowered = self._suppress(chosen, values, floor)
+                rows, chosen = rows[kept], self._vote(chosen, values, kept)
+                values = lowered
                 best = np.sort(np.concatenate([best, values]))[-self.max_detections :]
             labels = np.full(len(rows), label, np.int32) if classes is None else classes[rows]
-            found.append((rows, values, labels))
-        rows, confidence, labels = (np.concatenate([f[i] for f in found]) for i in range(3))
+            found.append((chosen, values, labels))
+        boxes, confidence, labels = (np.concatenate([f[i] for f in found]) for i in range(3))
         order = np.argsort(-confidence, kind="stable")[: self.max_detections]
         return {
-            "boxes": self._format(boxes[rows[order]]),
+            "boxes": self._format(boxes[order]),
             "confidence": confidence[order],
             "labels": labels[order],
         }
@@ -286,6 +294,15 @@ class NumpyDetectionDecoder:
         overlap = _pairwise_diou if self.suppression == "diou" else _pairwise_iou
         kept = _suppress(boxes, *limits, overlap)
         return kept, confidence[kept]
+
+    def _vote(self, boxes, confidence, kept):
+        """Returns the kept boxes, or the mean of each with its neighbors."""
+        if self.voting_iou is None:
+            return boxes[kept]
+        iou = _pairwise_iou(boxes[kept], boxes)
+        weights = np.where(iou >= self.voting_iou, confidence, np.float32(0.0))
+        total = weights.sum(axis=1, keepdims=True)
+        return np.where(total > 0, weights @ boxes / np.where(total > 0, total, 1), boxes[kept])
 
     def _format(self, boxes):
         """Clips `"xyxy"` boxes (n, 4) and converts them to `bounding_box_format`."""
