@@ -192,11 +192,16 @@ OBJECTS = np.array([[[10, 5, 40, 45], [60, 3, 110, 60]], [[20, 20, 60, 50], [0, 
 CLASSES_OF_OBJECTS = np.array([[0, 2], [1, -1]], "i4")
 
 
-def test_stages_by_hand():
+@pytest.mark.parametrize("joint", [False, True])
+def test_stages_by_hand(joint):
     """Matchers and box losses of their own, and the loss of the predicted IoU."""
     outputs = random_outputs(3, SCENE)
     loss = RefineDetLoss(
-        odm_matcher=BoxMatcher(0.6), box_loss="giou", odm_box_loss="smooth_l1", box_loss_weight=2.0
+        odm_matcher=BoxMatcher(0.6),
+        box_loss="giou",
+        odm_box_loss="smooth_l1",
+        box_loss_weight=2.0,
+        joint_regression=joint,
     )
     got = {k: float(v) for k, v in loss(outputs, OBJECTS, CLASSES_OF_OBJECTS, SCENE).items()}
     assert len(got) == 5
@@ -207,14 +212,16 @@ def test_stages_by_hand():
         final = reference.decode(outputs["odm_boxes"][i], refined)
         valid = CLASSES_OF_OBJECTS[i] >= 0
         arm = reference.match(reference.iou(OBJECTS[i], SCENE), valid, 0.5)
-        odm = reference.match(reference.iou(OBJECTS[i], refined), valid, 0.6)
+        start = SCENE if joint else refined
+        odm = reference.match(reference.iou(OBJECTS[i], start), valid, 0.6)
         for a in np.flatnonzero(arm >= 0):
             box = OBJECTS[i, arm[a]]
             sums["arm_box"] += 2 * (1 - generalized_iou_by_hand(refined[a], box))
             count["arm"] += 1
         for a in np.flatnonzero(odm >= 0):
             box = OBJECTS[i, odm[a]]
-            error = np.abs(reference.encode(box, refined[a]) - outputs["odm_boxes"][i, a])
+            wanted, found = (reference.encode(b, start[a]) for b in (box, final[a]))
+            error = np.abs(wanted - found)
             sums["odm_box"] += 2 * np.where(error < 1, error**2 / 2, error - 0.5).sum()
             p, iou = 1 / (1 + np.exp(-outputs["odm_iou"][i, a, 0])), reference.iou(final[a], box)
             sums["odm_iou"] -= float(iou[0, 0] * np.log(p) + (1 - iou[0, 0]) * np.log(1 - p))
@@ -233,6 +240,8 @@ def generalized_iou_by_hand(a, b):
 LOSSES = {
     "smooth_l1": {},
     "giou": {"box_loss": "giou"},
+    "joint": {"joint_regression": True},
+    "joint_giou": {"joint_regression": True, "box_loss": "giou"},
     "atss": {
         "matcher": ATSSMatcher(),
         "odm_matcher": BoxMatcher(0.7),

@@ -31,8 +31,8 @@ class RefineDetLoss(Configurable):
     Each stage has a box loss on its positive anchors and a cross entropy on positives and mined
     negatives, both divided by its positives in the global batch. The ARM separates objects from
     background on the regular anchors; the ODM learns classes and offsets on the anchors that the
-    ARM has refined. No gradient flows through the refined anchors. If the ODM predicts the IoU of
-    its boxes, the binary cross entropy of the positives is a fifth loss.
+    ARM has refined, through which no gradient flows (but see `joint_regression`). If the ODM
+    predicts the IoU of its boxes, the binary cross entropy of the positives is a fifth loss.
 
     An image of weight 2 counts as two images: its losses and its positives count twice.
 
@@ -49,6 +49,9 @@ class RefineDetLoss(Configurable):
         negative_anchor_filtering: whether `objectness_threshold` applies (table 3 of the paper).
         two_step_regression: whether the ODM starts from the refined anchors, or from the regular
             ones (table 3). `DetectionDecoder` must have the same.
+        joint_regression: whether the ODM's losses see both steps as one, from the regular anchors,
+            so that both learn the final box. In the paper the ODM is matched anew, on refined
+            anchors that move while it learns.
         variances: scale of center offsets and of log sizes, see `encode_boxes`.
 
     Raises:
@@ -77,6 +80,7 @@ class RefineDetLoss(Configurable):
         odm_box_loss: str | None = None,
         box_loss_weight: float = 1.0,
         smooth_l1_knee: float = 1.0,
+        joint_regression: bool = False,
     ):
         for name, value in (("box_loss", box_loss), ("odm_box_loss", odm_box_loss or box_loss)):
             if value not in BOX_LOSSES:
@@ -98,6 +102,7 @@ class RefineDetLoss(Configurable):
         self.objectness_threshold = float(objectness_threshold)
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
+        self.joint_regression = bool(joint_regression)
         self.variances = check_variances(variances)
         self.odm_matcher = odm_matcher
         self.box_loss, self.odm_box_loss = box_loss, odm_box_loss
@@ -130,16 +135,22 @@ class RefineDetLoss(Configurable):
             *(outputs["arm_boxes"], outputs["arm_objectness"]),
             *(self.matcher, self.box_loss),
         )
+        offsets = outputs["odm_boxes"]
         if self.two_step_regression:
             refined = decode_boxes(outputs["arm_boxes"], anchors, self.variances)  # (B, A, 4)
-            anchors = ops.stop_gradient(refined)
+            if self.joint_regression:
+                found = decode_boxes(offsets, refined, self.variances)
+                found = ops.clip(found, -MAX_PIXEL, MAX_PIXEL)
+                offsets = encode_boxes(found, anchors, self.variances)
+            else:
+                anchors = ops.stop_gradient(refined)
         minable = None
         if self.negative_anchor_filtering:
             objectness = ops.softmax(ops.stop_gradient(outputs["arm_objectness"]), axis=-1)[..., 1]
             minable = objectness > self.objectness_threshold
         odm = self._stage(
             *(boxes, labels, anchors, level_sizes),
-            *(outputs["odm_boxes"], outputs["odm_logits"]),
+            *(offsets, outputs["odm_logits"]),
             *(self.odm_matcher or self.matcher, self.odm_box_loss or self.box_loss),
             negative_mask=minable,
             iou_logits=outputs.get("odm_iou"),
