@@ -136,7 +136,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 def read_data(arguments):
     """Training set and measured set."""
     if arguments.data == "shapes":
-        size, first = arguments.image_size, f"[:{arguments.max_images or ''}]"
+        size, count = arguments.image_size, arguments.max_images
+        first = f"[:{count}]" if count else ""
         splits = ("train", arguments.split)
         return tuple(kr.data.read_shapes(split + first, size=size) for split in splits)
     train = kr.data.read_voc(arguments.data, "train")
