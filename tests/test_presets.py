@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_only_objects_of_the_package_are_made(preset, stranger, place):
     assert "Presets hold objects of keras_resnest" in refusal(preset)
 
 
+@keras.saving.register_keras_serializable("strangers")
+def executed(x):
+    raise AssertionError("executed")
+
+
+def test_names_of_functions_that_a_user_has_registered_are_no_data(tmp_path):
+    kr.backbones.ShuffleNet(**SHUFFLENET).save_to_preset(tmp_path)
+    config = read(tmp_path)
+    config["config"]["classifier_activation"] = "strangers>executed"
+    change(tmp_path, "config.json", config)
+    assert "Received: strangers>executed" in refusal(tmp_path, kr.backbones.Backbone)
+
+
 def test_how_a_model_is_compiled_is_not_obeyed(preset):
     config = read(preset)
     config["compile_config"] = config["config"]["backbone"]["compile_config"] = {"optimizer": 5}
@@ -288,9 +302,14 @@ def test_files_that_are_no_preset_stay(model, tmp_path, preset):
 
 def test_a_failing_save_leaves_the_older_preset(model, preset, monkeypatch):
     before = {name: (preset / name).read_bytes() for name in FILES}
-    monkeypatch.setattr(model, "class_names", ["a", object(), "c"])
-    with pytest.raises(TypeError):
-        model.save_to_preset(preset)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(model, "class_names", ["a", "b", "c"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # too little for the weights
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            model.save_to_preset(preset)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {name: (preset / name).read_bytes() for name in os.listdir(preset)} == before
 
 

@@ -43,7 +43,7 @@ def model_card(model, license: str, sha256: str, result: dict) -> str:
     options = options if isinstance(options, dict) and "data" in options else {}
     names = getattr(model, "class_names", None) or result.get("class_names")
     rows = {
-        "classes": ", ".join(names) if names else None,
+        "classes": ", ".join(map(str, names)) if names else None,
         "image shape": model.image_shape,
         "data": _without_folders(options.get("data", result.get("data"))),
         **dict(_figures(result)),

@@ -36,7 +36,9 @@ FORMAT = 1  # of the files; older versions of the package refuse presets with a 
 CONFIG, METADATA, CARD = "config.json", "metadata.json", "README.md"
 _DATA_FILES = (METADATA, CONFIG, HUB_FILE)
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
+_OWN = "keras_resnest>"  # begins the names under which our classes are registered
 _KERAS_MODULES = ("keras.initializers", "keras.regularizers", "keras.constraints")
+_RULE = "Presets hold objects of keras_resnest and initializers, regularizers, constraints of Keras"
 
 
 class SharedAsPreset:
@@ -214,25 +216,26 @@ def _data_alone(config):
     """A part of a config without how it was compiled; raises ValueError for foreign objects."""
     if isinstance(config, list | tuple):
         return [_data_alone(value) for value in config]
-    if not isinstance(config, dict):
-        return config
-    if "class_name" in config:
-        module, name, registered = (
-            config.get(key) for key in ("module", "class_name", "registered_name")
-        )
-        if registered is None:
-            known = module in _KERAS_MODULES or (module, name) == ("keras", "DTypePolicy")
-        else:
-            cls = keras.saving.get_registered_object(registered)
-            known = getattr(cls, "__name__", None) == name
-            known = known and registered.startswith("keras_resnest>")
-        if not known:
-            raise ValueError(
-                "Presets hold objects of keras_resnest, and initializers, regularizers and "
-                f"constraints of Keras. Received: {registered or f'{module}.{name}'}"
-            )
-    skipped = ("build_config", "compile_config")
-    return {key: _data_alone(value) for key, value in config.items() if key not in skipped}
+    if isinstance(config, dict):
+        if "class_name" in config:
+            _check_object(config)
+        skipped = ("build_config", "compile_config")
+        return {key: _data_alone(value) for key, value in config.items() if key not in skipped}
+    is_name = isinstance(config, str) and keras.saving.get_registered_object(config) is not None
+    if is_name and not config.startswith(_OWN):  # Keras would put the object in place of its name
+        raise ValueError(f"{_RULE}. Received: {config}")
+    return config
+
+
+def _check_object(config: dict) -> None:
+    module, name, registered = map(config.get, ("module", "class_name", "registered_name"))
+    if registered is None:
+        known = module in _KERAS_MODULES or (module, name) == ("keras", "DTypePolicy")
+    else:
+        cls = keras.saving.get_registered_object(registered)
+        known = registered.startswith(_OWN) and getattr(cls, "__name__", None) == name
+    if not known:
+        raise ValueError(f"{_RULE}. Received: {registered or f'{module}.{name}'}")
 
 
 # === Writing ===
