@@ -20,6 +20,7 @@ from keras_resnest.backbones import (
     create_backbone,
     list_models,
 )
+from keras_resnest.backbones.presets import upload_preset
 from keras_resnest.detection import builders
 from keras_resnest.detection.refinedet import RefineDet
 from keras_resnest.training import callbacks, recipes
@@ -46,5 +47,6 @@ __all__ = [
     "recipes",
     "serving",
     "training",
+    "upload_preset",
     "visualization",
 ]

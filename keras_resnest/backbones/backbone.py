@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
+from keras_resnest.backbones.presets import SharedAsPreset
 from keras_resnest.checks import reading_config
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.trainer import DistributedTraining
@@ -13,7 +14,7 @@ from keras_resnest.trainer import DistributedTraining
 NOT_IN_CONFIG = ("self", "dtype", "kwargs", "__class__")
 
 
-class Backbone(KeepsLayerChanges, DistributedTraining, keras.Model):
+class Backbone(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Model):
     """Functional model with named feature maps.
 
     With `include_top` it returns class probabilities (batch, classes), otherwise features.

@@ -30,7 +30,7 @@ from keras_resnest.cli.common import (
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
-    add("--model", default="resnest50", help="network or .keras file; default: %(default)s")
+    add("--model", default="resnest50", help="network, .keras file or preset; default: %(default)s")
     add_model_arguments(parser)
     add("--classes", "--classes-file", type=Path, help="text file with one class name per line")
     add("--top", type=positive(), default=5, help="classes per image; default: %(default)s")

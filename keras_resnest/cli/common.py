@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import keras_resnest as kr
 from keras_resnest.atomic import naming_path
+from keras_resnest.backbones.presets import is_preset, load_preset
 from keras_resnest.backbones.weights.fetching import check_finite_weights
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
@@ -71,7 +72,7 @@ def fraction(text: str) -> float:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a model given as a .keras file or as the name of a classifier."""
+    """Adds the options of a model given as a .keras file, preset or name of a classifier."""
     parser.add_argument("--weights", help="tag or file for a named network; default: imagenet")
     parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
 
@@ -142,8 +143,8 @@ class Crop(NamedTuple):
 
 
 def load_model(name: str, weights: str | None = None, classes: int | None = None):
-    """Loads a .keras file, or creates the classifier with this name."""
-    if name.endswith(".keras"):
+    """Loads a .keras file or a preset, or creates the classifier with this name."""
+    if is_saved_model(name):
         if weights is not None:
             raise ValueError(f"--weights is for a named network; {name} has its own")
         return load_keras_file(name)
@@ -152,9 +153,17 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
     return kr.create_backbone(name, include_top=True, weights=weights, **options)
 
 
+def is_saved_model(name: str) -> bool:
+    """Whether a model is a .keras file or a preset, not the name of a network."""
+    return name.endswith(".keras") or is_preset(name)
+
+
 def load_keras_file(path: str):
+    """Loads a .keras file, or a preset: its folder or hf://user/name."""
     import keras
 
+    if is_preset(path):
+        return load_preset(path, keras.Model)
     if not Path(path).exists():
         raise ValueError(f"no such model: {path}")
     with reporting_unusable_model(path):

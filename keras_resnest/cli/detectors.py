@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_resnest as kr
+from keras_resnest.backbones.presets import is_preset
 from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.cli.common import Failure, load_keras_file, reporting_unusable_model
 from keras_resnest.images import read_image_info
@@ -32,9 +33,9 @@ MAX_COORDINATE = 2**24  # pixels; no image is so large, and Pillow draws nothing
 
 
 def load_detector(arguments):
-    """Returns the detector for a .keras file, a SavedModel folder or a server URL."""
+    """Returns the detector for a .keras file, a preset, a SavedModel folder or a server URL."""
     name, signature = arguments.model, arguments.signature
-    if "://" in name:
+    if "://" in name and not is_preset(name):
         is_kserve = arguments.protocol == "kserve"
         if is_kserve and (arguments.grpc or signature == "serve_bytes"):
             raise ValueError("--protocol kserve: without --grpc and --signature serve_bytes")
@@ -45,7 +46,7 @@ def load_detector(arguments):
         names = arguments.class_names and arguments.class_names.read_text("utf-8").splitlines()
         box_format = arguments.box_format or "xyxy"
         return ServedDetector(server, signature, box_format, names)
-    if not Path(name).is_dir():
+    if is_preset(name) or not Path(name).is_dir():
         if signature:
             raise ValueError("--signature: only for SavedModels and servers")
         return keras_detector(name)

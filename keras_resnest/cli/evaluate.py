@@ -4,6 +4,8 @@
     keras-resnest evaluate resnest50 imagenet/val
     keras-resnest evaluate resnet50 tfds:imagenet_v2 --split test --limit 1000
 
+A preset is a folder of `save_to_preset`, or hf://user/name.
+
 For a detector: average precision per class, the COCO metrics, precision-recall curves, and plots of
 detections in the first images and in those with the lowest precision. DATA is as for `train`.
 
@@ -30,6 +32,7 @@ from keras_resnest.cli.common import (
     add_reading_arguments,
     check_output,
     find_crop,
+    is_saved_model,
     load_model,
     positive,
     published_weights,
@@ -46,7 +49,7 @@ NUM_EXAMPLES = 6  # images per plot
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
+    add("model", metavar="MODEL", help=".keras file, preset, or name of a classification network")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     text = "default: test or val, else all images; validation for TFDS classifiers"
     add("--split", help=text)
@@ -62,7 +65,7 @@ def add_arguments(parser, argv) -> None:
 def run(arguments) -> int:
     check_output(arguments.output)
     # Unusable data is reported before the weights of a named network are downloaded.
-    dataset = None if arguments.model.endswith(".keras") else read_classification(arguments)
+    dataset = None if is_saved_model(arguments.model) else read_classification(arguments)
     model = load_model(arguments.model, arguments.weights)
     if isinstance(model, kr.RefineDet):
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
@@ -161,7 +164,7 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     with value_errors(batches):
         count, first, five = count_hits(model, batches)
     name, published = arguments.model, published_figure(arguments.model, arguments.weights)
-    if not name.endswith(".keras"):
+    if not is_saved_model(name):
         name += f", weights {arguments.weights or 'imagenet'}"
     print(f"{name}, {count} images at {crop.size} pixels")
     print(f"top-1 {first / count:.2%}, top-5 {five / count:.2%}\npublished top-1: {published}")

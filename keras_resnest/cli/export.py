@@ -5,6 +5,8 @@
     keras-resnest export detector.keras detector.tflite --precision int8 --raw --images photos/
     keras-resnest export resnest50 serving/resnest50/1
 
+A preset is a folder of `save_to_preset`, or hf://user/name.
+
 The suffix of TARGET determines the format: .onnx, .xml (OpenVINO), .tflite (LiteRT); otherwise a
 SavedModel for TensorFlow Serving is written.
 """
@@ -30,7 +32,7 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert"}
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=".keras file, or the name of a classification network")
+    add("model", metavar="MODEL", help=".keras file, preset, or name of a classification network")
     add("target", metavar="TARGET", type=Path, help="file or folder to write")
     add("--format", choices=("tf_saved_model", *FORMATS.values()), help="default: see above")
     add("--precision", default="float32", help="bfloat16, float16, int8; default: %(default)s")

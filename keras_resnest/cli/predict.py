@@ -6,10 +6,10 @@
     keras-resnest predict http://localhost:8501 photos/ --grpc localhost:8500
     keras-resnest predict http://localhost:8000 photos/ --protocol kserve
 
-MODEL is a .keras file, an exported SavedModel folder, or the URL of the REST interface of
-TensorFlow Serving or, with --protocol kserve, of Triton or OpenVINO Model Server. For each image,
-the command prints a line and writes a PNG with the boxes. EXIF orientation is applied: boxes refer
-to the upright image.
+MODEL is a .keras file, a preset (a folder or hf://user/name), an exported SavedModel folder, or the
+URL of the REST interface of TensorFlow Serving or, with --protocol kserve, of Triton or OpenVINO
+Model Server. For each image, the command prints a line and writes a PNG with the boxes. EXIF
+orientation is applied: boxes refer to the upright image.
 
 detections.json   [{"file", "width", "height", "detections": [
                      {"box": [x1, y1, x2, y2], "label", "class_name", "confidence"}]}]
@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from keras_resnest.atomic import atomic_file
+from keras_resnest.backbones.presets import is_preset
 from keras_resnest.cli.common import (
     Failure,
     check_output,
@@ -45,7 +46,7 @@ SERVER_OPTIONS = ("name", "protocol", "grpc", "class_names", "box_format")
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=".keras file, SavedModel folder, or URL of a server")
+    add("model", metavar="MODEL", help=".keras file, preset, SavedModel folder, or URL of a server")
     add("images", metavar="IMAGE", nargs="+", help="file, folder or pattern")
     add("--confidence", type=fraction, default=0.3, help="lowest to report; default: %(default)s")
     add("--batch-size", type=positive(), default=8, help="images at a time; default: %(default)s")
@@ -65,10 +66,9 @@ def add_arguments(parser, argv) -> None:
 
 def run(arguments) -> int:
     check_output(arguments.output)
-    is_server = "://" in arguments.model
-    if not is_server:
+    if is_preset(arguments.model) or "://" not in arguments.model:
         refuse_options(arguments, SERVER_OPTIONS, "for servers")
-        if not Path(arguments.model).exists():
+        if not (is_preset(arguments.model) or Path(arguments.model).exists()):
             raise ValueError(f"no such model: {arguments.model}")
     paths = collect_images(arguments.images)
     detect = load_detector(arguments)

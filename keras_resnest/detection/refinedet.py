@@ -13,6 +13,7 @@ from keras import layers, ops
 
 from keras_resnest.backbones import create_backbone
 from keras_resnest.backbones.backbone import Backbone
+from keras_resnest.backbones.presets import SharedAsPreset
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
@@ -59,7 +60,7 @@ INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detecto
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
-class RefineDet(KeepsLayerChanges, DistributedTraining, keras.Model):
+class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 
     The Anchor Refinement Module (ARM) finds anchors with objects and moves them; Transfer

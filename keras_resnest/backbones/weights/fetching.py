@@ -77,7 +77,7 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     try:
         state_dict = read_state_dict(path)
     except ValueError:
-        _remove_from_cache(path)
+        remove_from_cache(path)
         raise
     load_arrays_of_file(model, state_dict, path, ignore)
 
@@ -305,12 +305,17 @@ def _classes(model):
 def _fetch(published: PretrainedWeights, variant):
     """Returns the path of the cached file after checking its checksum."""
     fetch = _fetch_from_hub if published.on_hub else _fetch_from_url
-    path, expected = fetch(published, variant)
+    try:
+        path, expected = fetch(published.source)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"The weights of {variant} are not available. {error} (weights=<path> loads a file "
+            "without network)"
+        ) from error
     expected = published.sha256 or expected
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if expected and not found.startswith(expected):
-        _remove_from_cache(path)
+        remove_from_cache(path)
         raise ValueError(
             f"The file of {variant} from {published.source} is not the published one: its sha256 "
             f"starts with {found[:16]} instead of {expected[:16]}. It was removed from the cache"
@@ -318,28 +323,15 @@ def _fetch(published: PretrainedWeights, variant):
     return path
 
 
-def _fetch_from_hub(published, variant):
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=published.source, repo_type="model")
-    try:
-        # Published files do not change: use a cached one without asking the hub.
-        path = try_to_load_from_cache(published.source, HUB_FILE)
-        if not isinstance(path, str):
-            path = hf_hub_download(published.source, HUB_FILE)
-    except Exception as error:
-        for incomplete in folder.glob("blobs/*.incomplete"):
-            incomplete.unlink()
-        raise ConnectionError(_fetch_failure(published, variant, error)) from error
+def _fetch_from_hub(source):
+    path = fetch_hub_file(source, HUB_FILE)
     # The cache names large files by their checksum on the hub.
     name = Path(path).resolve().name
     return path, name if len(name) == 64 else None
 
 
-def _fetch_from_url(published, variant):
-    path = models_folder() / published.source.rsplit("/", 1)[-1]
+def _fetch_from_url(source):
+    path = models_folder() / source.rsplit("/", 1)[-1]
     if path.exists():
         return path, None
     try:
@@ -347,19 +339,62 @@ def _fetch_from_url(published, variant):
         # Move the complete file into place: other processes may look for it.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             fetched = keras.utils.get_file(
-                path.name, origin=published.source, cache_dir=folder, cache_subdir=""
+                path.name, origin=source, cache_dir=folder, cache_subdir=""
             )
             os.replace(fetched, path)
     except Exception as error:
-        raise ConnectionError(_fetch_failure(published, variant, error)) from error
+        raise ConnectionError(_fetch_failure(path.name, source, error)) from error
     return path, None
 
 
-def _fetch_failure(published, variant, error):
-    return (
-        f"The weights of {variant} could not be fetched from {published.source}: "
-        f"{first_line(error)} (weights=<path> loads a file without network)"
-    )
+def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
+    """Returns the path of a file of the Hugging Face hub, which is cached.
+
+    Args:
+        repository: `"user/name"`.
+        name: file name.
+        may_change: whether the hub is asked if it has a newer version than the cache; without
+            network, the cached one is used.
+
+    Raises:
+        ConnectionError: if the file cannot be fetched; nothing incomplete stays in the cache.
+        ImportError: if `huggingface_hub` is not installed.
+
+    Example:
+        >>> path = fetch_hub_file("timm/resnet18.a1_in1k", "model.safetensors")
+    """
+    hub = import_hub()
+    try:
+        path = None if may_change else hub.try_to_load_from_cache(repository, name)
+        return path if isinstance(path, str) else hub.hf_hub_download(repository, name)
+    except Exception as error:
+        folder = hub.file_download.repo_folder_name(repo_id=repository, repo_type="model")
+        for incomplete in Path(hub.constants.HF_HUB_CACHE, folder).glob("blobs/*.incomplete"):
+            incomplete.unlink()
+        raise ConnectionError(_fetch_failure(name, repository, error)) from error
+
+
+def import_hub():
+    """Returns the module `huggingface_hub`, an optional dependency."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.file_download
+    except ImportError as error:
+        raise ImportError(
+            'The Hugging Face hub needs `pip install "keras_resnest[hub]"`'
+        ) from error
+    return huggingface_hub
+
+
+def _fetch_failure(name, source, error):
+    return f"{name} could not be fetched from {source}: {first_line(error)}"
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Returns the checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: Exception) -> str:
@@ -367,7 +402,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _remove_from_cache(path):
+def remove_from_cache(path: str | os.PathLike) -> None:
+    """Removes a file and the one that it links to, as the hub's cache does."""
     real = os.path.realpath(path)
     for name in {real, os.path.abspath(path)}:
         with contextlib.suppress(FileNotFoundError):

@@ -240,6 +240,26 @@ def load_torch_state_dict(
         variable.assign(value)
 
 
+def to_state_dict(model: keras.Model) -> dict[str, np.ndarray]:
+    """Returns all weights of a model by name, as `load_torch_state_dict` reads them.
+
+    Raises:
+        ValueError: if there are weights that belong to none of the layers that are run.
+
+    Example:
+        >>> load_torch_state_dict(ResNeSt50(), to_state_dict(model))
+    """
+    named = dict(_named_variables(model, {}))
+    found = {id(variable) for variable in named.values()}
+    others = [v.path for v in model.variables if v.name not in _KERAS_ONLY and id(v) not in found]
+    if others:
+        raise ValueError(
+            f"The weights of {model.name!r} must all be used to compute its outputs (build "
+            f"backbones with include_top=False). Received others: {', '.join(others)}"
+        )
+    return {name: _to_torch_layout(variable) for name, variable in named.items()}
+
+
 def _replacements(names):
     """Returns the replacements of all families that the names belong to."""
     return [
@@ -281,3 +301,11 @@ def _to_keras_layout(array, variable):
         # (out, in, h, w) to (h, w, in, out); transposed: (in, out, h, w) to (h, w, out, in)
         return array.transpose(2, 3, 1, 0)
     return array.T if array.ndim == 2 else array
+
+
+def _to_torch_layout(variable):
+    """The array from which `_to_keras_layout` makes the value of a variable."""
+    array = keras.ops.convert_to_numpy(variable)
+    if variable.name == "kernel" and array.ndim in (2, 4):
+        array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+    return np.ascontiguousarray(array)
