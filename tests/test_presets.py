@@ -434,7 +434,7 @@ def test_the_hub(model, saved, tmp_path):
     check_sentence(upload, "ConnectionError", str(saved), name)
 
 
-def test_uploads_that_are_refused(saved, preset, monkeypatch):
+def test_uploads_that_are_refused(saved, preset):
     flip_bit(preset, hashed=False)
     for folder, uri, message in (
         (preset, "hf://me/x", "model.safetensors is not the file"),
@@ -443,14 +443,6 @@ def test_uploads_that_are_refused(saved, preset, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             kr.upload_preset(folder, uri)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # makes the import fail
-    for function, *names in (
-        (kr.upload_preset, saved, "hf://me/x"),
-        (kr.RefineDet.from_preset, "hf://me/x"),
-        (kr.backbones.ResNet18, True, "imagenet"),
-    ):
-        with pytest.raises(ImportError, match=r'pip install "keras_resnest\[hub\]"'):
-            function(*names)
 
 
 # === The program ===

@@ -375,15 +375,11 @@ def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
 
 
 def import_hub():
-    """Returns the module `huggingface_hub`, an optional dependency."""
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.file_download
-    except ImportError as error:
-        raise ImportError(
-            'The Hugging Face hub needs `pip install "keras_resnest[hub]"`'
-        ) from error
+    """Returns the module `huggingface_hub`, which takes a while to import."""
+    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+
     return huggingface_hub
 
 
