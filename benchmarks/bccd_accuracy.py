@@ -60,9 +60,12 @@ def _stages(**switches) -> dict:
     return {"loss": switches, "decoder": switches}
 
 
-# Arguments of heads, loss, decoder and recipe that differ from the full model, by variant.
-ABLATIONS = {
-    "none": {"full": {}},
+_JOINT = {"loss": {"joint_regression": True}}
+_VOTING = {"decoder": {"voting_iou": 0.6}}
+
+
+# Arguments of heads, loss, decoder and recipe that differ from the published ones, by variant.
+_ABLATIONS = {
     "single": {
         "full": {},
         "without negative anchor filtering": _stages(negative_anchor_filtering=False),
@@ -91,7 +94,30 @@ ABLATIONS = {
         "predicted IoU": {"heads": {"predict_iou": True}},
         "aligned": {"heads": {"use_alignment": True}},
         "averaged weights": {"recipe": {"ema_momentum": 0.99}},
+        "joint regression": _JOINT,
+        "box voting": _VOTING,
+        "joint regression, box voting": {**_JOINT, **_VOTING},
+        "box voting without two-step regression": {
+            "loss": {"two_step_regression": False},
+            "decoder": {"two_step_regression": False, **_VOTING["decoder"]},
+        },
     },
+}
+
+
+def _published(heads=None, loss=None, decoder=None, recipe=None) -> dict:
+    """Options of a variant, whose second stage is as published where they say nothing else."""
+    return {
+        "heads": heads or {},
+        "loss": {"joint_regression": False, **(loss or {})},
+        "decoder": {"voting_iou": None, **(decoder or {})},
+        "recipe": recipe or {},
+    }
+
+
+ABLATIONS = {"none": {"as built": {}}} | {
+    kind: {variant: _published(**options) for variant, options in rows.items()}
+    for kind, rows in _ABLATIONS.items()
 }
 
 
