@@ -106,7 +106,7 @@ def read_test_set(model, arguments):
 def evaluate_detector(model, arguments) -> dict:
     dataset = read_test_set(model, arguments)
     batches = kr.data.evaluation_batches(
-        dataset, model.image_shape, arguments.batch_size, cache=False
+        dataset, model.image_shape, arguments.batch_size, cache=False, include_source=True
     )
     truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names

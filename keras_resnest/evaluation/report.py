@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -314,7 +315,9 @@ def analyze(
     if hasattr(dataset, "as_dataset"):
         from keras_resnest.data.batches import evaluation_batches
 
-        dataset = evaluation_batches(dataset, model.image_shape, BATCH_SIZE, cache=False)
+        dataset = evaluation_batches(
+            dataset, model.image_shape, BATCH_SIZE, cache=False, include_source=True
+        )
         bounding_box_format = "xyxy"
     truth, detections, sources, sizes, first = [], [], [], [], None
     for images, own_sizes, objects, found in _with_progress(
@@ -455,14 +458,10 @@ def _measure_speed(model, images: np.ndarray) -> dict:
         start = time.perf_counter()
         model.predict_on_batch(images)
         seconds.append(time.perf_counter() - start)
-    weights = getattr(network, "weights", [])
-    sizes = [int(np.prod(w.shape)) for w in weights]
+    weights = [(math.prod(w.shape), np.dtype(w.dtype)) for w in getattr(network, "weights", ())]
     return {
-        "parameters": sum(sizes),
-        "megabytes": sum(
-            n * keras.ops.convert_to_numpy(w).itemsize for n, w in zip(sizes, weights, strict=True)
-        )
-        / 1e6,
+        "parameters": sum(count for count, _ in weights),
+        "megabytes": sum(count * dtype.itemsize for count, dtype in weights) / 1e6,
         "milliseconds": 1000 * statistics.median(seconds),
         "image_shape": list(images.shape[1:]),
         "devices": f"{', '.join(keras.distribution.list_devices())} ({os.cpu_count()} CPU cores)",
@@ -501,7 +500,7 @@ def _make_views(report: DetectionReport, sources: list, sizes: list) -> dict[str
         if image != current:
             current, pixels = image, load_image(sources[image])
             if pixels.shape[:2] != tuple(sizes[image]):  # a batch has stretched it
-                pixels = np.asarray(resize_image(pixels, *sizes[image]))
+                pixels = np.asarray(resize_image(pixels, *sizes[image])).astype("uint8")
         views[name][place] = (_view(image, pixels, box), about)
     return views
 

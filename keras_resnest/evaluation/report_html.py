@@ -44,6 +44,8 @@ td:first-child, th:first-child { text-align: left; }
 i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em; }
 pre { white-space: pre-wrap; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; padding: 8px 10px; font-size: .85rem; margin: 8px 0 0; }
+@media (max-width: 480px) { body { padding: 12px 8px 40px; } section { padding: 12px 10px; }
+  table { font-size: .8rem; } td, th { padding: 4px 3px; } }
 """
 
 SECTIONS = {
