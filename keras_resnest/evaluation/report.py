@@ -233,11 +233,11 @@ class DetectionReport:
                 {
                     "image": self.images[s.image],
                     "kind": s.kind,
-                    "score": s.score,
+                    "score": round(s.score, 4),
                     "label": self.class_names[objects.labels[s.object]] if s.object >= 0 else None,
-                    "box": objects.boxes[s.object].tolist() if s.object >= 0 else None,
+                    "box": objects.boxes[s.object].round(2).tolist() if s.object >= 0 else None,
                     "detected_label": self.class_names[found.labels[s.detection]],
-                    "detected_box": found.boxes[s.detection].tolist(),
+                    "detected_box": found.boxes[s.detection].round(2).tolist(),
                     "confidence": float(found.confidence[s.detection]),
                 }
                 for s in self.suspicions
@@ -315,9 +315,8 @@ def analyze(
     if hasattr(dataset, "as_dataset"):
         from keras_resnest.data.batches import evaluation_batches
 
-        dataset = evaluation_batches(
-            dataset, model.image_shape, BATCH_SIZE, cache=False, include_source=True
-        )
+        shape = getattr(model, "model", model).image_shape  # also of a `MultiScaleDetector`
+        dataset = evaluation_batches(dataset, shape, BATCH_SIZE, cache=False, include_source=True)
         bounding_box_format = "xyxy"
     truth, detections, sources, sizes, first = [], [], [], [], None
     for images, own_sizes, objects, found in _with_progress(
@@ -329,7 +328,7 @@ def analyze(
         sizes += own_sizes.tolist()
         sources += [None if records else _encode(image) for image in images]
     if records:
-        sources = [record.image for record in records]
+        sources = [record.image for record in records[: len(truth)]]
     objects, found = read_tables(truth, detections, len(names))
     if objects.iscrowd.all():
         raise ValueError(
@@ -451,7 +450,7 @@ def _calibration(confidence: np.ndarray, positive: np.ndarray) -> dict[str, np.n
 
 def _measure_speed(model, images: np.ndarray) -> dict:
     """Size of a model, and the median time of ten predictions of one image."""
-    network = getattr(model, "model", model)  # of a `MultiScaleDetector`
+    network = getattr(model, "model", model)
     model.predict_on_batch(images)
     seconds = []
     for _ in range(10):

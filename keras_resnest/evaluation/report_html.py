@@ -34,7 +34,8 @@ section { padding: 16px; margin-top: 16px; } .tile { padding: 8px 12px; }
 .images { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .crops { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 8px; }
 .crops img { aspect-ratio: 1; object-fit: contain; }
-figure { margin: 0; } svg, img { display: block; width: 100%; height: auto; }
+td .faint { font-size: .9em; } figure { margin: 0; }
+svg, img { display: block; width: 100%; height: auto; }
 svg { fill: currentColor; } img { border-radius: 6px; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; } td, th { padding: 4px 6px; text-align: right;
