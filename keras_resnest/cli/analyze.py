@@ -27,7 +27,7 @@ from keras_resnest.cli.evaluate import read_test_set
 
 def add_arguments(parser, argv) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=".keras file of a detector")
+    add("model", metavar="MODEL", help=".keras file or preset of a detector")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     add("--split", help="default: test or val, else all images")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")

@@ -93,6 +93,9 @@ class ServedDetector:
         self.box_format, self.class_names = box_format, class_names
 
     def __call__(self, paths, images, confidence) -> list[dict]:
+        is_per_class = isinstance(confidence, dict)
+        if is_per_class and not self.class_names:
+            raise ValueError("--confidence with a file needs --class-names")
         if self.signature == "serve_bytes":
             sizes = [image.shape[:2] for image in images]
             inputs = {"image_bytes": list(map(encode_image, paths, images))}
@@ -108,9 +111,8 @@ class ServedDetector:
         found, limit = [], confidence
         for answer, image, (height, width) in zip(answers, images, sizes, strict=True):
             # Rows with label -1 are padding.
-            if isinstance(confidence, dict):
-                limits = class_thresholds(confidence, self.class_names or ["unknown"])
-                limit = np.array(limits)[answer["labels"]]
+            if is_per_class:
+                limit = np.array(class_thresholds(confidence, self.class_names))[answer["labels"]]
             keep = (answer["labels"] >= 0) & (answer["confidence"] >= limit)
             boxes, confidences, labels = (answer[name][keep] for name in OUTPUTS)
             boxes = to_xyxy(boxes, self.box_format, (height, width))
