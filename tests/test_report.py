@@ -368,6 +368,13 @@ def test_the_page_needs_nothing_else(page, dataset):
 def test_numbers_from_files_equal_those_of_evaluation(model, dataset, from_files):
     report, batches = from_files, evaluation_batches(dataset, (64, 128), 4, include_source=True)
     truth, found = collect_detections(model, batches)
+    boxes = np.concatenate([record.boxes for record in dataset.records])
+    np.testing.assert_allclose(report.objects.boxes, boxes, atol=1e-3)  # in the files' pixels
+    boxes, confidence = (np.concatenate([f[k] for f in found]) for k in ("boxes", "confidence"))
+    order = np.argsort(-confidence, kind="stable")
+    assert len(order) > 50
+    np.testing.assert_allclose(report.detections.boxes, boxes[order], atol=1e-3)
+    np.testing.assert_allclose(report.detections.confidence, confidence[order], atol=1e-6)
     expected = coco_average_precision(truth, found, CLASS_NAMES)
     assert report.metrics["AP50"] == pytest.approx(expected.metrics["AP50"], abs=1e-12)
     content = json.loads(report.to_json())
