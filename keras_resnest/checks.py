@@ -26,6 +26,29 @@ def check_fractions(**arguments: float) -> None:
             raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value!r}")
 
 
+def class_thresholds(confidence_threshold, class_names: Sequence[str]) -> list[float]:
+    """Returns the lowest confidence of a detection of each class.
+
+    Args:
+        confidence_threshold: 0 to 1, for all classes, or a dictionary with one for each class name.
+        class_names: the names, in the order of the labels.
+
+    Raises:
+        ValueError: if a class has none, a name is unknown, or a number is not in 0 to 1.
+    """
+    if not isinstance(confidence_threshold, Mapping):
+        check_fractions(confidence_threshold=confidence_threshold)
+        return [float(confidence_threshold)] * len(class_names)
+    if set(confidence_threshold) != set(class_names):
+        raise ValueError(
+            "`confidence_threshold` must have a number for each class, "
+            f"{', '.join(class_names)}. Received: {confidence_threshold}"
+        )
+    for name, value in confidence_threshold.items():
+        check_fractions(**{f"confidence_threshold[{name!r}]": value})
+    return [float(confidence_threshold[name]) for name in class_names]
+
+
 def check_positive(**arguments: float) -> None:
     """Raises `ValueError` if an argument is not a number above zero."""
     for name, value in arguments.items():

@@ -1,4 +1,4 @@
-"""Plots images with boxes, training history and precision-recall curves with Matplotlib.
+"""Plots images with boxes, training history and the numbers of evaluation with Matplotlib.
 
 Every function returns a `matplotlib.figure.Figure` that pyplot does not manage: notebooks show it
 as the last value of a cell, `path=` writes it to a file, and no display is needed.
@@ -35,6 +35,9 @@ LOSSES = (
     *("loss", "arm_box_loss", "arm_classification_loss"),
     *("odm_box_loss", "odm_classification_loss"),
 )
+CLASS_CURVES = ("precision", "recall", "f1")
+MAX_POINTS = 150  # of a curve
+
 CURVES = (*LOSSES, "odm_iou_loss")  # the last only if the network predicts the IoU
 
 
@@ -469,6 +472,123 @@ def plot_precision_recall(
             loc="outside right upper", fontsize=8, frameon=False, ncols=-(-num_curves // 24)
         )
     return _save(figure, path)
+
+
+def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
+    """Draws precision, recall or F1 over confidence, or precision over recall, for every class.
+
+    Dots mark the best threshold of each class.
+
+    Args:
+        report: a `DetectionReport`.
+        kind: `"precision"`, `"recall"`, `"f1"` or `"precision over recall"`.
+        path: file to write.
+
+    Example:
+        >>> plot_class_curves(kr.evaluation.analyze(model, dataset), "f1", path="f1.png")
+    """
+    value, _, base = kind.partition(" over ")
+    if value not in CLASS_CURVES or base not in ("", "recall"):
+        raise ValueError(
+            f"`kind` must be {', '.join(CLASS_CURVES)} or precision over recall. Received: {kind!r}"
+        )
+    base = base or "confidence"
+    figure, axes = _small_figure(base, value.replace("f1", "F1"), xlim=(0, 1), ylim=(0, 1.02))
+    for label, name in enumerate(report.class_names):
+        curve = report.curves[label]
+        if not len(curve["recall"]) or np.isnan(curve["recall"][0]):
+            continue
+        last = len(curve[base]) - 1
+        rows = np.unique(np.linspace(0, last, min(last + 1, MAX_POINTS)).astype(int))
+        style = {"color": class_color(label)}
+        axes.plot(curve[base][rows], curve[value][rows], linewidth=1.6, **style)
+        best = max(np.sum(curve["confidence"] >= report.best_thresholds[name]) - 1, 0)
+        axes.plot(curve[base][best], curve[value][best], "o", markersize=4, **style)
+    return _save(figure, path)
+
+
+def plot_confusion_matrix(
+    matrix, class_names: Sequence[str], path: str | os.PathLike | None = None
+):
+    """Draws a confusion matrix; colors are shares of the true class, numbers are counts.
+
+    Args:
+        matrix: `DetectionReport.confusion_matrix`; the last row and column are background.
+        class_names: names of the classes, without background.
+        path: file to write.
+
+    Example:
+        >>> plot_confusion_matrix(report.confusion, report.class_names, path="confusion.png")
+    """
+    matrix, count = np.asarray(matrix), len(class_names)
+    figure, axes = _small_figure("detected", "true", height=4.4)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    cells = np.full((*matrix.shape, 4), (*class_color(1), 0.0))
+    cells[..., 3] = shares  # opacity, for a light and a dark page
+    axes.imshow(cells, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+    names = [name if len(name) <= 12 else f"{name[:11]}…" for name in class_names]
+    style = {"fontsize": 9 if count <= 12 else 4, "parse_math": False}
+    axes.set_xticks(range(count + 1), [*names, "missed"], rotation=90, **style)
+    axes.set_yticks(range(count + 1), [*names, "background"], **style)
+    if count <= 12:  # more numbers would not be readable
+        for row, column in np.argwhere(matrix > 0).tolist():
+            style = {"ha": "center", "va": "center", "fontsize": 8}
+            axes.text(column, row, str(matrix[row, column]), **style)
+    return _save(figure, path)
+
+
+def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None):
+    """Draws the precision of detections over their confidence, and their number.
+
+    Args:
+        calibration: `DetectionReport.calibration`.
+        path: file to write.
+
+    Example:
+        >>> plot_calibration(report.calibration, path="calibration.png")
+    """
+    figure, axes = _small_figure("confidence", "precision", xlim=(0, 1), ylim=(0, 1.02))
+    edges = np.linspace(0, 1, len(calibration["count"]) + 1)
+    heights = np.nan_to_num(calibration["precision"])
+    axes.bar(edges[:-1], heights, edges[1], align="edge", color=class_color(1), alpha=0.75)
+    for left, height, number in zip(edges, heights, calibration["count"], strict=False):
+        style = {"ha": "center", "fontsize": 7, "clip_on": True}
+        axes.text(left + edges[1] / 2, min(height + 0.02, 0.97), str(int(number)), **style)
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="dashed", linewidth=1.2)
+    return _save(figure, path)
+
+
+def plot_bars(values: Mapping[str, float], label: str, path: str | os.PathLike | None = None):
+    """Draws one horizontal bar for each number.
+
+    Args:
+        values: number by name; nan is left out.
+        label: what the numbers are.
+        path: file to write.
+
+    Example:
+        >>> plot_bars(report.errors.costs, "AP50 lost", path="errors.png")
+    """
+    figure, axes = _small_figure(label, "", height=0.9 + 0.32 * len(values))
+    axes.barh(list(values), np.nan_to_num(list(values.values())), color=class_color(1))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    for row, value in enumerate(values.values()):
+        text = "no objects" if np.isnan(value) else f"{value:.3f}"
+        axes.text(np.nan_to_num(value), row, f" {text}", va="center", fontsize=9)
+    axes.margins(x=0.18)
+    axes.set_xlim(left=0)
+    return _save(figure, path)
+
+
+def _small_figure(xlabel: str, ylabel: str, height: float = 3.3, **limits):
+    """A figure that is still readable on a phone, and its axes."""
+    figure = _new_figure(4.4, height, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
+    _style_axes(axes)
+    return figure, axes
 
 
 def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:

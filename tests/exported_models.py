@@ -15,12 +15,14 @@ from keras_resnest.backbones import create_backbone
 from keras_resnest.detection.decoding import DetectionDecoder
 
 # So few detections that random weights leave no near ties, and all lists end with padding.
-DECODER = DetectionDecoder(confidence_threshold=0.9, max_detections=40)
+THRESHOLDS = {"blue": 0.92, "red": 0.9, "green": 0.96}
+DECODER = DetectionDecoder(confidence_threshold=THRESHOLDS, max_detections=40)
 DIOU = DetectionDecoder(
     confidence_threshold=0.9, iou_threshold=0.1, max_detections=40, suppression="diou"
 )
 # Random weights that predict the IoU: here too without near ties.
-AWARE = {"confidence_threshold": 0.65, "iou_threshold": 0.1, "max_detections": 40}
+AWARE = {"iou_threshold": 0.1, "max_detections": 40}
+AWARE["confidence_threshold"] = {"red": 0.65, "green": 0.7, "blue": 0.66}
 
 # kind: (name of the model, options of its export)
 KINDS = {

@@ -111,7 +111,8 @@ def soften(
     passes = range(len(boxes)) if passes is None else passes
     overlaps, confidence = iou(boxes, boxes), np.array(confidence, "float64")
     chosen, waiting = [], set(range(len(confidence)))
-    while waiting := {i for i in waiting if confidence[i] > confidence_threshold}:
+    limits = np.zeros(len(confidence)) + confidence_threshold
+    while waiting := {i for i in waiting if confidence[i] > limits[i]}:
         best = max(waiting, key=lambda i: (confidence[i], -i))
         chosen.append(best)
         waiting.remove(best)
@@ -147,8 +148,13 @@ def decode_detections(
 ):
     """Detections of one image: rows of (confidence, label, box), most confident first.
 
-    `outputs` maps the names of the raw outputs to arrays (anchors, ...) of one image.
+    `outputs` maps the names of the raw outputs to arrays (anchors, ...) of one image. A dictionary
+    of confidence thresholds has the labels as text for keys.
     """
+    limits = confidence_threshold
+    if isinstance(limits, dict):
+        limits = [limits[str(label)] for label in range(len(limits))]
+    limits = np.zeros(outputs["odm_logits"].shape[-1] - 1) + limits
     boxes = decode(outputs["odm_boxes"], decode(outputs["arm_boxes"], anchors))
     confidence = softmax(outputs["odm_logits"])[:, 1:]
     if "odm_iou" in outputs:
@@ -161,15 +167,15 @@ def decode_detections(
     detections = []
     for label, column in enumerate(columns):
         order = np.argsort(-column, kind="stable")
-        order = order[column[order] > confidence_threshold][:pre_nms_top_k]
+        labels = best if class_agnostic else np.full(len(best), label)
+        order = order[column[order] > limits[labels[order]]][:pre_nms_top_k]
         rows = boxes[order], column[order], np.zeros(len(order))
         if suppression == "soft":
-            kept, final = soften(*rows, iou_threshold, confidence_threshold)
+            kept, final = soften(*rows, iou_threshold, limits[labels[order]])
         else:
             kept, final = suppress(*rows, iou_threshold, suppression), column[order]
-        labels = best[order] if class_agnostic else np.full(len(order), label)
         placed = vote(*rows[:2], voting_iou) if voting_iou is not None else rows[0]
-        detections += [(final[i], labels[i], placed[i].tolist()) for i in kept]
+        detections += [(final[i], labels[order[i]], placed[i].tolist()) for i in kept]
     return sorted(detections, reverse=True)[:max_detections]
 
 

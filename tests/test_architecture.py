@@ -28,9 +28,9 @@ FLOORS = {
     "layers": 3,
     "backbones": 4,
     "data": 4,
+    "visualization": 5,
     "detection": 5,
     "evaluation": 6,
-    "visualization": 6,
     "training": 7,
     "serving": 7,
     "": 8,  # the public face

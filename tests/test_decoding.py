@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from detectors import small_detector
 from golden_data import detection_case
 from keras import ops
 
@@ -18,6 +19,9 @@ def portable(request):
     if keras.backend.backend() != "tensorflow" and not request.param:
         pytest.skip("native suppression needs TensorFlow")
     return request.param
+
+
+PER_CLASS = {"2": 0.3, "0": 0.6, "1": 0.02}
 
 
 def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0, iou=False):
@@ -47,6 +51,10 @@ def random_outputs(seed, batch=2, classes=3, image_shape=(64, 128), sharp=2.0, i
         {"voting_iou": 0.6},
         {"voting_iou": 0.3, "suppression": "soft", "max_detections": 30},
         {"voting_iou": 0.5, "class_agnostic": True, "max_detections": 900},
+        {"confidence_threshold": PER_CLASS, "voting_iou": 0.5},
+        {"confidence_threshold": PER_CLASS, "suppression": "soft", "max_detections": 900},
+        {"confidence_threshold": PER_CLASS, "class_agnostic": True, "pre_nms_top_k": 40},
+        {"confidence_threshold": PER_CLASS, "class_agnostic": True, "suppression": "soft"},
     ],
     ids=str,
 )
@@ -68,6 +76,30 @@ def test_equals_plain_numpy(portable, options):
         np.testing.assert_allclose(got["boxes"][i, :n], [r[2] for r in want], rtol=1e-4, atol=1e-3)
         for value in (got["boxes"], got["confidence"], got["labels"]):
             assert (value[i, n:] == -1).all()
+
+
+def test_thresholds_by_name_follow_the_names_of_the_model():
+    model = small_detector((64, 64, 3), class_names=["red", "green", "blue"])
+    outputs = random_outputs(8, image_shape=(64, 64))
+    model.decoder = DetectionDecoder(confidence_threshold={"blue": 0.7, "red": 0.1, "green": 1.0})
+    got = model.decode(outputs)
+    labels, confidence = (ops.convert_to_numpy(got[name]) for name in ("labels", "confidence"))
+    everything = DetectionDecoder(max_detections=900)(outputs, model.anchors, (64, 64))
+    all_labels, own = (ops.convert_to_numpy(everything[n]) for n in ("labels", "confidence"))
+    for label, limit in ((0, 0.1), (2, 0.7)):
+        want = own[(all_labels == label) & (own > limit)]
+        np.testing.assert_allclose(np.sort(confidence[labels == label]), np.sort(want), atol=1e-6)
+        assert len(want) > 3
+    assert not np.any(labels == 1)
+    assert DetectionDecoder.from_config(model.decoder.get_config()).get_config() == (
+        model.decoder.get_config()
+    )
+    for wrong in ({"red": 0.5}, {"red": 0.5, "green": 0.5, "blue": 0.5, "cat": 0.5}):
+        model.decoder = DetectionDecoder(confidence_threshold=wrong)
+        with pytest.raises(ValueError, match=r"for each class, red, green, blue. Received: \{'red"):
+            model.decode(outputs)
+    with pytest.raises(ValueError, match=r"confidence_threshold\['red'\]` must be between.*1.5"):
+        DetectionDecoder(confidence_threshold={"red": 1.5})
 
 
 def test_nothing_above_the_thresholds(portable):

@@ -23,6 +23,7 @@ from keras_resnest.serving import NumpyDetectionDecoder, decoder_numpy
 
 SHAPE = (64, 128, 3)
 ANCHORS = AnchorGenerator()(SHAPE)
+PER_CLASS = {"2": 0.3, "0": 0.6, "1": 0.02}
 NAMES = ("arm_boxes", "arm_objectness", "odm_boxes", "odm_logits")
 SWITCHES = ("two_step_regression", "negative_anchor_filtering")
 ON = dict.fromkeys(SWITCHES, True)
@@ -103,6 +104,9 @@ def test_constants_and_defaults_are_those_of_the_package():
         {"suppression": "diou", "iou_threshold": 0.0, "alpha": 1.0},
         {"voting_iou": 0.6, "max_detections": 30},
         {"voting_iou": 0.4, "class_agnostic": True, "suppression": "soft"},
+        {"confidence_threshold": PER_CLASS, "max_detections": 20, "voting_iou": 0.5},
+        {"confidence_threshold": PER_CLASS, "suppression": "soft"},
+        {"confidence_threshold": PER_CLASS, "class_agnostic": True, "suppression": "soft"},
     ],
     ids=str,
 )
@@ -519,6 +523,8 @@ def test_unreadable_files(tmp_path):
         ({"image_shape": (64.5, 128)}, "image_shape"),
         ({"bounding_box_format": "corners"}, "bounding_box_format"),
         ({"confidence_threshold": 1.5}, "confidence_threshold"),
+        ({"confidence_threshold": {"0": 1.5}}, r"confidence_threshold\['0'\]"),
+        ({"confidence_threshold": {"a": 0.5}}, "for each class, 0. Received"),
         ({"objectness_threshold": float("nan")}, "objectness_threshold"),
         ({"max_detections": 0}, "max_detections"),
         ({"pre_nms_top_k": 2.5}, "pre_nms_top_k"),

@@ -13,6 +13,10 @@ from keras_resnest.evaluation import voc_average_precision
 from keras_resnest.visualization import (
     LOSSES,
     class_color,
+    plot_bars,
+    plot_calibration,
+    plot_class_curves,
+    plot_confusion_matrix,
     plot_dataset,
     plot_detections,
     plot_history,
@@ -317,6 +321,55 @@ def test_plot_precision_recall(tmp_path):
     assert "cell 0.000" in lines_of(plot_precision_recall(nothing).axes[0])
     empty = voc_average_precision([NOTHING], [NOTHING], ["cell"])
     assert "undefined" in plot_precision_recall(empty).axes[0].get_title(loc="left")
+
+
+def test_plot_class_curves():
+    """Three detections of one class, the second wrong; no object of the other class."""
+    curve = {
+        "confidence": np.array([0.9, 0.6, 0.3]),
+        "precision": np.array([1, 1 / 2, 2 / 3]),
+        "recall": np.array([0.5, 0.5, 1.0]),
+        "f1": np.array([2 / 3, 1 / 2, 4 / 5]),
+    }
+    nothing = {name: np.full(1, np.nan) for name in curve}
+    report = SimpleNamespace(
+        class_names=("cell", "dust"),
+        curves=[curve, nothing],
+        best_thresholds={"cell": 0.2, "dust": 0.5},
+    )
+    for kind, value, base in (
+        ("f1", "f1", "confidence"),
+        ("precision over recall", "precision", "recall"),
+    ):
+        (axes,) = plot_class_curves(report, kind).axes
+        line, best = (line.get_xydata() for line in axes.get_lines())
+        np.testing.assert_allclose(line, np.stack([curve[base], curve[value]], axis=1))
+        np.testing.assert_allclose(best, [[curve[base][2], curve[value][2]]])
+        assert axes.get_xlabel() == base
+    with pytest.raises(ValueError, match=r"precision over recall. Received: 'speed'"):
+        plot_class_curves(report, "speed")
+
+
+def test_plot_confusion_matrix():
+    figure = plot_confusion_matrix([[3, 1, 0], [0, 0, 2], [5, 0, 0]], ["cell", "$dust$"])
+    (axes,) = figure.axes
+    shares = axes.get_images()[0].get_array()[..., 3]
+    np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 0, 1], [1, 0, 0]])
+    numbers = {t.get_position(): t.get_text() for t in axes.texts}
+    assert numbers == {(0, 0): "3", (1, 0): "1", (2, 1): "2", (0, 2): "5"}
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["cell", "$dust$", "missed"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["cell", "$dust$", "background"]
+
+
+def test_plot_calibration_and_bars():
+    precision = np.array([0.1, np.nan, 0.6, 1.0])
+    (axes,) = plot_calibration({"count": np.array([9, 0, 5, 2]), "precision": precision}).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.1, 0, 0.6, 1.0]
+    assert [bar.get_x() for bar in axes.patches] == [0, 0.25, 0.5, 0.75]
+    assert [text.get_text() for text in axes.texts] == ["9", "0", "5", "2"]
+    (axes,) = plot_bars({"a": 0.25, "b": np.nan}, "AP50 lost").axes
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 0]
+    assert [text.get_text().strip() for text in axes.texts] == ["0.250", "no objects"]
 
 
 # === Bad input and side effects ===

@@ -1,6 +1,7 @@
 """Non-maximum suppression (NMS) of a batch, and of the detections of one image with NumPy."""
 
 import functools
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -26,7 +27,7 @@ def check_suppression(suppression: str) -> str:
 def suppress_batch(
     boxes,
     confidence,
-    confidence_threshold: float,
+    confidence_threshold: float | Sequence[float],
     iou_threshold: float,
     pre_nms_top_k: int,
     max_detections: int,
@@ -40,7 +41,7 @@ def suppress_batch(
     Args:
         boxes: `"xyxy"` boxes of shape `(batch, anchors, 4)`.
         confidence: tensor of shape `(batch, anchors, classes)`.
-        confidence_threshold: lowest confidence of a detection, exclusive.
+        confidence_threshold: lowest confidence of a detection, exclusive; or one for each class.
         iou_threshold: a box is dropped if its IoU with a more confident box of its class
             exceeds this.
         pre_nms_top_k: number of most confident boxes per class that enter NMS.
@@ -56,6 +57,12 @@ def suppress_batch(
         `(batch, max_detections)`, by falling confidence, and the number of detections
         `(batch,)`. The values of further rows are arbitrary.
     """
+    limits = None
+    if not isinstance(confidence_threshold, float):
+        limits = ops.convert_to_tensor(confidence_threshold, "float32")
+        confidence_threshold = min(confidence_threshold)
+        if not class_agnostic:
+            confidence = ops.where(confidence > limits, confidence, 0.0)
     k = min(pre_nms_top_k, confidence.shape[1])
     thresholds = confidence_threshold, iou_threshold
     on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -66,12 +73,19 @@ def suppress_batch(
     if class_agnostic:
         confidence, labels = ops.top_k(confidence, 1)  # (B, A, 1)
         rows.append(ops.cast(labels, "int32"))
+        if limits is not None:
+            confidence = ops.where(confidence > ops.take(limits, rows[1]), confidence, 0.0)
     rows, confidence = _top_k_per_class(rows, confidence, k)
     if native:
         found = _suppress_native(rows[0], confidence, *thresholds, max_detections)
     else:
         if suppression == "soft":
-            lower = functools.partial(_lower_neighbors, rows[0], *thresholds, max_detections)
+            lowest = confidence_threshold
+            if limits is not None:  # (B, C, k) or (C, 1)
+                lowest = ops.take(limits, rows[1][..., 0]) if class_agnostic else limits[:, None]
+            lower = functools.partial(
+                _lower_neighbors, rows[0], lowest, iou_threshold, max_detections
+            )
         else:
             overlap = pairwise_diou if suppression == "diou" else pairwise_iou
             lower = functools.partial(_drop_neighbors, rows[0], *thresholds, overlap)
@@ -189,6 +203,7 @@ def _lower_neighbors(boxes, confidence_threshold, iou_threshold, max_detections:
     num_classes, k = confidence.shape[1:]
     boxes = ops.reshape(boxes, (-1, k, 4))
     ranks = ops.arange(k, dtype="int32")
+    limits = ops.reshape(confidence * 0.0 + confidence_threshold, (-1, k))
 
     def choose(confidence, waiting):
         # `argmax` of Keras is unknown to other runtimes.
@@ -198,16 +213,17 @@ def _lower_neighbors(boxes, confidence_threshold, iou_threshold, max_detections:
         waiting = waiting & ops.not_equal(ranks, ops.cast(rank, "int32"))
         near = waiting & (iou > iou_threshold)
         confidence = ops.where(near, confidence * (1.0 - iou), confidence)
-        return confidence, waiting & (confidence > confidence_threshold)
+        return confidence, waiting & (confidence > limits)
 
     confidence = ops.reshape(confidence, (-1, k))
-    waiting = confidence > confidence_threshold
+    waiting = confidence > limits
     confidence, _ = ops.while_loop(
         lambda _, waiting: ops.any(waiting),
         choose,
         (confidence, waiting),
         maximum_iterations=min(k, max_detections),
     )
+    confidence = ops.where(confidence > limits, confidence, 0.0)
     return ops.reshape(confidence, (-1, num_classes, k))
 
 

@@ -1,16 +1,17 @@
-"""The program `keras-resnest`: train, evaluate, predict, export, classify and list."""
+"""The program `keras-resnest`: train, evaluate, analyze, predict, export, classify and list."""
 
 import argparse
 import os
 import sys
 
-from keras_resnest.cli import classify, evaluate, export, list_networks, predict, train
+from keras_resnest.cli import analyze, classify, evaluate, export, list_networks, predict, train
 from keras_resnest.cli.common import Failure, printable
 from keras_resnest.version import __version__
 
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "analyze": analyze,
     "predict": predict,
     "export": export,
     "classify": classify,

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import glob
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import keras_resnest as kr
 from keras_resnest.atomic import naming_path
 from keras_resnest.backbones.presets import is_preset, load_preset
 from keras_resnest.backbones.weights.fetching import check_finite_weights
+from keras_resnest.checks import class_thresholds
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
 from keras_resnest.data.readers.files import read_text
@@ -69,6 +71,18 @@ def fraction(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
     return value
+
+
+def confidence(text: str) -> float | dict[str, float]:
+    """An argparse type: a number from 0 to 1, or a JSON file with one for each class name."""
+    if not Path(text).is_file():
+        return fraction(text)
+    try:
+        content = json.loads(Path(text).read_text("utf-8"))
+        class_thresholds(content, list(content))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} must hold a number by class. {error}") from error
+    return content
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import keras_resnest as kr
 from keras_resnest.backbones.presets import is_preset
 from keras_resnest.boxes.formats import convert_boxes
+from keras_resnest.checks import class_thresholds
 from keras_resnest.cli.common import Failure, load_keras_file, reporting_unusable_model
 from keras_resnest.images import read_image_info
 
@@ -67,7 +68,7 @@ def keras_detector(path: str):
         kind = type(model).__name__
         raise ValueError(f"{path} is not a usable model. It holds a {kind}, not a RefineDet")
 
-    def detect(paths, images, confidence: float) -> list[dict]:
+    def detect(paths, images, confidence) -> list[dict]:
         found = model.detect(images, confidence, batch_size=len(images))
         for image, detections in zip(images, found, strict=True):
             size = image.shape[:2]
@@ -91,7 +92,10 @@ class ServedDetector:
         self.model, self.signature = model, signature
         self.box_format, self.class_names = box_format, class_names
 
-    def __call__(self, paths, images, confidence: float) -> list[dict]:
+    def __call__(self, paths, images, confidence) -> list[dict]:
+        is_per_class = isinstance(confidence, dict)
+        if is_per_class and not self.class_names:
+            raise ValueError("--confidence with a file needs --class-names")
         if self.signature == "serve_bytes":
             sizes = [image.shape[:2] for image in images]
             inputs = {"image_bytes": list(map(encode_image, paths, images))}
@@ -104,10 +108,12 @@ class ServedDetector:
         answers = [check_answer(answer, classes) for answer in answers]
         if len(answers) != len(images):
             raise Failure(f"the answer has {len(answers)} results for {len(images)} images")
-        found = []
+        found, limit = [], confidence
         for answer, image, (height, width) in zip(answers, images, sizes, strict=True):
             # Rows with label -1 are padding.
-            keep = (answer["labels"] >= 0) & (answer["confidence"] >= confidence)
+            if is_per_class:
+                limit = np.array(class_thresholds(confidence, self.class_names))[answer["labels"]]
+            keep = (answer["labels"] >= 0) & (answer["confidence"] >= limit)
             boxes, confidences, labels = (answer[name][keep] for name in OUTPUTS)
             boxes = to_xyxy(boxes, self.box_format, (height, width))
             scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)

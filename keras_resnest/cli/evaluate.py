@@ -90,7 +90,8 @@ def check_num_classes(arguments, wanted: int, dataset) -> None:
 # === Detector ===
 
 
-def evaluate_detector(model, arguments) -> dict:
+def read_test_set(model, arguments):
+    """Reads the data for a detector, and says what is measured."""
     arguments.split = arguments.split or find_test_split(arguments.data, arguments.format)
     options = {"class_names": model.class_names, **reading_options(arguments)}
     dataset = kr.data.read_detection(arguments.data, arguments.split, **options)
@@ -99,8 +100,13 @@ def evaluate_detector(model, arguments) -> dict:
         print(f"No split of {arguments.data} is for tests: all of its images are measured, also")
         print("those that the model was trained on")
     print(f"Data: {dataset.report}")
+    return dataset
+
+
+def evaluate_detector(model, arguments) -> dict:
+    dataset = read_test_set(model, arguments)
     batches = kr.data.evaluation_batches(
-        dataset, model.image_shape, arguments.batch_size, cache=False
+        dataset, model.image_shape, arguments.batch_size, cache=False, include_source=True
     )
     truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names

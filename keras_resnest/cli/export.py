@@ -2,6 +2,7 @@
 
     keras-resnest export runs/train/detector.keras serving/detector/1
     keras-resnest export detector.keras detector.onnx --precision float16
+    keras-resnest export detector.keras detector.onnx --confidence runs/analyze/thresholds.json
     keras-resnest export detector.keras detector.tflite --precision int8 --raw --images photos/
     keras-resnest export resnest50 serving/resnest50/1
 
@@ -20,6 +21,7 @@ from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
     add_model_arguments,
     collect_images,
+    confidence,
     find_crop,
     load_images,
     load_model,
@@ -37,6 +39,8 @@ def add_arguments(parser, argv) -> None:
     add("--format", choices=("tf_saved_model", *FORMATS.values()), help="default: see above")
     add("--precision", default="float32", help="bfloat16, float16, int8; default: %(default)s")
     add("--raw", action="store_true", help="without box decoding and non-maximum suppression")
+    text = "lowest of a detection, or the thresholds.json of `analyze`; default: the model's"
+    add("--confidence", type=confidence, metavar="NUMBER|FILE", help=text)
     add("--freeze", action="store_true", help="a SavedModel of constants, see docs/serving.md")
     add("--images", nargs="+", metavar="IMAGE", help="for int8: a few dozen typical images")
     add_model_arguments(parser)
@@ -50,9 +54,12 @@ def run(arguments) -> int:
     if isinstance(model, kr.RefineDet):
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         options["decode"] = not arguments.raw
+        if arguments.confidence is not None:
+            settings = {**model.decoder.get_config(), "confidence_threshold": arguments.confidence}
+            model.decoder = kr.detection.DetectionDecoder(**settings)
         fit_image, size = kr.data.resize_image, model.image_shape[:2]
     else:
-        refuse_options(arguments, ["raw"], "for detectors")
+        refuse_options(arguments, ["raw", "confidence"], "for detectors")
         crop = find_crop(model, arguments)
         fit_image, size = kr.data.center_crop_image, crop
         options |= {"image_shape": (crop.size, crop.size, 3), "crop_ratio": crop.ratio}

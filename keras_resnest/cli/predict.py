@@ -31,7 +31,7 @@ from keras_resnest.cli.common import (
     Failure,
     check_output,
     collect_images,
-    fraction,
+    confidence,
     load_images,
     positive,
     printable,
@@ -48,7 +48,8 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file, preset, SavedModel folder, or URL of a server")
     add("images", metavar="IMAGE", nargs="+", help="file, folder or pattern")
-    add("--confidence", type=fraction, default=0.3, help="lowest to report; default: %(default)s")
+    text = "lowest to report, or the thresholds.json of `analyze`; default: %(default)s"
+    add("--confidence", type=confidence, default=0.3, metavar="NUMBER|FILE", help=text)
     add("--batch-size", type=positive(), default=8, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("detections"), help="folder; default: %(default)s")
     add("--format", choices=("json", "csv", "both"), default="json", help="default: %(default)s")

@@ -1,12 +1,14 @@
 """DetectionDecoder: from the raw outputs of RefineDet to detections."""
 
+from collections.abc import Mapping, Sequence
+
 import keras
 from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes
 from keras_resnest.boxes.suppression import check_suppression, suppress_batch
-from keras_resnest.checks import check_counts, check_fractions
+from keras_resnest.checks import check_counts, check_fractions, class_thresholds
 from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
@@ -23,7 +25,9 @@ class DetectionDecoder(Configurable):
 
     Args:
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
-        confidence_threshold: lowest class probability, exclusive, 0 to 1.
+        confidence_threshold: lowest class probability, exclusive, 0 to 1; or a dictionary with one
+            for each class name (`"0"`, `"1"`, ... for a model without names), such as
+            `DetectionReport.best_thresholds`.
         iou_threshold: of two boxes of a class with a higher IoU, NMS drops the less confident one.
         pre_nms_top_k: candidates per class and image that enter NMS.
         max_detections: detections per image, all classes together.
@@ -61,7 +65,7 @@ class DetectionDecoder(Configurable):
     def __init__(
         self,
         objectness_threshold: float = 0.01,
-        confidence_threshold: float = 0.01,
+        confidence_threshold: float | Mapping[str, float] = 0.01,
         iou_threshold: float = 0.45,
         pre_nms_top_k: int = 400,
         max_detections: int = 200,
@@ -78,12 +82,15 @@ class DetectionDecoder(Configurable):
             alpha=alpha,
             voting_iou=voting_iou or 0.0,
             objectness_threshold=objectness_threshold,
-            confidence_threshold=confidence_threshold,
             iou_threshold=iou_threshold,
         )
+        names = confidence_threshold if isinstance(confidence_threshold, Mapping) else [""]
+        limits = class_thresholds(confidence_threshold, list(names))
         check_counts(pre_nms_top_k=pre_nms_top_k, max_detections=max_detections)
         self.objectness_threshold = float(objectness_threshold)
-        self.confidence_threshold = float(confidence_threshold)
+        is_per_class = isinstance(confidence_threshold, Mapping)
+        thresholds = dict(zip(names, limits, strict=True))
+        self.confidence_threshold = thresholds if is_per_class else limits[0]
         self.iou_threshold = float(iou_threshold)
         self.pre_nms_top_k = int(pre_nms_top_k)
         self.max_detections = int(max_detections)
@@ -103,6 +110,7 @@ class DetectionDecoder(Configurable):
         image_shape,
         bounding_box_format: str = "xyxy",
         portable: bool = False,
+        class_names: Sequence[str] | None = None,
     ) -> dict:
         """Decodes a batch.
 
@@ -113,6 +121,7 @@ class DetectionDecoder(Configurable):
             bounding_box_format: format of the resulting boxes.
             portable: whether NMS uses elementary operations, which every runtime has, instead of
                 TensorFlow's NMS operation. The results are equal.
+            class_names: names of the classes, which a `confidence_threshold` of each class needs.
 
         Returns:
             Dictionary of `"boxes"` (batch, max_detections, 4) in `bounding_box_format`,
@@ -123,7 +132,7 @@ class DetectionDecoder(Configurable):
         boxes, confidence, labels, count = suppress_batch(
             boxes,
             confidence,
-            self.confidence_threshold,
+            self.thresholds(class_names, confidence.shape[-1]),
             self.iou_threshold,
             self.pre_nms_top_k,
             self.max_detections,
@@ -137,6 +146,18 @@ class DetectionDecoder(Configurable):
             boxes = clip_boxes(boxes, height, width)
         boxes = convert_boxes(boxes, "xyxy", bounding_box_format, height, width)
         return self._pad(boxes, confidence, labels, count)
+
+    def thresholds(self, class_names: Sequence[str] | None, num_classes: int):
+        """Returns `confidence_threshold`; as a list in the order of the labels if it is per class.
+
+        Raises:
+            ValueError: if it has other classes.
+        """
+        if not isinstance(self.confidence_threshold, dict):
+            return self.confidence_threshold
+        return class_thresholds(
+            self.confidence_threshold, class_names or [str(i) for i in range(num_classes)]
+        )
 
     def candidates(self, outputs: dict, anchors):
         """Returns boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""

@@ -6,7 +6,7 @@ evaluation and `MultiScaleDetector` all go through it.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import keras
 import numpy as np
@@ -18,6 +18,7 @@ from keras_resnest.checks import (
     check_fractions,
     check_image_shape,
     check_images,
+    class_thresholds,
     value_errors,
 )
 from keras_resnest.configurable import Configurable
@@ -137,13 +138,13 @@ def _load_or_warn(image, max_pixels: int):
         return None
 
 
-def detect_resized(model, images: list, confidence_threshold: float) -> list[dict]:
+def detect_resized(model, images: list, confidence_threshold) -> list[dict]:
     """Detects in images of any size, stretched to the size of the model.
 
     Args:
         model: a `RefineDet`.
         images: arrays (height, width, 3).
-        confidence_threshold: lowest confidence that is returned.
+        confidence_threshold: as in `RefineDet.detect`.
 
     Returns:
         A dictionary per image, boxes in `model.bounding_box_format` and its own pixels.
@@ -167,9 +168,10 @@ def _rows(batch: dict, number: int) -> dict:
     return {name: batch[name][number, :count] for name in ("boxes", "confidence", "labels")}
 
 
-def _select_confident(model, rows: dict, confidence_threshold: float) -> dict:
+def _select_confident(model, rows: dict, confidence_threshold) -> dict:
     """The confident detections, with class names."""
-    chosen = rows["confidence"] >= confidence_threshold
+    limits = class_thresholds(confidence_threshold, model.label_names)
+    chosen = rows["confidence"] >= np.array(limits, "float32")[rows["labels"]]
     rows = {name: values[chosen] for name, values in rows.items()}
     return {**rows, "class_names": [model.class_name(label) for label in rows["labels"]]}
 
@@ -250,7 +252,7 @@ class MultiScaleDetector(Configurable):
         """Format of the boxes that are returned."""
         return self.model.bounding_box_format
 
-    def detect(self, images, confidence_threshold: float = 0.3):
+    def detect(self, images, confidence_threshold: float | Mapping[str, float] = 0.3):
         """As `RefineDet.detect`: images of any size, boxes in their own pixels."""
 
         def detect_batch(batch):
@@ -329,7 +331,9 @@ class MultiScaleDetector(Configurable):
             number = np.repeat(np.arange(len(passes)), [len(p["labels"]) for p in passes])
             confidence = lower_confidence(**rows, **options, passes=number)
             kept = np.argsort(-confidence, kind="stable")
-            kept = kept[confidence[kept] > decoder.confidence_threshold]
+            limits = decoder.thresholds(self.class_names, self.num_classes)
+            limits = np.broadcast_to(limits, self.num_classes)[rows["labels"]]
+            kept = kept[confidence[kept] > limits[kept]]
         else:
             kept = suppress_boxes(**rows, **options, suppression=decoder.suppression)
         kept = kept[: self.max_detections]

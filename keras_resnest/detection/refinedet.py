@@ -5,7 +5,7 @@ its raw outputs into detections.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import keras
 import numpy as np
@@ -21,12 +21,12 @@ from keras_resnest.checks import (
     check_box_dictionary,
     check_box_shapes,
     check_class_names,
-    check_fractions,
     check_ground_truth,
     check_image_shape,
     check_images,
     check_same_classes,
     check_sample_weight,
+    class_thresholds,
     dense_boxes,
     reading_config,
     unpack_batch,
@@ -128,6 +128,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         bounding_box_format = check_box_format(bounding_box_format)
         anchor_generator = check_anchor_generator(anchor_generator)
         heads, detection_loss, decoder = check_parts(heads, detection_loss, decoder)
+        decoder.thresholds(class_names, num_classes)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         backbone = _backbone(backbone, dtype)
 
@@ -295,7 +296,8 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         """
         shape = self.image_shape if image_shape is None else image_shape
         anchors = self.anchors_for(shape)
-        return self.decoder(outputs, anchors, shape, self.bounding_box_format, portable)
+        names = self.class_names
+        return self.decoder(outputs, anchors, shape, self.bounding_box_format, portable, names)
 
     def predict_step(self, *args):
         """Detects in one batch; the batch is the last argument on every backend."""
@@ -346,7 +348,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
     def detect(
         self,
         images,
-        confidence_threshold: float = 0.3,
+        confidence_threshold: float | Mapping[str, float] = 0.3,
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
     ):
@@ -355,7 +357,8 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         Args:
             images: a path, an encoded image (bytes), a PIL image, an array (height, width,
                 channels) 0 to 255, a folder, or a list or 4-D array of images.
-            confidence_threshold: lowest confidence that is returned, 0 to 1.
+            confidence_threshold: lowest confidence that is returned, 0 to 1; or a dictionary with
+                one for each class name, such as `DetectionReport.best_thresholds`.
             batch_size: images that pass through the network together.
             max_pixels: height times width above which a file is not read.
 
@@ -368,7 +371,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         Raises:
             ValueError: if a single image cannot be read.
         """
-        check_fractions(confidence_threshold=confidence_threshold)
+        class_thresholds(confidence_threshold, self.label_names)
         return detect_images(
             images,
             lambda batch: detect_resized(self, batch, confidence_threshold),
@@ -378,7 +381,12 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     def class_name(self, label: int) -> str:
         """Returns the name of a class, or its number if the model has no `class_names`."""
-        return self.class_names[int(label)] if self.class_names else str(int(label))
+        return self.label_names[int(label)]
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels: the class names, or the numbers if there are none."""
+        return self.class_names or [str(label) for label in range(self.num_classes)]
 
     def _prepare(self, x, y=None) -> tuple:
         """Returns checked `x` and `y` of a Keras method, in layouts that Keras reads."""

@@ -91,15 +91,7 @@ def coco_average_precision(
     return COCOAveragePrecision(class_names, thresholds, _precision(evaluation), metrics)
 
 
-def table_average_precision(
-    objects: BoxTable, found: BoxTable, class_names: Sequence[str]
-) -> np.ndarray:
-    """The `average_precision` of `coco_average_precision` alone, in a third of its time."""
-    of_any_area = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [100]}
-    return _precision(_evaluate(objects, found, class_names, **of_any_area))
-
-
-def _evaluate(objects: BoxTable, found: BoxTable, class_names: Sequence[str], **parameters):
+def _evaluate(objects: BoxTable, found: BoxTable, class_names: Sequence[str]):
     """Returns a pycocotools `COCOeval` after matching and accumulation."""
     from pycocotools.cocoeval import COCOeval
 
@@ -107,7 +99,7 @@ def _evaluate(objects: BoxTable, found: BoxTable, class_names: Sequence[str], **
         tables = (_to_coco(table, len(class_names)) for table in (objects, found))
         evaluation = COCOeval(*tables, "bbox")
         # Include images without objects: their detections are false positives.
-        vars(evaluation.params).update(parameters, imgIds=list(range(objects.num_images)))
+        evaluation.params.imgIds = list(range(objects.num_images))
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation

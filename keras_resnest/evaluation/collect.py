@@ -50,26 +50,41 @@ def collect_detections(
         >>> ground_truth, detections = collect_detections(model, validation_dataset)
         >>> coco_average_precision(ground_truth, detections, model.class_names).metrics["AP"]
     """
+    ground_truth, detections = [], []
+    for _, _, objects, found in detect_batches(model, dataset, bounding_box_format, steps):
+        ground_truth += objects
+        detections += found
+    return ground_truth, detections
+
+
+def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, steps: int | None):
+    """Runs a detector batch by batch; arguments as in `collect_detections`.
+
+    Yields:
+        `(images, sizes, ground_truth, detections)`: images (B, H, W, 3), their heights and widths
+        (B, 2) in the pixels of the boxes, and lists of B dictionaries.
+    """
     if not isinstance(dataset, Iterable):
         raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)
-    ground_truth, detections = [], []
+    is_empty = True
     with value_errors(dataset):
         for batch in itertools.islice(dataset, steps):
             images, boxes = unpack_labeled_batch(batch)
             size = tuple(images.shape[1:3])
-            original_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
-            predicted = _predict(model, images)
-            ground_truth += _split_batch(boxes, given_format, size, original_sizes)
-            detections += _split_batch(predicted, predicted_format, size, original_sizes)
-    if not detections:
+            own_sizes = batch.get("image_size") if isinstance(batch, Mapping) else None
+            sizes = np.full((len(images), 2), size) if own_sizes is None else np.asarray(own_sizes)
+            truth = _split_batch(boxes, given_format, size, own_sizes)
+            found = _split_batch(_predict(model, images), predicted_format, size, own_sizes)
+            is_empty = is_empty and not found
+            yield np.asarray(images), sizes, truth, found
+    if is_empty:
         raise ValueError(
             "`dataset` must yield at least one batch (an iterator can be read only once). "
             "Received: no batch"
         )
-    return ground_truth, detections
 
 
 def evaluate_detections(

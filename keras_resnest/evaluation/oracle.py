@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
-from keras_resnest.evaluation.coco import table_average_precision
+from keras_resnest.evaluation.matching import average_precision
 from keras_resnest.evaluation.voc import best_objects, nan_mean
 
 MATCHED = 0.5  # a detection belongs to the object of its class with the highest IoU, if above
@@ -124,7 +124,7 @@ def oracle_decomposition(
     return OracleDecomposition(
         class_names,
         {
-            name: table_average_precision(objects, table, class_names)
+            name: average_precision(objects, table, len(class_names))
             for name, table in tables.items()
         },
         most_confident_iou=nan_mean(iou[first]),

@@ -199,29 +199,40 @@ def best_objects(
 
     IoU 0 and row -1 if there is none; the first object if several have this IoU.
     """
-    object_group = objects.image * num_classes + objects.labels
+    groups = [table.image * num_classes + table.labels for table in (objects, found)]
+    iou, best = np.zeros(len(found.labels)), np.full(len(found.labels), -1)
+    for rows, others, values in paired_boxes(objects, found, *groups, plus_one):
+        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        iou[rows[first]] = np.maximum.reduceat(values, first)
+        is_best = np.flatnonzero(values == iou[rows])
+        own_rows, first = np.unique(rows[is_best], return_index=True)
+        best[own_rows] = others[is_best[first]]
+    return iou, best
+
+
+def paired_boxes(
+    objects: BoxTable,
+    found: BoxTable,
+    object_group: np.ndarray,
+    found_group: np.ndarray,
+    plus_one: bool = False,
+):
+    """Yields chunks `(rows of found, rows of objects, IoU)` of all pairs of the same group.
+
+    The pairs of a detection are consecutive and in one chunk, its objects in their order.
+    """
     rows = np.argsort(object_group, kind="stable")
-    found_group = found.image * num_classes + found.labels
     start = np.searchsorted(object_group[rows], found_group, side="left")
     count = np.searchsorted(object_group[rows], found_group, side="right") - start
-
-    iou, best = np.zeros(len(found_group)), np.full(len(found_group), -1)
     candidates = np.flatnonzero(count)
     pairs = np.cumsum(count[candidates])
     chunks = np.searchsorted(pairs, np.arange(MAX_PAIRS, pairs.max(initial=0), MAX_PAIRS))
     for chunk in np.split(candidates, chunks):
-        if not chunk.size:
-            continue
-        # The pairs of a detection are consecutive, from `first` on.
         first = np.cumsum(count[chunk]) - count[chunk]
         offset = np.arange(count[chunk].sum()) - np.repeat(first, count[chunk])
-        paired_rows = rows[np.repeat(start[chunk], count[chunk]) + offset]
-        paired_boxes = np.repeat(found.boxes[chunk], count[chunk], axis=0)
-        values = _paired_iou(paired_boxes, objects.boxes[paired_rows], plus_one)
-        iou[chunk] = np.maximum.reduceat(values, first)
-        is_best = np.flatnonzero(values == np.repeat(iou[chunk], count[chunk]))
-        best[chunk] = paired_rows[is_best[np.searchsorted(is_best, first)]]
-    return iou, best
+        own_rows = np.repeat(chunk, count[chunk])
+        others = rows[np.repeat(start[chunk], count[chunk]) + offset]
+        yield own_rows, others, _paired_iou(found.boxes[own_rows], objects.boxes[others], plus_one)
 
 
 def _paired_iou(boxes1: np.ndarray, boxes2: np.ndarray, plus_one: bool) -> np.ndarray:

@@ -45,7 +45,8 @@ class NumpyDetectionDecoder:
         image_shape: (height, width, ...) of the network's images, in pixels.
         bounding_box_format: format of the detections, one of `BOX_FORMATS`.
         objectness_threshold: lowest ARM objectness, exclusive, 0 to 1.
-        confidence_threshold: lowest class probability, exclusive, 0 to 1.
+        confidence_threshold: lowest class probability, exclusive, 0 to 1; or a dictionary with one
+            for each class name (`"0"`, `"1"`, ... without names).
         iou_threshold: IoU above which the less confident of two boxes of a class is dropped.
         pre_nms_top_k: boxes of each class that enter suppression.
         max_detections: detections of one image, all classes together.
@@ -109,7 +110,8 @@ class NumpyDetectionDecoder:
         self.image_shape = _check_image_shape(image_shape)
         self.bounding_box_format = _check_box_format(bounding_box_format)
         self.objectness_threshold = _check_fraction("objectness_threshold", objectness_threshold)
-        self.confidence_threshold = _check_fraction("confidence_threshold", confidence_threshold)
+        self.confidence_threshold = confidence_threshold
+        self._limits = _check_thresholds(confidence_threshold, class_names)  # (classes,) or (1,)
         self.iou_threshold = _check_fraction("iou_threshold", iou_threshold)
         self.pre_nms_top_k = _check_count("pre_nms_top_k", pre_nms_top_k)
         self.max_detections = _check_count("max_detections", max_detections)
@@ -228,19 +230,22 @@ class NumpyDetectionDecoder:
     def _decode_image(self, raw):
         """Decodes one image; boxes (n, 4), confidence (n,) and labels (n,) have no padding."""
         boxes, confidence = self._candidates(raw)  # (candidates, 4), (classes, candidates)
+        limits = np.broadcast_to(self._limits, len(confidence))
         classes = None
         if self.class_agnostic:
             classes = confidence.argmax(axis=0).astype(np.int32)
+            limits = limits[None, classes]  # of each box
             confidence = confidence.max(axis=0, keepdims=True)
         found = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
         for label, values in enumerate(confidence):
             # Only boxes above the last of `max_detections` others can remain, but others vote.
-            floor = best[0] if len(best) == self.max_detections else self.confidence_threshold
-            lowest = floor if self.voting_iou is None else self.confidence_threshold
-            rows = self._most_confident(values, lowest)
+            full = len(best) == self.max_detections
+            floor = np.maximum(limits[label], best[0] if full else np.float32(0.0))
+            rows = self._most_confident(values, floor if self.voting_iou is None else limits[label])
             chosen, values = boxes[rows], values[rows]
             if len(rows):
+                floor = np.broadcast_to(floor, len(confidence[label]))[rows]
                 kept, lowered = self._suppress(chosen, values, floor)
                 rows, chosen = rows[kept], self._vote(chosen, values, kept)
                 values = lowered
@@ -322,6 +327,8 @@ class NumpyDetectionDecoder:
     def _check_outputs(self, raw_outputs):
         """Returns the outputs that are needed, as float32 arrays."""
         classes = None if self.class_names is None else len(self.class_names) + 1
+        if len(self._limits) > 1:
+            classes = len(self._limits) + 1
         channels = {"odm_boxes": 4, "odm_logits": classes}
         if self.two_step_regression:
             channels["arm_boxes"] = 4
@@ -422,7 +429,10 @@ def _suppress(boxes, iou_threshold, limit, overlap=_pairwise_iou):
 def _soften(boxes, confidence, floor, iou_threshold, limit):
     """Soft NMS: returns the indices of at most `limit` boxes and their lowered confidence."""
     waiting, kept, final = confidence.copy(), [], []
-    while len(waiting) and waiting.max() > floor and len(kept) < limit:
+    while len(waiting) and len(kept) < limit:
+        waiting[waiting <= floor] = -1.0
+        if waiting.max() < 0.0:
+            break
         kept.append(int(waiting.argmax()))
         final.append(waiting[kept[-1]])
         iou = _pairwise_iou(boxes[kept[-1:]], boxes)[0]
@@ -438,6 +448,20 @@ def _check_fraction(name, value):
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
     return float(value)
+
+
+def _check_thresholds(threshold, class_names):
+    """Returns the lowest confidence of each class, or one for all of them."""
+    if not isinstance(threshold, collections.abc.Mapping):
+        return np.array([_check_fraction("confidence_threshold", threshold)], np.float32)
+    names = class_names or [str(label) for label in range(len(threshold))]
+    if set(threshold) != set(names):
+        raise ValueError(
+            "`confidence_threshold` must have a number for each class, "
+            f"{', '.join(map(str, names))}. Received: {threshold}"
+        )
+    values = [_check_fraction(f"confidence_threshold[{n!r}]", threshold[n]) for n in names]
+    return np.array(values, np.float32)
 
 
 def _check_count(name, value):
