@@ -31,6 +31,7 @@ import keras
 import numpy as np
 
 import keras_resnest as kr
+from keras_resnest.detection.class_transfer import copy_weights
 
 # ultralytics' YOLOv8n, 3.2 M parameters, from random weights, 320 pixels, batches of 8, measured
 # on the test split of the same data on two CPU cores.
@@ -237,25 +238,39 @@ def latency(model: kr.RefineDet) -> float:
     return statistics.median(times[3:])  # the first calls trace and warm up
 
 
-def train_and_measure(arguments, train, test, switches: dict, seed: int) -> tuple[dict, tuple]:
-    """One training from random weights: its figures, and the ground truth and detections."""
+def train_detector(
+    arguments, train, switches: dict, seed: int, start_from: kr.RefineDet | None = None
+) -> kr.RefineDet:
+    """One training, from random weights or from those of a detector for other classes."""
     keras.utils.set_random_seed(seed)
-    start, cpu_start = time.perf_counter(), time.process_time()
     steps_per_epoch = max(1, len(train) // arguments.batch_size)
     model = build(arguments, train, switches, steps_per_epoch)
-    shape = model.image_shape
+    if start_from is not None:
+        copy_weights(start_from, model, [None] * model.num_classes)
     batches = kr.data.training_batches(
         train,
-        shape,
+        model.image_shape,
         arguments.batch_size,
-        augmentation(arguments.data, shape),
+        augmentation(arguments.data, model.image_shape),
         seed=seed,
         max_boxes=most_boxes(train),
+        **switches.get("batches", {}),
     )
-    model.fit(batches, epochs=arguments.epochs, verbose=arguments.verbose)
+    options = {"epochs": arguments.epochs, "verbose": arguments.verbose}
+    # Repeated images make an epoch of the data longer, not the training.
+    model.fit(batches, steps_per_epoch=steps_per_epoch, **options)
+    return model
+
+
+def train_and_measure(
+    arguments, train, test, switches: dict, seed: int, start_from: kr.RefineDet | None = None
+) -> tuple[dict, tuple]:
+    """One training: its figures, and the ground truth and detections."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    model = train_detector(arguments, train, switches, seed, start_from)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
 
-    evaluation = kr.data.evaluation_batches(test, shape, arguments.batch_size)
+    evaluation = kr.data.evaluation_batches(test, model.image_shape, arguments.batch_size)
     pair = kr.evaluation.collect_detections(model, evaluation)
     voc = kr.evaluation.voc_average_precision(*pair, model.class_names)
     coco = kr.evaluation.coco_average_precision(*pair, model.class_names)
@@ -265,6 +280,7 @@ def train_and_measure(arguments, train, test, switches: dict, seed: int) -> tupl
         "mAP75": float(coco.metrics["AP75"]),
         "mAP": float(coco.metrics["AP"]),
         "AP50": dict(zip(voc.class_names, voc.average_precision[0].tolist(), strict=True)),
+        "AP": coco.per_class(),
         "cpu_seconds": round(cpu_seconds, 1),
         "wall_seconds": round(seconds, 1),
         "latency_ms": round(latency(model), 2),

@@ -10,6 +10,7 @@ from keras import ops
 from keras_resnest.detection.class_transfer import class_sources
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import RefineDetHeads
+from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.detection.refinedet import RefineDet
 
 SWITCHES = ("negative_anchor_filtering", "two_step_regression")
@@ -267,6 +268,18 @@ def test_replaced_classes_keep_their_logits():
     assert voc.num_classes == 5 and voc.class_names[0] == "motorbike"
     voc.get_layer("odm").box_convolutions[0].bias.assign_add(np.ones(12))
     np.testing.assert_array_equal(coco(images)["odm_boxes"], old["odm_boxes"])  # its own weights
+
+
+def test_class_weights_belong_to_the_classes_of_a_model():
+    weighted = RefineDetLoss(class_weights=[1.0, 2.0, 3.0])
+    model = small_detector(detection_loss=weighted)
+    again = RefineDet.from_config(model.get_config())
+    assert again.detection_loss.class_weights == (1.0, 2.0, 3.0)
+    assert model.replace_classes(["a", "b", "c"]).detection_loss.class_weights is None
+    other = model.replace_classes(["red"], detection_loss=RefineDetLoss(class_weights=[2.0]))
+    assert other.detection_loss.class_weights == (2.0,)
+    with pytest.raises(ValueError, match="`class_weights` must be 3 numbers"):
+        small_detector(detection_loss=RefineDetLoss(class_weights=[1.0]))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from PIL import Image
 
 from keras_resnest.cli import main, parse_arguments
 from keras_resnest.cli.common import reading_options
+from keras_resnest.cli.train_detector import make_loss
 from keras_resnest.data import read_train_test
 
 OBJECT = (
@@ -116,6 +117,7 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
         (["FOLDER", "--test-split", "valid"], "valid"),
         (["FOLDER", "--format", "coco"], "has no COCO file"),
         (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
+        (["FOLDER", "--class-weight", "balance"], "--class-weight must be balanced, effective or"),
         (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
     ],
 )
@@ -125,6 +127,26 @@ def test_faulty_data_is_one_sentence(voc_folder, tmp_path, capsys, arguments, wo
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and words in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_class_weights(voc_folder, tmp_path):
+    """Of the training set, by method and from a file."""
+    counts = read_train_test(voc_folder)[0].report.class_counts
+    (tmp_path / "weights.json").write_text(json.dumps({"blue": 2}))
+
+    def weights(method):
+        options = ["--class-weight", str(method), *map(str, OPTIONS)]
+        arguments = parse_arguments(["train", str(voc_folder), *options])
+        loss = make_loss(arguments, read_train_test(voc_folder)[0])
+        return dict(zip(counts, loss.class_weights, strict=True))
+
+    assert weights(tmp_path / "weights.json") == {**dict.fromkeys(counts, 1.0), "blue": 2.0}
+    balanced = [weights("balanced")[name] * count for name, count in counts.items()]
+    assert balanced == pytest.approx([sum(counts.values()) / 3] * 3)
+    for content in ("{", "[1, 2, 3]", '{"bleu": 2}', '{"blue": "2"}'):
+        (tmp_path / "weights.json").write_text(content)
+        with pytest.raises(ValueError, match=r"--class-weight must be .*weights\.json: "):
+            weights(tmp_path / "weights.json")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ VARIANTS = {
     "in order": {"shuffle_buffer": 0},
     "small buffer, last batch": {"shuffle_buffer": 4, "drop_remainder": False},
     "mixed": {"mosaic": Mosaic(0.5), "mixup": MixUp(0.5)},
+    "repeated": {"repeat_threshold": 1.0},
+    "repeated, uncached": {"repeat_threshold": 1.0, "cache": False},
     "sizes": {"image_sizes": [(32, 32), (32, 64), (64, 48)]},
 }
 

@@ -110,8 +110,11 @@ def test_weights_that_make_no_sense(model, weight, message):
 
 
 def test_class_weight_is_refused(model):
-    with pytest.raises(ValueError, match="no `class_weight`; `sample_weight`"):
+    message = r"no `class_weight`; `RefineDetLoss\(class_weights=.*`sample_weight` whole images"
+    with pytest.raises(ValueError, match=message):
         model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH)), class_weight={0: 2.0})
+    with pytest.raises(ValueError, match=message):
+        model.train_on_batch(IMAGES, TRUTH, class_weight={0: 2.0})
 
 
 # === Ragged boxes ===

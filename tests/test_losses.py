@@ -230,6 +230,38 @@ def test_stages_by_hand(joint):
         assert got[f"{name}_loss"] == pytest.approx(value / count[name[:3]], rel=1e-4), name
 
 
+def test_class_weights_by_hand():
+    """The cross entropy of positives is weighted; mining, divisor and other losses are not."""
+    outputs, weights = random_outputs(3, SCENE), [1.0, 0.5, 3.0, 7.0]  # background first
+    total, count = 0.0, 0
+    for i in range(2):
+        refined = reference.decode(outputs["arm_boxes"][i], SCENE)
+        iou = reference.iou(OBJECTS[i], refined)
+        matches = reference.match(iou, CLASSES_OF_OBJECTS[i] >= 0, 0.5)
+        classes = np.where(matches >= 0, CLASSES_OF_OBJECTS[i, matches] + 1, 0)
+        loss = -np.log(reference.softmax(outputs["odm_logits"][i]))[np.arange(len(SCENE)), classes]
+        minable = reference.softmax(outputs["arm_objectness"][i])[:, 1] > 0.01
+        positive = classes > 0
+        negatives = np.sort(loss[minable & ~positive])[::-1][: 3 * positive.sum()]
+        total += negatives.sum() + (loss * np.take(weights, classes))[positive].sum()
+        count += positive.sum()
+    arguments = outputs, OBJECTS, CLASSES_OF_OBJECTS, SCENE
+    got = RefineDetLoss(class_weights=weights[1:])(*arguments)
+    assert float(got["odm_classification_loss"]) == pytest.approx(total / count, rel=1e-4)
+    plain = RefineDetLoss()(*arguments)
+    ones = RefineDetLoss(class_weights=[1, 1, 1])(*arguments)
+    for name in plain:
+        assert float(ones[name]) == float(plain[name])
+        assert float(got[name]) == float(plain[name]) or name == "odm_classification_loss"
+
+
+def test_class_weights_for_another_number_of_classes():
+    with pytest.raises(ValueError, match=r"`class_weights` must be 3 numbers.*\[1.0, 2.0\]"):
+        RefineDetLoss(class_weights=[1, 2])(
+            random_outputs(3, SCENE), OBJECTS, CLASSES_OF_OBJECTS, SCENE
+        )
+
+
 def generalized_iou_by_hand(a, b):
     iou = reference.iou(a, b)[0, 0]
     union = ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) / (1 + iou)
@@ -247,6 +279,7 @@ LOSSES = {
         "odm_matcher": BoxMatcher(0.7),
         "smooth_l1_knee": 0.1,
     },
+    "weighted": {"class_weights": np.array([0.0, 2.5, 100.0])},
 }
 
 
@@ -278,7 +311,18 @@ def test_loss_survives_serialization(options):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"box_loss": "l1"}, {"odm_box_loss": "l1"}, {"box_loss_weight": 0}, {"smooth_l1_knee": -1}],
+    [
+        {"box_loss": "l1"},
+        {"odm_box_loss": "l1"},
+        {"box_loss_weight": 0},
+        {"smooth_l1_knee": -1},
+        {"class_weights": [1.0, -1.0]},
+        {"class_weights": [1.0, float("nan")]},
+        {"class_weights": [True, 1.0]},
+        {"class_weights": {"cat": 1.0}},
+        {"class_weights": "balanced"},
+        {"class_weights": 2.0},
+    ],
 )
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

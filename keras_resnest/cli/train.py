@@ -40,7 +40,7 @@ PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 FREE = "epochs output workers restarts evaluate_every checkpoint_steps no_cache deterministic"
 # ... and options of the data and the model, which are compared themselves.
 COMPARED = "data data_dir train_split test_split skip_faulty batch_size seed"
-COMPARED += " format unannotated allow_outside image_size anchor_sizes fit_anchors"
+COMPARED += " format unannotated allow_outside image_size anchor_sizes fit_anchors class_weight"
 
 
 def add_arguments(parser, argv) -> None:

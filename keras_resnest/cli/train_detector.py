@@ -1,6 +1,7 @@
 """`keras-resnest train` for detectors: options, data, model and report."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import keras_resnest as kr
@@ -11,6 +12,8 @@ from keras_resnest.cli.common import (
     positive,
     reading_options,
 )
+from keras_resnest.data.rare_classes import METHODS
+from keras_resnest.data.readers.files import read_text
 
 EPOCHS = "60, or those of the published recipe"
 BATCH_SIZE = 8
@@ -36,6 +39,8 @@ def add_arguments(parser) -> None:
     add("--vertical-flip", action="store_true", help="for images without a natural orientation")
     add("--mosaic", type=fraction, default=0.0, metavar="PROBABILITY", help="four images in one")
     add("--mixup", type=fraction, default=0.0, metavar="PROBABILITY", help="two images in one")
+    text = f"of rare classes: {', '.join(METHODS)} or a JSON file {{class name: weight}}"
+    add("--class-weight", metavar="METHOD", help=text)
     text = "sides in pixels; each batch draws one of them"
     add("--multi-scale", type=positive(), nargs="+", metavar="SIDE", help=text)
     add("--no-cache", action="store_true", help="decode images in every epoch, for large datasets")
@@ -62,10 +67,10 @@ class Training:
             **reading_options(arguments),
         )
         self.recipe = make_recipe(arguments, batch_size, len(self.train_set))
-        self.output.mkdir(parents=True, exist_ok=True)
         with strategy.scope():
             self.model = build_model(arguments, self.train_set)
             self.model.compile(self.recipe.optimizer())
+        self.output.mkdir(parents=True, exist_ok=True)
         image_shape = self.model.image_shape
         self.train_batches = kr.training.distribute_batches(
             strategy, batch_maker(arguments, self.train_set, image_shape), batch_size
@@ -158,8 +163,25 @@ def build_model(arguments, train_set) -> kr.RefineDet:
         class_names=train_set.class_names,
         image_shape=image_shape,
         anchor_generator=anchors,
+        detection_loss=make_loss(arguments, train_set),
         backbone_weights=arguments.backbone_weights,
         freeze_batch_norm=arguments.batch_norm == "frozen",
         synchronized_batch_norm=arguments.batch_norm == "synchronized",
         dtype=arguments.precision,
     )
+
+
+def make_loss(arguments, train_set) -> kr.detection.RefineDetLoss:
+    weights, method = None, arguments.class_weight
+    try:
+        if method is not None and method not in METHODS:
+            method = json.loads(read_text(method, "file of weights"))
+        if method is not None:
+            weights = kr.data.class_weights(train_set, method)
+        options = kr.builders.BUILDERS[arguments.model].loss
+        return kr.detection.RefineDetLoss(**options, class_weights=weights)
+    except ValueError as error:
+        raise ValueError(
+            f"--class-weight must be {', '.join(METHODS)} or a JSON file {{class name: weight}}. "
+            f"Received: {arguments.class_weight}: {error}"
+        ) from error

@@ -14,6 +14,7 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     LabeledImage,
 )
+from keras_resnest.data.rare_classes import class_weights, repeat_factors
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
 from keras_resnest.data.readers.detect_format import find_splits, read_detection, read_train_test
@@ -72,6 +73,7 @@ __all__ = [
     "ShapesConfig",
     "TrainingAugmentation",
     "center_crop_image",
+    "class_weights",
     "classification_batches",
     "evaluation_batches",
     "find_images",
@@ -88,6 +90,7 @@ __all__ = [
     "read_train_test",
     "read_voc",
     "read_yolo",
+    "repeat_factors",
     "resize_image",
     "set_epoch",
     "training_batches",

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
@@ -33,7 +34,8 @@ from keras_resnest.data.augmentation.detection import (
 )
 from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
-from keras_resnest.data.epochs import EpochCounter, epoch_passes, fold_in
+from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
+from keras_resnest.data.rare_classes import repeat_factors
 from keras_resnest.images import center_crop_image
 
 # Shapes in the elements, and their ranks.
@@ -56,6 +58,7 @@ def training_batches(
     mosaic: Mosaic | None = None,
     mixup: MixUp | None = None,
     image_sizes: Sequence[Sequence[int]] | None = None,
+    repeat_threshold: float | None = None,
     shuffle_buffer: int | None = None,
     seed: int | None = None,
     initial_epoch: int = 0,
@@ -89,6 +92,12 @@ def training_batches(
         image_sizes: for multi-scale training, a list of (height, width) that replaces
             `image_shape`: each batch draws one. `augmentation` then gets a third argument
             `image_size`, an int32 tensor (height, width).
+        repeat_threshold: fraction of the images, up to 1; the images of classes that fewer images
+            have are repeated, see `repeat_factors`. Fractions of a repetition are rounded at
+            random in each epoch, each copy is augmented on its own, and an epoch has as many
+            images as the sum of the factors, rounded down; of shards, as many as without
+            repetitions. Needs a `DetectionDataset` and `deterministic=True`. Default: no
+            repetition.
         shuffle_buffer: number of images from which the next one is drawn; 0 keeps the order.
             Default: all images; 512 if they are cached in files, or neither cached nor loadable
             one by one.
@@ -109,7 +118,7 @@ def training_batches(
         use_difficult: whether to keep boxes marked as difficult.
         num_parallel_calls: number of images augmented in parallel.
         deterministic: False lets images overtake each other, which is slightly faster but not
-            reproducible; must be True with `image_sizes`.
+            reproducible; must be True with `image_sizes` and `repeat_threshold`.
 
     Returns:
         Dataset of `{"images": (B, height, width, 3) float32 of 0..255 (or what the augmentation
@@ -148,15 +157,19 @@ def training_batches(
         return dict(augmentation(element, own_seed, *image_size), seed=own_seed)
 
     counter = EpochCounter(initial_epoch)
-    buffer = _shuffle_buffer(shuffle_buffer, stored, None if cache is True or load else 512)
-    elements = epoch_passes(stored, counter, _seed(seed), buffer).map(augment, num_parallel_calls)
+    repeats = _repeats(dataset, repeat_threshold, use_difficult, deterministic)
+    count = int(stored.cardinality()) if repeats is None else epoch_length(repeats)
+    buffer = _shuffle_buffer(shuffle_buffer, count, None if cache is True or load else 512)
+    passes = epoch_passes(stored, counter, _seed(seed), buffer, repeats)
+    elements = passes.map(augment, num_parallel_calls)
     static_size, num_rows = (None, None) if image_sizes else size, None if mixes else max_boxes
     keys = ("boxes", "labels"), ("seed",)
     batches = _padded_batches(elements, static_size, batch_size, drop_remainder, num_rows, *keys)
     batches = batches.map(lambda batch: _mix(batch, mixes, max_boxes), num_parallel_calls)
     batches = batches.map(lambda batch: _convert_boxes(batch, box_format))
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
-    return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
+    settings = {"batch_size": batch_size, "seed": seed, "repeat_threshold": repeat_threshold}
+    return _finish(batches, dataset, counter, deterministic, **settings)
 
 
 def evaluation_batches(
@@ -265,6 +278,19 @@ def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable 
         return sizes[choice]
 
     return draw
+
+
+def _repeats(
+    dataset, threshold: float | None, use_difficult: bool, deterministic: bool
+) -> np.ndarray | None:
+    if threshold is None:
+        return None
+    if not deterministic:
+        raise ValueError(
+            "`repeat_threshold` needs `deterministic=True`, which keeps images in the order of "
+            "their labels. Received: deterministic=False"
+        )
+    return repeat_factors(dataset, threshold, use_difficult)
 
 
 def _check_boxes(element: dict) -> dict:
@@ -438,7 +464,8 @@ def classification_batches(
             element, own_seed = load(item) if load else item, fold_in(epoch_seed, index)
             return dict(element, images=augmentation(element["images"], own_seed), seed=own_seed)
 
-        buffer = _shuffle_buffer(None, stored, None if cache or load else 2048)
+        limit = None if cache or load else 2048
+        buffer = _shuffle_buffer(None, int(stored.cardinality()), limit)
         passes = epoch_passes(stored, counter, _seed(seed), buffer)
         elements = passes.map(augment, num_parallel_calls)
     else:
@@ -605,10 +632,9 @@ def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     return elements if count < 0 else elements.apply(tf.data.experimental.assert_cardinality(count))
 
 
-def _shuffle_buffer(buffer: int | None, stored: tf.data.Dataset, limit: int | None) -> int:
+def _shuffle_buffer(buffer: int | None, count: int, limit: int | None) -> int:
     """Checks the size of the shuffle buffer; the default is all items, up to `limit`."""
     if buffer is None:
-        count = int(stored.cardinality())
         if count <= 0:  # unknown
             return limit or 100_000
         return min(count, limit or count)
@@ -624,9 +650,9 @@ def _take_smallest_shard(
     batches: tf.data.Dataset, dataset, batch_size: int, drop_remainder: bool
 ) -> tf.data.Dataset:
     """Limits an epoch of a shard to the number of batches that all shards can fill."""
-    images = getattr(dataset, "smallest_shard", None)
-    if images is None or images == len(dataset):
+    if getattr(dataset, "whole", dataset) is dataset:
         return batches
+    images = dataset.smallest_shard
     steps = images // batch_size if drop_remainder else -(-images // batch_size)
     if not steps:
         raise ValueError(

@@ -176,6 +176,7 @@ class ImageDataset:
     """Base class of the datasets. A subclass adds a `report` and `element_loader`."""
 
     _smallest_shard: int | None = None
+    _whole: "ImageDataset | None" = None
 
     def __init__(self, records: Sequence, class_names: Sequence[str]):
         self.records, self.class_names = list(records), check_class_names(class_names)
@@ -278,7 +279,7 @@ class ImageDataset:
             return self
         part = self._part(num_shards, shard_index)
         part._smallest_shard = self.smallest_shard // num_shards
-        part.identity = self.identity
+        part.identity, part._whole = self.identity, self.whole
         return part
 
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
@@ -351,6 +352,11 @@ class ImageDataset:
     def smallest_shard(self) -> int:
         """Number of images in the smallest shard; `len(self)` for an unsharded dataset."""
         return len(self) if self._smallest_shard is None else self._smallest_shard
+
+    @property
+    def whole(self) -> "ImageDataset":
+        """The dataset that this is a shard of; the dataset itself if it is none."""
+        return self if self._whole is None else self._whole
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
         return self._subset(self.records[shard_index::num_shards])

@@ -8,6 +8,8 @@ import threading
 import numpy as np
 import tensorflow as tf
 
+_ONE = 2**30  # 1 as a fixed-point number
+
 
 class EpochCounter:
     """Numbers the passes over a dataset: the next epoch, or a fixed one after `set_epoch`.
@@ -73,20 +75,27 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 
 
 def epoch_passes(
-    stored: tf.data.Dataset, counter: EpochCounter, seed: int, shuffle_buffer: int
+    stored: tf.data.Dataset,
+    counter: EpochCounter,
+    seed: int,
+    shuffle_buffer: int,
+    repeats: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """Returns a dataset that reshuffles `stored`, of any items, in each pass.
 
     Its elements are (epoch seed (2,) int64, position in the epoch, index of the item, item), with
     the cardinality of `stored` if that is known. `stored` is built once, so its cache lasts. A
     `shuffle_buffer` of 0 or 1 keeps the order.
+
+    With `repeats`, the mean number of copies of each item, an epoch has `epoch_length(repeats)`
+    items, newly rounded in each pass. Copy k of item i has the index i + k * items.
     """
     stored = stored.enumerate()
 
     def one_pass(_):
         own_seed = fold_in(tf.constant([seed, 0], tf.int64), counter.as_tensor())
         order_seed, epoch_seed = tf.unstack(tf.random.split(own_seed, 2))
-        items = stored
+        items = stored if repeats is None else _with_copies(stored, repeats, order_seed)
         if shuffle_buffer > 1:
             # Set in this graph only; `shuffle` would mix the global seed into its own.
             tf.random.set_seed(1)
@@ -95,10 +104,45 @@ def epoch_passes(
         return items.enumerate().map(lambda position, item: (epoch_seed, position, *item))
 
     passes = tf.data.Dataset.from_tensors(0).flat_map(one_pass)
-    count = int(stored.cardinality())
+    count = int(stored.cardinality()) if repeats is None else epoch_length(repeats)
     if count == tf.data.UNKNOWN_CARDINALITY:
         return passes
     return passes.apply(tf.data.experimental.assert_cardinality(count))
+
+
+def epoch_length(repeats: np.ndarray) -> int:
+    """Returns the number of items of every epoch: the sum of `repeats`, rounded down."""
+    return int(_fixed_point(repeats).sum()) // _ONE
+
+
+def _with_copies(stored: tf.data.Dataset, repeats: np.ndarray, seed: tf.Tensor) -> tf.data.Dataset:
+    copies = round_at_random(repeats, seed)
+
+    def repeat(index, item):
+        numbers = tf.data.Dataset.range(copies[index])
+        return numbers.map(lambda number: (index + number * len(repeats), item))
+
+    return stored.flat_map(repeat)
+
+
+def round_at_random(repeats: np.ndarray, seed: tf.Tensor) -> tf.Tensor:
+    """Rounds each number up with the probability of its fraction; the sum is `epoch_length`.
+
+    This is systematic sampling, which keeps the length of all epochs: the numbers add up, in random
+    order and from a random start below 1, and an item has a copy for each integer that the sum
+    passes while it is added. Fixed-point numbers, as the sum must be exact.
+    """
+    draws = tf.random.stateless_uniform([len(repeats)], fold_in(seed, 0), 0, tf.int64.max, tf.int64)
+    start = tf.random.stateless_uniform([], fold_in(seed, 1), 0, _ONE, tf.int64)
+    order = tf.argsort(draws)
+    passed = (start + tf.cumsum(tf.gather(_fixed_point(repeats), order))) // _ONE
+    passed = tf.minimum(passed, epoch_length(repeats))  # or one more, a random one
+    copies = passed - tf.concat([[0], passed[:-1]], axis=0)
+    return tf.scatter_nd(order[:, None], copies, [len(repeats)])
+
+
+def _fixed_point(numbers: np.ndarray) -> np.ndarray:
+    return np.round(numbers * _ONE).astype("int64")
 
 
 def fold_in(seed: tf.Tensor, *numbers: tf.Tensor) -> tf.Tensor:

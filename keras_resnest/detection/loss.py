@@ -3,7 +3,10 @@
 The loss knows raw outputs, ground truth and anchors. It never sees an image or a weight.
 """
 
+from collections.abc import Sequence
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
@@ -43,6 +46,11 @@ class RefineDetLoss(Configurable):
         odm_box_loss: box loss of the second stage, by default `box_loss`.
         box_loss_weight: factor of the box losses. GIoU, which is at most 2, needs about 2.
         smooth_l1_knee: error of an offset up to which smooth L1 is quadratic.
+        class_weights: factors of the ODM's cross entropy of positives, one for each class without
+            background, not negative; `kr.data.class_weights` gets them from a dataset. Background
+            has the factor 1, so mining stays the same. Boxes and the ARM, which knows no classes,
+            are not weighted, and the divisor remains the number of positives, not the sum of their
+            weights. By default all are 1.
         negative_ratio: hard negatives per positive, for each image.
         objectness_threshold: anchors with an ARM objectness up to this, 0 to 1, are not mined as
             negatives of the ODM.
@@ -55,8 +63,9 @@ class RefineDetLoss(Configurable):
         variances: scale of center offsets and of log sizes, see `encode_boxes`.
 
     Raises:
-        ValueError: if `negative_ratio` is negative, `objectness_threshold` not in [0, 1], a box
-            loss unknown, or its weight or knee not positive.
+        ValueError: if `negative_ratio` or a class weight is negative, `objectness_threshold` not in
+            [0, 1], a box loss unknown, or its weight or knee not positive; in a call, if there is
+            not one class weight for each class.
 
     Example:
         >>> losses = RefineDetLoss()(model(images), boxes, labels, model.anchors)
@@ -81,6 +90,7 @@ class RefineDetLoss(Configurable):
         box_loss_weight: float = 1.0,
         smooth_l1_knee: float = 1.0,
         joint_regression: bool = False,
+        class_weights: Sequence[float] | None = None,
     ):
         for name, value in (("box_loss", box_loss), ("odm_box_loss", odm_box_loss or box_loss)):
             if value not in BOX_LOSSES:
@@ -107,6 +117,7 @@ class RefineDetLoss(Configurable):
         self.odm_matcher = odm_matcher
         self.box_loss, self.odm_box_loss = box_loss, odm_box_loss
         self.box_loss_weight, self.smooth_l1_knee = float(box_loss_weight), float(smooth_l1_knee)
+        self.class_weights = _check_class_weights(class_weights)
 
     def __call__(
         self, outputs: dict, boxes, labels, anchors, sample_weight=None, level_sizes=None
@@ -128,6 +139,7 @@ class RefineDetLoss(Configurable):
             the outputs have `"odm_iou"` (batch, anchors, 1).
         """
         outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        self.check_num_classes(outputs["odm_logits"].shape[-1] - 1)
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class
         arm = self._stage(
@@ -154,6 +166,7 @@ class RefineDetLoss(Configurable):
             *(self.odm_matcher or self.matcher, self.odm_box_loss or self.box_loss),
             negative_mask=minable,
             iou_logits=outputs.get("odm_iou"),
+            class_weights=self.class_weights,
         )
         return {
             f"{name}_{loss}_loss": value
@@ -173,6 +186,7 @@ class RefineDetLoss(Configurable):
         box_loss,
         negative_mask=None,
         iou_logits=None,
+        class_weights=None,
     ) -> tuple:
         """The losses of each anchor (batch, anchors) by name, and where anchors are positive."""
         targets, classes = assign_targets(boxes, labels, anchors, matcher, level_sizes)
@@ -191,10 +205,21 @@ class RefineDetLoss(Configurable):
                 classes, logits, self.negative_ratio, negative_mask
             ),
         }
+        if class_weights is not None:
+            weights = ops.convert_to_tensor([1.0, *class_weights], "float32")  # background first
+            losses["classification"] *= ops.take(weights, classes)
         if iou_logits is not None:
             iou = ops.stop_gradient(paired_iou(found, targets))
             losses["iou"] = ops.where(positive, binary_cross_entropy(iou, iou_logits[..., 0]), 0.0)
         return losses, positive
+
+    def check_num_classes(self, num_classes: int) -> None:
+        """Raises ValueError if `class_weights` are for another number of classes."""
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ValueError(
+                f"`class_weights` must be {num_classes} numbers, one for each class without "
+                f"background. Received: {list(self.class_weights)}"
+            )
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object
@@ -206,6 +231,19 @@ class RefineDetLoss(Configurable):
         deserialize = keras.saving.deserialize_keras_object
         matchers = {name: deserialize(config[name]) for name in MATCHERS if name in config}
         return cls(**{**config, **matchers})
+
+
+def _check_class_weights(class_weights) -> tuple[float, ...] | None:
+    if class_weights is None:
+        return None
+    sequence = isinstance(class_weights, Sequence | np.ndarray)
+    if not sequence or not all(is_number(w) and 0 <= w < float("inf") for w in class_weights):
+        raise ValueError(
+            "`class_weights` must be a list of numbers that are not negative, in the order of the "
+            "labels; `kr.data.class_weights` makes one of names. "
+            f"Received: class_weights={class_weights!r}"
+        )
+    return tuple(float(w) for w in class_weights)
 
 
 def _means_over_positives(stage: tuple, sample_weight) -> dict:

@@ -129,6 +129,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         anchor_generator = check_anchor_generator(anchor_generator)
         heads, detection_loss, decoder = check_parts(heads, detection_loss, decoder)
         decoder.thresholds(class_names, num_classes)
+        detection_loss.check_num_classes(num_classes)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         backbone = _backbone(backbone, dtype)
 
@@ -200,11 +201,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, y=None, validation_data=None, callbacks=None, **kwargs):
-        if kwargs.get("class_weight") is not None:
-            raise ValueError(
-                "RefineDet takes no `class_weight`; `sample_weight` weights whole images. "
-                f"Received: class_weight={kwargs['class_weight']}"
-            )
+        _refuse_class_weight(kwargs)
         x, y = self._prepare(x, y)
         check_same_classes(validation_data, self.class_names)
         validation_data = _as_keras_reads(validation_data)
@@ -219,6 +216,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     @same_arguments_as(keras.Model.train_on_batch)
     def train_on_batch(self, x, y=None, **kwargs):
+        _refuse_class_weight(kwargs)
         with value_errors():
             return super().train_on_batch(*self._prepare(x, y), **kwargs)
 
@@ -426,7 +424,8 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         """Returns a new model for other classes that starts from the weights of this one.
 
         A class that this model knows, by name or by `mapping`, keeps its logits; other classes
-        start at random. All other weights are copied. This is how VOC starts from COCO.
+        start at random. All other weights are copied. This is how VOC starts from COCO. The loss
+        loses its `class_weights`, which belong to the old classes.
 
         Args:
             class_names: names of the new classes.
@@ -445,7 +444,10 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
             raise ValueError("`replace_classes` needs a model with `class_names`. Received: none")
         names = check_class_names(class_names)
         sources = class_sources(names, self.class_names, mapping)
-        config = {**self.get_config(), "num_classes": len(names), "class_names": names, **kwargs}
+        config = {**self.get_config(), "num_classes": len(names), "class_names": names}
+        if self.detection_loss.class_weights is not None:
+            config["detection_loss"]["config"]["class_weights"] = None
+        config |= kwargs
         model = RefineDet.from_config(config)
         copy_weights(self, model, sources.values())
         return model
@@ -539,6 +541,15 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
         with reading_config(cls.__name__):
             return cls._changed(construct, config)
+
+
+def _refuse_class_weight(kwargs: dict) -> None:
+    if kwargs.get("class_weight") is not None:
+        raise ValueError(
+            "RefineDet takes no `class_weight`; `RefineDetLoss(class_weights=...)` weights "
+            "classes, and `sample_weight` whole images. "
+            f"Received: class_weight={kwargs['class_weight']}"
+        )
 
 
 def _backbone(backbone, dtype):
