@@ -72,8 +72,7 @@ BUILDERS = {
         "resnest14_tiny",
         320,
         {"filters": 64, "use_batch_norm": True},
-        {"joint_regression": True},
-        {"voting_iou": 0.6},
+        decoder={"voting_iou": 0.6},
     ),
 }
 
