@@ -4,8 +4,11 @@ The values of a batch are known only when the graph runs. A TensorFlow graph can
 `value_errors` turns into `ValueError`s; a compiled step of JAX cannot, so it checks nothing.
 """
 
+import collections
 import contextlib
 import numbers
+import textwrap
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 
 import keras
@@ -78,10 +81,14 @@ def reading_config(kind: str):
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"The configuration of {kind} is not valid: {type(error).__name__}: {reason}"
+            f"The configuration of {kind} is not valid: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of another program's error in one line, or its type if it has none."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
@@ -145,6 +152,59 @@ def check_image_shape(
             f"Received: {name}={image_shape!r}"
         )
     return int(shape[0]), int(shape[1])
+
+
+# === Weights ===
+
+
+def check_layers_of_file(model: keras.Model, path) -> None:
+    """Raises `ValueError` if a model and a weight file have different layers.
+
+    Keras ignores layers of a file that the model lacks, and leaves out some that the file lacks.
+
+    Args:
+        model: a model without a classifier (`include_top=False`) may leave out that of the file.
+        path: `.weights.h5` or `.keras` file.
+    """
+    own, stored = collections.Counter(), _arrays_by_layer(str(path))
+    for layer in model._flatten_layers():
+        layer.save_own_variables(arrays := {})
+        own[layer.name] += len(arrays)
+    if not getattr(model, "include_top", True):
+        for name in [n for n in stored if n.startswith("fc") and n not in own]:
+            del stored[name]
+    if own.total() != stored.total():
+        only = [sorted(more - less)[:5] or "none" for more, less in ((stored, own), (own, stored))]
+        raise ValueError(
+            f"The file holds {stored.total()} arrays, the model has {own.total()}. Layers of the "
+            f"file alone: {only[0]}; of the model alone: {only[1]}"
+        )
+
+
+def _arrays_by_layer(path: str) -> collections.Counter:
+    """Number of arrays of each layer in a weight file, without the optimizer's."""
+    import h5py
+
+    found = collections.Counter()
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer/"):
+            found[str(item.parent.attrs.get("name", name))] += 1
+
+    with contextlib.ExitStack() as opened:
+        if path.endswith(".keras"):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            path = opened.enter_context(archive.open("model.weights.h5"))
+        opened.enter_context(h5py.File(path)).visititems(visit)
+    return found
+
+
+def check_finite_weights(model: keras.Model) -> None:
+    """Raises ValueError if a weight is NaN or infinite."""
+    weights = ((variable, ops.convert_to_numpy(variable)) for variable in model.variables)
+    bad = [v.path for v, array in weights if not np.isfinite(array.astype("float32")).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} arrays hold NaN or infinite values, such as {bad[0]}")
 
 
 # === Batches ===

@@ -11,7 +11,12 @@ import warnings
 
 import keras
 
-from keras_resnest.checks import value_errors
+from keras_resnest.checks import (
+    check_finite_weights,
+    check_layers_of_file,
+    one_line,
+    value_errors,
+)
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
 
@@ -58,7 +63,8 @@ class DistributedTraining:
       axis 0 of logs that have no axis. Here shapes come from the dataset's element spec, and
       logs get an axis.
     - `fit` leaves out the images at the end of a batch that the replicas cannot share evenly.
-    - `load_weights` loads all weights or, with a `ValueError` that names the file, none.
+    - `load_weights` loads all weights or, with a `ValueError` that names the file, none: no layer
+      may be missing or left over (except with `skip_mismatch=True`), no weight NaN.
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
@@ -120,9 +126,12 @@ class DistributedTraining:
         before = self.get_weights()
         try:
             super().load_weights(filepath, **kwargs)
+            if not kwargs and str(filepath).endswith((".weights.h5", ".keras")):
+                check_layers_of_file(self, filepath)
+            check_finite_weights(self)
         except Exception as error:  # each kind of damage raises another type
             self.set_weights(before)
-            raise ValueError(f"{filepath} cannot be loaded: {error}") from error
+            raise ValueError(f"{filepath} cannot be loaded: {one_line(error)}") from error
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_resnest.backbones.weights.fetching import first_line
+from keras_resnest.checks import one_line
 
 
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
@@ -82,6 +82,6 @@ def _decode_imagenet(preds, top):
         return keras.applications.imagenet_utils.decode_predictions(preds, top=top)
     except Exception as error:
         raise ConnectionError(
-            f"The names of ImageNet's classes could not be fetched: {first_line(error)} "
+            f"The names of ImageNet's classes could not be fetched: {one_line(error)} "
             "(pass `class_names` to avoid the download)"
         ) from error
