@@ -4,9 +4,11 @@ The values of a batch are known only when the graph runs. A TensorFlow graph can
 `value_errors` turns into `ValueError`s; a compiled step of JAX cannot, so it checks nothing.
 """
 
+import codecs
 import collections
 import contextlib
 import numbers
+import re
 import textwrap
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -431,13 +433,8 @@ def require(tensor, condition, message: str, *values):
 
 
 @contextlib.contextmanager
-def value_errors(*data):
-    """Turns what TensorFlow raises for these checks and unreadable images into a `ValueError`.
-
-    Args:
-        *data: datasets that the body reads. If one of its images cannot be read, all are read again
-            to find it, as TensorFlow does not name it.
-    """
+def value_errors():
+    """Turns what TensorFlow raises for these checks and unreadable images into a `ValueError`."""
     try:
         yield
     except Exception as error:
@@ -445,17 +442,12 @@ def value_errors(*data):
         if not type(error).__module__.startswith("tensorflow."):
             raise
         if PREFIX in text:
-            # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with escaped quotes
-            message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0]
-            raise ValueError(message.replace("\\'", "'").replace("]", "", 1).strip()) from None
-        if "IteratorGetNext" in text:  # raised while reading data
-            check_all_images(data)
+            # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with C escapes
+            message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0].strip()
+            message = re.sub(r"\]( \[|$)", r"\1", message, count=1)
+            raise ValueError(codecs.escape_decode(message)[0].decode()) from None
+        if "Input dataset was expected to contain" in text:  # `_cached` in data/batches.py
+            raise ValueError(
+                "The cached data lacks an image that could not be used; cache=False names it"
+            ) from None
         raise
-
-
-def check_all_images(data) -> None:
-    """Calls `check_images` of datasets and of those that they are derived from."""
-    pending = list(data)
-    for dataset in pending:
-        getattr(dataset, "check_images", lambda: None)()
-        pending += getattr(dataset, "_inputs", list)()  # of a tf.data.Dataset

@@ -97,8 +97,7 @@ class DistributedTraining:
             callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
-        reads = own_data, kwargs.get("validation_data")
-        with warnings.catch_warnings(), value_errors(*reads), report_lost_workers(strategy):
+        with warnings.catch_warnings(), value_errors(), report_lost_workers(strategy):
             if x is not own_data and kwargs.get("steps_per_epoch") is None:
                 # Keras says so at the end of every dataset that does not know its length.
                 warnings.filterwarnings("ignore", "Your input ran out of data")
@@ -107,13 +106,13 @@ class DistributedTraining:
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, x=None, **kwargs):
         check_not_forked()
-        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+        with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, x, **kwargs):
         check_not_forked()
-        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+        with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict_on_batch)

@@ -164,7 +164,7 @@ def plot_dataset(
         class_names = getattr(dataset, "class_names", None)
     if hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
-    with value_errors(dataset):
+    with value_errors():
         images = list(itertools.islice(_images_of(dataset), rows * columns))
     if not images:
         raise ValueError("`dataset` must hold at least one image. Received: an empty dataset")

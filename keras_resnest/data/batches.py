@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_all_images, check_image_shape
+from keras_resnest.checks import PREFIX, check_image_shape
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -34,6 +34,7 @@ from keras_resnest.data.augmentation.detection import (
 )
 from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+from keras_resnest.data.dataset import check_readable
 from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
 from keras_resnest.data.rare_classes import repeat_factors
 from keras_resnest.images import center_crop_image
@@ -303,6 +304,7 @@ def _check_boxes(element: dict) -> dict:
     image_id = tf.convert_to_tensor(element.get("image_id", ""))
     rows = {"boxes": boxes, "labels": labels, "difficult": difficult}
     rows = {name: tf.boolean_mask(values, labels >= 0) for name, values in rows.items()}
+    error = element.get("error", tf.constant(""))
 
     boxes = rows["boxes"]
     is_ordered = tf.reduce_all(boxes[:, 2:] >= boxes[:, :2])
@@ -313,7 +315,7 @@ def _check_boxes(element: dict) -> dict:
     is_tiny = tf.reduce_max(tf.shape(image)) <= 16  # the first pixel may contain all boxes
     message = "`dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
     _assert(~is_relative | is_tiny, message + "(image_id, boxes):", image_id, boxes)
-    return {"images": image, "image_id": image_id, "bounding_boxes": rows}
+    return {"images": image, "image_id": image_id, "bounding_boxes": rows, "error": error}
 
 
 def _assert(condition: tf.Tensor, message: str, *values) -> None:
@@ -607,7 +609,8 @@ def _stored(
     """
     if cache or load is None:
         return _cached(source.map(clean, calls), cache), None
-    return tf.data.Dataset.range(source.cardinality()), lambda index: clean(load(index))
+    indices = tf.data.Dataset.range(source.cardinality())
+    return indices, lambda index: check_readable(clean(load(index)))
 
 
 def _with_fingerprint(cache: bool | str, dataset, source, *settings) -> bool | str:
@@ -621,15 +624,17 @@ def _with_fingerprint(cache: bool | str, dataset, source, *settings) -> bool | s
 
 def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     if not cache:
-        return elements
+        return elements.map(check_readable)
     count = int(elements.cardinality())
     if count == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             f"`cache` must be False for an infinite dataset (`repeat()`). Received: cache={cache!r}"
         )
     elements = elements.cache() if cache is True else elements.cache(str(cache))
-    # After a pass that failed at an unreadable image, TensorFlow's cache holds all but that one.
-    return elements if count < 0 else elements.apply(tf.data.experimental.assert_cardinality(count))
+    # After a pass that failed at an element, TensorFlow's cache holds all but that one.
+    if count >= 0:
+        elements = elements.apply(tf.data.experimental.assert_cardinality(count))
+    return elements.map(check_readable)
 
 
 def _shuffle_buffer(buffer: int | None, count: int, limit: int | None) -> int:
@@ -673,6 +678,5 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
-    batches.check_images = lambda: check_all_images([dataset])  # called if reading fails
     batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

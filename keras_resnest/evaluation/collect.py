@@ -70,7 +70,7 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)
     is_empty = True
-    with value_errors(dataset):
+    with value_errors():
         for batch in itertools.islice(dataset, steps):
             images, boxes = unpack_labeled_batch(batch)
             size = tuple(images.shape[1:3])

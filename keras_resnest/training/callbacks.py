@@ -221,7 +221,7 @@ def _is_due(epoch: int, frequency: int, params: dict | None, first: bool) -> boo
 
 def _first_batches(dataset, num_images: int):
     """Yields `(images, boxes)` batches of arrays with `num_images` images at most in total."""
-    with value_errors(dataset):
+    with value_errors():
         for batch in dataset:
             images, boxes = unpack_labeled_batch(batch)
             count = min(num_images, len(images))
