@@ -7,11 +7,16 @@ The values of a batch are known only when the graph runs. A TensorFlow graph can
 import codecs
 import collections
 import contextlib
+import functools
+import inspect
 import numbers
+import os
 import re
 import textwrap
+import types
+import typing
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -22,6 +27,57 @@ MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
 # === Arguments ===
+
+
+def checked(public):
+    """Decorates a public function or class: an argument of another kind raises `ValueError`.
+
+    The kinds are those of the type hints, taken coarsely: any number for `int`, `float` and `bool`,
+    anything with elements for sequences and arrays, but text only for text.
+
+    Example:
+        >>> @checked
+        ... def resize_image(image: np.ndarray, height: int, width: int): ...
+    """
+    if isinstance(public, type):
+        public.__init__ = checked(public.__init__)
+        return public
+    parameters = inspect.signature(public).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    hints = {p.name: p.annotation for p in named if p.annotation is not p.empty}
+
+    @functools.wraps(public)
+    def wrapper(*args, **kwargs):
+        given = zip((p.name for p in named), args, strict=False)
+        for name, value in (*given, *kwargs.items()):
+            if name in hints and not _fits(value, hints[name]):
+                kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
+                received = textwrap.shorten(repr(value), 100)
+                raise ValueError(f"`{name}` must be {kind}. Received: {name}={received}")
+        return public(*args, **kwargs)
+
+    return wrapper
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of the kind of a type hint."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    is_text, is_array = isinstance(value, str | os.PathLike), hasattr(value, "__array__")
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if kind is None or value is None:
+        return value is None and kind in (None, types.NoneType, typing.Any)
+    if kind in (int, float, bool):
+        return isinstance(value, numbers.Real | np.bool_) or getattr(value, "shape", None) == ()
+    if kind in (tuple, list, Sequence, Iterable, np.ndarray):
+        if is_text or is_array or not isinstance(value, Sequence):
+            return is_array or (isinstance(value, Iterable) and (not is_text or parts == (str,)))
+        if kind is tuple and Ellipsis not in parts and len(parts) != len(value):
+            return not parts
+        return not parts or all(_fits(element, parts[0]) for element in value)
+    if kind is Callable:
+        return callable(value)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def check_fractions(**arguments: float) -> None:

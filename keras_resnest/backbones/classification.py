@@ -3,9 +3,10 @@
 import keras
 import numpy as np
 
-from keras_resnest.checks import one_line
+from keras_resnest.checks import checked, one_line
 
 
+@checked
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
     """Prepares a batch of images for a network of this package.
 
@@ -38,6 +39,7 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
     )
 
 
+@checked
 def decode_predictions(preds, top: int = 5, class_names=None):
     """Returns the most probable classes of each image, by name.
 

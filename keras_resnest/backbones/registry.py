@@ -8,6 +8,7 @@ from typing import NamedTuple
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.weights.caffe import caffe_form
 from keras_resnest.backbones.weights.fetching import load_pretrained
+from keras_resnest.checks import checked
 
 
 class Variant(NamedTuple):
@@ -87,6 +88,7 @@ def register(
     return build
 
 
+@checked
 def create_backbone(name: str, **kwargs) -> Backbone:
     """Builds a network by name.
 

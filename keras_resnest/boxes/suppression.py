@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_diou, pairwise_iou
+from keras_resnest.checks import checked
 
 SUPPRESSIONS = ("greedy", "diou", "soft")
 
@@ -286,6 +287,7 @@ def _drop_other_ranks(boxes, candidates):
 # === The detections of one image, with NumPy ===
 
 
+@checked
 def suppress_boxes(
     boxes,
     confidence,
@@ -335,6 +337,7 @@ def suppress_boxes(
     return kept[np.argsort(-confidence[kept], kind="stable")]
 
 
+@checked
 def lower_confidence(
     boxes,
     confidence,
@@ -381,6 +384,7 @@ def lower_confidence(
     return confidence
 
 
+@checked
 def vote_boxes(
     kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
 ) -> np.ndarray:

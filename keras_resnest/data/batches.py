@@ -11,6 +11,7 @@ with images in RGB, 0 to 255, and boxes "xyxy" in pixels of the image. "image_id
 
 import hashlib
 import inspect
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_image_shape
+from keras_resnest.checks import PREFIX, check_image_shape, checked
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -50,6 +51,7 @@ _CACHE_LIMIT = 1_000_000_000  # bytes of images that `classification_batches` ca
 # === Detection ===
 
 
+@checked
 def training_batches(
     dataset,
     image_shape: Sequence[int],
@@ -63,7 +65,7 @@ def training_batches(
     shuffle_buffer: int | None = None,
     seed: int | None = None,
     initial_epoch: int = 0,
-    cache: bool | str = True,
+    cache: bool | str | os.PathLike = True,
     drop_remainder: bool = True,
     max_boxes: int | None = None,
     bounding_box_format: str = "xyxy",
@@ -106,9 +108,9 @@ def training_batches(
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
         cache: True keeps decoded images in memory (height x width x 3 bytes each), a path keeps
-            them in files with this prefix, also for later runs on the same data, False decodes them
-            in every epoch. Of a `tf.data.Dataset` only the number and the types of its elements are
-            compared.
+            them in files with this prefix, also for later runs on the same data (files of other
+            data stay: remove them yourself), False decodes them in every epoch. Of a
+            `tf.data.Dataset` only the number and the types of its elements are compared.
         drop_remainder: whether to drop the last, smaller batch of an epoch. The dropped images
             differ from epoch to epoch.
         max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default: the
@@ -173,12 +175,13 @@ def training_batches(
     return _finish(batches, dataset, counter, deterministic, **settings)
 
 
+@checked
 def evaluation_batches(
     dataset,
     image_shape: Sequence[int],
     batch_size: int = 8,
     *,
-    cache: bool | str = True,
+    cache: bool | str | os.PathLike = True,
     max_boxes: int | None = None,
     bounding_box_format: str = "xyxy",
     dtype: str = "float32",
@@ -388,6 +391,7 @@ def _convert_boxes(batch: dict, bounding_box_format: str) -> dict:
 # === Classification ===
 
 
+@checked
 def classification_batches(
     dataset,
     image_shape: Sequence[int],
@@ -401,7 +405,7 @@ def classification_batches(
     initial_epoch: int = 0,
     crop_ratio: float = 0.875,
     interpolation: str = "bilinear",
-    cache: bool | str | None = None,
+    cache: bool | str | os.PathLike | None = None,
     drop_remainder: bool | None = None,
     num_parallel_calls: int = tf.data.AUTOTUNE,
     deterministic: bool = True,
@@ -443,11 +447,12 @@ def classification_batches(
         >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
-    num_classes = num_classes or getattr(dataset, "num_classes", None)
-    if not num_classes:
-        raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
     drop_remainder = training if drop_remainder is None else drop_remainder
     source, load = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
+    num_classes = num_classes or getattr(dataset, "num_classes", None)
+    if num_classes is None:
+        raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
+    _check_integer("num_classes", num_classes, 1)
     counter = EpochCounter(initial_epoch)
 
     def crop(image):

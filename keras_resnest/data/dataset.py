@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import PREFIX, check_class_names
+from keras_resnest.checks import PREFIX, check_class_names, checked
 from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_image_info
 
 # === Reports and records ===
@@ -101,6 +101,7 @@ class ClassificationReport:
         return "\n".join(lines)
 
 
+@checked
 @dataclasses.dataclass(eq=False)
 class ImageRecord:
     """One image and its boxes.
@@ -194,6 +195,7 @@ class ImageDataset:
         classes = f"{self.num_classes} classes: {', '.join(self.class_names[:10])}"
         return f"<{type(self).__name__.strip('_')}: {len(self)} images, {classes}>"
 
+    @checked
     def as_dataset(
         self,
         shuffle: bool = False,
@@ -223,6 +225,7 @@ class ImageDataset:
         load = part.element_loader()
         return indices.map(lambda i: check_readable(load(i)), num_parallel_calls=tf.data.AUTOTUNE)
 
+    @checked
     def shard(self, num_shards: int, shard_index: int) -> "ImageDataset":
         """Returns one of several disjoint shards, for training on several machines.
 
@@ -257,6 +260,7 @@ class ImageDataset:
         part.identity, part._whole = self.identity, self.whole
         return part
 
+    @checked
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
         """Splits off a random part of the images, e.g. for testing.
 
@@ -342,6 +346,7 @@ class ImageDataset:
         return part
 
 
+@checked
 class DetectionDataset(ImageDataset):
     """A detection dataset: annotations in memory, images read on demand.
 
@@ -416,6 +421,7 @@ class DetectionDataset(ImageDataset):
         return load
 
 
+@checked
 class ClassificationDataset(ImageDataset):
     """A classification dataset: labels in memory, images read on demand.
 

@@ -11,6 +11,7 @@ from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_box_dictionary,
     check_same_classes,
+    checked,
     unpack_batch,
     value_errors,
 )
@@ -18,6 +19,7 @@ from keras_resnest.evaluation.box_table import check_classes
 from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
 
+@checked
 def collect_detections(
     model, dataset: Iterable, *, bounding_box_format: str | None = None, steps: int | None = None
 ) -> tuple[list[dict], list[dict]]:
@@ -87,6 +89,7 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
         )
 
 
+@checked
 def evaluate_detections(
     model,
     dataset: Iterable,

@@ -2,6 +2,7 @@
 
 import os
 
+from keras_resnest.checks import checked
 from keras_resnest.serving.files import export_file
 from keras_resnest.serving.graph import check_backend
 from keras_resnest.serving.saved_model import export_saved_model
@@ -15,6 +16,7 @@ FORMATS = {
 }
 
 
+@checked
 def export_model(
     model,
     filepath: str | os.PathLike,

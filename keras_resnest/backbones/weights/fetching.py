@@ -21,7 +21,7 @@ from keras_resnest.backbones.weights.caffe import (
 from keras_resnest.backbones.weights.detector_files import models_folder
 from keras_resnest.backbones.weights.table import PRETRAINED, PretrainedWeights
 from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
-from keras_resnest.checks import one_line
+from keras_resnest.checks import checked, one_line
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
@@ -37,6 +37,7 @@ _PLAIN_TYPES = re.compile("F(16|32|64)|BF16|[IU](8|16|32|64)|BOOL")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
+@checked
 def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> None:
     """Loads published weights or a weight file into a network.
 
@@ -83,6 +84,7 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     load_arrays_of_file(model, state_dict, path, ignore)
 
 
+@checked
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads the arrays of a `.safetensors`, `.caffemodel` or PyTorch `state_dict` file.
 
