@@ -77,7 +77,7 @@ def _fits(value, hint) -> bool:
         return not parts or all(_fits(element, parts[0]) for element in value)
     if kind is Callable:
         return callable(value)
-    return not isinstance(kind, type) or isinstance(value, kind)
+    return kind is typing.Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def check_fractions(**arguments: float) -> None:

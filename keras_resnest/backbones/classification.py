@@ -1,5 +1,7 @@
 """`preprocess_input` and `decode_predictions`, as in `keras.applications`."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
@@ -40,7 +42,7 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
 
 
 @checked
-def decode_predictions(preds, top: int = 5, class_names=None):
+def decode_predictions(preds, top: int = 5, class_names: Sequence[str] | None = None):
     """Returns the most probable classes of each image, by name.
 
     Args:

@@ -84,6 +84,7 @@ def register(
 
     build.__name__ = build.__qualname__ = title
     build.__doc__ = _DOCSTRING.format(title=title, name=variant, network=network.__name__)
+    build = checked(build)
     VARIANTS[variant] = Variant(network, arguments, build)
     return build
 

@@ -289,9 +289,9 @@ def _drop_other_ranks(boxes, candidates):
 
 @checked
 def suppress_boxes(
-    boxes,
-    confidence,
-    labels,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
     iou_threshold: float = 0.45,
     suppression: str = "greedy",
     class_agnostic: bool = False,
@@ -339,9 +339,9 @@ def suppress_boxes(
 
 @checked
 def lower_confidence(
-    boxes,
-    confidence,
-    labels,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
     iou_threshold: float = 0.45,
     class_agnostic: bool = False,
     passes=None,
@@ -386,7 +386,12 @@ def lower_confidence(
 
 @checked
 def vote_boxes(
-    kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
+    kept_boxes: np.ndarray,
+    kept_labels: np.ndarray,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
+    voting_iou: float = 0.5,
 ) -> np.ndarray:
     """Replaces each box that survived NMS by the mean of its neighbors ("box voting").
 

@@ -10,6 +10,7 @@ from keras import ops
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_box_dictionary,
+    check_counts,
     check_same_classes,
     checked,
     unpack_batch,
@@ -68,6 +69,8 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
     """
     if not isinstance(dataset, Iterable):
         raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
+    if steps is not None:
+        check_counts(steps=steps)
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)

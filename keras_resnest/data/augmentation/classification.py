@@ -127,6 +127,7 @@ CLASSIFICATION_AUGMENTATIONS: dict[str, dict | None] = {
 }
 
 
+@checked
 def mix_up(images: tf.Tensor, labels: tf.Tensor, alpha: float, seed) -> tuple:
     """Blends each image and label of a batch with those before them; returns both.
 
