@@ -76,8 +76,6 @@ def export_model(
         >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
-    if not isinstance(filepath, str | os.PathLike):
-        raise ValueError(f"`filepath` must be a file or folder to write. Received: {filepath!r}")
     _check_arguments(format, precision, decode, representative_images)
     if format == "tf_saved_model":
         export_saved_model(model, filepath, precision, verbose, freeze, **options)

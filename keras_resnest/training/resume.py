@@ -80,8 +80,6 @@ class ResumeTraining(keras.callbacks.Callback):
                 "`every_steps` requires the TensorFlow backend. "
                 f"Received: every_steps={every_steps} on {keras.backend.backend()}"
             )
-        if not isinstance(folder, str | os.PathLike):
-            raise ValueError(f"`folder` must be a path. Received: {folder!r}")
         self.folder = Path(folder)
         self.every_steps = every_steps
         self.callbacks = list(callbacks)
