@@ -479,6 +479,7 @@ def plot_precision_recall(
     return _save(figure, path)
 
 
+@checked
 def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
     """Draws precision, recall or F1 over confidence, or precision over recall, for every class.
 
@@ -512,6 +513,7 @@ def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
     return _save(figure, path)
 
 
+@checked
 def plot_confusion_matrix(
     matrix, class_names: Sequence[str], path: str | os.PathLike | None = None
 ):
@@ -543,6 +545,7 @@ def plot_confusion_matrix(
     return _save(figure, path)
 
 
+@checked
 def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None):
     """Draws the precision of detections over their confidence, and their number.
 
@@ -564,6 +567,7 @@ def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None
     return _save(figure, path)
 
 
+@checked
 def plot_bars(values: Mapping[str, float], label: str, path: str | os.PathLike | None = None):
     """Draws one horizontal bar for each number.
 
