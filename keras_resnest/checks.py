@@ -4,9 +4,19 @@ The values of a batch are known only when the graph runs. A TensorFlow graph can
 `value_errors` turns into `ValueError`s; a compiled step of JAX cannot, so it checks nothing.
 """
 
+import codecs
+import collections
 import contextlib
+import functools
+import inspect
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+import textwrap
+import types
+import typing
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -17,6 +27,57 @@ MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 
 
 # === Arguments ===
+
+
+def checked(public):
+    """Decorates a public function or class: an argument of another kind raises `ValueError`.
+
+    The kinds are those of the type hints, taken coarsely: any number for `int`, `float` and `bool`,
+    anything with elements for sequences and arrays, but text only for text.
+
+    Example:
+        >>> @checked
+        ... def resize_image(image: np.ndarray, height: int, width: int): ...
+    """
+    if isinstance(public, type):
+        public.__init__ = checked(public.__init__)
+        return public
+    parameters = inspect.signature(public).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    hints = {p.name: p.annotation for p in named if p.annotation is not p.empty}
+
+    @functools.wraps(public)
+    def wrapper(*args, **kwargs):
+        given = zip((p.name for p in named), args, strict=False)
+        for name, value in (*given, *kwargs.items()):
+            if name in hints and not _fits(value, hints[name]):
+                kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
+                received = textwrap.shorten(repr(value), 100)
+                raise ValueError(f"`{name}` must be {kind}. Received: {name}={received}")
+        return public(*args, **kwargs)
+
+    return wrapper
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of the kind of a type hint."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    is_text, is_array = isinstance(value, str | os.PathLike), hasattr(value, "__array__")
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if kind is None or value is None:
+        return value is None and kind in (None, types.NoneType, typing.Any)
+    if kind in (int, float, bool):
+        return isinstance(value, numbers.Real | np.bool_) or getattr(value, "shape", None) == ()
+    if kind in (tuple, list, Sequence, Iterable, np.ndarray):
+        if is_text or is_array or not isinstance(value, Sequence):
+            return is_array or (isinstance(value, Iterable) and (not is_text or parts == (str,)))
+        if kind is tuple and Ellipsis not in parts and len(parts) != len(value):
+            return not parts
+        return not parts or all(_fits(element, parts[0]) for element in value)
+    if kind is Callable:
+        return callable(value)
+    return kind is typing.Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def check_fractions(**arguments: float) -> None:
@@ -78,10 +139,14 @@ def reading_config(kind: str):
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"The configuration of {kind} is not valid: {type(error).__name__}: {reason}"
+            f"The configuration of {kind} is not valid: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of another program's error in one line, or its type if it has none."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int | None = None) -> list[str]:
@@ -145,6 +210,59 @@ def check_image_shape(
             f"Received: {name}={image_shape!r}"
         )
     return int(shape[0]), int(shape[1])
+
+
+# === Weights ===
+
+
+def check_layers_of_file(model: keras.Model, path) -> None:
+    """Raises `ValueError` if a model and a weight file have different layers.
+
+    Keras ignores layers of a file that the model lacks, and leaves out some that the file lacks.
+
+    Args:
+        model: a model without a classifier (`include_top=False`) may leave out that of the file.
+        path: `.weights.h5` or `.keras` file.
+    """
+    own, stored = collections.Counter(), _arrays_by_layer(str(path))
+    for layer in model._flatten_layers():
+        layer.save_own_variables(arrays := {})
+        own[layer.name] += len(arrays)
+    if not getattr(model, "include_top", True):
+        for name in [n for n in stored if n.startswith("fc") and n not in own]:
+            del stored[name]
+    if own.total() != stored.total():
+        only = [sorted(more - less)[:5] or "none" for more, less in ((stored, own), (own, stored))]
+        raise ValueError(
+            f"The file holds {stored.total()} arrays, the model has {own.total()}. Layers of the "
+            f"file alone: {only[0]}; of the model alone: {only[1]}"
+        )
+
+
+def _arrays_by_layer(path: str) -> collections.Counter:
+    """Number of arrays of each layer in a weight file, without the optimizer's."""
+    import h5py
+
+    found = collections.Counter()
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer/"):
+            found[str(item.parent.attrs.get("name", name))] += 1
+
+    with contextlib.ExitStack() as opened:
+        if path.endswith(".keras"):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            path = opened.enter_context(archive.open("model.weights.h5"))
+        opened.enter_context(h5py.File(path)).visititems(visit)
+    return found
+
+
+def check_finite_weights(model: keras.Model) -> None:
+    """Raises ValueError if a weight is NaN or infinite."""
+    weights = ((variable, ops.convert_to_numpy(variable)) for variable in model.variables)
+    bad = [v.path for v, array in weights if not np.isfinite(array.astype("float32")).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} arrays hold NaN or infinite values, such as {bad[0]}")
 
 
 # === Batches ===
@@ -371,13 +489,8 @@ def require(tensor, condition, message: str, *values):
 
 
 @contextlib.contextmanager
-def value_errors(*data):
-    """Turns what TensorFlow raises for these checks and unreadable images into a `ValueError`.
-
-    Args:
-        *data: datasets that the body reads. If one of its images cannot be read, all are read again
-            to find it, as TensorFlow does not name it.
-    """
+def value_errors():
+    """Turns what TensorFlow raises for these checks and unreadable images into a `ValueError`."""
     try:
         yield
     except Exception as error:
@@ -385,17 +498,12 @@ def value_errors(*data):
         if not type(error).__module__.startswith("tensorflow."):
             raise
         if PREFIX in text:
-            # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with escaped quotes
-            message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0]
-            raise ValueError(message.replace("\\'", "'").replace("]", "", 1).strip()) from None
-        if "IteratorGetNext" in text:  # raised while reading data
-            check_all_images(data)
+            # "assertion failed: [<prefix> message] [value]\n\t [[node ...", with C escapes
+            message = text[text.index(PREFIX) + len(PREFIX) :].split("\n")[0].strip()
+            message = re.sub(r"\]( \[|$)", r"\1", message, count=1)
+            raise ValueError(codecs.escape_decode(message)[0].decode()) from None
+        if "Input dataset was expected to contain" in text:  # `_cached` in data/batches.py
+            raise ValueError(
+                "The cached data lacks an image that could not be used; cache=False names it"
+            ) from None
         raise
-
-
-def check_all_images(data) -> None:
-    """Calls `check_images` of datasets and of those that they are derived from."""
-    pending = list(data)
-    for dataset in pending:
-        getattr(dataset, "check_images", lambda: None)()
-        pending += getattr(dataset, "_inputs", list)()  # of a tf.data.Dataset

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_resnest.atomic import atomic_file
-from keras_resnest.checks import check_counts, check_positive
+from keras_resnest.checks import check_counts, check_positive, checked
 from keras_resnest.replicas import is_chief
 
 # Lower bound of the reference loss. Networks of this package start below it, so an easy first
@@ -18,6 +18,7 @@ MIN_FIRST_LOSS = 10.0
 FLOAT32_ROUNDING = 2.0**-21  # relative error of a float32 sum and quotient, with a margin
 
 
+@checked
 class TerminateOnDivergence(keras.callbacks.Callback):
     """Stops training when the loss becomes NaN or infinite, or stays far above its start.
 

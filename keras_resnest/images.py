@@ -17,6 +17,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_resnest.checks import checked
+
 # Suffixes, in lower case, of the files that `find_images` returns.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -47,6 +49,7 @@ def orientation_flags(orientation: int) -> tuple[bool, bool, bool]:
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
 
+@checked
 def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads one image.
 
@@ -113,6 +116,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
+@checked
 def find_images(folder: str | os.PathLike) -> list[Path]:
     """Returns the paths of the images directly in a folder, sorted by name, without hidden files.
 
@@ -141,6 +145,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 # === Resizing ===
 
 
+@checked
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes an image without keeping its aspect ratio, as the exported model does.
 
@@ -190,6 +195,7 @@ def _neighbors(size: int, source_size: int):
     return *pair, center - first
 
 
+@checked
 def center_crop_image(
     image: np.ndarray, crop_size: int, crop_ratio: float = 0.875, interpolation: str = "bilinear"
 ) -> np.ndarray:

@@ -11,7 +11,12 @@ import warnings
 
 import keras
 
-from keras_resnest.checks import value_errors
+from keras_resnest.checks import (
+    check_finite_weights,
+    check_layers_of_file,
+    one_line,
+    value_errors,
+)
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
 
@@ -58,7 +63,8 @@ class DistributedTraining:
       axis 0 of logs that have no axis. Here shapes come from the dataset's element spec, and
       logs get an axis.
     - `fit` leaves out the images at the end of a batch that the replicas cannot share evenly.
-    - `load_weights` loads all weights or, with a `ValueError` that names the file, none.
+    - `load_weights` loads all weights or, with a `ValueError` that names the file, none: no layer
+      may be missing or left over (except with `skip_mismatch=True`), no weight NaN.
     - In `evaluate` and `predict`, replicas may receive no rows of a small last batch. TensorFlow's
       oneDNN convolution returns a wrong shape for an empty batch, and its mean loss is NaN.
 
@@ -91,8 +97,7 @@ class DistributedTraining:
             callbacks = [_TrainingData(own_data), *keras.tree.flatten(callbacks or [])]
         if hasattr(x, "element_spec"):
             kwargs["shuffle"] = False  # Keras cannot shuffle a tf.data.Dataset, and warns
-        reads = own_data, kwargs.get("validation_data")
-        with warnings.catch_warnings(), value_errors(*reads), report_lost_workers(strategy):
+        with warnings.catch_warnings(), value_errors(), report_lost_workers(strategy):
             if x is not own_data and kwargs.get("steps_per_epoch") is None:
                 # Keras says so at the end of every dataset that does not know its length.
                 warnings.filterwarnings("ignore", "Your input ran out of data")
@@ -101,13 +106,13 @@ class DistributedTraining:
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, x=None, **kwargs):
         check_not_forked()
-        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+        with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, x, **kwargs):
         check_not_forked()
-        with value_errors(x), report_lost_workers(getattr(self, "_distribute_strategy", None)):
+        with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict_on_batch)
@@ -120,9 +125,12 @@ class DistributedTraining:
         before = self.get_weights()
         try:
             super().load_weights(filepath, **kwargs)
+            if not kwargs and str(filepath).endswith((".weights.h5", ".keras")):
+                check_layers_of_file(self, filepath)
+            check_finite_weights(self)
         except Exception as error:  # each kind of damage raises another type
             self.set_weights(before)
-            raise ValueError(f"{filepath} cannot be loaded: {error}") from error
+            raise ValueError(f"{filepath} cannot be loaded: {one_line(error)}") from error
 
     def train_step(self, *args):
         """Runs one step; the batch is the last argument on every backend."""

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
-from keras_resnest.checks import check_box_dictionary, unpack_batch, value_errors
+from keras_resnest.checks import check_box_dictionary, checked, unpack_batch, value_errors
 from keras_resnest.images import load_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
@@ -41,6 +41,7 @@ MAX_POINTS = 150  # of a curve
 CURVES = (*LOSSES, "odm_iou_loss")  # the last only if the network predicts the IoU
 
 
+@checked
 def class_color(label: int) -> tuple[float, float, float]:
     """Returns the color of a class in all plots: red, green, blue in 0..1."""
     if 3 * label < len(COLORS):
@@ -55,6 +56,7 @@ def class_color(label: int) -> tuple[float, float, float]:
 # === Images with boxes ===
 
 
+@checked
 def plot_detections(
     image,
     detections: Mapping | Sequence[Mapping],
@@ -131,6 +133,7 @@ def plot_detections(
     return _save(figure, path)
 
 
+@checked
 def plot_dataset(
     dataset,
     class_names: Sequence[str] | None = None,
@@ -164,7 +167,7 @@ def plot_dataset(
         class_names = getattr(dataset, "class_names", None)
     if hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
-    with value_errors(dataset):
+    with value_errors():
         images = list(itertools.islice(_images_of(dataset), rows * columns))
     if not images:
         raise ValueError("`dataset` must hold at least one image. Received: an empty dataset")
@@ -378,6 +381,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
 # === Curves ===
 
 
+@checked
 def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: bool = False):
     """Draws the losses of a training run and, next to them, average precision.
 
@@ -425,6 +429,7 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
     return _save(figure, path)
 
 
+@checked
 def plot_precision_recall(
     result, path: str | os.PathLike | None = None, *, iou_threshold: float | None = None
 ):
@@ -474,6 +479,7 @@ def plot_precision_recall(
     return _save(figure, path)
 
 
+@checked
 def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
     """Draws precision, recall or F1 over confidence, or precision over recall, for every class.
 
@@ -507,6 +513,7 @@ def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
     return _save(figure, path)
 
 
+@checked
 def plot_confusion_matrix(
     matrix, class_names: Sequence[str], path: str | os.PathLike | None = None
 ):
@@ -538,6 +545,7 @@ def plot_confusion_matrix(
     return _save(figure, path)
 
 
+@checked
 def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None):
     """Draws the precision of detections over their confidence, and their number.
 
@@ -559,6 +567,7 @@ def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None
     return _save(figure, path)
 
 
+@checked
 def plot_bars(values: Mapping[str, float], label: str, path: str | os.PathLike | None = None):
     """Draws one horizontal bar for each number.
 

@@ -283,7 +283,7 @@ def test_formats(make, name):
         ({"dataset": [1, 2]}, "`dataset` must be a tf.data.Dataset"),
         ({"augmentation": TrainingAugmentation((64, 64))}, "`augmentation` must make"),
         ({"augmentation": lambda item: item}, "`augmentation` must be a function"),
-        ({"augmentation": 3}, "`augmentation` must be a function"),
+        ({"augmentation": 3}, "`augmentation` must be str"),
         ({"augmentation": "wild"}, "one of 'none', 'flip', 'mild', 'ssd', or a function"),
         ({"batch_size": 0}, "`batch_size` must be"),
         ({"max_boxes": 0}, "`max_boxes` must be"),

@@ -43,6 +43,12 @@ def coco(*names, **changes):
     return json.dumps({"images": images, "annotations": objects, "categories": categories})
 
 
+def coco_with_splits(*names, key="subset"):
+    content = json.loads(coco("a.png", "b.png"))
+    images = [i | ({key: n} if n else {}) for i, n in zip(content["images"], names, strict=True)]
+    return json.dumps({**content, "images": images})
+
+
 def write(folder, tree):
     """Writes files by path: text, bytes, or None for an image."""
     for name, content in tree.items():
@@ -391,6 +397,11 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
         ["Train", "valid"],
         {"train": {"a.png": [0]}, "val": {"b.png": [1]}},
     ),
+    "entries of COCO": (
+        {"a.png": None, "b.png": None, "x.json": coco_with_splits("Train", "valid")},
+        ["Train", "valid"],
+        {"train": {"a.png": [0]}, "val": {"b.png": [1]}},
+    ),
     "CSV of AutoML": (
         {"a.png": None, "b.png": None, "x.csv": "".join(AUTOML_ROWS)},
         ["TRAIN", "VALIDATION"],
@@ -402,7 +413,7 @@ STATED_SPLITS = {  # name: (files, splits, {split: {image: boxes}})
 @pytest.mark.parametrize("name", STATED_SPLITS)
 def test_lists_and_columns_are_splits(tmp_path, name):
     tree, splits, wanted = STATED_SPLITS[name]
-    sources = [write(tmp_path, tree), *tmp_path.glob("*.csv")]
+    sources = [write(tmp_path, tree), *tmp_path.glob("*.csv"), *tmp_path.glob("*.json")]
     for source in sources:
         assert find_splits(source) == splits
         for split, images in wanted.items():
@@ -447,6 +458,19 @@ def test_a_list_is_not_the_text_file_of_an_image(tmp_path):
         read_detection(tmp_path, "val")
 
 
+def test_entries_of_coco_without_a_split(tmp_path):
+    write(tmp_path, {"a.png": None, "b.png": None, "x.json": coco_with_splits("train", None)})
+    with pytest.warns(UserWarning, match="1 x images without a split"):
+        assert boxes(read_detection(tmp_path, "train"), tmp_path) == {"a.png": [0]}
+    content = json.loads((tmp_path / "x.json").read_text())
+    del content["annotations"][0]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert find_splits(tmp_path) == []  # no object in it
+    write(tmp_path, {"x.json": coco_with_splits("lego", "lego")})  # of another meaning
+    with pytest.raises(ValueError, match="has no splits"):
+        read_detection(tmp_path / "x.json", "lego")
+
+
 def test_contradicting_columns_of_splits(tmp_path):
     rows = "a,8,6,40,30,cat,{}\nb,8,6,40,30,cat,{}\na,16,12,48,36,cat,{}\n"
     write(tmp_path, {"a.png": None, "b.png": None})
@@ -460,11 +484,11 @@ def test_contradicting_columns_of_splits(tmp_path):
     assert len(data.read_csv(tmp_path / "x.csv", split="validation")) == 1
     with pytest.raises(ValueError, match=r"different splits of one image: a: 'test', 'train'"):
         read(("train", "val", "test"), "train")
-    with pytest.warns(UserWarning, match="rows without a split"):
+    with pytest.warns(UserWarning, match="images without a split"):
         assert len(read(("train", "", "train"), "train")) == 1
     with pytest.raises(ValueError, match="has no splits"):  # a column of another meaning
         read(("lego", "1", "lego"), "lego")
-    with pytest.raises(ValueError, match=r"`split` must be in .*no column of splits"):
+    with pytest.raises(ValueError, match=r"`split` must be in .*they are not named"):
         data.read_csv(tmp_path / "x.csv", split="lego")
 
 

@@ -307,12 +307,12 @@ def test_keras_files(tmp_path):
         ("resnet18", {}),
         ("skresnet18", {"include_top": False}),
     ):
-        with pytest.raises(ValueError, match=f"does not hold the weights of {name}"):
+        with pytest.raises(ValueError, match=r"tiny\.weights\.h5 cannot be loaded: A total of"):
             create_backbone(name, weights=path, **options)
     # All or nothing, also for an existing network.
     other = create_backbone("resnest14_tiny", classes=7)
     before = other.get_weights()
-    with pytest.raises(ValueError, match="classes=7"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*\(7,\)|\(512, 7\)"):
         load_pretrained(other, path, "resnest14_tiny")
     for ours, theirs in zip(other.get_weights(), before, strict=True):
         assert np.array_equal(ours, theirs)

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 from keras_resnest.backbones.weights.torch_names import _named_variables, load_torch_state_dict
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
+from keras_resnest.cli.common import load_keras_file
 from keras_resnest.detection.builders import refinedet_tiny
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.heads import RefineDetHeads
@@ -233,8 +236,8 @@ def test_weights_with_and_without_predicted_iou(tmp_path, stored):
     source.set_weights([w + 1.0 for w in source.get_weights()])
     source.save_weights(tmp_path / "w.weights.h5")
     before = target.get_weights()
-    message = f"predict_iou={not stored}.*as this one. Received: predict_iou={stored}"
-    with pytest.raises(ValueError, match=message):
+    message = r"file alone: \['iou_0'" if stored else "Layer 'iou_0' expected 2 variables"
+    with pytest.raises(ValueError, match=rf"w\.weights\.h5 cannot be loaded: .*{message}"):
         target.load_weights(tmp_path / "w.weights.h5")
     arrays = {n: w.numpy() for n, w in _named_variables(source, {})}
     arrays = {n: w.transpose(3, 2, 0, 1) if w.ndim == 4 else w for n, w in arrays.items()}
@@ -246,6 +249,83 @@ def test_weights_with_and_without_predicted_iou(tmp_path, stored):
         np.testing.assert_array_equal(a, b)
     again = source.replace_classes(["blue", "other"])
     assert again.heads.predict_iou is stored and ("odm_iou" in again.output) is stored
+
+
+def _surplus(file):
+    file["layers/conv2d_77/vars/0"] = np.zeros(3)
+    file["layers/conv2d_77/vars"].attrs["name"] = "unknown"
+
+
+def _missing(file):
+    del file["layers/conv2d/vars"]
+
+
+def _nan(file):
+    file["layers/conv2d/vars/0"][:] = np.nan
+
+
+DAMAGES = [
+    (_surplus, r"alone: \['unknown'\]"),
+    (_missing, "Layer 'conv6_1' expected "),
+    (_nan, "1 arrays hold NaN"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+@pytest.mark.parametrize("change, match", DAMAGES, ids=["surplus", "missing", "nan"])
+def test_files_with_other_layers_or_nan_are_refused(models, tmp_path, change, match):
+    paths, model = [tmp_path / "m.keras", tmp_path / "m.weights.h5"], models["custom"]
+    model.save(paths[0])
+    model.save_weights(paths[1])
+    with h5py.File(paths[1], "a") as file:
+        change(file)
+    replace_in_archive(paths[0], "model.weights.h5", paths[1].read_bytes())
+    before = model.get_weights()
+    for path in paths:
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be loaded: .*{match}"):
+            model.load_weights(path)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if change is _surplus:
+        with pytest.raises(ValueError, match=rf"m\.keras is not a usable model. .*{match}"):
+            load_keras_file(str(paths[0]))
+
+
+def replace_in_archive(path, name, content):
+    """Replaces or removes one file of a `.keras` file."""
+    with zipfile.ZipFile(path) as archive:
+        files = {**{n: archive.read(n) for n in archive.namelist()}, name: content}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("config.json", None, "no item named 'config.json'"),
+        ("config.json", b"{not", "Expecting property name"),
+        ("config.json", b"[]", "list indices"),
+        ("model.weights.h5", None, "Expected a model.weights.h5"),
+        ("model.weights.h5", b"text", "Unable to synchronously open"),
+    ],
+)
+def test_the_program_names_a_damaged_keras_file(saved, tmp_path, name, content, match):
+    path = tmp_path / "m.keras"
+    path.write_bytes(Path(saved[0] / "trained.keras").read_bytes())
+    replace_in_archive(path, name, content)
+    with pytest.raises(ValueError, match=rf"^\S+m\.keras is not a usable model\. .*{match}.*$"):
+        load_keras_file(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"text" * 999, None], ids=["empty", "text", "truncated"])
+def test_the_program_names_a_file_that_is_no_archive(saved, tmp_path, content):
+    path = tmp_path / "m.keras"
+    whole = Path(saved[0] / "trained.keras").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=r"m\.keras is not a usable model\. It is damaged"):
+        load_keras_file(str(path))
 
 
 def test_a_damaged_file_is_refused(saved, tmp_path):

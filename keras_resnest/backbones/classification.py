@@ -1,11 +1,14 @@
 """`preprocess_input` and `decode_predictions`, as in `keras.applications`."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
-from keras_resnest.backbones.weights.fetching import first_line
+from keras_resnest.checks import checked, one_line
 
 
+@checked
 def preprocess_input(x, data_format: str | None = None, mode: str | None = None):
     """Prepares a batch of images for a network of this package.
 
@@ -38,7 +41,8 @@ def preprocess_input(x, data_format: str | None = None, mode: str | None = None)
     )
 
 
-def decode_predictions(preds, top: int = 5, class_names=None):
+@checked
+def decode_predictions(preds, top: int = 5, class_names: Sequence[str] | None = None):
     """Returns the most probable classes of each image, by name.
 
     Args:
@@ -82,6 +86,6 @@ def _decode_imagenet(preds, top):
         return keras.applications.imagenet_utils.decode_predictions(preds, top=top)
     except Exception as error:
         raise ConnectionError(
-            f"The names of ImageNet's classes could not be fetched: {first_line(error)} "
+            f"The names of ImageNet's classes could not be fetched: {one_line(error)} "
             "(pass `class_names` to avoid the download)"
         ) from error

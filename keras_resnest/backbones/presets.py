@@ -22,7 +22,6 @@ from keras_resnest.backbones.model_card import model_card
 from keras_resnest.backbones.weights.fetching import (
     HUB_FILE,
     fetch_hub_file,
-    first_line,
     import_hub,
     load_arrays_of_file,
     read_state_dict,
@@ -30,6 +29,7 @@ from keras_resnest.backbones.weights.fetching import (
     sha256_of,
 )
 from keras_resnest.backbones.weights.torch_names import to_state_dict
+from keras_resnest.checks import one_line
 from keras_resnest.version import __version__
 
 FORMAT = 1  # of the files; older versions of the package refuse presets with a higher number
@@ -131,7 +131,7 @@ def upload_preset(folder: str | os.PathLike, uri: str) -> None:
         files = [hub.CommitOperationAdd(name, path) for name, path in paths.items()]
         hub.create_commit(match[1], files, commit_message="Upload a preset of keras_resnest")
     except Exception as error:
-        raise ConnectionError(f"{folder} is not uploaded to {uri}: {first_line(error)}") from error
+        raise ConnectionError(f"{folder} is not uploaded to {uri}: {one_line(error)}") from error
 
 
 # === Reading ===
@@ -206,7 +206,7 @@ def _read_json(path) -> dict:
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {first_line(error)}") from error
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object. Received: a {type(content).__name__}")
     return content

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.weights.caffe import caffe_form
 from keras_resnest.backbones.weights.fetching import load_pretrained
+from keras_resnest.checks import checked
 
 
 class Variant(NamedTuple):
@@ -83,10 +84,12 @@ def register(
 
     build.__name__ = build.__qualname__ = title
     build.__doc__ = _DOCSTRING.format(title=title, name=variant, network=network.__name__)
+    build = checked(build)
     VARIANTS[variant] = Variant(network, arguments, build)
     return build
 
 
+@checked
 def create_backbone(name: str, **kwargs) -> Backbone:
     """Builds a network by name.
 

@@ -12,6 +12,7 @@ from keras_resnest.backbones.graph import check_choices
 from keras_resnest.backbones.registry import VARIANTS
 from keras_resnest.backbones.weights.detector_files import DETECTOR_FILES, DetectorFile
 from keras_resnest.backbones.weights.table import PRETRAINED
+from keras_resnest.checks import checked
 
 
 class ModelSummary(NamedTuple):
@@ -58,6 +59,7 @@ def _cells(model) -> tuple:
     )
 
 
+@checked
 def list_models(pattern: str = "*", kind: str = "backbone") -> ModelTable:
     """Lists the networks that `create_backbone` builds, or the files of published detectors.
 
@@ -112,6 +114,7 @@ def count_parameters(model: keras.Model) -> int:
     return int(sum(np.prod(variable.shape) for variable in model.trainable_variables))
 
 
+@checked
 def count_multiply_adds(model: keras.Model, image_shape: tuple[int, int, int]) -> int:
     """Counts the multiply-adds of all convolution and dense layers for one image.
 

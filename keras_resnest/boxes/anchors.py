@@ -6,9 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnest.checks import checked
 from keras_resnest.configurable import Configurable
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class AnchorGenerator(Configurable):
     """Generates the anchors of every cell of every feature map.

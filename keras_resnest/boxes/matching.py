@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_iou
-from keras_resnest.checks import check_counts, check_fractions, check_positive
+from keras_resnest.checks import check_counts, check_fractions, check_positive, checked
 from keras_resnest.configurable import Configurable
 
 NOT_MATCHED = -1
@@ -13,6 +13,7 @@ BACKGROUND = 0  # column of the background in class targets and logits
 CHUNK_SIZE = 16  # objects per image that are compared with all anchors at a time
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class BoxMatcher(Configurable):
     """Assigns each anchor to an object or to the background.
@@ -119,6 +120,7 @@ def _contains(ids, object_ids):
     return ops.any(ids[:, :, None] == object_ids, axis=1)
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class ATSSMatcher(Configurable):
     """Assigns anchors to objects with a threshold for each object (ATSS).

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnest.boxes.overlap import pairwise_diou, pairwise_iou
+from keras_resnest.checks import checked
 
 SUPPRESSIONS = ("greedy", "diou", "soft")
 
@@ -286,10 +287,11 @@ def _drop_other_ranks(boxes, candidates):
 # === The detections of one image, with NumPy ===
 
 
+@checked
 def suppress_boxes(
-    boxes,
-    confidence,
-    labels,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
     iou_threshold: float = 0.45,
     suppression: str = "greedy",
     class_agnostic: bool = False,
@@ -335,10 +337,11 @@ def suppress_boxes(
     return kept[np.argsort(-confidence[kept], kind="stable")]
 
 
+@checked
 def lower_confidence(
-    boxes,
-    confidence,
-    labels,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
     iou_threshold: float = 0.45,
     class_agnostic: bool = False,
     passes=None,
@@ -381,8 +384,14 @@ def lower_confidence(
     return confidence
 
 
+@checked
 def vote_boxes(
-    kept_boxes, kept_labels, boxes, confidence, labels, voting_iou: float = 0.5
+    kept_boxes: np.ndarray,
+    kept_labels: np.ndarray,
+    boxes: np.ndarray,
+    confidence: np.ndarray,
+    labels: np.ndarray,
+    voting_iou: float = 0.5,
 ) -> np.ndarray:
     """Replaces each box that survived NMS by the mean of its neighbors ("box voting").
 

@@ -6,14 +6,19 @@ import glob
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import keras_resnest as kr
 from keras_resnest.atomic import naming_path
 from keras_resnest.backbones.presets import is_preset, load_preset
-from keras_resnest.backbones.weights.fetching import check_finite_weights
-from keras_resnest.checks import class_thresholds
+from keras_resnest.checks import (
+    check_finite_weights,
+    check_layers_of_file,
+    class_thresholds,
+    one_line,
+)
 from keras_resnest.data.readers.common import UNANNOTATED
 from keras_resnest.data.readers.detect_format import FORMATS
 from keras_resnest.data.readers.files import read_text
@@ -181,7 +186,10 @@ def load_keras_file(path: str):
     if not Path(path).exists():
         raise ValueError(f"no such model: {path}")
     with reporting_unusable_model(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("It is damaged, or no .keras file")
         model = keras.saving.load_model(path, compile=False)
+        check_layers_of_file(model, path)
         check_finite_weights(model)
         return model
 
@@ -192,8 +200,7 @@ def reporting_unusable_model(path: str):
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a usable model. {reason}") from error
+        raise ValueError(f"{path} is not a usable model. {one_line(error)}") from error
 
 
 def find_crop(model, arguments) -> Crop:

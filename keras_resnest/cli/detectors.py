@@ -20,7 +20,12 @@ import keras_resnest as kr
 from keras_resnest.backbones.presets import is_preset
 from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.checks import class_thresholds
-from keras_resnest.cli.common import Failure, load_keras_file, reporting_unusable_model
+from keras_resnest.cli.common import (
+    Failure,
+    load_keras_file,
+    read_class_names,
+    reporting_unusable_model,
+)
 from keras_resnest.images import read_image_info
 
 SIGNATURES = ("serve_bytes", "serving_default")
@@ -44,7 +49,7 @@ def load_detector(arguments):
         if arguments.grpc:
             server = GrpcServer(arguments.grpc, server)
         signature = signature or ("serving_default" if is_kserve else "serve_bytes")
-        names = arguments.class_names and arguments.class_names.read_text("utf-8").splitlines()
+        names = arguments.class_names and read_class_names(arguments.class_names)
         box_format = arguments.box_format or "xyxy"
         return ServedDetector(server, signature, box_format, names)
     if is_preset(name) or not Path(name).is_dir():

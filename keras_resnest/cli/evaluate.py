@@ -167,7 +167,7 @@ def evaluate_classifier(model, dataset, arguments) -> dict:
     batches = kr.data.classification_batches(
         elements, shape, arguments.batch_size, interpolation=crop.interpolation, **options
     )
-    with value_errors(batches):
+    with value_errors():
         count, first, five = count_hits(model, batches)
     name, published = arguments.model, published_figure(arguments.model, arguments.weights)
     if not is_saved_model(name):

@@ -11,6 +11,7 @@ with images in RGB, 0 to 255, and boxes "xyxy" in pixels of the image. "image_id
 
 import hashlib
 import inspect
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_all_images, check_image_shape
+from keras_resnest.checks import PREFIX, check_image_shape, checked
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -34,6 +35,7 @@ from keras_resnest.data.augmentation.detection import (
 )
 from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
+from keras_resnest.data.dataset import check_readable
 from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
 from keras_resnest.data.rare_classes import repeat_factors
 from keras_resnest.images import center_crop_image
@@ -49,6 +51,7 @@ _CACHE_LIMIT = 1_000_000_000  # bytes of images that `classification_batches` ca
 # === Detection ===
 
 
+@checked
 def training_batches(
     dataset,
     image_shape: Sequence[int],
@@ -62,7 +65,7 @@ def training_batches(
     shuffle_buffer: int | None = None,
     seed: int | None = None,
     initial_epoch: int = 0,
-    cache: bool | str = True,
+    cache: bool | str | os.PathLike = True,
     drop_remainder: bool = True,
     max_boxes: int | None = None,
     bounding_box_format: str = "xyxy",
@@ -105,9 +108,9 @@ def training_batches(
             `keras.utils.set_random_seed` sets.
         initial_epoch: epoch of the first pass, from 0.
         cache: True keeps decoded images in memory (height x width x 3 bytes each), a path keeps
-            them in files with this prefix, also for later runs on the same data, False decodes them
-            in every epoch. Of a `tf.data.Dataset` only the number and the types of its elements are
-            compared.
+            them in files with this prefix, also for later runs on the same data (files of other
+            data stay: remove them yourself), False decodes them in every epoch. Of a
+            `tf.data.Dataset` only the number and the types of its elements are compared.
         drop_remainder: whether to drop the last, smaller batch of an epoch. The dropped images
             differ from epoch to epoch.
         max_boxes: number of rows to pad boxes to; more boxes in an image are an error. Default: the
@@ -172,12 +175,13 @@ def training_batches(
     return _finish(batches, dataset, counter, deterministic, **settings)
 
 
+@checked
 def evaluation_batches(
     dataset,
     image_shape: Sequence[int],
     batch_size: int = 8,
     *,
-    cache: bool | str = True,
+    cache: bool | str | os.PathLike = True,
     max_boxes: int | None = None,
     bounding_box_format: str = "xyxy",
     dtype: str = "float32",
@@ -303,6 +307,7 @@ def _check_boxes(element: dict) -> dict:
     image_id = tf.convert_to_tensor(element.get("image_id", ""))
     rows = {"boxes": boxes, "labels": labels, "difficult": difficult}
     rows = {name: tf.boolean_mask(values, labels >= 0) for name, values in rows.items()}
+    error = element.get("error", tf.constant(""))
 
     boxes = rows["boxes"]
     is_ordered = tf.reduce_all(boxes[:, 2:] >= boxes[:, :2])
@@ -313,7 +318,7 @@ def _check_boxes(element: dict) -> dict:
     is_tiny = tf.reduce_max(tf.shape(image)) <= 16  # the first pixel may contain all boxes
     message = "`dataset` must have boxes in pixels. Received only numbers within 0 to 1 "
     _assert(~is_relative | is_tiny, message + "(image_id, boxes):", image_id, boxes)
-    return {"images": image, "image_id": image_id, "bounding_boxes": rows}
+    return {"images": image, "image_id": image_id, "bounding_boxes": rows, "error": error}
 
 
 def _assert(condition: tf.Tensor, message: str, *values) -> None:
@@ -386,6 +391,7 @@ def _convert_boxes(batch: dict, bounding_box_format: str) -> dict:
 # === Classification ===
 
 
+@checked
 def classification_batches(
     dataset,
     image_shape: Sequence[int],
@@ -399,7 +405,7 @@ def classification_batches(
     initial_epoch: int = 0,
     crop_ratio: float = 0.875,
     interpolation: str = "bilinear",
-    cache: bool | str | None = None,
+    cache: bool | str | os.PathLike | None = None,
     drop_remainder: bool | None = None,
     num_parallel_calls: int = tf.data.AUTOTUNE,
     deterministic: bool = True,
@@ -441,11 +447,12 @@ def classification_batches(
         >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
-    num_classes = num_classes or getattr(dataset, "num_classes", None)
-    if not num_classes:
-        raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
     drop_remainder = training if drop_remainder is None else drop_remainder
     source, load = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
+    num_classes = num_classes or getattr(dataset, "num_classes", None)
+    if num_classes is None:
+        raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
+    _check_integer("num_classes", num_classes, 1)
     counter = EpochCounter(initial_epoch)
 
     def crop(image):
@@ -607,7 +614,8 @@ def _stored(
     """
     if cache or load is None:
         return _cached(source.map(clean, calls), cache), None
-    return tf.data.Dataset.range(source.cardinality()), lambda index: clean(load(index))
+    indices = tf.data.Dataset.range(source.cardinality())
+    return indices, lambda index: check_readable(clean(load(index)))
 
 
 def _with_fingerprint(cache: bool | str, dataset, source, *settings) -> bool | str:
@@ -621,15 +629,17 @@ def _with_fingerprint(cache: bool | str, dataset, source, *settings) -> bool | s
 
 def _cached(elements: tf.data.Dataset, cache: bool | str) -> tf.data.Dataset:
     if not cache:
-        return elements
+        return elements.map(check_readable)
     count = int(elements.cardinality())
     if count == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             f"`cache` must be False for an infinite dataset (`repeat()`). Received: cache={cache!r}"
         )
     elements = elements.cache() if cache is True else elements.cache(str(cache))
-    # After a pass that failed at an unreadable image, TensorFlow's cache holds all but that one.
-    return elements if count < 0 else elements.apply(tf.data.experimental.assert_cardinality(count))
+    # After a pass that failed at an element, TensorFlow's cache holds all but that one.
+    if count >= 0:
+        elements = elements.apply(tf.data.experimental.assert_cardinality(count))
+    return elements.map(check_readable)
 
 
 def _shuffle_buffer(buffer: int | None, count: int, limit: int | None) -> int:
@@ -673,6 +683,5 @@ def _finish(
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
     batches.epoch_counter = counter  # for `set_epoch`
     batches.class_names = getattr(dataset, "class_names", None)  # `fit` compares them
-    batches.check_images = lambda: check_all_images([dataset])  # called if reading fails
     batches.identity = {**getattr(dataset, "identity", {}), **settings}  # for a checkpoint
     return batches

@@ -21,12 +21,11 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import check_class_names
+from keras_resnest.checks import PREFIX, check_class_names, checked
 from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_image_info
 
 # === Reports and records ===
@@ -102,6 +101,7 @@ class ClassificationReport:
         return "\n".join(lines)
 
 
+@checked
 @dataclasses.dataclass(eq=False)
 class ImageRecord:
     """One image and its boxes.
@@ -195,6 +195,7 @@ class ImageDataset:
         classes = f"{self.num_classes} classes: {', '.join(self.class_names[:10])}"
         return f"<{type(self).__name__.strip('_')}: {len(self)} images, {classes}>"
 
+    @checked
     def as_dataset(
         self,
         shuffle: bool = False,
@@ -206,8 +207,8 @@ class ImageDataset:
 
         TensorFlow decodes JPEG and PNG in parallel, to the same pixels as `load_image`; Pillow
         decodes what TensorFlow gets wrong (alpha, CMYK, 16 bits) or cannot read. EXIF orientation
-        is applied. A corrupt file raises a TensorFlow error when it is reached; `check_images`
-        names the file.
+        is applied. A corrupt file raises a TensorFlow error that names it when it is reached;
+        `fit`, `evaluate` and callbacks turn it into a `ValueError`.
 
         Args:
             shuffle: Whether to shuffle the images, in a new order in every epoch.
@@ -221,33 +222,10 @@ class ImageDataset:
         indices = tf.data.Dataset.range(len(part))
         if shuffle:
             indices = indices.shuffle(len(part), seed=seed)
-        elements = indices.map(part.element_loader(), num_parallel_calls=tf.data.AUTOTUNE)
-        elements.check_images = part.check_images
-        return elements
+        load = part.element_loader()
+        return indices.map(lambda i: check_readable(load(i)), num_parallel_calls=tf.data.AUTOTUNE)
 
-    def check_images(self) -> None:
-        """Decodes all images. `fit` and evaluation call it if one of them cannot be read.
-
-        Raises:
-            ValueError: if an image cannot be read; it names the file.
-        """
-        import tensorflow as tf
-
-        if self.element_loader() is None:  # TFDS
-            return
-        read, records = image_reader(self.records), self.records
-
-        def check(index):
-            try:
-                read(index)
-            except tf.errors.OpError:
-                load_image(records[index].image)  # names the file
-                name = records[index].image_id
-                raise ValueError(f"TensorFlow cannot read the image {name!r}") from None
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(check, range(len(records))))
-
+    @checked
     def shard(self, num_shards: int, shard_index: int) -> "ImageDataset":
         """Returns one of several disjoint shards, for training on several machines.
 
@@ -282,6 +260,7 @@ class ImageDataset:
         part.identity, part._whole = self.identity, self.whole
         return part
 
+    @checked
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple:
         """Splits off a random part of the images, e.g. for testing.
 
@@ -367,6 +346,7 @@ class ImageDataset:
         return part
 
 
+@checked
 class DetectionDataset(ImageDataset):
     """A detection dataset: annotations in memory, images read on demand.
 
@@ -408,7 +388,7 @@ class DetectionDataset(ImageDataset):
             yield b"".join(array.tobytes() for array in arrays)
 
     def element_loader(self):
-        """Returns a function from the index of an image (int64 tensor) to its element.
+        """Returns a function from the index of an image (int64 tensor) to its element and "error".
 
         Returns None for a dataset that can only be read sequentially.
         """
@@ -426,8 +406,10 @@ class DetectionDataset(ImageDataset):
 
         def load(index):
             rows = slice(row_splits[index], row_splits[index + 1])
+            image, error = read_image(index)
             return {
-                "images": read_image(index),
+                "images": image,
+                "error": error,
                 "image_id": image_ids[index],
                 "bounding_boxes": {
                     "boxes": tf.ensure_shape(boxes[rows], (None, 4)),
@@ -439,6 +421,7 @@ class DetectionDataset(ImageDataset):
         return load
 
 
+@checked
 class ClassificationDataset(ImageDataset):
     """A classification dataset: labels in memory, images read on demand.
 
@@ -472,18 +455,23 @@ class ClassificationDataset(ImageDataset):
         return [np.asarray([record.label for record in self.records], "int32").tobytes()]
 
     def element_loader(self):
-        """Returns a function from the index of an image (int64 tensor) to its element."""
+        """Returns a function from the index of an image (int64 tensor) to its element and "error".
+
+        See `check_readable`.
+        """
         import tensorflow as tf
 
         with tf.device("CPU:0"):  # keep these tables off the GPU
             image_ids = tf.constant([record.image_id for record in self.records])
             labels = tf.constant([record.label for record in self.records], tf.int32)
         read_image = image_reader(self.records)
-        return lambda index: {
-            "images": read_image(index),
-            "image_id": image_ids[index],
-            "labels": labels[index],
-        }
+
+        def load(index):
+            image, error = read_image(index)
+            label = labels[index]
+            return {"images": image, "error": error, "image_id": image_ids[index], "labels": label}
+
+        return load
 
 
 def _check_boxes(records: Sequence[ImageRecord]) -> None:
@@ -504,7 +492,10 @@ def _check_boxes(records: Sequence[ImageRecord]) -> None:
 
 
 def image_reader(records: Sequence[ImageRecord]):
-    """Returns a function from the index of a record to its uint8 image, for a tf.data graph."""
+    """Returns a function for a tf.data graph: from the index of a record to its uint8 image.
+
+    The function also returns why an image cannot be read, for `check_readable`, or "".
+    """
     import tensorflow as tf
 
     by_tensorflow = [r.info.plain and isinstance(r.image, str) for r in records]
@@ -514,19 +505,46 @@ def image_reader(records: Sequence[ImageRecord]):
         is_plain = tf.constant(by_tensorflow)
     is_upright = all(record.info.orientation == 1 for record in records)
 
-    def with_tensorflow(index):
+    def decode(index):
         image = decode_plain_image(tf.io.read_file(paths[index]))
         return image if is_upright else _turn_upright(image, flags[index])
 
+    def load(index):
+        try:
+            return load_image(records[index].image), b""
+        except ValueError as error:
+            return np.zeros((1, 1, 3), "uint8"), str(error).encode(errors="surrogateescape")
+
     def with_pillow(index):
-        image = tf.numpy_function(lambda i: load_image(records[i].image), [index], tf.uint8)
-        return tf.ensure_shape(image, (None, None, 3))
+        image, error = tf.numpy_function(load, [index], (tf.uint8, tf.string))
+        return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
+
+    def with_tensorflow(index):
+        # Inside a graph, only tf.data can continue after an error. Pillow then names the file.
+        nothing = tf.data.Dataset.from_tensors(tf.zeros((0, 0, 3), tf.uint8))
+        decoded = tf.data.Dataset.from_tensors(index).map(decode).ignore_errors()
+        image = decoded.concatenate(nothing).take(1).get_single_element()
+        return tf.cond(tf.size(image) > 0, lambda: (image, ""), lambda: with_pillow(index))
 
     if all(by_tensorflow):
         return with_tensorflow
     if not any(by_tensorflow):
         return with_pillow
     return lambda i: tf.cond(is_plain[i], lambda: with_tensorflow(i), lambda: with_pillow(i))
+
+
+def check_readable(element: dict) -> dict:
+    """Returns an element of an `element_loader` without its "error", or raises that, in a graph.
+
+    Call it after caching: a cache would lose an element that raises.
+    """
+    import tensorflow as tf
+
+    element = dict(element)
+    error = element.pop("error", "")
+    check = tf.debugging.Assert(tf.equal(error, ""), [tf.strings.join([PREFIX, error])])
+    with tf.control_dependencies([check]):
+        return dict(element, images=tf.identity(element["images"]))
 
 
 def decode_plain_image(encoded):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.checks import check_box_dictionary, check_image_shape, unpack_batch
+from keras_resnest.checks import check_box_dictionary, check_image_shape, checked, unpack_batch
 
 # Sizes in strides of their level: smaller anchors leave gaps between the cells, larger ones reach
 # beyond what the level's features see. RefineDet has 4.
@@ -78,6 +78,7 @@ class AnchorCoverage:
         return "\n".join(lines)
 
 
+@checked
 def anchor_coverage(
     dataset, anchor_generator: AnchorGenerator, image_shape, iou_threshold: float = 0.5
 ) -> AnchorCoverage:
@@ -123,6 +124,7 @@ def anchor_coverage(
     )
 
 
+@checked
 def fit_anchors(
     dataset,
     image_shape,

@@ -57,24 +57,6 @@ def check_parts(heads, detection_loss, decoder) -> tuple:
     return heads, detection_loss, decoder
 
 
-def check_weight_file(path: str, predict_iou: bool) -> None:
-    """Keras ignores the weights of an output that the model lacks, and lists those that it has."""
-    import h5py
-
-    names = []
-    try:
-        with h5py.File(path) as file:
-            file.visit(names.append)
-    except OSError:  # damaged: loading says so
-        return
-    stored = any("/iou_convolutions/" in name for name in names)
-    if stored != predict_iou:
-        raise ValueError(
-            f"{path} must hold the weights of a detector with RefineDetHeads(predict_iou="
-            f"{predict_iou}), as this one. Received: predict_iou={stored}"
-        )
-
-
 def check_same_offsets(detection_loss: RefineDetLoss, decoder: DetectionDecoder) -> None:
     """Training and decoding must interpret offsets in the same way."""
     for name in ("two_step_regression", "variances"):

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from keras import ops
 
+from keras_resnest.checks import checked
+
 # Names of the same class in PASCAL VOC and in COCO.
 SYNONYMS = (
     ("aeroplane", "airplane"),
@@ -16,6 +18,7 @@ SYNONYMS = (
 )
 
 
+@checked
 def class_sources(
     class_names: Sequence[str],
     source_names: Sequence[str],

@@ -8,12 +8,13 @@ from keras import ops
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes
 from keras_resnest.boxes.suppression import check_suppression, suppress_batch
-from keras_resnest.checks import check_counts, check_fractions, class_thresholds
+from keras_resnest.checks import check_counts, check_fractions, checked, class_thresholds
 from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class DetectionDecoder(Configurable):
     """Cascade decoding, filtering and non-maximum suppression of a batch.

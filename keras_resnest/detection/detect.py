@@ -18,6 +18,7 @@ from keras_resnest.checks import (
     check_fractions,
     check_image_shape,
     check_images,
+    checked,
     class_thresholds,
     value_errors,
 )
@@ -179,6 +180,7 @@ def _select_confident(model, rows: dict, confidence_threshold) -> dict:
 # === Several scales ===
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class MultiScaleDetector(Configurable):
     """Detects at several image sizes and in the mirror image, and merges the detections.

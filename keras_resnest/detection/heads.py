@@ -18,6 +18,7 @@ from keras import layers, ops
 from keras_resnest.backbones.graph import GraphBuilder
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.offsets import VARIANCES, decode_boxes
+from keras_resnest.checks import checked
 from keras_resnest.configurable import Configurable
 from keras_resnest.layers import (
     AlignedConvolution,
@@ -32,6 +33,7 @@ STRIDES = (8, 16, 32, 64)
 L2_SCALES = (10.0, 8.0)  # initial scales of P3 and P4, as in the authors' code
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class RefineDetHeads(Configurable):
     """The layers of RefineDet after the backbone.

@@ -12,7 +12,7 @@ from keras import ops
 from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import paired_iou
-from keras_resnest.checks import check_fractions, is_number
+from keras_resnest.checks import check_fractions, checked, is_number
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -27,6 +27,7 @@ MATCHERS = ("matcher", "odm_matcher")
 MAX_PIXEL = 1e6  # keeps the areas of diverged boxes finite
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class RefineDetLoss(Configurable):
     """The two-stage loss of RefineDet.

@@ -38,7 +38,6 @@ from keras_resnest.detection.arguments import (
     check_classes,
     check_parts,
     check_same_offsets,
-    check_weight_file,
 )
 from keras_resnest.detection.class_transfer import class_sources, copy_weights
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -453,16 +452,6 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         return model
 
     # === Saving ===
-
-    def load_weights(self, filepath, skip_mismatch: bool = False, **kwargs):
-        """Loads weights as in Keras; both detectors must predict the IoU, or neither.
-
-        Raises:
-            ValueError: if the file has other layers.
-        """
-        if not skip_mismatch and str(filepath).endswith(".weights.h5"):
-            check_weight_file(str(filepath), self.heads.predict_iou)
-        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def _run_through_graph(self, *args, operation_fn=None, **kwargs):
         if operation_fn is None:

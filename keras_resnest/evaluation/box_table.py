@@ -49,7 +49,7 @@ def read_tables(ground_truth, detections, num_classes: int) -> tuple[BoxTable, B
         warnings.warn(
             "Both `ground_truth` and `detections` must be in pixels. Received: coordinates up to "
             f"{highest[0]:g} and {highest[1]:g}, of which one is between 0 and 1",
-            stacklevel=3,
+            stacklevel=4,
         )
     return objects, found
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_resnest.checks import checked
 from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
 from keras_resnest.evaluation.voc import nan_mean
 
@@ -45,6 +46,7 @@ class COCOAveragePrecision:
         return "\n".join(f"{name:9} {value:7.4f}" for name, value in self.metrics.items())
 
 
+@checked
 def coco_average_precision(
     ground_truth: Sequence[Mapping] | Mapping,
     detections: Sequence[Mapping] | Mapping,

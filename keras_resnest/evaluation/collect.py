@@ -10,7 +10,9 @@ from keras import ops
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_box_dictionary,
+    check_counts,
     check_same_classes,
+    checked,
     unpack_batch,
     value_errors,
 )
@@ -18,6 +20,7 @@ from keras_resnest.evaluation.box_table import check_classes
 from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
 
 
+@checked
 def collect_detections(
     model, dataset: Iterable, *, bounding_box_format: str | None = None, steps: int | None = None
 ) -> tuple[list[dict], list[dict]]:
@@ -66,11 +69,13 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
     """
     if not isinstance(dataset, Iterable):
         raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
+    if steps is not None:
+        check_counts(steps=steps)
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)
     is_empty = True
-    with value_errors(dataset):
+    with value_errors():
         for batch in itertools.islice(dataset, steps):
             images, boxes = unpack_labeled_batch(batch)
             size = tuple(images.shape[1:3])
@@ -87,6 +92,7 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
         )
 
 
+@checked
 def evaluate_detections(
     model,
     dataset: Iterable,

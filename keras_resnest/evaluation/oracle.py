@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_resnest.checks import checked
 from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
 from keras_resnest.evaluation.matching import average_precision
 from keras_resnest.evaluation.voc import best_objects, nan_mean
@@ -51,6 +52,7 @@ class OracleDecomposition:
         return "\n".join(lines)
 
 
+@checked
 def oracle_decomposition(
     ground_truth: Sequence[Mapping] | Mapping,
     detections: Sequence[Mapping] | Mapping,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_resnest.checks import checked
 from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
 
 INTERPOLATIONS = ("every_point", "eleven_point")
@@ -123,6 +124,7 @@ def nan_mean(values: np.ndarray) -> float:
 # === Metric ===
 
 
+@checked
 def voc_average_precision(
     ground_truth: Sequence[Mapping] | Mapping,
     detections: Sequence[Mapping] | Mapping,

@@ -2,6 +2,7 @@
 
 import os
 
+from keras_resnest.checks import checked
 from keras_resnest.serving.files import export_file
 from keras_resnest.serving.graph import check_backend
 from keras_resnest.serving.saved_model import export_saved_model
@@ -15,6 +16,7 @@ FORMATS = {
 }
 
 
+@checked
 def export_model(
     model,
     filepath: str | os.PathLike,
@@ -74,8 +76,6 @@ def export_model(
         >>> boxes, confidence, labels, num_detections = session.run(None, {"images": images})
     """
     check_backend()
-    if not isinstance(filepath, str | os.PathLike):
-        raise ValueError(f"`filepath` must be a file or folder to write. Received: {filepath!r}")
     _check_arguments(format, precision, decode, representative_images)
     if format == "tf_saved_model":
         export_saved_model(model, filepath, precision, verbose, freeze, **options)

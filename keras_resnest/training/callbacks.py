@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import keras
 import numpy as np
 
-from keras_resnest.checks import check_counts, value_errors
+from keras_resnest.checks import check_counts, checked, value_errors
 from keras_resnest.divergence import TerminateOnDivergence
 from keras_resnest.evaluation.coco import coco_average_precision
 from keras_resnest.evaluation.collect import (
@@ -25,6 +25,7 @@ MAX_CLASSES_PER_LINE = 5  # more are printed as a table
 TABLE_WIDTH = 100  # characters
 
 
+@checked
 class DetectionEvaluation(keras.callbacks.Callback):
     """Measures average precision at the end of epochs and adds it to the logs.
 
@@ -150,6 +151,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
+@checked
 class DetectionPlot(keras.callbacks.Callback):
     """Plots the detections in a few validation images at the end of epochs.
 
@@ -221,7 +223,7 @@ def _is_due(epoch: int, frequency: int, params: dict | None, first: bool) -> boo
 
 def _first_batches(dataset, num_images: int):
     """Yields `(images, boxes)` batches of arrays with `num_images` images at most in total."""
-    with value_errors(dataset):
+    with value_errors():
         for batch in dataset:
             images, boxes = unpack_labeled_batch(batch)
             count = min(num_images, len(images))

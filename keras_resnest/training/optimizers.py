@@ -3,10 +3,13 @@
 import keras
 from keras import ops
 
+from keras_resnest.checks import checked
+
 #: Names of the variables without weight decay: biases and the weights of normalization layers.
 EXCLUDED_VARIABLES = ("bias", "gamma", "beta")
 
 
+@checked
 @keras.saving.register_keras_serializable("keras_resnest")
 class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
     """Multiplies another schedule by a factor that rises linearly from 0 to 1.

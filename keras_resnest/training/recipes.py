@@ -12,6 +12,7 @@ import keras
 
 from keras_resnest.backbones import VARIANTS
 from keras_resnest.backbones.graph import check_choices
+from keras_resnest.checks import checked
 from keras_resnest.training.optimizers import EXCLUDED_VARIABLES, AdamW, LinearWarmup, SGDWithL2
 
 __all__ = ["RECIPES", "AdamW", "LinearWarmup", "Recipe", "SGDWithL2"]
@@ -126,6 +127,7 @@ class Recipe:
                 f"Received: boundaries={self.boundaries}, schedule={self.schedule!r}"
             )
 
+    @checked
     def for_network(self, name: str) -> "Recipe":
         """Returns the recipe with the values of one network, for instance its image size.
 
@@ -134,6 +136,7 @@ class Recipe:
         """
         return dataclasses.replace(self, **self.networks.get(name.lower(), {}))
 
+    @checked
     def scaled(
         self,
         batch_size: int,
@@ -253,6 +256,7 @@ class Recipe:
             return SGDWithL2(**{**options, **kwargs})
         return AdamW(**{**options, **kwargs})
 
+    @checked
     def network_arguments(self, name: str) -> dict:
         """Returns the recipe's arguments for `create_backbone`, as far as the network has them.
 

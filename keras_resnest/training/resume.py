@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnest.atomic import atomic_folder
-from keras_resnest.checks import check_counts
+from keras_resnest.checks import check_counts, checked
 from keras_resnest.replicas import is_chief, is_multi_worker, run_on_replicas
 
 STATE, ARRAYS = "state.json", "arrays.npz"
@@ -23,6 +23,7 @@ MAX_CHECKPOINTS = 2  # the previous one is the fallback if the last is damaged
 FILE_OVERHEAD = 300  # bytes of an array's headers in the file
 
 
+@checked
 class ResumeTraining(keras.callbacks.Callback):
     """Saves the whole state of a training run and resumes it.
 
@@ -79,8 +80,6 @@ class ResumeTraining(keras.callbacks.Callback):
                 "`every_steps` requires the TensorFlow backend. "
                 f"Received: every_steps={every_steps} on {keras.backend.backend()}"
             )
-        if not isinstance(folder, str | os.PathLike):
-            raise ValueError(f"`folder` must be a path. Received: {folder!r}")
         self.folder = Path(folder)
         self.every_steps = every_steps
         self.callbacks = list(callbacks)

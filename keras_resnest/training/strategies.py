@@ -94,7 +94,7 @@ def distribute_batches(strategy, make_batches, batch_size: int):
                 f"`make_batches` must return batches of {size} without a smaller last one: "
                 f"batch({size}, drop_remainder=True). Received: {batches.element_spec}"
             )
-        for name in ("epoch_counter", "class_names", "identity", "check_images"):
+        for name in ("epoch_counter", "class_names", "identity"):
             if hasattr(batches, name):
                 attributes[name] = getattr(batches, name)
         attributes.get("identity", {})["batch_size"] = batch_size  # of all workers

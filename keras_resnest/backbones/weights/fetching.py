@@ -21,6 +21,7 @@ from keras_resnest.backbones.weights.caffe import (
 from keras_resnest.backbones.weights.detector_files import models_folder
 from keras_resnest.backbones.weights.table import PRETRAINED, PretrainedWeights
 from keras_resnest.backbones.weights.torch_names import load_torch_state_dict
+from keras_resnest.checks import checked, one_line
 
 HUB_FILE = "model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin", ".tar")
@@ -36,6 +37,7 @@ _PLAIN_TYPES = re.compile("F(16|32|64)|BF16|[IU](8|16|32|64)|BOOL")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
+@checked
 def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> None:
     """Loads published weights or a weight file into a network.
 
@@ -82,6 +84,7 @@ def load_pretrained(model: keras.Model, weights, variant: str, ignore=()) -> Non
     load_arrays_of_file(model, state_dict, path, ignore)
 
 
+@checked
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads the arrays of a `.safetensors`, `.caffemodel` or PyTorch `state_dict` file.
 
@@ -132,50 +135,10 @@ def _load_file(model, path, variant, ignore):
             f"PyTorch file ({', '.join(TORCH_ENDINGS)}). Received: {path!r}"
         )
     if path.endswith(".weights.h5"):
-        _load_keras_file(model, path, variant)
+        model.load_weights(path)
     else:
         check_caffe_form(model, path, variant)
         load_arrays_of_file(model, read_state_dict(path), path, ignore)
-
-
-def _load_keras_file(model, path, variant):
-    before = model.get_weights()
-    try:
-        surplus = _keras_file_size(path) - _size_in_keras_file(model)
-        keras.Model.load_weights(model, path)
-        # Without a classifier, the file may hold one.
-        if surplus < 0 or (surplus > 0 and getattr(model, "include_top", True)):
-            raise ValueError(f"{abs(surplus):,} numbers too {'many' if surplus > 0 else 'few'}")
-        check_finite_weights(model)
-    except Exception as error:
-        model.set_weights(before)
-        raise ValueError(
-            f"{path} does not hold the weights of {variant} with classes={_classes(model)}: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def check_finite_weights(model: keras.Model) -> None:
-    """Raises ValueError if a weight is NaN or infinite."""
-    weights = ((variable, keras.ops.convert_to_numpy(variable)) for variable in model.variables)
-    bad = [v.path for v, array in weights if not np.isfinite(array.astype("float32")).all()]
-    if bad:
-        raise ValueError(f"{len(bad)} arrays hold NaN or infinite values, such as {bad[0]}")
-
-
-def _keras_file_size(path):
-    import h5py
-
-    sizes = []
-    with h5py.File(path) as file:
-        file.visititems(lambda _, item: sizes.append(getattr(item, "size", 0)))
-    return sum(sizes)
-
-
-def _size_in_keras_file(model):
-    # Keras does not save the state of random generators.
-    saved = [variable for variable in model.variables if "seed_generator" not in variable.path]
-    return sum(int(np.prod(variable.shape)) for variable in saved)
 
 
 def load_arrays_of_file(model: keras.Model, state_dict: dict, path, ignore=()) -> None:
@@ -384,18 +347,13 @@ def import_hub():
 
 
 def _fetch_failure(name, source, error):
-    return f"{name} could not be fetched from {source}: {first_line(error)}"
+    return f"{name} could not be fetched from {source}: {one_line(error)}"
 
 
 def sha256_of(path: str | os.PathLike) -> str:
     """Returns the checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def remove_from_cache(path: str | os.PathLike) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_image_shape
+from keras_resnest.checks import check_image_shape, checked
 from keras_resnest.data.augmentation.geometry import check_probabilities
 from keras_resnest.data.augmentation.rand_augment import (
     RandAugment,
@@ -25,6 +25,7 @@ _COLOR_VECTORS = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class ClassificationAugmentation:
     """Randomly crops, flips, and recolors an image.
@@ -126,6 +127,7 @@ CLASSIFICATION_AUGMENTATIONS: dict[str, dict | None] = {
 }
 
 
+@checked
 def mix_up(images: tf.Tensor, labels: tf.Tensor, alpha: float, seed) -> tuple:
     """Blends each image and label of a batch with those before them; returns both.
 

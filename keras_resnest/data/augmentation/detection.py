@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_counts, check_image_shape
+from keras_resnest.checks import check_counts, check_image_shape, checked
 from keras_resnest.data.augmentation.geometry import (
     MEAN_COLOR,
     apply_if,
@@ -57,6 +57,7 @@ def drop_empty_boxes(element: dict) -> dict:
     return update_element(element, element["images"], boxes, has_area & (rows["labels"] >= 0))
 
 
+@checked
 @dataclass(frozen=True)
 class PhotometricDistortion:
     """Randomly changes brightness, contrast, saturation, hue, and the order of color channels.
@@ -129,6 +130,7 @@ class PhotometricDistortion:
         return image
 
 
+@checked
 @dataclass(frozen=True)
 class RandomExpand:
     """Places the image at a random position on a larger canvas of one color ("zoom out").
@@ -177,6 +179,7 @@ class RandomExpand:
         return tf.cast(tf.concat([corner, corner + canvas], axis=0), tf.int32)
 
 
+@checked
 @dataclass(frozen=True)
 class RandomIoUCrop:
     """Crops the image so that some object overlaps the crop by a required IoU (SSD, section 2.2).
@@ -284,6 +287,7 @@ class _Orientation:
         return update_element(element, *orient(element["images"], boxes, *self.orientation(seed)))
 
 
+@checked
 @dataclass(frozen=True)
 class RandomFlip(_Orientation):
     """Randomly flips the image.
@@ -309,6 +313,7 @@ class RandomFlip(_Orientation):
         return False, draws[0] < self.horizontal, draws[1] < self.vertical
 
 
+@checked
 @dataclass(frozen=True)
 class RandomRotate90(_Orientation):
     """Rotates the image by 90, 180, or 270 degrees, for images without a natural orientation.
@@ -333,6 +338,7 @@ class RandomRotate90(_Orientation):
         return is_quarter, (turns == 1.0) | (turns == 2.0), (turns == 2.0) | (turns == 3.0)
 
 
+@checked
 @dataclass(frozen=True)
 class Resize:
     """Stretches the image to the input size of the network, as in evaluation and prediction.
@@ -366,6 +372,7 @@ class Resize:
         return update_element(element, _cast_image(image, self.dtype, height, width), boxes)
 
 
+@checked
 @dataclass(frozen=True)
 class TrainingAugmentation:
     """The training augmentation of SSD and RefineDet, from any image to the network's input size.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import is_number
+from keras_resnest.checks import checked, is_number
 from keras_resnest.data.augmentation.geometry import (
     PADDING,
     between,
@@ -28,6 +28,7 @@ from keras_resnest.data.augmentation.geometry import (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class Mosaic:
     """Combines four images into one (YOLOv4, arXiv 2004.10934, section 3.3).
@@ -125,6 +126,7 @@ class Mosaic:
         return image, _masked(dict(rows, boxes=boxes + offset), keep)
 
 
+@checked
 @dataclass(frozen=True)
 class MixUp:
     """Blends two images of a batch and keeps the boxes of both.

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from keras_resnest.checks import checked
+
 _GRAY = (0.299, 0.587, 0.114)  # Pillow's weights of red, green, and blue
 
 
+@checked
 @dataclass(frozen=True)
 class RandAugment:
     """Applies randomly drawn operations in sequence, all of the same magnitude.

@@ -4,20 +4,22 @@ import collections
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import check_class_names
+from keras_resnest.checks import check_class_names, checked
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
 
 SECTIONS = ("images", "annotations", "categories")
+_SPLIT_KEY = re.compile(rf'"({"|".join(files.SPLIT_KEYS)})"\s*:'.encode())
 
 
+@checked
 def read_coco(
     annotation_file: str | os.PathLike,
     image_folder: str | os.PathLike | None = None,
@@ -26,6 +28,7 @@ def read_coco(
     use_difficult: bool = True,
     unannotated: str = "background",
     allow_outside: bool = False,
+    split: str | None = None,
 ) -> DetectionDataset:
     """Reads object annotations in COCO's JSON format (Lin et al., ECCV 2014).
 
@@ -51,6 +54,7 @@ def read_coco(
         unannotated: Images without annotation: an "error" (see `on_error`), "skip" and report them,
             or "background": they have no objects.
         allow_outside: Whether the file may name images outside of its folder and `image_folder`.
+        split: A split that the entries of images name under "split", "subset", ... Default: all.
 
     Raises:
         ValueError: if there is no such file or folder, it is not a COCO file, no box is usable, or
@@ -70,6 +74,9 @@ def read_coco(
     images = _images(path, content["images"], faults)
     objects = _objects_by_image(path, content["annotations"], images, faults)
     images = _join_repeated(path, images, objects, faults)
+    if split is not None:
+        named = {k: {name} for k, name in zip(images, _splits(images.values()), strict=False)}
+        images = {k: images[k] for k in common.images_of_split(path, named, split, faults)}
 
     def parse(key):
         image = images[key]
@@ -86,9 +93,11 @@ def read_coco(
 
 
 def coco_files(folder: Path) -> dict[str, Path] | None:
-    """Annotation files by split; None if a folder is no COCO dataset."""
+    """Annotation files by split, of a folder or named by images; None if it is no COCO dataset."""
     if not folder.is_dir():
-        return {}
+        if not _SPLIT_KEY.search(files.read_bytes(folder, "JSON", files.LARGE).replace(b"\0", b"")):
+            return {}  # COCO's files take long to parse
+        return dict.fromkeys(filter(None, _splits(_load(folder)["images"])), folder)
     inner = files.folders_in(folder)
     found = list(filter(_is_coco, files.annotation_files(folder, ".json")))
     own = {files.split_of(p): p for p in found if p.name.startswith("instances_")}
@@ -99,13 +108,29 @@ def coco_files(folder: Path) -> dict[str, Path] | None:
         named = named or (files.entries(place, (".json",)) if is_split else [])
         if len(named := list(filter(_is_coco, named))) == 1:
             by_split[place.name] = named[0]
-    return by_split or None
+    named = coco_files(*by_split.values()) if len(by_split) == 1 else {}
+    return named or by_split or None
 
 
 def coco_has_objects(path: Path, split: str) -> bool:
-    """Whether a file has a list of annotations that is not empty."""
+    """Whether a split, as images name it or the whole file, has annotations."""
+    if coco_files(path):
+        content = _load(path)
+        named = zip(_splits(content["images"]), content["images"], strict=True)
+        ids = {_key(image.get("id")) for name, image in named if name == split}
+        return any(_key(row.get("image_id")) in ids for row in content["annotations"])
     content = files.read_bytes(path, "JSON", files.LARGE).replace(b"\0", b"")  # UTF-16 too
     return re.search(rb'"annotations"\s*:\s*\[\s*\{', content) is not None
+
+
+def _splits(images: Iterable[dict]) -> list[str]:
+    """The split that each image names, or ""; an empty list if there is no key of usual splits."""
+    spelling: dict[str, str] = {}
+    for key in files.SPLIT_KEYS:
+        named = [str(image.get(key) or "").strip() for image in images]
+        if any(map(files.is_split_name, named)):
+            return [spelling.setdefault(files.unified(name), name) for name in named]
+    return []
 
 
 def _is_coco(path: Path) -> bool:

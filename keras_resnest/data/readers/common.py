@@ -28,7 +28,13 @@ from keras_resnest.data.dataset import (
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.data.readers.files import ANNOTATION_FOLDERS, FileError, FileTree, split_of
+from keras_resnest.data.readers.files import (
+    ANNOTATION_FOLDERS,
+    FileError,
+    FileTree,
+    find_split,
+    split_of,
+)
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, orientation_flags, read_image_info
 
 UNANNOTATED = ("error", "skip", "background")
@@ -140,7 +146,7 @@ def build_dataset(
     if faults.problems:
         warnings.warn(
             f"{source}: {count_problems(faults.problems)}. See the `report` of the dataset",
-            stacklevel=3,
+            stacklevel=4,
         )
     return DetectionDataset(records, class_names, report)
 
@@ -175,6 +181,20 @@ def find_images_of(
     folders = [path for names in usual if (path := tree.descend(root, names))]
     hint = next(filter(None, (tree.hint(f, name) for f in folders for name in names)), "")
     raise ValueError(f"{file}: give `image_folder`; no image is in {root} or its {tried}{hint}")
+
+
+def images_of_split(
+    path: Path, named: Mapping[str, Iterable[str]], split: str, faults: Faults
+) -> list:
+    """The images of a split of a file; `named` has the splits of each image, or "" for none."""
+    known = list(dict.fromkeys(itertools.chain(*named.values())))
+    wanted = find_split(split, known)
+    if wanted is None:
+        available = ", ".join(filter(None, known)) or "they are not named"
+        raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {available}")
+    if "" in known:
+        faults.add(path, "images without a split", "left out")
+    return [name for name, own in named.items() if wanted in own]
 
 
 def known_classes(names: Mapping[Any, str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import isnan
 from pathlib import Path
 
+from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset, nearest
 from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
@@ -31,10 +32,11 @@ _SYNONYMS = {
     "width": ("image_width",),
     "height": ("image_height",),
     "difficult": ("is_difficult", "isgroupof"),
-    "split": ("set", "subset", "usage", "partition", "ml_use"),
+    "split": files.SPLIT_KEYS[1:],
 }
 
 
+@checked
 def read_csv(
     file: str | os.PathLike,
     image_folder: str | os.PathLike | None = None,
@@ -94,7 +96,11 @@ def read_csv(
 
     splits = _splits_of(row for rows in images.values() for _, row in rows)
     if split is not None:
-        images = _images_of_split(path, images, splits, split, faults)
+        named = {  # a faulty row has no split
+            name: [s for _, row in rows for s in ([row["split"]] if "split" in row else splits)]
+            for name, rows in (images if splits else {}).items()
+        }
+        images = {n: images[n] for n in common.images_of_split(path, named, split, faults)}
 
     def parse(name):
         objects = [_object(path, line, row) for line, row in images[name]]
@@ -118,23 +124,6 @@ def read_csv(
         )
 
     return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
-
-
-def _images_of_split(
-    path: Path, images: dict, splits: list[str], split: str, faults: Faults
-) -> dict:
-    wanted = files.find_split(split, splits)
-    if wanted is None:
-        known = ", ".join(filter(None, splits)) or "there is no column of splits"
-        raise ValueError(f"`split` must be in {path}. Received: {split!r}; available: {known}")
-    if "" in splits:
-        faults.add(path, "rows without a split", "left out")
-    faulty = {name for name, rows in images.items() if any("fault" in row for _, row in rows)}
-    return {
-        name: rows
-        for name, rows in images.items()
-        if name in faulty or any(row["split"] == wanted for _, row in rows)
-    }
 
 
 def _splits_of(rows: Iterable[dict[str, str]]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset, Problem
 from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
 from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
@@ -40,6 +41,7 @@ _EXPECTED = """
 TEST_SPLITS = ("test", "val", "valid", "validation")  # first choice first
 
 
+@checked
 def read_detection(
     source: str | os.PathLike,
     split: str | None = None,
@@ -58,8 +60,8 @@ def read_detection(
             `read_coco`, `read_yolo`, `read_csv` and `read_tfds` for what they read and report.
         split: Name of a file in `ImageSets/Main` (VOC), `<split>` in `instances_<split>.json` or
             `<split>.csv` (a year after it may be omitted), a value in a CSV file's column of
-            splits, a folder or a list (YOLO, VOC), or a TFDS split (then required). Default: all
-            images, or the only file.
+            splits or in COCO's entries of images, a folder or a list (YOLO, VOC), or a TFDS split
+            (then required). Default: all images, or the only file.
         class_names: Names of the labels 0, 1, 2, ... Default: as in the dataset.
         image_folder: Folder of the images of a COCO or CSV file. Default: see their readers.
         on_error: "raise" a ValueError for a faulty image, or "skip" and report it; unused by TFDS.
@@ -98,9 +100,9 @@ def read_detection(
             )
         return read(path, split, **options)
     file = _file_of_split(path, splits_of(path), split, kind) if path.is_dir() else path
-    in_column = csv_files(file) if kind == "csv" and split is not None else {}
-    matches = _matching_splits(split, in_column) if in_column else []
-    if in_column and (matches or not path.is_dir()):
+    named = splits_of(file) if split is not None else {}  # in the file
+    matches = _matching_splits(split, named) if named else []
+    if named and (matches or not path.is_dir()):
         options["split"] = matches[0] if len(matches) == 1 else split
     elif split is not None and not path.is_dir():
         raise ValueError(
@@ -110,6 +112,7 @@ def read_detection(
     return read(file, image_folder, **options)
 
 
+@checked
 def read_train_test(
     source: str | os.PathLike,
     *,
@@ -160,10 +163,11 @@ def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
     if shared := {r.image for r in train.records} & {r.image for r in test.records}:
         what = "image of the training set"
         test.report.problems += [Problem(Path(p).name, what, "kept") for p in sorted(shared)]
-        warnings.warn(f"{source}: {len(shared)} test images are also training images", stacklevel=3)
+        warnings.warn(f"{source}: {len(shared)} test images are also training images", stacklevel=4)
     return train, test
 
 
+@checked
 def find_splits(source: str | os.PathLike, format: str | None = None) -> list[str]:
     """Returns the sorted names of the splits that have annotations, if any.
 

@@ -18,6 +18,7 @@ from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 SPLIT_NAMES = tuple(name for names in _SYNONYMS for name in names)
+SPLIT_KEYS = ("split", "set", "subset", "usage", "partition", "ml_use")  # of rows and images
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[-_ ]?\d*", re.IGNORECASE)
 _IMAGE = re.compile("|".join(rf"\{suffix}\b" for suffix in IMAGE_SUFFIXES))
 ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")  # in lower case

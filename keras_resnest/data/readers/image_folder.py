@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from keras_resnest.checks import check_class_names
+from keras_resnest.checks import check_class_names, checked
 from keras_resnest.data.dataset import (
     ClassificationDataset,
     ClassificationReport,
@@ -29,6 +29,7 @@ from keras_resnest.data.readers.files import (
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
 
 
+@checked
 def read_image_folder(
     folder: str | os.PathLike,
     split: str | None = None,
@@ -74,7 +75,7 @@ def read_image_folder(
     if faults.problems:
         warnings.warn(
             f"{folder}: {count_problems(faults.problems)}. See the `report` of the dataset",
-            stacklevel=2,
+            stacklevel=3,
         )
     report = ClassificationReport({n: counts[i] for i, n in enumerate(names)}, faults.problems)
     return ClassificationDataset(records, names, report)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import check_class_names
+from keras_resnest.checks import check_class_names, check_counts, checked
 from keras_resnest.data.dataset import (
     AnnotationReport,
     ClassificationDataset,
@@ -28,6 +28,7 @@ from keras_resnest.data.dataset import (
 from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
 
 
+@checked
 def read_tfds(
     name_or_builder: Any,
     split: str,
@@ -66,6 +67,7 @@ def read_tfds(
     return _TfdsDataset(builder, split, names, class_names, use_difficult)
 
 
+@checked
 def read_tfds_classification(
     name_or_builder: Any,
     split: str,
@@ -378,6 +380,7 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
         return record if self._use_difficult else without_difficult(record)
 
 
+@checked
 def read_shapes(
     split: str = "train",
     size: int = 192,
@@ -403,6 +406,7 @@ def read_shapes(
     from keras_resnest.data.shapes import Shapes, ShapesConfig
 
     counts = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
+    check_counts(size=size, **counts)
     config = ShapesConfig(size=size, seed=seed, **counts)
     # Prefer a predefined configuration with the same values.
     known = (c for c in Shapes.BUILDER_CONFIGS if c.numbers == config.numbers)

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
@@ -22,6 +23,7 @@ _XML_FOLDERS = ("annotations", "annotation", "annots", "anns", "labels", "label"
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "data", "imgs", "img")
 
 
+@checked
 def read_voc(
     folder: str | os.PathLike,
     split: str | None = None,

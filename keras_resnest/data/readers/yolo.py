@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import check_class_names
+from keras_resnest.checks import check_class_names, checked
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
@@ -22,6 +22,7 @@ _CLASS_LISTS = ("classes.txt", "_darknet.labels")  # and *.names
 _MAX_YAML = 1 << 20  # bytes; the parser takes seconds per megabyte
 
 
+@checked
 def read_yolo(
     folder: str | os.PathLike,
     split: str | None = None,
