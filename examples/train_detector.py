@@ -26,11 +26,12 @@ def main() -> None:
     output = arguments.output
     keras.utils.set_random_seed(1)
 
-    # Read the images. Without splits, a fifth of them is held out.
-    train, test = kr.data.read_train_test(arguments.data)
+    # Read the images. What has no split is held out.
+    train, validation, test = kr.data.read_splits(arguments.data)
     print(train.report)
     kr.visualization.plot_dataset(train, path=output / "dataset.png")
     train_batches = kr.data.training_batches(train, IMAGE_SHAPE, BATCH_SIZE, "mild", seed=1)
+    validation_batches = kr.data.evaluation_batches(validation, IMAGE_SHAPE, BATCH_SIZE)
     test_batches = kr.data.evaluation_batches(test, IMAGE_SHAPE, BATCH_SIZE)
 
     # Build a model with anchors that fit the objects.
@@ -43,14 +44,13 @@ def main() -> None:
     recipe = recipe.scaled(BATCH_SIZE, dataset_size=len(train), epochs=arguments.epochs)
     model.compile(recipe.optimizer())
 
-    # Train. Measure mAP every ten epochs and keep the best model.
-    evaluation = kr.callbacks.DetectionEvaluation(test_batches, frequency=10)
-    best = keras.callbacks.ModelCheckpoint(
-        output / "best.keras", monitor="val_mAP50", mode="max", save_best_only=True
+    # Train. Measure mAP every five epochs and keep the best model.
+    best = kr.callbacks.DetectionEvaluation(
+        validation_batches, frequency=5, restore_best_weights=True
     )
-    resume = kr.callbacks.ResumeTraining(output / "checkpoint", callbacks=[evaluation, best])
-    history = model.fit(train_batches, epochs=recipe.epochs, callbacks=[evaluation, best, resume])
-    kr.visualization.plot_history([history, evaluation], path=output / "history.png")
+    resume = kr.callbacks.ResumeTraining(output / "checkpoint", callbacks=[best])
+    history = model.fit(train_batches, epochs=recipe.epochs, callbacks=[best, resume])
+    kr.visualization.plot_history([history, best], path=output / "history.png")
 
     # Evaluate.
     result = kr.evaluation.evaluate_detections(model, test_batches)

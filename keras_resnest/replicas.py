@@ -1,6 +1,7 @@
 """Helpers for `tf.distribute`: counting replicas, reducing over them, empty batches."""
 
 import keras
+import numpy as np
 
 
 def num_replicas() -> int:
@@ -51,6 +52,16 @@ def run_on_replicas(strategy, function):
 
     function = tf.autograph.experimental.do_not_convert(function)
     return tf.function(lambda: strategy.run(function), autograph=False)()
+
+
+def gather_over_replicas(strategy, numbers) -> np.ndarray:
+    """Returns the numbers of all workers, (replicas, n); one row with a single process."""
+    if not is_multi_worker(strategy):
+        return np.asarray([numbers])
+    import tensorflow as tf
+
+    row = tf.constant([numbers])
+    return np.asarray(strategy.gather(run_on_replicas(strategy, lambda: tf.identity(row)), axis=0))
 
 
 def call_with_rows(function, x):

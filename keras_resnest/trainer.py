@@ -8,8 +8,10 @@ import functools
 import inspect
 import os
 import warnings
+from types import SimpleNamespace
 
 import keras
+import numpy as np
 
 from keras_resnest.checks import (
     check_finite_weights,
@@ -77,6 +79,8 @@ class DistributedTraining:
         ...     pass
     """
 
+    _swaps = None
+
     def __new__(cls, *args, **kwargs):
         check_not_forked()
         return super().__new__(cls, *args, **kwargs)
@@ -90,6 +94,9 @@ class DistributedTraining:
     def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
         check_not_forked()
         strategy = getattr(self, "_distribute_strategy", None)
+        given = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+        swaps = [each for each in given if isinstance(each, keras.callbacks.SwapEMAWeights)]
+        self._swaps = SimpleNamespace(callbacks=swaps)  # Keras would track a list
         own_data = x
         if strategy is not None and strategy.num_replicas_in_sync > 1:
             x, kwargs = _leave_out_rest(x, kwargs, batch_size, strategy.num_replicas_in_sync)
@@ -138,15 +145,21 @@ class DistributedTraining:
             return super().train_step(*args)
         return self._add_worker_axis(self._tensorflow_step(*args))
 
-    def _tensorflow_step(self, data):
+    def _gradients(self, x, y, sample_weight) -> tuple:
+        """Gradients of the scaled loss, the loss and the predictions of a batch."""
         import tensorflow as tf
 
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self._compute_loss(x, y, y_pred, sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, self.trainable_weights)
+        return tape.gradient(scaled, self.trainable_weights), loss, y_pred
+
+    def _tensorflow_step(self, data):
+        import tensorflow as tf
+
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        gradients, loss, y_pred = self._gradients(x, y, sample_weight)
         gradients = _clip_summed_gradients(gradients, self.optimizer)
         gradients, loss = _zero_nonfinite_gradients(gradients, loss, self.optimizer)
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
@@ -181,9 +194,22 @@ class DistributedTraining:
     def make_train_function(self, force=False):
         """As in Keras, but TensorFlow traces a step twice if the first trace creates variables."""
         self._average_statistics()
+        self._check_trainable()
         if self.optimizer is not None and not self.optimizer.built and self.built:
             self.optimizer.build(self.trainable_variables)
         return super().make_train_function(force)
+
+    def _check_trainable(self) -> None:
+        """Keras' optimizers only know the variables they were built for, in their order."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if getattr(optimizer, "built", False):
+            known = {id(variable) for variable in optimizer._trainable_variables}
+            if known != {id(variable) for variable in self.trainable_variables}:
+                raise ValueError(
+                    "Other layers are trainable than when the optimizer was built: call `compile` "
+                    f"again. Received: {len(self.trainable_variables)} trainable weights, of which "
+                    f"the optimizer knows {len(known)}"
+                )
 
     def _average_statistics(self) -> None:
         """Batch normalization averages its statistics over the steps that the optimizer does."""
@@ -192,6 +218,30 @@ class DistributedTraining:
         for layer in self._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.ema_momentum = momentum
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Puts the averages of an optimizer with `use_ema` in place of the weights, as `fit` ends.
+
+        Without averages, or where `SwapEMAWeights` has put them there, it changes nothing.
+
+        Example:
+            >>> with model.averaged_weights():
+            ...     model.save("averaged.keras")
+        """
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        averages = getattr(optimizer, "_model_variables_moving_average", [])
+        if any(swap._ema_weights_in_model for swap in getattr(self._swaps, "callbacks", ())):
+            averages = []
+        variables = optimizer._trainable_variables if averages else []
+        weights = [np.asarray(variable) for variable in variables]
+        try:
+            for variable, average in zip(variables, averages, strict=True):
+                variable.assign(average)
+            yield
+        finally:
+            for variable, value in zip(variables, weights, strict=True):
+                variable.assign(value)
 
     @staticmethod
     def _add_worker_axis(logs):

@@ -386,7 +386,8 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
     """Draws the losses of a training run and, next to them, average precision.
 
     Training losses are solid, validation losses dashed; `val_mAP...` is thick and
-    `val_AP.../<class name>` thin. Epochs without a value (None or nan) are skipped.
+    `val_AP/<class name>`, or else `val_AP.../<class name>`, thin. Epochs without a value (None or
+    nan) are skipped.
 
     Args:
         history: the result of `model.fit`, a dictionary of lists (optionally with `"epoch"`,
@@ -408,7 +409,8 @@ def plot_history(history, path: str | os.PathLike | None = None, *, log_scale: b
         curves |= _history_curves(part)
     losses = [name for name in CURVES if name in curves or f"val_{name}" in curves]
     means = [name for name in curves if name.startswith("val_mAP")]
-    classes = [name for name in curves if name.startswith("val_AP") and "/" in name]
+    prefix = "val_AP/" if "val_mAP" in curves else "val_AP"
+    classes = [name for name in curves if name.startswith(prefix) and "/" in name]
     panels = [names for names in (losses, means + classes) if names]
     if not panels:
         raise ValueError(

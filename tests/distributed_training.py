@@ -19,6 +19,7 @@ from detectors import CLASS_NAMES, rectangles, small_detector
 from keras_resnest.backbones import ResNet
 from keras_resnest.layers.normalization import set_batch_norm
 from keras_resnest.training.callbacks import ResumeTraining
+from keras_resnest.training.optimizers import SGDWithL2
 from keras_resnest.training.strategies import create_strategy, distribute_batches
 
 STEPS, GLOBAL_BATCH, SHAPE = 5, 4, (64, 128, 3)
@@ -27,7 +28,8 @@ UNEVEN_ROWS = 5  # the last batch, of four, has one
 
 def detector(**batch_norm):
     model = small_detector(image_shape=SHAPE, **batch_norm)
-    model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0))
+    options = {"use_ema": True, "ema_momentum": 0.5, "backbone_learning_rate_factor": 0.1}
+    model.compile(SGDWithL2(1e-3, momentum=0.9, global_clipnorm=10.0, **options))
     return model
 
 

@@ -17,7 +17,8 @@ from keras_resnest.evaluation import (
     evaluate_detections,
     voc_average_precision,
 )
-from keras_resnest.training.callbacks import DetectionEvaluation, DetectionPlot
+from keras_resnest.trainer import DistributedTraining
+from keras_resnest.training.callbacks import DetectionEvaluation, DetectionPlot, ResumeTraining
 
 SIZE = 64
 MOST = 4  # rows of padded boxes
@@ -280,10 +281,12 @@ def test_several_thresholds_and_coco(capfd):
     assert not any(name.startswith("val_AP50/") for name in logs)
     coco = coco_average_precision(*collect_detections(model, dataset), num_classes=2)
     assert logs["val_COCO/AP"] == pytest.approx(coco.metrics["AP"])
+    assert logs["val_mAP"] == logs["val_COCO/AP"] and "val_AP/cell" not in logs
     assert "val_COCO/APlarge" not in logs  # undefined: there are no large objects
     lines = [line for line in capfd.readouterr().out.splitlines() if line]
     assert len(lines) == 3  # nothing of pycocotools
-    assert re.match(r"Epoch 3: val_mAP50 [\d.]+, val_mAP75 [\d.]+ \([\d.]+ s, \d+ obj", lines[2])
+    means = "val_mAP [\\d.]+, val_mAP50 [\\d.]+, val_mAP75 [\\d.]+, AP75 "
+    assert re.match(rf"Epoch 3: {means}.* \([\d.]+ s, \d+ obj", lines[2])
 
 
 def test_printed_line_and_table(capsys):
@@ -292,12 +295,15 @@ def test_printed_line_and_table(capsys):
     text = capsys.readouterr().out
     number = r"\d\.\d{3}"
     assert re.fullmatch(
-        rf"\nEpoch 1: val_mAP50 {number}\d \(.* objects\): cell {number}, dust {number}\n", text
+        rf"\nEpoch 1: val_mAP {number}\d, val_mAP50 {number}\d, AP75 {number}\d, "
+        rf"APsmall {number}\d, APmedium -, APlarge - "
+        rf"\(.* objects\): cell {number}, dust {number}\n",
+        text,
     )
     names = [f"class {i}" for i in range(24)]
     train([DetectionEvaluation(as_dataset(images, boxes), names)], epochs=1, num_classes=24)
     head, *rows = capsys.readouterr().out.strip().splitlines()
-    assert head.startswith("Epoch 1: val_mAP50") and 2 <= len(rows) <= 6
+    assert head.startswith("Epoch 1: val_mAP ") and 2 <= len(rows) <= 6
     assert all(len(row) <= 102 for row in rows)
     assert re.findall(r"class \d+", " ".join(rows)) == names
     assert len(re.findall(r" -(?!\d)", " ".join(rows))) == 22  # classes without objects
@@ -385,3 +391,63 @@ def test_data_of_other_classes_raise():
         evaluate_detections(model, data)
     data.class_names = list(CLASS_NAMES)
     assert evaluate_detections(model, data).class_names == tuple(CLASS_NAMES)
+
+
+# === Averaged weights and the best model ===
+
+
+class Averaging(DistributedTraining, PlantedDetector):
+    """Its shift is 16, then a half of it after each epoch."""
+
+
+def planted_model(rate=0.25, shift=16.0, **options):
+    model = Averaging(shift=shift)
+    model.build(None)
+    model.compile(keras.optimizers.SGD(rate, **options))
+    return model
+
+
+def train_planted(model, epochs, *callbacks):
+    return model.fit(as_dataset(*planted(2)), epochs=epochs, callbacks=callbacks, verbose=0)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_averages_are_evaluated(swap):
+    """With and without Keras' callback, which puts them in place itself."""
+    evaluation = DetectionEvaluation(as_dataset(*planted()), NAMES, verbose=0)
+    swaps = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if swap else []
+    model = planted_model(use_ema=True, ema_momentum=0.75)
+    train_planted(model, 5, *swaps, evaluation)
+    shifts = [8.0, 4.0, 2.0, 1.0, 0.5]
+    averages = shifts[:1]
+    for shift in shifts[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * shift)
+    wanted = list(map(expected_map, averages))
+    assert evaluation.history["val_mAP50"] == pytest.approx(wanted)
+    assert wanted != pytest.approx(list(map(expected_map, shifts)))
+    assert float(model.shift) == pytest.approx(averages[-1])
+
+
+def test_fit_ends_with_the_best_weights_and_stops(tmp_path):
+    """The rate lets the shift grow from epoch to epoch: 1, 2, 4, 8."""
+
+    def train(epochs):
+        best = DetectionEvaluation(
+            as_dataset(*planted()), NAMES, verbose=0, restore_best_weights=True, patience=2
+        )
+        model = planted_model(rate=-0.5, shift=0.5)
+        resume = ResumeTraining(tmp_path, callbacks=[best])
+        return model, best, train_planted(model, epochs, best, resume)
+
+    model, best, history = train(9)
+    assert float(model.shift) == 1.0 and best.best_epoch == 0 and best.stopped
+    assert history.epoch == [0, 1, 2] and best.best == best.history["val_mAP"][0]
+    # The same program again: nothing is left to do, and its model is the same.
+    model, best, history = train(9)
+    assert float(model.shift) == 1.0 and history.epoch == [0, 1, 2] and best.best_epoch == 0
+
+
+def test_checkpoints_hold_no_averages(tmp_path):
+    callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True), ResumeTraining(tmp_path)]
+    with pytest.raises(ValueError, match="`SwapEMAWeights` must come after `ResumeTraining`"):
+        train_planted(planted_model(use_ema=True), 1, *callbacks)

@@ -1,17 +1,23 @@
 """`keras-resnest train` and `evaluate` of a detector, on a small VOC folder."""
 
+import csv
 import json
+import re
 import shutil
 
+import keras
 import numpy as np
 import pytest
-from detectors import CLASS_NAMES, rectangles
+from detectors import CLASS_NAMES, rectangles, small_detector
 from PIL import Image
 
+import keras_resnest
 from keras_resnest.cli import main, parse_arguments
 from keras_resnest.cli.common import reading_options
-from keras_resnest.cli.train_detector import make_loss
-from keras_resnest.data import read_train_test
+from keras_resnest.cli.train import print_data
+from keras_resnest.cli.train_detector import weigh_classes
+from keras_resnest.data import AnnotationReport, read_splits, read_train_test
+from keras_resnest.detection import RefineDetLoss
 
 OBJECT = (
     "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
@@ -19,12 +25,15 @@ OBJECT = (
 )
 
 
+SPLITS = {"train": range(8), "val": range(8, 10), "test": range(10, 12)}
+
+
 @pytest.fixture(scope="module")
 def voc_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("voc")
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
-    images, truth = rectangles(10, (64, 128, 3))
+    images, truth = rectangles(12, (64, 128, 3))
     for i, (image, boxes, labels) in enumerate(
         zip(images, truth["boxes"], truth["labels"], strict=True)
     ):
@@ -35,7 +44,7 @@ def voc_folder(tmp_path_factory):
         ]
         xml = f"<annotation><filename>{i}.jpg</filename>{''.join(objects)}</annotation>"
         (folder / f"Annotations/{i}.xml").write_text(xml)
-    for split, numbers in (("train", range(8)), ("test", range(8, 10))):
+    for split, numbers in SPLITS.items():
         (folder / f"ImageSets/Main/{split}.txt").write_text("\n".join(map(str, numbers)))
     return folder
 
@@ -62,7 +71,14 @@ def test_trains_and_writes_everything(trained):
     assert (trained / "detector.keras").exists()
     assert (trained / "serving/1/saved_model.pb").exists()
     summary = json.loads((trained / "result.json").read_text())
-    assert set(summary["AP50"]) <= set(CLASS_NAMES) and 0 <= summary["mAP50"] <= 1
+    assert set(summary["AP50"]) == set(summary["AP"]) == set(CLASS_NAMES)
+    assert all(0 <= summary[name] <= 1 for name in ("mAP", "mAP50"))
+    assert summary["mAP75"] == summary["COCO"]["AP75"] and "APsmall" in summary["COCO"]
+    assert summary["validation"]["epoch"] == 1
+    with (trained / "log.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["val_mAP"]) == pytest.approx(summary["validation"]["mAP"])
+    assert {"val_mAP50", "val_COCO/AP75", "val_AP/red", "val_AP50/red"} <= set(row)
     assert summary["arguments"]["epochs"] == 1 and summary["epochs_before_timing"] == 0
 
 
@@ -90,7 +106,9 @@ def test_the_checkpoint_of_another_model_ends_the_training(voc_folder, trained, 
 def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
     (voc_folder / "ImageSets/Main/fewer.txt").write_text("0\n1\n2\n3\n4\n5\n")
-    data = ["--train-split", "fewer", "--test-split", "train", "--batch-size", 2, "--seed", 2]
+    (voc_folder / "ImageSets/Main/one.txt").write_text("8\n")
+    data = ["--train-split", "fewer", "--test-split", "train", "--validation-split", "one"]
+    data += ["--batch-size", 2, "--seed", 2]
     recipe = ["--learning-rate", 0.1, "--recipe", "refinedet_voc", "--mosaic", 0.5]
     options = [*OPTIONS, *data, *recipe, "--epochs", 2, "--output", tmp_path]
     assert main(["train", voc_folder, *options]) == 1
@@ -98,6 +116,7 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     for words in (
         "images: 8, here 6",
         "test images: 2, here 8",
+        "validation images: 2, here 1",
         'names of images: "checksum ',
         "steps_per_epoch: 2, here 3",
         "batch_size: 4, here 2",
@@ -110,15 +129,70 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     assert "epochs" not in errors and "output" not in errors
 
 
+def test_start_from_a_detector(voc_folder, trained, tmp_path, capsys):
+    """Its size and anchors, and the classes that it knows; the frozen stages do not change."""
+    folder = shutil.copytree(voc_folder, tmp_path / "voc")
+    for path in folder.glob("Annotations/*.xml"):
+        path.write_text(path.read_text().replace(f"<name>{CLASS_NAMES[0]}<", "<name>zebra<"))
+    source = trained / "detector.keras"
+    options = ["--start-from", source, "--freeze-stages", 2, "--backbone-learning-rate-factor", 0.5]
+    options += ["--ema-momentum", 0.5, "--time-limit", 60, "--patience", 3, "--tensorboard"]
+    options += ["--epochs", 1, "--batch-size", 4, "--output", tmp_path / "out"]
+    assert main(["train", folder, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "zebra new" in printed and f"{CLASS_NAMES[1]} from {CLASS_NAMES[1]}" in printed
+    assert "Frozen: all but " in printed and list((tmp_path / "out/tensorboard").iterdir())
+    old, new = map(keras.saving.load_model, (source, tmp_path / "out/detector.keras"))
+    assert new.image_shape == old.image_shape == (64, 128, 3)
+    assert new.anchor_generator.get_config() == old.anchor_generator.get_config()
+    assert new.class_names == sorted(["zebra", *CLASS_NAMES[1:]])
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(old.backbone.get_weights(), new.backbone.get_weights(), strict=True)
+    ]
+    count = len([w for w in new.backbone.weights if not w.trainable and "moving" not in w.path])
+    assert all(same[: same.index(False)]) and same.index(False) > count > 20
+
+
+def test_start_from_something_else(voc_folder, tmp_path, capsys):
+    classifier = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    classifier.save(tmp_path / "classifier.keras")
+    two = keras_resnest.detection.AnchorGenerator(sizes=[(16, 32)] * 4)
+    for name, options in {
+        "unnamed": {"class_names": None},
+        "anchors": {"anchor_generator": two},
+    }.items():
+        small_detector((64, 64, 3), **options).save(tmp_path / f"{name}.keras")
+    for start, words in (
+        (["absent.keras"], "no such model: absent.keras"),
+        (["classifier.keras"], "It holds a Sequential, not a RefineDet"),
+        (["unnamed.keras"], "unnamed.keras: `replace_classes` needs a model with `class_names`"),
+        (["anchors.keras", "--anchor-sizes", 8, 16, 32, 64], "anchors per cell of each level"),
+        (["absent.caffemodel"], "needs --model, the network of these weights"),
+        (["absent.caffemodel", "--model", "refinedet320_vgg16"], "absent.caffemodel"),
+        (["coco", "--model", "refinedet_tiny"], "`weights` of refinedet_tiny must be None"),
+        (["a.keras", "--model", "refinedet_tiny"], "has its own network"),
+        (["a.keras", "--backbone-weights", "imagenet"], "--backbone-weights: not with"),
+        (["anchors.keras", "--freeze-stages", 5], "`num_stages` must be None or one of 1, 2, 3, 4"),
+        (["a.keras", "--unfreeze-after", 5], "--unfreeze-after needs --freeze-stages"),
+    ):
+        path = tmp_path / start[0] if (tmp_path / start[0]).exists() else start[0]
+        command = ["train", voc_folder, "--start-from", path, *start[1:]]
+        assert main([*command, "--output", tmp_path / "out"]) == 2, start
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error, error
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["no_such_folder"], "no_such_folder"),
-        (["FOLDER", "--test-split", "valid"], "valid"),
+        (["FOLDER", "--test-split", "absent"], "absent"),
         (["FOLDER", "--format", "coco"], "has no COCO file"),
         (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
         (["FOLDER", "--class-weight", "balance"], "--class-weight must be balanced, effective or"),
         (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
+        (["FOLDER", "--accumulate", "3"], "--accumulate must divide the 8 images of a device"),
     ],
 )
 def test_faulty_data_is_one_sentence(voc_folder, tmp_path, capsys, arguments, words):
@@ -137,7 +211,7 @@ def test_class_weights(voc_folder, tmp_path):
     def weights(method):
         options = ["--class-weight", str(method), *map(str, OPTIONS)]
         arguments = parse_arguments(["train", str(voc_folder), *options])
-        loss = make_loss(arguments, read_train_test(voc_folder)[0])
+        loss = weigh_classes(RefineDetLoss(), arguments, read_train_test(voc_folder)[0])
         return dict(zip(counts, loss.class_weights, strict=True))
 
     assert weights(tmp_path / "weights.json") == {**dict.fromkeys(counts, 1.0), "blue": 2.0}
@@ -181,7 +255,7 @@ def test_an_unusable_output_folder_is_one_sentence(voc_folder, tmp_path, capsys)
 
 def test_an_image_damaged_behind_its_header_is_named(voc_folder, trained, tmp_path, capsys):
     folder = shutil.copytree(voc_folder, tmp_path / "voc")
-    for name in ("0", "9"):  # of the training and the test set
+    for name in ("0", "10"):  # of the training and the test set
         image = Image.open(folder / f"JPEGImages/{name}.jpg")
         image.save(folder / f"JPEGImages/{name}.png")
         (folder / f"JPEGImages/{name}.jpg").unlink()
@@ -190,7 +264,7 @@ def test_an_image_damaged_behind_its_header_is_named(voc_folder, trained, tmp_pa
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
     output = tmp_path / "out"
-    for command, name in ((["train"], "0"), (["evaluate", trained / "detector.keras"], "9")):
+    for command, name in ((["train"], "0"), (["evaluate", trained / "detector.keras"], "10")):
         assert main([*command, folder, "--output", output]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: Cannot read the image '{folder}/JPEGImages/{name}.png'")
@@ -221,7 +295,7 @@ def test_evaluate_gives_what_the_training_gave(voc_folder, trained, tmp_path, ca
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--split", "val"], "val"),
+        (["--split", "absent"], "absent"),
         (["--weights", "imagenet"], "has its own"),
         (["--limit", "3", "--crop-size", "64"], "--crop-size, --limit: only for classifiers"),
     ],
@@ -271,15 +345,57 @@ def test_options_of_reading(voc_folder, tmp_path):
     assert [record.boxes.size > 0 for record in train.records[:2]] == [False, True]
 
 
+@pytest.fixture
+def splits(voc_folder, tmp_path):
+    return shutil.copytree(voc_folder, tmp_path / "voc") / "ImageSets/Main"
+
+
 @pytest.mark.parametrize("test_split", ["test", "val", "valid"])
-def test_splits_are_found(voc_folder, test_split):
-    splits = voc_folder / "ImageSets/Main"
+def test_splits_are_found(splits, test_split):
+    (splits / "val.txt").unlink()
     (splits / "test.txt").rename(splits / f"{test_split}.txt")
-    try:
-        found = ids(*read_train_test(str(voc_folder)))
-    finally:
-        (splits / f"{test_split}.txt").rename(splits / "test.txt")
-    assert found == [[str(i) for i in range(8)], ["8", "9"]]
+    data = splits.parent.parent
+    assert ids(*read_train_test(data)) == [[str(i) for i in range(8)], ["10", "11"]]
+    # The only other split is for the test: nothing may be chosen by it.
+    train, validation, test = ids(*read_splits(data))
+    assert test == ["10", "11"] and len(validation) == 1
+    assert sorted(train + validation) == [str(i) for i in range(8)]
+    assert ids(*read_splits(data)) == [train, validation, test]
+    assert ids(*read_splits(data, seed=3))[1] != validation
+
+
+def test_validation_split(splits):
+    data, whole = splits.parent.parent, [str(i) for i in range(8)]
+    assert ids(*read_splits(data)) == [whole, ["8", "9"], ["10", "11"]]
+    with pytest.warns(UserWarning, match="2 validation images are also training images"):
+        assert ids(*read_splits(data, train_split="val", validation_split="val"))[1] == ["8", "9"]
+    with pytest.warns(UserWarning, match="2 test images are also validation images"):
+        read_splits(data, validation_split="valid", test_split="val")
+    assert ids(*read_splits(data, test_split="valid"))[2] == ["8", "9"]
+    assert set(ids(*read_splits(data, test_split="valid"))[1]) <= set(whole)
+    # As in the VOC devkit, where "trainval" contains "val".
+    (splits / "trainval.txt").write_text("\n".join(map(str, range(10))))
+    train, validation, _ = ids(*read_splits(data, train_split="trainval"))
+    assert len(validation) == 1 and len(train) == 9
+
+
+def test_a_validation_split_without_objects(splits):
+    data = splits.parent.parent
+    for i in (8, 9):
+        path = data / f"Annotations/{i}.xml"
+        path.write_text(re.sub("<object>.*</object>", "", path.read_text()))
+    with pytest.raises(ValueError, match="No box to choose a model by in the 2 validation images"):
+        read_splits(data, validation_split="val")
+    assert ids(*read_splits(data))[1] < ["8"]  # held out of the training images
+
+
+def test_classes_without_objects_are_named(capsys):
+    report = AnnotationReport(2, 3, {"cat": 3, "dog": 0, "bee": 0})
+    print_data("Validation", report)
+    print_data("Training", report)
+    printed = capsys.readouterr().out
+    assert "Validation data: nothing of dog, bee: not part of the means" in printed
+    assert "Training data: nothing of dog, bee: cannot be learned" in printed
 
 
 @pytest.mark.parametrize("options, words", [([], "--anchor-sizes"), (["--classifier"], "--mixup")])

@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import keras_resnest as kr
 from keras_resnest.atomic import naming_path
 from keras_resnest.backbones.presets import is_preset, load_preset
@@ -150,6 +152,31 @@ def load_images(paths: list[Path], batch_size: int):
             yield readable, images
 
 
+# === Figures ===
+
+
+def print_figures(voc, coco) -> None:
+    """Prints average precision by class and size, and the headline."""
+    shown = {"mAP@[.5:.95]": coco.metrics["AP"], "mAP@0.5": voc.mAP}
+    shown |= {"mAP@0.75": coco.metrics["AP75"]}
+    shown |= {size: coco.metrics[f"AP{size}"] for size in ("small", "medium", "large")}
+    print(f"{voc}\n{coco}")
+    print(", ".join(f"{k} {'-' if np.isnan(v) else format(v, '.3f')}" for k, v in shown.items()))
+
+
+def figures(voc, coco) -> dict:
+    """Returns average precision as JSON: None where a class or size has no object."""
+    metrics = {name: None if np.isnan(v) else v for name, v in coco.metrics.items()}
+    return {
+        "mAP": metrics["AP"],
+        "mAP50": None if np.isnan(voc.mAP) else voc.mAP,
+        "mAP75": metrics["AP75"],
+        "AP": coco.per_class(),
+        "AP50": voc.per_class(),
+        "COCO": metrics,
+    }
+
+
 # === Models ===
 
 
@@ -192,6 +219,22 @@ def load_keras_file(path: str):
         check_layers_of_file(model, path)
         check_finite_weights(model)
         return model
+
+
+def open_detector(source: str, builder: str | None = None):
+    """Opens a detector.
+
+    Args:
+        source: a .keras file or a preset; with `builder`, the file or tag of published weights.
+        builder: name of the builder of these weights.
+    """
+    if builder is not None:
+        return getattr(kr.builders, builder)(weights=source)
+    model = load_keras_file(source)
+    if not isinstance(model, kr.RefineDet):
+        kind = type(model).__name__
+        raise ValueError(f"{source} is not a usable model. It holds a {kind}, not a RefineDet")
+    return model
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from keras_resnest.boxes.formats import convert_boxes
 from keras_resnest.checks import class_thresholds
 from keras_resnest.cli.common import (
     Failure,
-    load_keras_file,
+    open_detector,
     read_class_names,
     reporting_unusable_model,
 )
@@ -68,10 +68,7 @@ def load_detector(arguments):
 
 
 def keras_detector(path: str):
-    model = load_keras_file(path)
-    if not isinstance(model, kr.RefineDet):
-        kind = type(model).__name__
-        raise ValueError(f"{path} is not a usable model. It holds a {kind}, not a RefineDet")
+    model = open_detector(path)
 
     def detect(paths, images, confidence) -> list[dict]:
         found = model.detect(images, confidence, batch_size=len(images))

@@ -31,10 +31,12 @@ from keras_resnest.cli.common import (
     add_model_arguments,
     add_reading_arguments,
     check_output,
+    figures,
     find_crop,
     is_saved_model,
     load_model,
     positive,
+    print_figures,
     published_weights,
     reading_options,
     refuse_options,
@@ -119,13 +121,8 @@ def evaluate_detector(model, arguments) -> dict:
         kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")
         plot_examples(model, dataset, first, output / "detections.png")
         plot_examples(model, dataset, find_worst(truth, found, names), output / "worst.png")
-    print(f"{voc}\n{coco}\nmAP@0.5 {voc.mAP:.3f}, mAP@[.5:.95] {coco.metrics['AP']:.3f}")
-    return {
-        "images": len(truth),
-        "mAP50": voc.mAP,
-        "AP50": voc.per_class(),
-        "COCO": {k: None if np.isnan(v) else v for k, v in coco.metrics.items()},
-    }
+    print_figures(voc, coco)
+    return {"images": len(truth), **figures(voc, coco)}
 
 
 def find_test_split(data: str, format: str | None) -> str | None:

@@ -8,6 +8,7 @@ fifth of the data is held out for testing.
     keras-resnest train my_folder --epochs 60 --fit-anchors
     keras-resnest train tfds:voc/2007 --train-split train+validation --augmentation ssd \\
         --model refinedet320_vgg16 --recipe refinedet_voc --batch-size 32
+    keras-resnest train my_folder --start-from coco.keras
     keras-resnest train flowers --classifier --model resnest50 --weights imagenet
     keras-resnest train --classifier --help
 
@@ -17,9 +18,11 @@ this machine instead.
 
 To resume a training that ended early, rerun the same command. --epochs may change, and what affects
 neither model nor data: a moved dataset or OUTPUT, the number of devices, --evaluate-every,
---checkpoint-steps, --no-cache, --deterministic. Anything else needs another OUTPUT.
+--checkpoint-steps, --no-cache, --tensorboard, --deterministic. Anything else needs another OUTPUT.
 
-OUTPUT receives the model, an export for TensorFlow Serving, plots, and result.json.
+OUTPUT receives the model, an export for TensorFlow Serving, plots, and result.json. The model of a
+detector is the best of the training by mAP@[.5:.95] on validation data; its figures are those on
+test data, which are read once, at the end.
 """
 
 import csv
@@ -38,8 +41,9 @@ from keras_resnest.cli.common import Failure, check_output, positive
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # Options that may change when a training is resumed ...
 FREE = "epochs output workers restarts evaluate_every checkpoint_steps no_cache deterministic"
+FREE += " tensorboard"
 # ... and options of the data and the model, which are compared themselves.
-COMPARED = "data data_dir train_split test_split skip_faulty batch_size seed"
+COMPARED = "data data_dir train_split validation_split test_split skip_faulty batch_size seed"
 COMPARED += " format unannotated allow_outside image_size anchor_sizes fit_anchors class_weight"
 
 
@@ -104,11 +108,12 @@ def train(training, arguments) -> None:
     resume = kr.callbacks.ResumeTraining(
         output / "checkpoint",
         every_steps=getattr(arguments, "checkpoint_steps", None),
-        callbacks=training.measures,
+        callbacks=[*training.measures, *training.pace],
         metadata=remembered_options(training, arguments),
     )
     if chief:
-        print(f"Training data: {training.train_set.report}\nTest data: {training.test_set.report}")
+        for role, dataset in training.data.items():
+            print_data(role, dataset.report)
         if resume.initial_epoch:
             print(f"Resuming the training in {output} after epoch {resume.initial_epoch}")
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -134,13 +139,22 @@ def train(training, arguments) -> None:
     kr.training.wait_for_workers(strategy)
 
 
+def print_data(role: str, report) -> None:
+    print(f"{role} data: {report}")
+    if absent := ", ".join(name for name, count in report.class_counts.items() if not count):
+        consequence = "cannot be learned" if role == "Training" else "not part of the means"
+        print(f"{role} data: nothing of {absent}: {consequence}")
+
+
 def remembered_options(training, arguments) -> dict:
     """Returns what a checkpoint remembers of the command, with the recipe's values for None."""
     others = {"argv", "command", *FREE.split(), *COMPARED.split()}
     options = {k: v for k, v in vars(arguments).items() if k not in others}
     for name in [name for name, value in options.items() if value is None]:
         options[name] = getattr(training.recipe, name, None)
-    return options | {f"test {k}": v for k, v in training.test_set.identity.items()}
+    for role, dataset in list(training.data.items())[1:]:  # `fit` compares the training data
+        options |= {f"{role.lower()} {name}": v for name, v in dataset.identity.items()}
+    return options
 
 
 def make_callbacks(training, resume, chief: bool) -> list:
@@ -148,7 +162,7 @@ def make_callbacks(training, resume, chief: bool) -> list:
     guard = kr.callbacks.TerminateOnDivergence(output / "last_finite.weights.h5")
     callbacks = [guard, *training.measures]
     if not chief:
-        return [*callbacks, resume]
+        return [*callbacks, *training.pace, resume]
 
     def write(*_):
         # An unusable checkpoint has ended the training before an earlier result is deleted.
@@ -157,7 +171,7 @@ def make_callbacks(training, resume, chief: bool) -> list:
 
     log = keras.callbacks.LambdaCallback(on_train_begin=write, on_epoch_end=write)
     # A kill loses no file of an epoch: plots come before its checkpoint, which holds the log.
-    return [*callbacks, *training.plots, resume, log]
+    return [*callbacks, *training.plots, *training.pace, resume, log]
 
 
 def write_log(rows: list[dict], path: Path) -> None:

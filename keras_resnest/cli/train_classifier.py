@@ -32,7 +32,7 @@ def add_arguments(parser) -> None:
 class Training:
     """The model and everything that `fit` needs."""
 
-    measures = plots = ()
+    measures = plots = pace = ()
 
     def __init__(self, arguments):
         self.arguments, self.output = arguments, arguments.output
@@ -42,6 +42,7 @@ class Training:
         batch_size = arguments.batch_size or recipe.batch_size
         kr.training.check_global_batch({batch_size}, replicas)
         self.train_set, self.test_set = read_train_test(arguments)
+        self.data = {"Training": self.train_set, "Test": self.test_set}
         self.class_names = self.train_set.class_names
         batch_size = limit_batch_size(batch_size, len(self.train_set), replicas)
         self.make_batches(recipe, strategy, batch_size)

@@ -17,7 +17,12 @@ from keras_resnest.data.dataset import (
 from keras_resnest.data.rare_classes import class_weights, repeat_factors
 from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
-from keras_resnest.data.readers.detect_format import find_splits, read_detection, read_train_test
+from keras_resnest.data.readers.detect_format import (
+    find_splits,
+    read_detection,
+    read_splits,
+    read_train_test,
+)
 from keras_resnest.data.readers.image_folder import read_image_folder
 from keras_resnest.data.readers.tfds import read_shapes, read_tfds, read_tfds_classification
 from keras_resnest.data.readers.voc import read_voc
@@ -85,6 +90,7 @@ __all__ = [
     "read_detection",
     "read_image_folder",
     "read_shapes",
+    "read_splits",
     "read_tfds",
     "read_tfds_classification",
     "read_train_test",

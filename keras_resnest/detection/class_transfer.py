@@ -69,6 +69,12 @@ def copy_weights(source, target, class_names: Iterable[str | None]) -> None:
     Raises:
         ValueError: if the networks differ.
     """
+    per_cell, others = (m.anchor_generator.num_anchors_per_cell for m in (source, target))
+    if per_cell != others:
+        raise ValueError(
+            f"`replace_classes` keeps the network, with {per_cell} anchors per cell of each level. "
+            f"Received: an `anchor_generator` with {others}"
+        )
     if len(source.weights) != len(target.weights):
         raise ValueError(
             "`replace_classes` keeps the network. Received: arguments that give it "
@@ -81,6 +87,11 @@ def copy_weights(source, target, class_names: Iterable[str | None]) -> None:
         value = ops.convert_to_numpy(old)
         if id(new) in by_class:
             value = remap_class_outputs(ops.convert_to_numpy(new), value, columns)
+        if value.shape != tuple(new.shape):
+            raise ValueError(
+                f"`replace_classes` keeps the network. Received: arguments that give {new.path} "
+                f"the shape {tuple(new.shape)} instead of {value.shape}"
+            )
         new.assign(value)
 
 

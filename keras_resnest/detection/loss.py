@@ -121,7 +121,14 @@ class RefineDetLoss(Configurable):
         self.class_weights = _check_class_weights(class_weights)
 
     def __call__(
-        self, outputs: dict, boxes, labels, anchors, sample_weight=None, level_sizes=None
+        self,
+        outputs: dict,
+        boxes,
+        labels,
+        anchors,
+        sample_weight=None,
+        level_sizes=None,
+        positives=None,
     ) -> dict:
         """Computes the four losses of a batch.
 
@@ -134,11 +141,30 @@ class RefineDetLoss(Configurable):
             anchors: `"xyxy"` in pixels, (anchors, 4).
             sample_weight: optional weights of the images, (batch,), not negative.
             level_sizes: number of anchors of each level, which `ATSSMatcher` needs.
+            positives: what `count_positives` returns for a batch that this one is a part of: then
+                the losses of its parts add up to its own. Default: those of this batch.
 
         Returns:
             Dictionary of float32 scalars, one for each of `LOSS_NAMES`, and `"odm_iou_loss"` if
             the outputs have `"odm_iou"` (batch, anchors, 1).
         """
+        stages = self._stages(outputs, boxes, labels, anchors, level_sizes)
+        positives = positives or [_count_positives(s, sample_weight) for s in stages]
+        return {
+            f"{name}_{loss}_loss": value
+            for name, stage, count in zip(("arm", "odm"), stages, positives, strict=True)
+            for loss, value in _means_over_positives(stage, sample_weight, count).items()
+        }
+
+    def count_positives(
+        self, outputs: dict, boxes, labels, anchors, sample_weight=None, level_sizes=None
+    ) -> list:
+        """Counts the positives of both stages in the global batch; arguments as of a call."""
+        stages = self._stages(outputs, boxes, labels, anchors, level_sizes)
+        return [_count_positives(stage, sample_weight) for stage in stages]
+
+    def _stages(self, outputs: dict, boxes, labels, anchors, level_sizes) -> tuple:
+        """What `_stage` returns for each stage."""
         outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
         self.check_num_classes(outputs["odm_logits"].shape[-1] - 1)
         anchors = ops.convert_to_tensor(anchors, "float32")
@@ -169,11 +195,7 @@ class RefineDetLoss(Configurable):
             iou_logits=outputs.get("odm_iou"),
             class_weights=self.class_weights,
         )
-        return {
-            f"{name}_{loss}_loss": value
-            for name, stage in (("arm", arm), ("odm", odm))
-            for loss, value in _means_over_positives(stage, sample_weight).items()
-        }
+        return arm, odm
 
     def _stage(
         self,
@@ -247,13 +269,16 @@ def _check_class_weights(class_weights) -> tuple[float, ...] | None:
     return tuple(float(w) for w in class_weights)
 
 
-def _means_over_positives(stage: tuple, sample_weight) -> dict:
+def _means_over_positives(stage: tuple, sample_weight, count) -> dict:
     """Sums the losses of the anchors, and divides by the positives of the global batch."""
-    losses, positive = stage
     weight = 1.0 if sample_weight is None else sample_weight[:, None]
-    count = sum_over_replicas(ops.sum(weight * ops.cast(positive, "float32")))
     count = ops.where(count > 0.0, count, 1.0)
-    return {name: ops.sum(weight * loss) / count for name, loss in losses.items()}
+    return {name: ops.sum(weight * loss) / count for name, loss in stage[0].items()}
+
+
+def _count_positives(stage: tuple, sample_weight):
+    weight = 1.0 if sample_weight is None else sample_weight[:, None]
+    return sum_over_replicas(ops.sum(weight * ops.cast(stage[1], "float32")))
 
 
 def assign_targets(boxes, labels, anchors, matcher, level_sizes=None):

@@ -21,6 +21,7 @@ from keras_resnest.checks import (
     check_box_dictionary,
     check_box_shapes,
     check_class_names,
+    check_counts,
     check_ground_truth,
     check_image_shape,
     check_images,
@@ -158,6 +159,9 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         self.compiled_detector = CompiledDetector(self)
         names = [*LOSS_NAMES, *(["odm_iou_loss"] if "odm_iou" in outputs else [])]
         self._loss_trackers = [keras.metrics.Mean(name=n) for n in names]
+        own = {id(variable) for variable in backbone.variables}
+        for variable in self.variables:  # for optimizers that train the backbone more slowly
+            variable.in_backbone = id(variable) in own
         given = _given_changes(backbone)
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self._layers_made()
@@ -167,19 +171,55 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     # === Training ===
 
-    def compile(self, optimizer=None, **kwargs):
+    def freeze_stages(self, num_stages: int | None) -> None:
+        """Freezes the stem and the first stages of the backbone; the rest of it is trained.
+
+        Training changes nothing of a frozen layer, batch statistics included. Compile after this
+        call, as after any change of `trainable`; `kr.callbacks.UnfreezeStages` ends it.
+
+        Args:
+            num_stages: 1 to 4; stage n ends at the backbone's level P(n + 1). None for no stage.
+
+        Raises:
+            ValueError: if the backbone has no such stage.
+
+        Example:
+            >>> model.freeze_stages(2)
+        """
+        ends = {int(level[1:]) - 1: map_ for level, map_ in self.backbone.pyramid_outputs.items()}
+        if num_stages is not None and num_stages not in ends:
+            raise ValueError(
+                f"`num_stages` must be None or one of {', '.join(map(str, sorted(ends)))}. "
+                f"Received: num_stages={num_stages!r}"
+            )
+        frozen = keras.Model(self.backbone.inputs, ends[num_stages]).layers if num_stages else ()
+        for layer in self.backbone.layers:
+            layer.trainable = not any(layer is other for other in frozen)
+        if self.freeze_batch_norm:
+            set_batch_norm(self.backbone, freeze=True)
+
+    def compile(self, optimizer=None, *, accumulate: int = 1, **kwargs):
         """Configures training, with the loss built in.
 
         Args:
             optimizer: a Keras optimizer. By default the paper's SGD, learning rate 1e-3 and
                 momentum 0.9, with a warm-up of 500 steps and clipped gradients.
+            accumulate: number of parts in which a batch is computed, one after another, to save
+                memory; TensorFlow only. The step is that of the whole batch, if batch normalization
+                is frozen: a first pass counts the positives that the losses are divided by, which
+                `gradient_accumulation_steps` of Keras' optimizers cannot know. It takes the time
+                of a forward pass more.
             **kwargs: as in `keras.Model.compile`. On TensorFlow `jit_compile="auto"` means no XLA,
                 which takes minutes for every new shape and omits the checks of each batch;
                 `True` compiles training and evaluation, but not `predict`.
 
         Raises:
-            ValueError: if `loss` or `metrics` are given.
+            ValueError: if `loss` or `metrics` are given, or `accumulate` is unusable.
         """
+        check_counts(accumulate=accumulate)
+        if accumulate > 1 and keras.backend.backend() != "tensorflow":
+            raise ValueError(f"`accumulate` requires TensorFlow. Received: accumulate={accumulate}")
+        self.accumulate = int(accumulate)
         for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -192,6 +232,10 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         if self.dtype_policy.name == "mixed_float16" and kwargs.get("auto_scale_loss", True):
             optimizer = _with_loss_scaling(optimizer)
         super().compile(optimizer=optimizer, **kwargs)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return config and {**config, "accumulate": self.accumulate}
 
     def compile_from_config(self, config: dict):
         """Compiles as the saved model was compiled, including the state of its optimizer."""
@@ -259,19 +303,68 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Returns the two-stage loss of a batch, RefineDet eq. 1."""
-        sides = self.image_shape[:2] if x is None else _sides(x)
-        boxes, labels = self._ground_truth(y, sides)
-        anchors = self.anchors_for(sides)
-        level_sizes = self.anchor_generator.level_sizes(sides)
-        losses = self.detection_loss(y_pred, boxes, labels, anchors, sample_weight, level_sizes)
-        batch, replicas = ops.shape(labels)[0], num_replicas()
+        return self._two_stage_loss(x, y, y_pred, sample_weight, training)
+
+    def _two_stage_loss(self, x, y, y_pred, sample_weight, training=True, positives=None):
+        """The loss of a batch, or with the `positives` of the whole, the share of a part of it."""
+        arguments = self._loss_arguments(x, y, y_pred, sample_weight)
+        losses = self.detection_loss(*arguments, positives)
+        batch, replicas = ops.shape(y["labels"])[0], num_replicas()
+        parts = 1 if positives is None else self.accumulate
         # Losses add up over replicas; Keras takes their mean over rows, which must be that sum.
         # Training batches are shared evenly, others need not be.
         rows = 1.0 if training or replicas == 1 else _relative_rows(batch, replicas)
         for tracker in self._loss_trackers:
-            tracker.update_state(losses[tracker.name] * replicas / rows, sample_weight=batch)
-        regularization = [ops.sum(value) / replicas for value in self.losses]
+            value = losses[tracker.name] * replicas * parts / rows
+            tracker.update_state(value, sample_weight=batch)
+        regularization = [ops.sum(value) / replicas / parts for value in self.losses]
         return sum(losses.values()) / rows + sum(regularization)
+
+    def _loss_arguments(self, x, y, y_pred, sample_weight) -> tuple:
+        sides = self.image_shape[:2] if x is None else _sides(x)
+        boxes, labels = self._ground_truth(y, sides)
+        level_sizes = self.anchor_generator.level_sizes(sides)
+        return y_pred, boxes, labels, self.anchors_for(sides), sample_weight, level_sizes
+
+    def _gradients(self, x, y, sample_weight) -> tuple:
+        """Gradients, loss and predictions of a batch; without predictions if it is in parts."""
+        if self.accumulate == 1:
+            return super()._gradients(x, y, sample_weight)
+        import tensorflow as tf
+
+        def count(*part):
+            outputs = self(part[0], training=False)  # leaves batch statistics alone
+            arguments = self._loss_arguments(part[0], part[1], outputs, part[2])
+            return self.detection_loss.count_positives(*arguments)
+
+        def differentiate(*part):
+            with tf.GradientTape() as tape:
+                outputs = self(part[0], training=True)
+                loss = self._two_stage_loss(part[0], part[1], outputs, part[2], positives=positives)
+                scaled = self.optimizer.scale_loss(loss)
+            return [
+                loss,
+                *tape.gradient(scaled, self.trainable_weights, unconnected_gradients="zero"),
+            ]
+
+        positives = self._sum_over_parts(count, x, y, sample_weight)
+        loss, *gradients = self._sum_over_parts(differentiate, x, y, sample_weight)
+        return gradients, loss, None
+
+    def _sum_over_parts(self, function, *batch) -> list:
+        import tensorflow as tf
+
+        rows = tf.shape(batch[0])[0]
+        message = f"`accumulate={self.accumulate}` must divide the batch of each replica"
+        tf.debugging.assert_equal(rows % self.accumulate, 0, message)
+        size, total = rows // self.accumulate, []
+        for start in range(self.accumulate):
+            x, *rest = _rows(batch, slice(start * size, (start + 1) * size))
+            with tf.control_dependencies(total):  # else a graph computes the parts side by side
+                x = tf.identity(x)
+            values = function(x, *rest)
+            total = [a + b for a, b in zip(total, values, strict=True)] if total else values
+        return total
 
     # === Prediction ===
 
@@ -618,6 +711,10 @@ def _sides(images) -> tuple:
     """(height, width) of a batch; tensors where the graph does not know them."""
     sides = images.shape[1:3]
     return tuple(ops.shape(images)[1:3]) if None in tuple(sides) else tuple(sides)
+
+
+def _rows(batch, part: slice):
+    return keras.tree.map_structure(lambda v: None if v is None else v[part], batch)
 
 
 def _relative_rows(rows, replicas: int):

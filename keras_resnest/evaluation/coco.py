@@ -43,7 +43,15 @@ class COCOAveragePrecision:
         }
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:9} {value:7.4f}" for name, value in self.metrics.items())
+        """A table with AP, AP50 and AP75 of each class, then the twelve metrics."""
+        width = max(len("class"), *map(len, self.class_names))
+        columns = [self.per_class().values()]
+        columns += [self.average_precision[self.iou_thresholds.index(t)] for t in (0.5, 0.75)]
+        lines = [f"{'class':{width}}       AP     AP50     AP75"]
+        for name, *values in zip(self.class_names, *columns, strict=True):
+            shown = ("-" if v is None or np.isnan(v) else f"{v:.4f}" for v in values)
+            lines.append(f"{name:{width}}  " + "  ".join(f"{text:>7}" for text in shown))
+        return "\n".join(lines + [f"{name:9} {v:7.4f}" for name, v in self.metrics.items()])
 
 
 @checked

@@ -14,11 +14,13 @@ import numpy as np
 
 from keras_resnest.atomic import atomic_folder
 from keras_resnest.checks import check_counts, checked
-from keras_resnest.replicas import is_chief, is_multi_worker, run_on_replicas
+from keras_resnest.replicas import gather_over_replicas, is_chief
+from keras_resnest.training.optimizers import inner_optimizer, restart_optimizer, shift_schedule
 
 STATE, ARRAYS = "state.json", "arrays.npz"
-#: Attributes that ModelCheckpoint, EarlyStopping, ReduceLROnPlateau and others need to resume.
+#: Attributes that ModelCheckpoint, DetectionEvaluation, ReduceLROnPlateau and others need.
 CALLBACK_ATTRIBUTES = ("best", "wait", "best_epoch", "cooldown_counter", "history", "epoch")
+CALLBACK_ATTRIBUTES += ("stopped", "elapsed", "skipped")
 MAX_CHECKPOINTS = 2  # the previous one is the fallback if the last is damaged
 FILE_OVERHEAD = 300  # bytes of an array's headers in the file
 
@@ -28,10 +30,10 @@ class ResumeTraining(keras.callbacks.Callback):
     """Saves the whole state of a training run and resumes it.
 
     To resume after a crash, rerun the same program. Weights, optimizer, random seeds of layers,
-    losses of the current epoch, history and the state of `callbacks` are restored, and training
-    continues with the next step. With `training_batches`, whose order depends only on seed and
-    epoch, the result equals that of an uninterrupted run; on a CPU bit for bit, with
-    `tf.config.experimental.enable_op_determinism()`. Checkpoints are written atomically.
+    which layers are frozen, losses of the current epoch, history and the state of `callbacks` are
+    restored, and training continues with the next step. With `training_batches`, whose order
+    depends only on seed and epoch, the result equals that of an uninterrupted run; on a CPU bit for
+    bit, with `tf.config.experimental.enable_op_determinism()`. Checkpoints are written atomically.
 
     What a checkpoint rests on must be the same on resuming: model, optimizer and its settings,
     steps per epoch, `metadata`, and of batches that `keras_resnest.data` makes, class names,
@@ -140,14 +142,7 @@ class ResumeTraining(keras.callbacks.Callback):
             )
 
     def _check_workers_agree(self, state: dict) -> None:
-        strategy = _strategy(self.model)
-        if not is_multi_worker(strategy):
-            return
-        import tensorflow as tf
-
-        progress = tf.constant([[state["epoch"], state["step"]]])
-        replicated = run_on_replicas(strategy, lambda: tf.identity(progress))
-        gathered = np.asarray(strategy.gather(replicated, axis=0))
+        gathered = gather_over_replicas(_strategy(self.model), [state["epoch"], state["step"]])
         if (gathered != gathered[0]).any():
             raise ValueError(
                 "`folder` must be shared by all workers. Received: checkpoints of "
@@ -173,11 +168,14 @@ class ResumeTraining(keras.callbacks.Callback):
                 f"`epochs` must be at least those of the checkpoint, {state['epoch']} and "
                 f"{state['step']} steps. Received: epochs={epochs} and {self.folder}"
             )
+        self._restore_training_state(state)
         with np.load(path / ARRAYS) as arrays:
             values = {name: arrays[name] for name in arrays.files}
         _assign(_state_variables(self.model), values, "state")
         self._restored_metrics = values
-        self.model._initial_epoch = state["epoch"]
+        # A training that a callback has stopped is complete.
+        stopped = any(attributes.get("stopped") for attributes in state["callbacks"])
+        self.model._initial_epoch = epochs if stopped else state["epoch"]
         self._saved_step = state["step"]
         self.rows = state["rows"]
         for i, attributes in enumerate(state["callbacks"]):
@@ -185,6 +183,18 @@ class ResumeTraining(keras.callbacks.Callback):
             if weights:
                 attributes["best_weights"] = weights
         self._restored_callbacks = state["callbacks"]
+
+    def _restore_training_state(self, state: dict) -> None:
+        """Layers that were frozen or unfrozen during the training, and a moved schedule."""
+        layers = self.model._flatten_layers(include_self=False)
+        now = [layer.trainable for layer in layers]
+        saved = state.get("trainable", now)  # unknown to earlier versions
+        if saved != now:
+            for layer, trainable in zip(layers, saved, strict=True):
+                layer.trainable = trainable
+            restart_optimizer(self.model)
+        if state.get("shift"):
+            shift_schedule(self.model, state["shift"])
 
     def _restore_callbacks(self) -> None:
         """Not before training has begun, when History and EarlyStopping clear their state."""
@@ -197,7 +207,10 @@ class ResumeTraining(keras.callbacks.Callback):
                 setattr(callback, name, attributes[name])
 
     def on_train_end(self, logs=None):
-        self._restore_callbacks()
+        if self._restored_callbacks:  # no epoch was left
+            self._restore_callbacks()
+            for callback in self.callbacks:  # those before this one ended without their state
+                callback.on_train_end(logs)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._restore_callbacks()
@@ -261,6 +274,12 @@ class ResumeTraining(keras.callbacks.Callback):
         return {"kind": attributes["kind"], "history": columns, "epoch": [*epochs, epoch]}
 
     def _save(self, epoch: int, step: int, history: dict) -> None:
+        swaps = getattr(getattr(self.model, "_swaps", None), "callbacks", ())
+        if any(swap._ema_weights_in_model for swap in swaps):
+            raise ValueError(
+                "`SwapEMAWeights` must come after `ResumeTraining`, which saves the weights of "
+                "training. Received: averages"
+            )
         # Metrics are distributed over the workers: all must read, though only the chief writes.
         groups = {"state": _state_variables(self.model), "metric": self.model.metrics_variables}
         values = {
@@ -283,6 +302,8 @@ class ResumeTraining(keras.callbacks.Callback):
                 "step": step,
                 "signature": self._signature,
                 "rows": self.rows,
+                "trainable": [v.trainable for v in self.model._flatten_layers(include_self=False)],
+                "shift": int(getattr(inner_optimizer(self.model)._learning_rate, "shift", 0)),
                 "callbacks": [history, *map(_attributes, self.callbacks)],
                 "checksum": _checksum(folder / ARRAYS),
             }
@@ -318,8 +339,7 @@ def _strategy(model):
 def _signature(model) -> dict:
     """Properties of model and optimizer that must match on resuming."""
     shapes = json.dumps([[w.name, list(w.shape)] for w in model.weights])
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # under loss scaling
-    settings = optimizer.get_config()
+    settings = inner_optimizer(model).get_config()
     for name in ("name", "learning_rate"):  # a schedule depends on the number of epochs
         del settings[name]
     signature = {

@@ -38,7 +38,8 @@ _EXPECTED = """
   CSV:  a .csv file, or a folder with <split>.csv, of rows image,x1,y1,x2,y2,label
   TFDS: "tfds:NAME", such as "tfds:voc/2007" """
 
-TEST_SPLITS = ("test", "val", "valid", "validation")  # first choice first
+VALIDATION_SPLITS = ("val", "valid", "validation")  # first choice first
+TEST_SPLITS = ("test", *VALIDATION_SPLITS)
 
 
 @checked
@@ -157,14 +158,104 @@ def read_train_test(
     return (train, test) if _tfds_name(source) else _checked(source, train, test)
 
 
-def _checked(source, train: DetectionDataset, test: DetectionDataset) -> tuple:
+def _checked(source, train: DetectionDataset, test: DetectionDataset, role="test") -> tuple:
     if not train.report.num_boxes:
         raise ValueError(f"No box to train on in the {len(train)} training images of {source}")
-    if shared := {r.image for r in train.records} & {r.image for r in test.records}:
+    if shared := _shared_images(train, test):
         what = "image of the training set"
         test.report.problems += [Problem(Path(p).name, what, "kept") for p in sorted(shared)]
-        warnings.warn(f"{source}: {len(shared)} test images are also training images", stacklevel=4)
+        text = f"{source}: {len(shared)} {role} images are also training images"
+        warnings.warn(text, stacklevel=4)
     return train, test
+
+
+def _shared_images(one: DetectionDataset, other: DetectionDataset) -> set:
+    return {r.image for r in one.records} & {r.image for r in other.records}
+
+
+@checked
+def read_splits(
+    source: str | os.PathLike,
+    *,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    validation_holdout: float = 0.1,
+    seed: int = 0,
+    **options,
+) -> tuple[DetectionDataset, DetectionDataset, DetectionDataset]:
+    """Reads a training set, a validation set to choose a model by, and a test set.
+
+    The validation set is a split of its own, or held out of the training set. It never is the test
+    set: figures of images that a model was chosen by are too high.
+
+    Args:
+        source: As in `read_detection`.
+        train_split: As in `read_train_test`.
+        validation_split: Default: the first of "val", "valid" and "validation" that has
+            annotations, is not the test split and shares no image with the training split. If
+            there is none, images are held out of the training split.
+        test_split: As in `read_train_test`.
+        validation_holdout: Fraction of the training images to hold out, if there is no such split.
+        seed: Seed of all random splits.
+        **options: Arguments of `read_detection`: `on_error`, `format`, ...
+
+    Raises:
+        ValueError: as in `read_train_test`, or if the validation set has no box.
+
+    Example: `train, validation, test = read_splits("my_folder")`
+    """
+    given = {"train_split": train_split, "test_split": test_split}
+    train, test = read_train_test(source, **given, seed=seed, **options)
+    options |= {"class_names": train.class_names}
+    if validation_split is not None:
+        validation = read_detection(source, validation_split, **options)
+        if _tfds_name(source) is None:
+            _checked(source, train, validation, "validation")
+            if shared := _shared_images(test, validation):
+                text = f"{source}: {len(shared)} test images are also validation images"
+                warnings.warn(text, stacklevel=2)
+    else:
+        validation = _unused_split(source, train, train_split or "train", test_split, options)
+    if validation is None:
+        # At least one image, however few there are.
+        fraction = min(0.5, max(validation_holdout, 1.0 / len(train)))
+        if _tfds_name(source) is None:
+            train, validation = train.hold_out(fraction, seed)
+        else:
+            train, validation = _halves(source, train_split or "train", fraction, options)
+    if not validation.report.num_boxes:
+        raise ValueError(
+            f"No box to choose a model by in the {len(validation)} validation images of {source}: "
+            "choose another `validation_split` or `seed`"
+        )
+    return train, validation, test
+
+
+def _unused_split(source, train, train_split: str, test_split: str | None, options: dict):
+    """The validation set that is neither tested nor trained on, or None."""
+    splits = find_splits(source, options.get("format"))
+    used = [first_split((test_split,) if test_split else TEST_SPLITS, splits)]
+    used += [first_split((part,), splits) for part in re.split(r"[+\[]", train_split)]
+    name = first_split(VALIDATION_SPLITS, [split for split in splits if split not in used])
+    if name is None or len(splits) < 2:
+        return None
+    validation = read_detection(source, name, **options)
+    is_tfds = _tfds_name(source) is not None
+    return None if not is_tfds and _shared_images(train, validation) else validation
+
+
+def _halves(source, split: str, fraction: float, options: dict) -> tuple:
+    """The beginning and the end of a TFDS split."""
+    if "[" in split:
+        raise ValueError(
+            "TFDS: a slice of a split needs a `validation_split`, such as another slice. "
+            f"Received: train_split={split!r}"
+        )
+    cut = round(100 * (1 - fraction))
+    ranges = f"[:{cut}%]", f"[{cut}%:]"
+    slices = ("+".join(name + part for name in split.split("+")) for part in ranges)
+    return tuple(read_detection(source, part, **options) for part in slices)
 
 
 @checked
