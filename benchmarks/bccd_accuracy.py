@@ -61,7 +61,7 @@ def _stages(**switches) -> dict:
     return {"loss": switches, "decoder": switches}
 
 
-_JOINT = {"loss": {"joint_regression": True}}
+_ODM_AT_06 = {"odm_matcher": kr.detection.BoxMatcher(0.6)}
 _VOTING = {"decoder": {"voting_iou": 0.6}}
 
 
@@ -87,7 +87,7 @@ _ABLATIONS = {
     "second_stage": {
         "full": {},
         "without two-step regression": _stages(two_step_regression=False),
-        "ODM matched at IoU 0.6": {"loss": {"odm_matcher": kr.detection.BoxMatcher(0.6)}},
+        "ODM matched at IoU 0.6": {"loss": _ODM_AT_06},
         "ODM matched at IoU 0.7": {"loss": {"odm_matcher": kr.detection.BoxMatcher(0.7)}},
         "ATSS": {"loss": {"matcher": kr.detection.ATSSMatcher()}},
         "GIoU": {"loss": {"box_loss": "giou", "box_loss_weight": 2.0}},
@@ -95,9 +95,10 @@ _ABLATIONS = {
         "predicted IoU": {"heads": {"predict_iou": True}},
         "aligned": {"heads": {"use_alignment": True}},
         "averaged weights": {"recipe": {"ema_momentum": 0.99}},
-        "joint regression": _JOINT,
+        "joint regression": {"loss": {"joint_regression": True}},
         "box voting": _VOTING,
-        "joint regression, box voting": {**_JOINT, **_VOTING},
+        "box voting, joint regression": {"loss": {"joint_regression": True}, **_VOTING},
+        "box voting, ODM matched at IoU 0.6": {"loss": _ODM_AT_06, **_VOTING},
         "box voting without two-step regression": {
             "loss": {"two_step_regression": False},
             "decoder": {"two_step_regression": False, **_VOTING["decoder"]},
@@ -110,7 +111,7 @@ def _published(heads=None, loss=None, decoder=None, recipe=None) -> dict:
     """Options of a variant, whose second stage is as published where they say nothing else."""
     return {
         "heads": heads or {},
-        "loss": {"joint_regression": False, **(loss or {})},
+        "loss": {"odm_matcher": None, **(loss or {})},
         "decoder": {"voting_iou": None, **(decoder or {})},
         "recipe": recipe or {},
     }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from keras_resnest.backbones import create_backbone, read_state_dict
 from keras_resnest.backbones.weights import caffe, detector_files, fetching
 from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.matching import BoxMatcher
 from keras_resnest.detection import arguments as checks
 from keras_resnest.detection import class_names
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -72,7 +73,8 @@ BUILDERS = {
         "resnest14_tiny",
         320,
         {"filters": 64, "use_batch_norm": True},
-        decoder={"voting_iou": 0.6},
+        {"odm_matcher": BoxMatcher(0.6)},
+        {"voting_iou": 0.6},
     ),
 }
 
