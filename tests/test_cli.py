@@ -48,6 +48,7 @@ def test_wrong_commands_end_with_status_2(argv, capsys):
 def test_ctrl_c_ends_in_one_sentence(command, capsys, monkeypatch):
     monkeypatch.setattr(COMMANDS[command], "run", lambda _: signal.raise_signal(signal.SIGINT))
     arguments = {"list": [], "train": ["data"], "classify": ["photo.jpg"]}
+    arguments["convert"] = ["source", "target", "--format", "voc"]
     assert main([command, *arguments.get(command, ["model", "data"])]) == 130
     said = capsys.readouterr().err.strip()
     assert said == "interrupted: to start over, run the same command"

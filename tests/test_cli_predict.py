@@ -7,6 +7,7 @@ import re
 import socketserver
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import keras
@@ -17,6 +18,8 @@ from PIL import Image
 
 from keras_resnest.cli import detectors, drawing, main
 from keras_resnest.cli.common import Failure
+from keras_resnest.data import read_detection
+from keras_resnest.data.readers.detect_format import FORMATS
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.images import load_image
 from keras_resnest.visualization import class_color
@@ -148,6 +151,31 @@ def test_keras_file_with_everything(folder, want, tmp_path, capsys):
     for name, path in zip(names, want, strict=True):
         assert_drawn(tmp_path / f"{name}.png", path)
     assert_table(tmp_path / "detections.csv", records)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_annotations_for_other_tools(folder, want, tmp_path, capsys, format):
+    """The detections as a dataset, with the images in their folders."""
+    options = ["--output", tmp_path, "--no-images", "--save-annotations", format]
+    assert predict(folder / "detector.keras", *want, *options) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the turned image
+        dataset = read_detection(tmp_path / "annotations")
+    assert dataset.class_names == CLASS_NAMES and len(dataset) == len(want)
+    copies = {Path(record.image).read_bytes(): record for record in dataset.records}
+    for path, one in want.items():
+        record = copies[path.read_bytes()]
+        np.testing.assert_allclose(record.boxes, one["boxes"], atol=0.02)
+        assert record.labels.tolist() == one["labels"].tolist()
+    assert predict(folder / "detector.keras", *want, *options) == 2
+    assert "--save-annotations: " in capsys.readouterr().err
+
+
+def test_annotations_of_a_model_that_finds_nothing(folder, tmp_path):
+    arguments = [folder / "serving/1", folder / "images/a.jpg", "--output", tmp_path]
+    assert main(["predict", *arguments, "--confidence", 1, "--save-annotations", "voc"]) == 0
+    dataset = read_detection(tmp_path / "annotations")
+    assert dataset.class_names == CLASS_NAMES and dataset.report.num_boxes == 0
 
 
 @pytest.mark.parametrize("signature", ["serving_default", "serve_bytes"])

@@ -1,10 +1,19 @@
-"""The program `keras-resnest`: train, evaluate, analyze, predict, export, classify and list."""
+"""The program `keras-resnest` and its commands."""
 
 import argparse
 import os
 import sys
 
-from keras_resnest.cli import analyze, classify, evaluate, export, list_networks, predict, train
+from keras_resnest.cli import (
+    analyze,
+    classify,
+    convert,
+    evaluate,
+    export,
+    list_networks,
+    predict,
+    train,
+)
 from keras_resnest.cli.common import Failure, printable
 from keras_resnest.version import __version__
 
@@ -13,6 +22,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "analyze": analyze,
     "predict": predict,
+    "convert": convert,
     "export": export,
     "classify": classify,
     "list": list_networks,

@@ -98,10 +98,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop-size", type=positive(), help="side of a classifier's crop, pixels")
 
 
-def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of reading a detection dataset."""
+def add_reading_arguments(parser: argparse.ArgumentParser, format: str = "--format") -> None:
+    """Adds the options of reading a detection dataset; `format` is the name of that option."""
     add = parser.add_argument
-    add("--format", choices=FORMATS, help="of the data; default: recognized")
+    add(format, dest="format", choices=FORMATS, help="of the data; default: recognized")
     text = "images without annotation; default: error for VOC, else background"
     add("--unannotated", choices=UNANNOTATED, help=text)
     add("--allow-outside", action="store_true", help="read files outside of the data that it names")

@@ -77,6 +77,7 @@ def keras_detector(path: str):
             detections["boxes"] = to_xyxy(detections["boxes"], model.bounding_box_format, size)
         return found
 
+    detect.class_names = [model.class_name(label) for label in range(model.num_classes)]
     return detect
 
 
@@ -150,16 +151,30 @@ def check_answer(answer: dict, classes: int) -> dict:
     return dict(zip(OUTPUTS, (boxes, confidence, labels.astype(int)), strict=True))
 
 
+def detection_rows(detections: dict) -> list[dict]:
+    """Returns the detections of one image, ready for JSON."""
+    columns = (detections[name] for name in ("boxes", "labels", "class_names", "confidence"))
+    return [
+        {
+            "box": [round(float(x), 2) for x in box],
+            "label": int(label),
+            "class_name": class_name,
+            "confidence": round(float(confidence), 4),
+        }
+        for box, label, class_name, confidence in zip(*columns, strict=True)
+    ]
+
+
 def to_xyxy(boxes, box_format: str, size: tuple[int, int]) -> np.ndarray:
     return np.array(convert_boxes(boxes, box_format, "xyxy", *size))
 
 
-def encode_image(path: Path, image: np.ndarray) -> bytes:
+def encode_image(path: Path | None, image: np.ndarray) -> bytes:
     """Returns the file itself if TensorFlow decodes the same pixels, else an upright PNG."""
     from PIL import Image
 
-    info = read_image_info(path)
-    if info.plain and info.orientation == 1:
+    info = path and read_image_info(path)  # a frame of a video has no path
+    if info and info.plain and info.orientation == 1:
         return path.read_bytes()
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")

@@ -19,6 +19,7 @@ from keras_resnest.data.readers.coco import read_coco
 from keras_resnest.data.readers.csv import read_csv
 from keras_resnest.data.readers.detect_format import (
     find_splits,
+    read_all_splits,
     read_detection,
     read_splits,
     read_train_test,
@@ -27,6 +28,7 @@ from keras_resnest.data.readers.image_folder import read_image_folder
 from keras_resnest.data.readers.tfds import read_shapes, read_tfds, read_tfds_classification
 from keras_resnest.data.readers.voc import read_voc
 from keras_resnest.data.readers.yolo import read_yolo
+from keras_resnest.data.writers import write_detection
 from keras_resnest.images import center_crop_image, find_images, load_image, resize_image
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ __all__ = [
     "find_splits",
     "load_image",
     "mix_up",
+    "read_all_splits",
     "read_coco",
     "read_csv",
     "read_detection",
@@ -100,6 +103,7 @@ __all__ = [
     "resize_image",
     "set_epoch",
     "training_batches",
+    "write_detection",
 ]
 
 

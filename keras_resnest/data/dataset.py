@@ -20,7 +20,7 @@ import functools
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,7 @@ class ImageDataset:
 
     _smallest_shard: int | None = None
     _whole: "ImageDataset | None" = None
+    image_folder: str | None = None  # where the names of the image files start, if it was read
 
     def __init__(self, records: Sequence, class_names: Sequence[str]):
         self.records, self.class_names = list(records), check_class_names(class_names)
@@ -190,6 +191,10 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def images(self) -> Iterator:
+        """Yields the images, in the order of `records`: paths, encoded bytes or arrays."""
+        return (record.image for record in self.records)
 
     def __repr__(self) -> str:
         classes = f"{self.num_classes} classes: {', '.join(self.class_names[:10])}"
@@ -299,7 +304,7 @@ class ImageDataset:
                 f"Too few images to hold out {fraction:g} of them: both parts need an image. "
                 f"Received: {len(self)}"
             )
-        return self._subset(remaining), self._subset(held_out)
+        return self.with_records(remaining), self.with_records(held_out)
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -338,11 +343,13 @@ class ImageDataset:
         return self if self._whole is None else self._whole
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
-        return self._subset(self.records[shard_index::num_shards])
+        return self.with_records(self.records[shard_index::num_shards])
 
-    def _subset(self, records: list) -> "ImageDataset":
+    def with_records(self, records: list) -> "ImageDataset":
+        """Returns a dataset of these records, with the classes and `report.problems` of this."""
         part = type(self)(records, self.class_names)
         part.report.problems = list(self.report.problems)
+        part.image_folder = self.image_folder
         return part
 
 

@@ -89,7 +89,7 @@ def read_coco(
             missing="" if objects.get(key) else "image without annotation",
         )
 
-    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults, folder)
 
 
 def coco_files(folder: Path) -> dict[str, Path] | None:

@@ -117,6 +117,7 @@ def build_dataset(
     class_names: Sequence[str],
     use_difficult: bool,
     faults: Faults,
+    image_folder: Path,
 ) -> DetectionDataset:
     """Builds a dataset of one image per item, and warns once if there are problems.
 
@@ -148,7 +149,9 @@ def build_dataset(
             f"{source}: {count_problems(faults.problems)}. See the `report` of the dataset",
             stacklevel=4,
         )
-    return DetectionDataset(records, class_names, report)
+    dataset = DetectionDataset(records, class_names, report)
+    dataset.image_folder = str(image_folder)
+    return dataset
 
 
 # === Parsing ===

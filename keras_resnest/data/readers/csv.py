@@ -61,7 +61,8 @@ def read_csv(
     Args:
         file: The CSV file.
         image_folder: Folder of the images. Default: as in `read_coco`.
-        class_names: Names of the labels 0, 1, 2, ... Default: all names in the file, sorted.
+        class_names: Names of the labels 0, 1, 2, ... Default: the lines of a `classes.txt` beside
+            the file, if there is one, and all other names in the file, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image, a row with a wrong number
             of columns or no label, or a class that is not in `class_names`; or "skip" the image
             and report it.
@@ -90,7 +91,8 @@ def read_csv(
     tree, folder = common.find_images_of(path, list(images), given, allow_outside)
     if class_names is None:
         rows = (row for rows in images.values() for _, row in rows)
-        class_names = sorted({row["label"] for row in rows if row.get("label")})
+        named = {row["label"] for row in rows if row.get("label")}
+        class_names = tree.class_names(path.parent, named)
         if not class_names:
             raise ValueError(f"No objects in {path}: give `class_names`")
 
@@ -123,7 +125,7 @@ def read_csv(
             missing="" if objects else "image without box",
         )
 
-    return common.build_dataset(path, images, parse, class_names, use_difficult, faults)
+    return common.build_dataset(path, images, parse, class_names, use_difficult, faults, folder)
 
 
 def _splits_of(rows: Iterable[dict[str, str]]) -> list[str]:

@@ -12,7 +12,13 @@ from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset, Problem
 from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
 from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
-from keras_resnest.data.readers.files import check_path, entries, find_split, folders_in
+from keras_resnest.data.readers.files import (
+    check_path,
+    entries,
+    find_split,
+    folders_in,
+    is_split_name,
+)
 from keras_resnest.data.readers.tfds import read_tfds, tfds_splits
 from keras_resnest.data.readers.voc import read_voc, voc_splits
 from keras_resnest.data.readers.yolo import SETTINGS_SUFFIXES, read_yolo, yolo_splits
@@ -38,6 +44,7 @@ _EXPECTED = """
   CSV:  a .csv file, or a folder with <split>.csv, of rows image,x1,y1,x2,y2,label
   TFDS: "tfds:NAME", such as "tfds:voc/2007" """
 
+DEFAULT_SPLIT = "default"  # CVAT's name of images in no split
 VALIDATION_SPLITS = ("val", "valid", "validation")  # first choice first
 TEST_SPLITS = ("test", *VALIDATION_SPLITS)
 
@@ -259,12 +266,60 @@ def _halves(source, split: str, fraction: float, options: dict) -> tuple:
 
 
 @checked
-def find_splits(source: str | os.PathLike, format: str | None = None) -> list[str]:
+def read_all_splits(source: str | os.PathLike, **options) -> dict[str, DetectionDataset]:
+    """Reads all images of a dataset, by split.
+
+    Args:
+        source: As in `read_detection`.
+        **options: Arguments of `read_detection`: `on_error`, `format`, ...
+
+    Returns:
+        The splits, also those without objects, all with the same class names. "default" has the
+        images that are in no split. Lists that only repeat images of "train", "val" and "test",
+        such as VOC's "trainval" and "cat_train", are left out, and of the folders in YOLO's
+        `images`, only those with usual names are splits.
+
+    Raises:
+        ValueError: as in `read_detection`.
+
+    Example: `write_detection(read_all_splits("my_folder"), "for_yolo", "yolo")`
+    """
+    format, is_tfds = options.get("format"), _tfds_name(source) is not None
+    names = find_splits(source, format, empty=True)
+    found = None if is_tfds else _FORMATS[_format_of(source, format)][0](Path(source))
+    has_several_files = isinstance(found, dict) and len(set(found.values())) > 1
+    if is_tfds or has_several_files:
+        parts = {name: read_detection(source, name, **options) for name in names}
+        own = [part.class_names for part in parts.values()]
+        options["class_names"] = list(dict.fromkeys(name for names in own for name in names))
+        if all(names == options["class_names"] for names in own):
+            return parts
+        return {name: read_detection(source, name, **options) for name in names}
+    whole = read_detection(source, **options)
+    options["class_names"] = whole.class_names
+    if _format_of(source, format) == "yolo":  # other folders in "images" have another meaning
+        names = list(filter(is_split_name, names))
+    parts = {name: read_detection(source, name, **options) for name in names}
+    images = {name: {r.image for r in part.records} for name, part in parts.items()}
+    usual = set().union(*(images[name] for name in filter(is_split_name, names)))
+    parts = {k: part for k, part in parts.items() if is_split_name(k) or not images[k] <= usual}
+    used = set().union(*images.values())
+    if unused := [record for record in whole.records if record.image not in used]:
+        listed = parts[DEFAULT_SPLIT].records if DEFAULT_SPLIT in parts else []
+        parts[DEFAULT_SPLIT] = whole.with_records(listed + unused)
+    return parts
+
+
+@checked
+def find_splits(
+    source: str | os.PathLike, format: str | None = None, empty: bool = False
+) -> list[str]:
     """Returns the sorted names of the splits that have annotations, if any.
 
     Args:
         source: As in `read_detection`.
         format: As in `read_detection`.
+        empty: Whether splits whose images have no objects count as annotated.
 
     Raises:
         ValueError: if the format is not recognized, or if a TFDS dataset is not on disk or not for
@@ -275,8 +330,11 @@ def find_splits(source: str | os.PathLike, format: str | None = None) -> list[st
     if (name := _tfds_name(source)) is not None:
         return tfds_splits(name)
     kind = _format_of(source, format)
+    has_objects = _HAS_OBJECTS.get(kind)
+    if has_objects is None:
+        return _FORMATS[kind][0](Path(source), empty) or []
     found = _FORMATS[kind][0](Path(source)) or {}
-    if has_objects := _HAS_OBJECTS.get(kind):
+    if not empty:
         found = [split for split, file in found.items() if has_objects(file, split)]
     return sorted(found)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
 
-_SYNONYMS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
-SPLIT_NAMES = tuple(name for names in _SYNONYMS for name in names)
+SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+SPLIT_NAMES = tuple(name for names in SPLIT_SYNONYMS for name in names)
 SPLIT_KEYS = ("split", "set", "subset", "usage", "partition", "ml_use")  # of rows and images
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[-_ ]?\d*", re.IGNORECASE)
 _IMAGE = re.compile("|".join(rf"\{suffix}\b" for suffix in IMAGE_SUFFIXES))
@@ -172,7 +172,7 @@ def annotation_files(folder: Path, suffix: str) -> list[Path]:
 
 def find_split(split: str, known: Collection[str]) -> str | None:
     """The split of this name or its synonym: "valid" for "val"; None if there is none."""
-    synonyms = next((names for names in _SYNONYMS if split.lower() in names), ())
+    synonyms = next((names for names in SPLIT_SYNONYMS if split.lower() in names), ())
     for name in (split, *synonyms):
         if len(found := closest(name, [k for k in known if unified(k) == unified(name)])) == 1:
             return found[0]
@@ -283,6 +283,12 @@ class FileTree:
         if not os.path.exists(full):
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
+
+    def class_names(self, folder: Path, named: Iterable[str]) -> list[str]:
+        """The lines of `classes.txt`, if there is one, and all others that are named, sorted."""
+        path = self.child(folder, "classes.txt")
+        listed = self.read_lines(path, "list of classes") if path else []
+        return list(dict.fromkeys([*listed, *sorted(named)]))
 
     def read_lines(self, path: Path, what: str, keep_empty: bool = False) -> list[str]:
         """Reads a list in a text file; links must not lead out."""

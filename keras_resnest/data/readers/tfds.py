@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,6 +240,9 @@ class _TfdsSplit:
 
     def element_loader(self):
         return None  # TFDS files are read sequentially
+
+    def images(self) -> Iterator[bytes]:
+        return (example["image"] for example in self._examples().as_numpy_iterator())
 
     def fingerprint(self) -> str:
         names = self._builder.info.full_name, str(self._split), self.class_names

@@ -53,8 +53,8 @@ def read_voc(
         folder: Folder of the dataset.
         split: Name of a list, without ".txt" (images with the flag -1 are excluded), or of the
             folder of a split. Default: all images.
-        class_names: Names of the labels 0, 1, 2, ... Default: all names in the XML files of all
-            splits, sorted.
+        class_names: Names of the labels 0, 1, 2, ... Default: the lines of `classes.txt`, if there
+            is one, and all other names in the XML files of all splits, sorted.
         on_error: "raise" a ValueError for a missing or unreadable image or XML file, a `<size>` of
             another shape than the image, or a class that is not in `class_names`; or "skip" the
             image and report it.
@@ -86,7 +86,8 @@ def read_voc(
                     source.xml_files[image_id], one_based_coordinates
                 )
     if class_names is None:
-        class_names = sorted({o.name for a in annotations.values() for o in a.objects})
+        named = {o.name for a in annotations.values() for o in a.objects}
+        class_names = source.tree.class_names(source.folder, named)
         if not class_names:
             raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
     images = {key: source.image_file(key, xml) for key, xml in annotations.items()}
@@ -112,13 +113,17 @@ def read_voc(
         return ImageAnnotation(xml.path, image_id, image, xml.objects, xml.size)
 
     usable = [key for key in wanted if key in annotations or key not in source.xml_files]
-    return common.build_dataset(source.folder, usable, parse, class_names, use_difficult, faults)
+    image_folder = source.roots[""][1] if "" in source.roots else source.folder
+    return common.build_dataset(
+        source.folder, usable, parse, class_names, use_difficult, faults, image_folder
+    )
 
 
-def voc_splits(folder: str | os.PathLike) -> list[str] | None:
-    """Names of the annotated splits; None if the folder is no VOC dataset."""
+def voc_splits(folder: str | os.PathLike, empty: bool = False) -> list[str] | None:
+    """Names of the splits with objects, or also of `empty` ones; None if it is no VOC dataset."""
     source = _VocFolder(folder)
-    return sorted(filter(source.has_objects, source.splits)) if source.xml_files else None
+    wanted = None if empty else source.has_objects
+    return sorted(filter(wanted, source.splits)) if source.xml_files else None
 
 
 def inner_voc_folder(folder: Path) -> Path | None:
@@ -174,7 +179,9 @@ class _VocFolder:
         """Lists of images by split; None for a folder of a split."""
         first = {key.partition("/")[0] for key in (*self.xml_files, *self.images) if "/" in key}
         folders = {name: None for name in first if files.is_split_name(name)}
-        return {**folders, **files.split_lists(self.folder, self.tree)}
+        lists = files.split_lists(self.folder, self.tree)
+        # Beside lists, folders inside of "JPEGImages" have another meaning.
+        return folders if not lists else lists if "" in self.roots else {**folders, **lists}
 
     def ids_in(self, split: str | None) -> list[str]:
         """Ids of the XML files in the folder of a split, or whose images are there."""
@@ -231,10 +238,12 @@ class _VocFolder:
 
     def _listed_id(self, line: str) -> str:
         """Id from a line "id", "id.jpg", "id.jpg id.xml" or "id  flag"; "" if the flag is -1."""
+        if line in self.xml_files:  # such as "a.jpg" of a.jpg.xml
+            return line
         first = line.partition(" ")[0]
         if line.endswith(_XML) and first.lower().endswith(IMAGE_SUFFIXES):
             line = first
-        if line not in self.xml_files and (match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)):
+        if match := re.fullmatch(r"(.*\S)\s+(-1|0|1)", line):
             line = "" if match[2] == "-1" else match[1]
         stem, suffix = os.path.splitext(line)
         line = stem if suffix.lower() in (*_XML, *IMAGE_SUFFIXES) else line

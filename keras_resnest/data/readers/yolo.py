@@ -109,13 +109,19 @@ def read_yolo(
         )
 
     paths = [*images, *source.labels_without_image(places, images)]
-    return common.build_dataset(source.folder, paths, parse, class_names, use_difficult, faults)
+    return common.build_dataset(
+        source.folder, paths, parse, class_names, use_difficult, faults, source.folder
+    )
 
 
-def yolo_splits(source: str | os.PathLike) -> list[str] | None:
-    """Names of the annotated splits of a folder or `data.yaml`; None if it is no YOLO dataset."""
+def yolo_splits(source: str | os.PathLike, empty: bool = False) -> list[str] | None:
+    """Names of the splits with objects, or also of those with empty text files only (`empty`).
+
+    None if a folder or `data.yaml` is no YOLO dataset.
+    """
     folder = _YoloFolder(source)
-    return sorted(filter(folder.has_objects, folder.splits())) if folder.is_yolo() else None
+    wanted = folder.is_labeled if empty else folder.has_objects
+    return sorted(filter(wanted, folder.splits())) if folder.is_yolo() else None
 
 
 # === Files ===
@@ -194,10 +200,14 @@ class _YoloFolder:
         label_files = filter(None, map(self.label_file, self._images_of(split, faults)))
         return any(files.read_start(f, 1000).strip() for f in label_files) or bool(faults.problems)
 
+    def is_labeled(self, split: str) -> bool:
+        """Whether any image of a split has a text file."""
+        return any(map(self.label_file, self._images_of(split, Faults("skip"))))
+
     def without_unlabeled_splits(self, images: list[Path], faults: Faults) -> list[Path]:
         """Leaves out the images of splits that are not annotated: they are not background."""
         for split in filter(files.is_split_name, self.splits()):
-            if any(map(self.label_file, self._images_of(split, Faults("skip")))):
+            if self.is_labeled(split):
                 continue
             if own := set(self._images_of(split, Faults("skip"))):
                 faults.add(split, "split without text files", "left out")
