@@ -399,6 +399,12 @@ def test_wrong_commands(tmp_path, options, message, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_splits_of_tfds_stay(tmp_path, capsys):
+    arguments = ["tfds:shapes", tmp_path / "out", "--format", "voc", "--split", 0.5, 0.5]
+    assert convert(*arguments) == 2
+    assert "--split: only for files" in capsys.readouterr().err
+
+
 def test_a_target_that_exists(tmp_path, capsys):
     write_detection(dataset_of(), tmp_path / "in", "csv")
     assert convert(tmp_path / "in", tmp_path / "in", "--format", "csv") == 2

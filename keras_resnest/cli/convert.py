@@ -43,6 +43,8 @@ def run(arguments) -> int:
         raise ValueError(
             f"--split takes 2 or 3 fractions above 0 with the sum 1. Received: {fractions}"
         )
+    if fractions and arguments.source.startswith("tfds:"):
+        raise ValueError("--split: only for files, TFDS has its own splits")
     parts = kr.data.read_all_splits(arguments.source, **reading_options(arguments))
     if fractions:
         parts = split_at_random(parts, fractions, arguments.seed)
