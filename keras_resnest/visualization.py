@@ -384,6 +384,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
 # === Why a box ===
 
 
+@checked
 def explain(model, image, detection: Mapping) -> np.ndarray:
     """Shows what in the image made a detection: a class activation map (Layer-CAM).
 
@@ -442,6 +443,7 @@ def explain(model, image, detection: Mapping) -> np.ndarray:
     return heat / max(heat.max(), np.finfo("float32").tiny)
 
 
+@checked
 def overlay_heat(image, heat: np.ndarray) -> np.ndarray:
     """Returns the image (H, W, 3), uint8, with the heat (H, W) of `explain` in color.
 
