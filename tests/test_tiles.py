@@ -262,11 +262,11 @@ def test_supervision_gets_the_same_detections(detector):
 def test_sahi_uses_the_adapter_of_the_documentation(detector):
     """One slice as large as the image gives what `detect` gives."""
     pytest.importorskip("sahi")
-    from sahi.predict import get_prediction
+    from sahi.predict import get_prediction, get_sliced_prediction
 
     text = (Path(__file__).parents[1] / "docs/detector.md").read_text()
     code = text[text.index("from sahi.models.base") :]
-    names = {"keras": keras}
+    names = {"keras": keras, "np": np}
     exec(code[: code.index("```")], names)
     image = rectangles(1)[0][0].astype("uint8")
     adapter = names["SahiRefineDet"](model=detector, confidence_threshold=0.4, device="cpu")
@@ -276,6 +276,11 @@ def test_sahi_uses_the_adapter_of_the_documentation(detector):
     got = [p.bbox.to_xyxy() for p in predictions]
     np.testing.assert_allclose(got, found["boxes"].clip(0, [128, 64] * 2), atol=1e-3)
     assert [p.category.name for p in predictions] == found["class_names"]
+    large, size = np.tile(image, (2, 1, 1)), {"slice_height": 64, "slice_width": 128}
+    options = {"overlap_height_ratio": 0, "perform_standard_pred": False, "verbose": 0}
+    sliced = get_sliced_prediction(large, adapter, **size, **options, postprocess_type="NMS")
+    tops = [p.bbox.miny for p in sliced.object_prediction_list]
+    assert min(tops) < 64 < max(tops)  # slices are moved to their places
 
 
 # === Bad input ===
