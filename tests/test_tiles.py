@@ -311,7 +311,7 @@ def test_bad_tiles_for_training():
 
 def test_an_image_too_large_to_read_is_refused(detector, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    with pytest.raises(ValueError, match=r"huge\.png.*400000000 pixels.*max_pixels"):
+    with pytest.raises(ValueError, match=r"huge\.png.*pixels.*max_pixels"):
         detector.detect(tmp_path / "huge.png", tiles=TILE)
 
 
