@@ -124,6 +124,14 @@ def check_counts(**arguments: int) -> None:
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
 
 
+def check_overlap(overlap: float) -> float:
+    """Returns the overlap of tiles, a fraction of their sides: at least 0, below 1."""
+    check_fractions(overlap=overlap)
+    if overlap == 1.0:
+        raise ValueError(f"`overlap` must be below 1: tiles have to move. Received: {overlap!r}")
+    return float(overlap)
+
+
 def is_number(value) -> bool:
     """Whether a value is a number of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -22,6 +22,9 @@ from keras_resnest.checks import checked
 # Suffixes, in lower case, of the files that `find_images` returns.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
+#: Mean color of ImageNet (red, green, blue), which fills what lies outside of an image, as in SSD.
+MEAN_COLOR = (123.0, 117.0, 104.0)
+
 # A small file can hold a huge image: larger ones are refused, as Pillow does.
 MAX_PIXELS = 178_956_970
 
@@ -61,7 +64,7 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         source: Path, bytes of an encoded image, Pillow image, or array (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4: RGBA) with values 0 to 255; floats are rounded.
         max_pixels: Height times width above which a file is refused. Decoding takes up to 8 bytes
-            per pixel.
+            per pixel. Pillow has a limit of its own, `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Returns:
         uint8 array (H, W, 3), RGB, 0 to 255.
@@ -266,6 +269,8 @@ def _naming(image: str):
         yield
     except _pillow_errors() as error:
         reason = str(error) or type(error).__name__
+        if type(error).__name__ == "DecompressionBombError":
+            reason += " Set PIL.Image.MAX_IMAGE_PIXELS and `max_pixels` to read a file you trust"
         raise ValueError(f"Cannot read the image {image!r}: {reason}") from error
 
 

@@ -1,7 +1,8 @@
 """Plots images with boxes, training history and the numbers of evaluation with Matplotlib.
 
-Every function returns a `matplotlib.figure.Figure` that pyplot does not manage: notebooks show it
-as the last value of a cell, `path=` writes it to a file, and no display is needed.
+`explain` returns the heat map of a detection. Every `plot_` function returns a
+`matplotlib.figure.Figure` that pyplot does not manage: notebooks show it as the last value of a
+cell, `path=` writes it to a file, and no display is needed.
 """
 
 import colorsys
@@ -9,12 +10,14 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_resnest.boxes.formats import check_box_format, convert_boxes
+from keras_resnest.boxes.formats import check_box_format, clip_boxes, convert_boxes
+from keras_resnest.boxes.overlap import pairwise_iou
 from keras_resnest.checks import check_box_dictionary, checked, unpack_batch, value_errors
-from keras_resnest.images import load_image
+from keras_resnest.images import load_image, resize_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
 GAP = 10  # pixels between the images of a grid
@@ -376,6 +379,133 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
     cost = hidden + width * height * (np.abs(inside - ys) > 1)
     best = int(np.argmin(cost))
     return np.array([xs[best], inside[best]])
+
+
+# === Why a box ===
+
+
+@checked
+def explain(model, image, detection: Mapping) -> np.ndarray:
+    """Shows what in the image made a detection: a class activation map (Layer-CAM).
+
+    Takes the feature map of the level whose anchor became the box, before the transfer connection,
+    and weights each value by the gradient of the confidence of this class with respect to it.
+
+    Args:
+        model: a `RefineDet`, on TensorFlow, JAX or PyTorch.
+        image: one image as `RefineDet.detect` takes it: a path, an array (H, W, 3), ...; the tile,
+            if the detection is from a tile.
+        detection: one detection of `model.detect(image)`: `"boxes"` (4,) in the format of the model
+            and pixels of the image, and `"labels"`, an integer.
+
+    Returns:
+        float32 heat (H, W), 0 to 1.
+
+    Raises:
+        ValueError: if `detection` is not one detection, or the model does not find it.
+
+    Example:
+        >>> found = model.detect("photo.jpg")
+        >>> best = {name: values[:1] for name, values in found.items()}
+        >>> heat = explain(model, "photo.jpg", best)
+        >>> plot_detections(overlay_heat("photo.jpg", heat), best, path="why.png")
+
+    Source: Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization",
+    IEEE TIP 2021.
+    """
+    pixels, size = load_image(image), model.image_shape[:2]
+    box, label = _one_detection(detection, model, pixels.shape)
+    images = ops.convert_to_tensor(resize_image(pixels, *size)[None])
+    maps, outputs_of = _cut_at_source_maps(model)
+    maps = maps(images, training=False)
+    boxes, confidence = model.decoder.candidates(outputs_of(maps, training=False), model.anchors)
+    if model.decoder.clip_to_image:
+        boxes = clip_boxes(boxes, *size)
+    overlaps = pairwise_iou(box[None], ops.convert_to_numpy(boxes)[0])[0]
+    confidence = ops.convert_to_numpy(confidence)[0, :, label]
+    anchor = int(np.argmax(overlaps * confidence))
+    if overlaps[anchor] < 0.5 or confidence[anchor] <= 0:
+        raise ValueError(
+            "`detection` must be one that the model finds in this image. Received: label "
+            f'{label} at {box.round(1).tolist()}, "xyxy" in the image resized to {size}'
+        )
+    ends = np.cumsum(model.anchor_generator.level_sizes(size))
+    level = int(np.searchsorted(ends, anchor, side="right"))
+
+    def confidence_of(level_map):
+        outputs = outputs_of([*maps[:level], level_map, *maps[level + 1 :]], training=False)
+        return model.decoder.candidates(outputs, model.anchors)[1][0, anchor, label]
+
+    gradient = ops.cast(_gradient(confidence_of, maps[level]), "float32")
+    heat = ops.relu(ops.sum(ops.relu(gradient) * ops.cast(maps[level], "float32"), axis=-1))
+    heat = ops.convert_to_numpy(heat)[0, ..., None]
+    heat = resize_image(heat, *pixels.shape[:2])[..., 0]
+    return heat / max(heat.max(), np.finfo("float32").tiny)
+
+
+@checked
+def overlay_heat(image, heat: np.ndarray) -> np.ndarray:
+    """Returns the image (H, W, 3), uint8, with the heat (H, W) of `explain` in color.
+
+    Example:
+        >>> plot_detections(overlay_heat("photo.jpg", heat), detections)
+    """
+    from matplotlib import colormaps
+
+    pixels, color = load_image(image), colormaps["inferno"](heat)[..., :3]
+    return np.rint(pixels * (1 - 0.6 * heat[..., None]) + 153 * color * heat[..., None]).astype(
+        "uint8"
+    )
+
+
+def _one_detection(detection: Mapping, model, shape) -> tuple[np.ndarray, int]:
+    """The "xyxy" box in pixels of the model's images, and the label."""
+    check_box_dictionary(detection)
+    boxes, labels = np.asarray(detection["boxes"], "float32"), np.ravel(detection["labels"])
+    if boxes.size != 4 or len(labels) != 1:
+        raise ValueError(
+            "`detection` must be a single one: {name: values[i] for name, values in "
+            f"detections.items()}}. Received: boxes {boxes.shape}, {len(labels)} labels"
+        )
+    if not 0 <= labels[0] < model.num_classes:
+        raise ValueError(
+            f"`detection` must have a label of 0 to {model.num_classes - 1}. Received: {labels[0]}"
+        )
+    source = model.bounding_box_format
+    boxes = convert_boxes(boxes.reshape(1, 4), source, "rel_xyxy", *shape[:2])
+    boxes = convert_boxes(boxes, "rel_xyxy", "xyxy", *model.image_shape[:2])
+    return ops.convert_to_numpy(boxes)[0], int(labels[0])
+
+
+def _cut_at_source_maps(model) -> tuple[keras.Model, keras.Model]:
+    """The network up to the maps that the transfer connection reads, and from there on."""
+    heads = model.heads
+    if heads.use_transfer_connection or heads.use_residual_blocks:
+        name = "tcb_p{}" if heads.use_transfer_connection else "odm_p{}_conv1"
+        inputs = [model.get_layer(name.format(level)).input for level in (3, 4, 5, 6)]
+        maps = [keras.tree.flatten(tensors)[0] for tensors in inputs]
+    else:
+        maps = model.get_layer("odm").input[:4]
+    return keras.Model(model.inputs, maps), keras.Model(maps, model.output)
+
+
+def _gradient(function, x):
+    """The gradient of a function of one tensor, which returns a scalar."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.grad(function)(x)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x)[0]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = function(x)
+    return tape.gradient(value, x)
 
 
 # === Curves ===

@@ -310,6 +310,19 @@ def test_images_are_never_overwritten(tmp_path):
 # === Servers ===
 
 
+def test_tiles(model, folder, tmp_path, capsys):
+    image, options = folder / "images/a.jpg", ("--output", tmp_path, "--no-images")
+    assert predict(folder / "detector.keras", image, "--tiles", 64, 128, *options) == 0
+    (record,) = json.loads((tmp_path / "detections.json").read_text())
+    want = model.detect(image, CONFIDENCE, tiles=(64, 128))
+    assert len(want["boxes"]) != len(model.detect(image, CONFIDENCE)["boxes"])
+    np.testing.assert_allclose([d["box"] for d in record["detections"]], want["boxes"], atol=0.01)
+    for name, tiles in (("detector.keras", (64, 100)), ("serving/1", (64, 128))):
+        assert predict(folder / name, image, "--tiles", *tiles, *options) == 2
+    errors = capsys.readouterr().err
+    assert "multiples of 64" in errors and "--tiles: only for .keras files and presets" in errors
+
+
 @pytest.fixture(scope="module")
 def stand_in(folder):
     return ServingStandIn(folder / "serving/1", "detector")

@@ -390,6 +390,68 @@ def test_arguments_are_those_of_keras():
     assert epochs == [0]
 
 
+# === Why a box ===
+
+
+def test_explains_a_detection_by_its_object(trained):
+    """At least three times the heat that lies in a box of this size by chance."""
+    images, _ = rectangles(4, seed=77)
+    ratios = []
+    for image in images:
+        found = trained.detect(image, confidence_threshold=0.6)
+        for i, box in enumerate(found["boxes"].round().astype(int)):
+            heat = kr.visualization.explain(trained, image, {k: v[i] for k, v in found.items()})
+            assert heat.shape == (64, 128) and heat.min() >= 0 and heat.max() == 1
+            inside = heat[box[1] : box[3], box[0] : box[2]]
+            ratios.append(inside.sum() / heat.sum() * heat.size / inside.size)
+    assert len(ratios) > 4 and np.mean(ratios) >= 3
+
+
+def test_explains_detections_of_any_image_size_and_format(trained):
+    """The heat follows the image, and the format of the boxes changes nothing."""
+    image = rectangles(1, seed=78)[0][0].astype("uint8")
+    large = image.repeat(3, axis=0).repeat(2, axis=1)
+    found = trained.detect(large, confidence_threshold=0.0)
+    best = {name: values[:1] for name, values in found.items()}
+    heat = kr.visualization.explain(trained, large, best)
+    assert heat.shape == (192, 256)
+    relative = small_detector(bounding_box_format="rel_yxyx")
+    relative.set_weights(trained.get_weights())
+    other = {"boxes": best["boxes"][0, [1, 0, 3, 2]] / [192, 256, 192, 256]}
+    other["labels"] = best["labels"]
+    np.testing.assert_allclose(kr.visualization.explain(relative, large, other), heat, atol=1e-3)
+    shown = kr.visualization.overlay_heat(large, heat)
+    assert shown.dtype == "uint8" and shown.shape == large.shape
+    np.testing.assert_array_equal(shown[heat == 0], large[heat == 0])
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"use_transfer_connection": False},
+        {"use_residual_blocks": True, "use_transfer_connection": False},
+        {"use_alignment": True, "use_residual_blocks": True, "predict_iou": True},
+    ],
+)
+def test_explains_detections_of_all_heads(heads):
+    model, image = small_detector(heads=heads), rectangles(1)[0][0]
+    found = model.detect(image, confidence_threshold=0.0)
+    heat = kr.visualization.explain(model, image, {k: v[:1] for k, v in found.items()})
+    assert np.isfinite(heat).all() and heat.max() == 1
+
+
+def test_refuses_to_explain_what_is_not_a_detection(trained):
+    image = rectangles(1)[0][0]
+    found = trained.detect(image, confidence_threshold=0.0)
+    with pytest.raises(ValueError, match=r"`detection` must be a single one.*labels"):
+        kr.visualization.explain(trained, image, found)
+    nothing = {"boxes": [2000, 2000, 2010, 2010], "labels": 0}
+    with pytest.raises(ValueError, match=r"that the model finds.*label 0 at"):
+        kr.visualization.explain(trained, image, nothing)
+    with pytest.raises(ValueError, match=r"label of 0 to 2.*7"):
+        kr.visualization.explain(trained, image, {"boxes": [0, 0, 9, 9], "labels": 7})
+
+
 # === Serialization ===
 
 

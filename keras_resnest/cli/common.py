@@ -107,6 +107,14 @@ def add_reading_arguments(parser: argparse.ArgumentParser, format: str = "--form
     add("--allow-outside", action="store_true", help="read files outside of the data that it names")
 
 
+def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of detecting in tiles."""
+    add = parser.add_argument
+    text = "detect in tiles of this size too, multiples of 64: for small objects in large images"
+    add("--tiles", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=text)
+    add("--overlap", type=float, default=0.2, help="of the tiles; default: %(default)s")
+
+
 def reading_options(arguments) -> dict:
     """Returns the arguments of `read_detection` from the command line."""
     options = {name: getattr(arguments, name) for name in READING_OPTIONS}

@@ -24,6 +24,7 @@ from keras_resnest.cli.common import (
     Failure,
     open_detector,
     read_class_names,
+    refuse_options,
     reporting_unusable_model,
 )
 from keras_resnest.images import read_image_info
@@ -41,6 +42,9 @@ MAX_COORDINATE = 2**24  # pixels; no image is so large, and Pillow draws nothing
 def load_detector(arguments):
     """Returns the detector for a .keras file, a preset, a SavedModel folder or a server URL."""
     name, signature = arguments.model, arguments.signature
+    is_keras = is_preset(name) or not ("://" in name or Path(name).is_dir())
+    if not is_keras:
+        refuse_options(arguments, ["tiles"], "for .keras files and presets")
     if "://" in name and not is_preset(name):
         is_kserve = arguments.protocol == "kserve"
         if is_kserve and (arguments.grpc or signature == "serve_bytes"):
@@ -52,10 +56,10 @@ def load_detector(arguments):
         names = arguments.class_names and read_class_names(arguments.class_names)
         box_format = arguments.box_format or "xyxy"
         return ServedDetector(server, signature, box_format, names)
-    if is_preset(name) or not Path(name).is_dir():
+    if is_keras:
         if signature:
             raise ValueError("--signature: only for SavedModels and servers")
-        return keras_detector(name)
+        return keras_detector(name, arguments.tiles, arguments.overlap, arguments.batch_size)
     with reporting_unusable_model(name):
         model, assets = SavedModel(name), Path(name, "assets.extra")
         facts = json.loads((assets / "model.json").read_text("utf-8"))
@@ -67,11 +71,11 @@ def load_detector(arguments):
     )
 
 
-def keras_detector(path: str):
+def keras_detector(path: str, tiles=None, overlap: float = 0.2, batch_size: int = 8):
     model = open_detector(path)
 
     def detect(paths, images, confidence) -> list[dict]:
-        found = model.detect(images, confidence, batch_size=len(images))
+        found = model.detect(images, confidence, batch_size, tiles=tiles, overlap=overlap)
         for image, detections in zip(images, found, strict=True):
             size = image.shape[:2]
             detections["boxes"] = to_xyxy(detections["boxes"], model.bounding_box_format, size)

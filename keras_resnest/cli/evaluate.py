@@ -2,6 +2,7 @@
 
     keras-resnest evaluate runs/train/detector.keras my_folder --split test --output report
     keras-resnest evaluate resnest50 imagenet/val
+    keras-resnest evaluate detector.keras my_folder --tiles 320 320
     keras-resnest evaluate resnet50 tfds:imagenet_v2 --split test --limit 1000
 
 A preset is a folder of `save_to_preset`, or hf://user/name.
@@ -30,6 +31,7 @@ from keras_resnest.cli.common import (
     Failure,
     add_model_arguments,
     add_reading_arguments,
+    add_tile_arguments,
     check_output,
     figures,
     find_crop,
@@ -59,6 +61,7 @@ def add_arguments(parser, argv) -> None:
     add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")
+    add_tile_arguments(parser)
     add_model_arguments(parser)
     add("--data-dir", help="for a classifier: folder of TFDS; default: that of TFDS")
     add("--limit", type=positive(), help="for a classifier: number of images")
@@ -73,7 +76,7 @@ def run(arguments) -> int:
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
-        refuse_options(arguments, READING_OPTIONS, "for detectors")
+        refuse_options(arguments, (*READING_OPTIONS, "tiles"), "for detectors")
         result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
     with writing_results(arguments.output):
@@ -107,8 +110,12 @@ def read_test_set(model, arguments):
 
 def evaluate_detector(model, arguments) -> dict:
     dataset = read_test_set(model, arguments)
+    size, batch_size = model.image_shape, arguments.batch_size
+    if arguments.tiles:
+        model = kr.detection.TiledDetector(model, arguments.tiles, arguments.overlap, batch_size)
+        size, batch_size = None, 1
     batches = kr.data.evaluation_batches(
-        dataset, model.image_shape, arguments.batch_size, cache=False, include_source=True
+        dataset, size, batch_size, cache=False, include_source=True
     )
     truth, found = kr.evaluation.collect_detections(model, batches, bounding_box_format="xyxy")
     names = dataset.class_names

@@ -1,6 +1,7 @@
 """Detects objects in images or a video, draws them, and writes them as JSON or CSV.
 
     keras-resnest predict detector.keras photos/ cat.jpg --output found
+    keras-resnest predict detector.keras satellite.png --tiles 320 320
     keras-resnest predict serving/detector/1 photos/ --confidence 0.5 --format csv --no-images
     keras-resnest predict detector.keras photos/ --save-annotations coco
     keras-resnest predict detector.keras traffic.mp4 --every 2 --track
@@ -44,6 +45,7 @@ from keras_resnest.atomic import atomic_file
 from keras_resnest.backbones.presets import is_preset
 from keras_resnest.cli.common import (
     Failure,
+    add_tile_arguments,
     check_output,
     collect_images,
     confidence,
@@ -77,6 +79,7 @@ def add_arguments(parser, argv) -> None:
     add("--save-annotations", choices=FORMATS, help="write OUTPUT/annotations, a new folder")
     text = "serve_bytes: send encoded images (default for servers); serving_default: send pixels, "
     add("--signature", choices=SIGNATURES, help=f"{text}resized (default for SavedModels)")
+    add_tile_arguments(parser)
     video = parser.add_argument_group("video")
     video.add_argument("--every", type=positive(), metavar="N", help="only each N-th frame")
     video.add_argument("--track", action="store_true", help="number the objects (ByteTrack)")

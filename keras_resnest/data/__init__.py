@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RandomFlip,
         RandomIoUCrop,
         RandomRotate90,
+        RandomTile,
         Resize,
         TrainingAugmentation,
     )
@@ -75,6 +76,7 @@ __all__ = [
     "RandomFlip",
     "RandomIoUCrop",
     "RandomRotate90",
+    "RandomTile",
     "Resize",
     "Shapes",
     "ShapesConfig",

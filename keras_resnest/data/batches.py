@@ -29,11 +29,12 @@ from keras_resnest.data.augmentation.classification import (
 )
 from keras_resnest.data.augmentation.detection import (
     DETECTION_AUGMENTATIONS,
+    RandomTile,
     Resize,
     TrainingAugmentation,
     drop_empty_boxes,
 )
-from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, update_element
+from keras_resnest.data.augmentation.geometry import PADDING, pad_rows, size_of, update_element
 from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.dataset import check_readable
 from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
@@ -62,6 +63,7 @@ def training_batches(
     mixup: MixUp | None = None,
     image_sizes: Sequence[Sequence[int]] | None = None,
     repeat_threshold: float | None = None,
+    tiles: Sequence[int] | None = None,
     shuffle_buffer: int | None = None,
     seed: int | None = None,
     initial_epoch: int = 0,
@@ -101,6 +103,9 @@ def training_batches(
             images as the sum of the factors, rounded down; of shards, as many as without
             repetitions. Needs a `DetectionDataset` and `deterministic=True`. Default: no
             repetition.
+        tiles: (height, width) in pixels of a `RandomTile`, which replaces each image before
+            `augmentation`: for small objects in large images. As `image_shape`, it keeps the native
+            resolution, that of `RefineDet.detect(..., tiles=...)`.
         shuffle_buffer: number of images from which the next one is drawn; 0 keeps the order.
             Default: all images; 512 if they are cached in files, or neither cached nor loadable
             one by one.
@@ -140,6 +145,7 @@ def training_batches(
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
     augmentation = _detection_augmentation(augmentation, size, image_sizes)
     draw_size = _size_drawer(image_sizes, batch_size, deterministic)
+    cut_tile = None if tiles is None else RandomTile(tiles)
     mixes = _check_mixes(mosaic, mixup)
     _check_max_boxes(max_boxes)
 
@@ -156,6 +162,8 @@ def training_batches(
         element = load(item) if load else item
         name = tf.strings.to_hash_bucket_fast(element["image_id"], 2**62)
         own_seed = fold_in(epoch_seed, index, name)
+        if cut_tile:
+            element = cut_tile(element, fold_in(own_seed, -1))
         image_size = [draw_size(epoch_seed, position)] if draw_size else []
         return dict(augmentation(element, own_seed, *image_size), seed=own_seed)
 
@@ -178,7 +186,7 @@ def training_batches(
 @checked
 def evaluation_batches(
     dataset,
-    image_shape: Sequence[int],
+    image_shape: Sequence[int] | None,
     batch_size: int = 8,
     *,
     cache: bool | str | os.PathLike = True,
@@ -194,7 +202,8 @@ def evaluation_batches(
 
     Args:
         dataset: as in `training_batches`.
-        image_shape: (height, width) or (height, width, 3) of the network.
+        image_shape: (height, width) or (height, width, 3) of the network. None keeps each image in
+            its own size, for `TiledDetector` and `MultiScaleDetector`; `batch_size` must be 1.
         batch_size: images per batch.
         cache: as in `training_batches`.
         max_boxes: as in `training_batches`.
@@ -214,13 +223,22 @@ def evaluation_batches(
     Example:
         >>> model.evaluate(evaluation_batches(dataset, (320, 320), 16))
     """
-    size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
+    size, box_format = (None, None), check_box_format(bounding_box_format)
+    if image_shape is not None:
+        size = check_image_shape(image_shape)
+    elif batch_size != 1:
+        raise ValueError(
+            "`batch_size` must be 1 with image_shape=None, as images may differ in size. "
+            f"Received: batch_size={batch_size!r}"
+        )
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
     _check_max_boxes(max_boxes)
-    resize = Resize(size, dtype)
+    resize = Resize((1, 1) if image_shape is None else size, dtype)
 
     def prepare(element):
-        return dict(resize(element), image_size=tf.shape(element["images"])[:2])
+        own_size = size_of(element["images"])
+        resized = resize(element, image_size=own_size if image_shape is None else None)
+        return dict(resized, image_size=own_size)
 
     cache = _with_fingerprint(cache, dataset, source, "evaluation")
     elements = _cached(source.map(_check_boxes, num_parallel_calls), cache)
@@ -349,11 +367,11 @@ def _padded_batches(
         }
 
     elements = elements.map(select)
-    # The number of boxes is the only unknown dimension; None pads it to the batch's maximum.
-    padded_shapes = tf.nest.map_structure(
-        lambda spec: [max_boxes if length is None else length for length in spec.shape],
-        elements.element_spec,
-    )
+    # None pads the number of boxes to the batch's maximum. Images of a batch have one size.
+    padded_shapes = tf.nest.map_structure(lambda spec: spec.shape, elements.element_spec)
+    padded_shapes["bounding_boxes"] = {
+        name: [max_boxes, *shape[1:]] for name, shape in padded_shapes["bounding_boxes"].items()
+    }
     padding = dict.fromkeys(elements.element_spec)
     padding["bounding_boxes"] = {name: PADDING[name] for name in box_keys}
     return elements.padded_batch(batch_size, padded_shapes, padding, drop_remainder)

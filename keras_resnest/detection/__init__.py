@@ -10,6 +10,8 @@ from keras_resnest.detection.detect import (
     REFINEDET320_PLUS,
     REFINEDET512_PLUS,
     MultiScaleDetector,
+    TiledDetector,
+    to_supervision,
 )
 from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.loss import RefineDetLoss
@@ -25,10 +27,12 @@ __all__ = [
     "MultiScaleDetector",
     "RefineDetHeads",
     "RefineDetLoss",
+    "TiledDetector",
     "anchor_coverage",
     "class_sources",
     "fit_anchors",
     "lower_confidence",
     "suppress_boxes",
+    "to_supervision",
     "vote_boxes",
 ]

@@ -5,7 +5,7 @@ its raw outputs into detections.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -44,6 +44,7 @@ from keras_resnest.detection.class_transfer import class_sources, copy_weights
 from keras_resnest.detection.decoding import DetectionDecoder
 from keras_resnest.detection.detect import (
     CompiledDetector,
+    TiledDetector,
     detect_images,
     detect_resized,
 )
@@ -441,6 +442,8 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         confidence_threshold: float | Mapping[str, float] = 0.3,
         batch_size: int = 8,
         max_pixels: int = MAX_PIXELS,
+        tiles: Sequence[int] | None = None,
+        overlap: float = 0.2,
     ):
         """Detects in images of any size.
 
@@ -449,8 +452,11 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
                 channels) 0 to 255, a folder, or a list or 4-D array of images.
             confidence_threshold: lowest confidence that is returned, 0 to 1; or a dictionary with
                 one for each class name, such as `DetectionReport.best_thresholds`.
-            batch_size: images that pass through the network together.
+            batch_size: images, or tiles, that pass through the network together.
             max_pixels: height times width above which a file is not read.
+            tiles: (height, width) in pixels, multiples of 64, for small objects in large images:
+                detects in overlapping tiles at native resolution too; see `TiledDetector`.
+            overlap: of neighboring tiles, as a fraction of their sides, below 1.
 
         Returns:
             For a single image a dictionary of arrays: `"boxes"` (n, 4) in `bounding_box_format`
@@ -459,9 +465,15 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
             these; an image that cannot be read gives None and a warning.
 
         Raises:
-            ValueError: if a single image cannot be read.
+            ValueError: if a single image cannot be read, or an argument is out of range.
+
+        Example:
+            >>> model.detect("satellite.png", tiles=(320, 320), overlap=0.2)["boxes"]
         """
         class_thresholds(confidence_threshold, self.label_names)
+        if tiles is not None:
+            detector = TiledDetector(self, tiles, overlap, batch_size)
+            return detector.detect(images, confidence_threshold, max_pixels)
         return detect_images(
             images,
             lambda batch: detect_resized(self, batch, confidence_threshold),

@@ -277,6 +277,60 @@ class RandomIoUCrop:
         return tf.cast(tf.concat([corner, corner + sides], axis=-1), tf.int32)
 
 
+@checked
+@dataclass(frozen=True)
+class RandomTile:
+    """Cuts a tile out of a large image, pixel by pixel, for small objects.
+
+    Half of the tiles contain the center of a random object; the others lie anywhere, so that
+    background is learned too. Objects are clipped to the tile, and dropped if less than half of
+    their area is in it. A tile larger than the image is filled up on the right and below.
+
+    Args:
+        tile_shape: (height, width) of the tiles in pixels.
+
+    Example:
+        >>> element = RandomTile((320, 320))(element, seed=(1, 2))
+    """
+
+    tile_shape: tuple[int, ...]
+
+    def __post_init__(self):
+        check_image_shape(self.tile_shape, name="tiles")
+
+    def __call__(self, element: dict, seed) -> dict:
+        """Returns the element of the tile: float32 image and clipped boxes."""
+        element = drop_empty_boxes(element)
+        boxes = element["bounding_boxes"]["boxes"]
+        window = self.window(size_of(element["images"]), boxes, seed)
+        is_visible = intersection(boxes, window) >= 0.5 * intersection(boxes, boxes)
+        image, boxes = view(element, window)
+        return update_element(element, image, boxes, is_visible)
+
+    def window(self, size: tf.Tensor, boxes: tf.Tensor, seed) -> tf.Tensor:
+        """Draws a tile of an image of `size` (height, width) with (n, 4) boxes.
+
+        Returns int32 (x1, y1, x2, y2), inside the image along each side that is long enough.
+        """
+        draws = tf.random.stateless_uniform([4], seed)
+        height, width = check_image_shape(self.tile_shape)
+        extent = tf.constant([width, height])
+        room = tf.cast(tf.maximum(size[::-1] - extent, 0), tf.float32)
+        anywhere = tf.floor(draws[2:] * (room + 1.0))
+        count = tf.shape(boxes)[0]
+        box = tf.pad(boxes, [[0, 1], [0, 0]])[
+            tf.cast(draws[1] * tf.cast(count, tf.float32), tf.int32)
+        ]
+        center = (box[:2] + box[2:]) / 2.0
+        around = tf.round(center - draws[2:] * tf.cast(extent, tf.float32))
+        shows_object = (draws[0] < 0.5) & (count > 0)
+        corner = tf.where(
+            shows_object, tf.clip_by_value(around, 0.0, room), tf.minimum(anywhere, room)
+        )
+        corner = tf.cast(corner, tf.int32)
+        return tf.concat([corner, corner + extent], axis=0)
+
+
 class _Orientation:
     """Base class of transpositions and flips; a subclass draws the `orientation`."""
 

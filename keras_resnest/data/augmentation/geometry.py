@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from keras_resnest.checks import check_fractions, is_number
-
-#: Mean color of ImageNet (red, green, blue, 0 to 255), SSD's fill color.
-MEAN_COLOR = (123.0, 117.0, 104.0)
+from keras_resnest.images import MEAN_COLOR
 
 #: Values of the box entries in a padding row.
 PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
