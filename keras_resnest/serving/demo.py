@@ -97,7 +97,11 @@ def _read_metadata(model: pathlib.Path) -> dict:
 def _copy_runtime(runtime, folder: pathlib.Path) -> None:
     """Copies `RUNTIME_FILES` from a folder, or from an archive of npm."""
     if runtime is None:
-        runtime = fetch_npm_package(RUNTIME, RUNTIME_VERSION, RUNTIME_INTEGRITY)
+        try:
+            runtime = fetch_npm_package(RUNTIME, RUNTIME_VERSION, RUNTIME_INTEGRITY)
+        except ConnectionError as error:
+            hint = f"--runtime takes a folder or .tgz file of {RUNTIME} without network"
+            raise ConnectionError(f"{error}. {hint}") from error
     runtime = pathlib.Path(runtime)
     try:
         if runtime.is_dir():
