@@ -47,7 +47,8 @@ def atomic_folder(path: str | os.PathLike, markers=("saved_model.pb", "assets.ex
     is_marked = any((path / name).exists() for name in markers)
     if path.is_dir() and any(path.iterdir()) and not is_marked:
         raise ValueError(
-            f"`filepath` must be a new or empty folder, or one with a SavedModel. Received: {path}"
+            f"`filepath` must be a new or empty folder, or one with {' or '.join(markers)}. "
+            f"Received: {path}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _hidden_folder(path) as temporary:

@@ -75,6 +75,7 @@ def test_installed_wheel_has_the_program(tmp_path):
     target = tmp_path / "target"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
     assert (target / "keras_resnest/py.typed").exists()
+    assert (target / "keras_resnest/serving/demo.html").exists()
     # Away from the source, so that the installed package is imported.
     environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run(

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import reference
+from browser import browser
 from detectors import CLASS_NAMES, rectangles, small_detector
 from PIL import Image
 from test_matching_coco import noisy_detections
@@ -33,7 +34,6 @@ TIDECV = {
     "false positives": 28.0628390527,
     "false negatives": 21.5696231455,
 }
-BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 
 
 class Recorded:
@@ -389,13 +389,6 @@ def test_numbers_from_files_equal_those_of_evaluation(model, dataset, from_files
     for one in model.detect([r.image for r in dataset.records], confidence_threshold=best):
         limits = [best[name] for name in one["class_names"]]
         assert np.all(one["confidence"] >= np.array(limits) - 1e-6)
-
-
-def browser():
-    for name in BROWSERS:
-        if path := shutil.which(name):
-            return path
-    pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
 
 
 MEASURE = """<script>addEventListener("load", () => {

@@ -8,6 +8,7 @@ from keras_resnest.cli import (
     analyze,
     classify,
     convert,
+    demo,
     evaluate,
     export,
     list_networks,
@@ -24,6 +25,7 @@ COMMANDS = {
     "predict": predict,
     "convert": convert,
     "export": export,
+    "demo": demo,
     "classify": classify,
     "list": list_networks,
 }

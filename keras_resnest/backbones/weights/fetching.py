@@ -1,10 +1,13 @@
 """Loads published weights and weight files: all or nothing, never executing a pickle."""
 
+import base64
 import contextlib
 import difflib
 import hashlib
 import os
 import re
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -335,6 +338,43 @@ def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
         for incomplete in Path(hub.constants.HF_HUB_CACHE, folder).glob("blobs/*.incomplete"):
             incomplete.unlink()
         raise ConnectionError(_fetch_failure(name, repository, error)) from error
+
+
+def fetch_npm_package(name: str, version: str, integrity: str) -> Path:
+    """Returns the path of a package of npm's registry, a `.tgz` file that is cached.
+
+    Args:
+        name: name of the package.
+        version: exact version.
+        integrity: `"sha512-"` and the checksum in base 64, as in `package-lock.json`.
+
+    Raises:
+        ConnectionError: if npm is not installed or cannot fetch the package.
+        ValueError: if the file has another checksum.
+
+    Example:
+        >>> path = fetch_npm_package("onnxruntime-web", "1.30.0", integrity="sha512-...")
+    """
+    path = models_folder() / f"{name}-{version}.tgz"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [shutil.which("npm") or "npm", "pack", f"{name}@{version}", "--loglevel=error"]
+        try:
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or "npm, which comes with Node.js, is missing"
+            raise ConnectionError(_fetch_failure(path.name, "npm", ValueError(reason))) from error
+        (fetched,) = Path(folder).iterdir()
+        found = base64.b64encode(hashlib.sha512(fetched.read_bytes()).digest()).decode()
+        if f"sha512-{found}" != integrity:
+            raise ValueError(
+                f"{path.name} from npm is not the published file: its checksum is sha512-{found} "
+                f"instead of {integrity}"
+            )
+        os.replace(fetched, path)
+    return path
 
 
 def import_hub():
