@@ -5,6 +5,9 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# There is a process per core: more threads only get in each other's way.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from sample_images import photograph, write_odd_images
@@ -16,7 +19,6 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 # The files that take longest start first, so that all processes end at the same time.
 LONGEST = (
-    "test_keras_habits",  # not long, but naming an unreadable image takes 100 s in an old process
     *("test_distribution", "test_refinedet", "test_precision", "test_zoo_promises"),
     *("test_resume", "test_export_formats", "test_pretrained", "test_epochs", "test_callbacks"),
     *("test_cli_train_detector", "test_cli_train_classifier", "test_golden_refinedet"),

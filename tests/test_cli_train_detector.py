@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -255,19 +256,20 @@ def test_an_unusable_output_folder_is_one_sentence(voc_folder, tmp_path, capsys)
 
 def test_an_image_damaged_behind_its_header_is_named(voc_folder, trained, tmp_path, capsys):
     folder = shutil.copytree(voc_folder, tmp_path / "voc")
-    for name in ("0", "10"):  # of the training and the test set
-        image = Image.open(folder / f"JPEGImages/{name}.jpg")
-        image.save(folder / f"JPEGImages/{name}.png")
-        (folder / f"JPEGImages/{name}.jpg").unlink()
-        path = folder / f"JPEGImages/{name}.png"
-        content = path.read_bytes()
+    datasets = read_splits(folder, seed=1)  # training, validation and test set
+    paths = [Path(dataset.records[0].image) for dataset in (datasets[0], datasets[-1])]
+    for path in paths:
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+        content = path.with_suffix(".png").read_bytes()
         middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
+        path.with_suffix(".png").write_bytes(content[:middle] + bytes(50) + content[middle + 50 :])
     output = tmp_path / "out"
-    for command, name in ((["train"], "0"), (["evaluate", trained / "detector.keras"], "10")):
+    commands = ["train"], ["evaluate", trained / "detector.keras"]
+    for command, path in zip(commands, paths, strict=True):
         assert main([*command, folder, "--output", output]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: Cannot read the image '{folder}/JPEGImages/{name}.png'")
+        assert error.startswith(f"error: Cannot read the image '{path.with_suffix('.png')}'")
 
 
 # === evaluate ===

@@ -376,10 +376,10 @@ def test_too_many_mixed_boxes_are_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mosaic": 0.5}, "`mosaic` must be None or a Mosaic"),
-        ({"mixup": Mosaic()}, "`mixup` must be None or a MixUp"),
+        ({"mosaic": 0.5}, "`mosaic` must be Mosaic"),
+        ({"mixup": Mosaic()}, "`mixup` must be MixUp"),
         ({"image_sizes": []}, "`image_sizes` must be a list"),
-        ({"image_sizes": [64, 96]}, "`image_shape` must be"),
+        ({"image_sizes": [64, 96]}, "`image_sizes` must be"),
         ({"image_sizes": [(64, 64)], "deterministic": False}, "`image_sizes` needs"),
         (
             {"image_sizes": [(64, 64)], "augmentation": lambda element, seed: element},

@@ -138,6 +138,8 @@ class Training:
             validation_set, image_shape, cache=not arguments.no_cache, **options
         )
         self.make_callbacks(validation)
+        if self.chief:
+            kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
 
     def make_callbacks(self, validation) -> None:
         """Creates the callbacks that measure, on all workers, and those that write files."""
@@ -160,8 +162,6 @@ class Training:
             self.plots.append(keras.callbacks.TensorBoard(output / "tensorboard"))
 
     def fit(self, callbacks, verbose):
-        if self.chief:
-            kr.visualization.plot_dataset(self.train_set, path=self.output / "dataset.png")
         options = {"epochs": self.recipe.epochs, "callbacks": callbacks, "verbose": verbose}
         return self.model.fit(self.train_batches, **options)
 
