@@ -47,7 +47,7 @@ def test_wrong_commands_end_with_status_2(argv, capsys):
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_ctrl_c_ends_in_one_sentence(command, capsys, monkeypatch):
     monkeypatch.setattr(COMMANDS[command], "run", lambda _: signal.raise_signal(signal.SIGINT))
-    arguments = {"list": [], "train": ["data"], "classify": ["photo.jpg"]}
+    arguments = {"list": [], "train": ["data"], "classify": ["photo.jpg"], "demo": ["model"]}
     arguments["convert"] = ["source", "target", "--format", "voc"]
     assert main([command, *arguments.get(command, ["model", "data"])]) == 130
     said = capsys.readouterr().err.strip()
