@@ -252,8 +252,8 @@ def trained(truth, **options):
     model = small_detector(SHAPE)
     model.compile(keras.optimizers.SGD(1e-3, momentum=0.9, global_clipnorm=10.0), **options)
     start = flat_weights(model)
-    images, boxes = truth[0][:10], {k: v[:10] for k, v in truth[1].items()}
-    loss = model.fit(images, boxes, batch_size=2, verbose=0).history["loss"]
+    images, boxes = truth[0][:20], {k: v[:20] for k, v in truth[1].items()}
+    loss = model.fit(images, boxes, batch_size=4, verbose=0).history["loss"]
     return model, flat_weights(model) - start, loss
 
 
@@ -276,9 +276,9 @@ def test_trains_as_step_by_step(options, step_by_step, truth):
     assert not reference.jit_compile  # "auto" is no XLA here
     model, change, loss = trained(truth, **options)
     assert all(getattr(model, name) == value for name, value in options.items())
-    # The batches of 2 have two numbers per channel on P6, which magnifies what XLA rounds.
+    # The batches of 4 have four numbers per channel on P6, which magnifies what XLA rounds.
     error, length = np.linalg.norm(change - want_change), np.linalg.norm(want_change)
     assert error < 0.01 * length and length > 0.1
-    rtol = 1e-4 if "steps_per_execution" in options else 5e-3  # other kernels round differently
+    rtol = 1e-3 if "jit_compile" in options else 1e-4
     np.testing.assert_allclose(loss, want_loss, rtol)
     assert model.predict(truth[0][:2], verbose=0)["boxes"].shape == (2, 200, 4)

@@ -137,8 +137,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         # === Functional model ===
         images = keras.Input(image_shape, name="images")
         features = _pyramid(backbone)(images)
-        variances = detection_loss.variances
-        outputs = heads(features, anchor_generator, num_classes, variances, policy)
+        outputs = heads(features, anchor_generator, num_classes, detection_loss.variances, policy)
         super().__init__(inputs=images, outputs=outputs, name=name)
         # Training may change the size from batch to batch.
         self.input_spec = [layers.InputSpec(shape=(None, None, None, 3))]
@@ -160,9 +159,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         self.compiled_detector = CompiledDetector(self)
         names = [*LOSS_NAMES, *(["odm_iou_loss"] if "odm_iou" in outputs else [])]
         self._loss_trackers = [keras.metrics.Mean(name=n) for n in names]
-        own = {id(variable) for variable in backbone.variables}
-        for variable in self.variables:  # for optimizers that train the backbone more slowly
-            variable.in_backbone = id(variable) in own
+        self._mark_backbone()
         given = _given_changes(backbone)
         set_batch_norm(self, self.freeze_batch_norm, self.synchronized_batch_norm)
         self._layers_made()
@@ -171,6 +168,12 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
             self.trainable = False
 
     # === Training ===
+
+    def _mark_backbone(self) -> None:
+        """Tells optimizers which variables are the backbone's, to train them more slowly."""
+        own = {id(variable) for variable in self.backbone.variables}
+        for variable in self.variables:
+            variable.in_backbone = id(variable) in own
 
     def freeze_stages(self, num_stages: int | None) -> None:
         """Freezes the stem and the first stages of the backbone; the rest of it is trained.
