@@ -355,7 +355,7 @@ def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("...")
     model = small_backbone()
-    with pytest.raises(ValueError, match=r"SavedModel.*letters"):
+    with pytest.raises(ValueError, match=r"saved_model\.pb.*letters"):
         model.export(tmp_path / "letters")
     with pytest.raises(ValueError, match=r"folder.*dear"):
         model.export(tmp_path / "letters" / "dear.txt")
