@@ -339,8 +339,8 @@ def _check_boxes(element: dict) -> dict:
     return {"images": image, "image_id": image_id, "bounding_boxes": rows, "error": error}
 
 
-def _assert(condition: tf.Tensor, message: str, *values) -> None:
-    tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
+def _assert(condition: tf.Tensor, message: str, *values):
+    return tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
 
 
 def _padded_batches(
@@ -387,8 +387,8 @@ def _mix(batch: dict, mixes: list, max_boxes: int | None) -> dict:
         rows = batch["bounding_boxes"]
         count = tf.shape(rows["labels"])[1]
         message = f"a mixed image has more boxes than max_boxes={max_boxes}. Received (boxes):"
-        _assert(count <= max_boxes, message, count)
-        rows = pad_rows(rows, max_boxes - count, axis=1)
+        with tf.control_dependencies([_assert(count <= max_boxes, message, count)]):
+            rows = pad_rows(rows, max_boxes - count, axis=1)
         batch["bounding_boxes"] = {
             name: tf.ensure_shape(values, [None, max_boxes, *values.shape[2:]])
             for name, values in rows.items()
