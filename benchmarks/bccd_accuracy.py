@@ -63,6 +63,7 @@ def _stages(**switches) -> dict:
 
 _ODM_AT_06 = {"odm_matcher": kr.detection.BoxMatcher(0.6)}
 _VOTING = {"decoder": {"voting_iou": 0.6}}
+_EXCLUSIVE = {**_VOTING["decoder"], "exclusive_classes": True}
 
 
 # Arguments of heads, loss, decoder and recipe that differ from the published ones, by variant.
@@ -97,8 +98,11 @@ _ABLATIONS = {
         "averaged weights": {"recipe": {"ema_momentum": 0.99}},
         "joint regression": {"loss": {"joint_regression": True}},
         "box voting": _VOTING,
+        "box voting, exclusive classes": {"decoder": _EXCLUSIVE},
+        "box voting, class-agnostic": {"decoder": {"class_agnostic": True, **_VOTING["decoder"]}},
         "box voting, joint regression": {"loss": {"joint_regression": True}, **_VOTING},
         "box voting, ODM matched at IoU 0.6": {"loss": _ODM_AT_06, **_VOTING},
+        "all of refinedet_tiny's": {"loss": _ODM_AT_06, "decoder": _EXCLUSIVE},
         "box voting without two-step regression": {
             "loss": {"two_step_regression": False},
             "decoder": {"two_step_regression": False, **_VOTING["decoder"]},
@@ -112,7 +116,7 @@ def _published(heads=None, loss=None, decoder=None, recipe=None) -> dict:
     return {
         "heads": heads or {},
         "loss": {"odm_matcher": None, **(loss or {})},
-        "decoder": {"voting_iou": None, **(decoder or {})},
+        "decoder": {"voting_iou": None, "exclusive_classes": False, **(decoder or {})},
         "recipe": recipe or {},
     }
 
@@ -263,6 +267,13 @@ def train_detector(
     return model
 
 
+def false_positives(voc: kr.evaluation.AveragePrecision, confidence: float = 0.3) -> float:
+    """Number of false detections of at least this confidence."""
+    kept = [np.count_nonzero(curve["confidence"] >= confidence) for curve in voc.curves[0]]
+    rows = [(n, c["precision"][n - 1]) for n, c in zip(kept, voc.curves[0], strict=True) if n]
+    return sum(n * (1.0 - precision) for n, precision in rows)
+
+
 def train_and_measure(
     arguments, train, test, switches: dict, seed: int, start_from: kr.RefineDet | None = None
 ) -> tuple[dict, tuple]:
@@ -282,6 +293,7 @@ def train_and_measure(
         "mAP": float(coco.metrics["AP"]),
         "AP50": dict(zip(voc.class_names, voc.average_precision[0].tolist(), strict=True)),
         "AP": coco.per_class(),
+        "false_positives": false_positives(voc) / len(test),
         "cpu_seconds": round(cpu_seconds, 1),
         "wall_seconds": round(seconds, 1),
         "latency_ms": round(latency(model), 2),
@@ -293,7 +305,7 @@ def train_and_measure(
 
 def summary(variant: str, runs: list[dict]) -> dict:
     """Means over the seeds, and the standard deviations of mAP@0.5 and mAP@[.5:.95]."""
-    averaged = ("mAP50", "mAP75", "mAP", "cpu_seconds", "latency_ms")
+    averaged = ("mAP50", "mAP75", "mAP", "false_positives", "cpu_seconds", "latency_ms")
     row = {name: statistics.fmean(r[name] for r in runs) for name in averaged}
     if len(runs) > 1:
         row |= {
@@ -310,6 +322,7 @@ def table(rows, class_names) -> str:
         "mAP75": "mAP@0.75",
         "mAP": "mAP@[.5:.95]",
         "mAP_spread": "+-",
+        "false_positives": "false/image",
     }
     head = ["", *figures.values(), *class_names, "CPU s", "latency ms", "parameters"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]

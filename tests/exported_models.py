@@ -18,7 +18,11 @@ from keras_resnest.detection.decoding import DetectionDecoder
 THRESHOLDS = {"blue": 0.92, "red": 0.9, "green": 0.96}
 DECODER = DetectionDecoder(confidence_threshold=THRESHOLDS, max_detections=40)
 DIOU = DetectionDecoder(
-    confidence_threshold=0.9, iou_threshold=0.1, max_detections=40, suppression="diou"
+    confidence_threshold=0.9,
+    iou_threshold=0.1,
+    max_detections=40,
+    suppression="diou",
+    exclusive_classes=True,
 )
 # Random weights that predict the IoU: here too without near ties.
 AWARE = {"iou_threshold": 0.1, "max_detections": 40}

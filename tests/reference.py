@@ -3,6 +3,8 @@
 Independent of the package: slow, short and easy to check against the papers.
 """
 
+import math
+
 import numpy as np
 
 
@@ -145,6 +147,7 @@ def decode_detections(
     class_agnostic=False,
     alpha=0.5,
     voting_iou=None,
+    exclusive_classes=False,
 ):
     """Detections of one image: rows of (confidence, label, box), most confident first.
 
@@ -176,7 +179,21 @@ def decode_detections(
             kept, final = suppress(*rows, iou_threshold, suppression), column[order]
         placed = vote(*rows[:2], voting_iou) if voting_iou is not None else rows[0]
         detections += [(final[i], labels[order[i]], placed[i].tolist()) for i in kept]
-    return sorted(detections, reverse=True)[:max_detections]
+    detections = sorted(detections, reverse=True)[:max_detections]
+    if exclusive_classes:
+        lowered = [(lower(d, detections, iou_threshold), *d[1:]) for d in detections]
+        detections = sorted((d for d in lowered if d[0] > limits[d[1]]), reverse=True)
+    return detections
+
+
+def lower(detection, detections, iou_threshold):
+    """The confidence of a detection where each object has one class."""
+    confidence, label, box = detection
+    lowered = confidence
+    for other, other_label, other_box in detections:
+        if other_label != label and other > confidence and iou(box, other_box) > iou_threshold:
+            lowered *= math.sqrt(1 - other)
+    return lowered
 
 
 def average_precision(ground_truth, detections, label, threshold=0.5, interpolation="every_point"):

@@ -22,6 +22,7 @@ DECODERS = {
         "class_agnostic": True,
         "alpha": 0.7,
         "voting_iou": 0.6,
+        "exclusive_classes": True,
     }
 }
 PROGRAMS = Path(__file__).parent / "programs"

@@ -105,6 +105,8 @@ def test_constants_and_defaults_are_those_of_the_package():
         {"voting_iou": 0.6, "max_detections": 30},
         {"voting_iou": 0.4, "class_agnostic": True, "suppression": "soft"},
         {"confidence_threshold": PER_CLASS, "max_detections": 20, "voting_iou": 0.5},
+        {"exclusive_classes": True, "max_detections": 900, "iou_threshold": 0.3},
+        {"exclusive_classes": True, "confidence_threshold": PER_CLASS, "voting_iou": 0.6},
         {"confidence_threshold": PER_CLASS, "suppression": "soft"},
         {"confidence_threshold": PER_CLASS, "class_agnostic": True, "suppression": "soft"},
     ],

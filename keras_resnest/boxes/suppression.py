@@ -36,6 +36,7 @@ def suppress_batch(
     suppression: str = "greedy",
     class_agnostic: bool = False,
     voting_iou: float | None = None,
+    exclusive_classes: bool = False,
 ):
     """Applies NMS to each class of each image of a batch.
 
@@ -52,6 +53,7 @@ def suppress_batch(
         suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`.
         class_agnostic: whether each box keeps only its best class, and all classes count as one.
         voting_iou: lowest IoU of the boxes that vote, or None, see `DetectionDecoder`.
+        exclusive_classes: whether classes compete for an object, see `DetectionDecoder`.
 
     Returns:
         Boxes `(batch, max_detections, 4)`, confidence and int32 labels
@@ -95,12 +97,32 @@ def suppress_batch(
         else:
             lowered = lower(confidence)
         found = _most_confident(rows, lowered, confidence_threshold, max_detections)
-    if voting_iou is None:
-        return found
-    kept, *others = found
-    group = ops.zeros_like(others[1]) if class_agnostic else others[1]
-    voters = rows[0], ops.where(confidence > confidence_threshold, confidence, 0.0)
-    return _vote(kept, group, *voters, voting_iou), *others
+    if voting_iou is not None:
+        kept, *others = found
+        group = ops.zeros_like(others[1]) if class_agnostic else others[1]
+        voters = rows[0], ops.where(confidence > confidence_threshold, confidence, 0.0)
+        found = _vote(kept, group, *voters, voting_iou), *others
+    if exclusive_classes:
+        found = _compete(*found, confidence_threshold if limits is None else limits, iou_threshold)
+    return found
+
+
+def _compete(boxes, confidence, labels, count, limits, iou_threshold: float):
+    """Lets classes compete; detections (B, n) that fall to their limit or below are dropped."""
+    n = confidence.shape[1]
+    real = ops.arange(n, dtype="int32") < count[:, None]
+    confidence = ops.where(real, confidence, 0.0)
+    others = ops.not_equal(labels[:, :, None], labels[:, None])  # (B, n, n)
+    rivals = others & (confidence[:, None] > confidence[:, :, None])
+    rivals = rivals & (pairwise_iou(boxes, boxes) > iou_threshold)
+    chances = ops.where(rivals, 1.0 - confidence[:, None], 1.0)
+    confidence = confidence * ops.sqrt(ops.prod(chances, axis=2))
+    if not isinstance(limits, float):
+        limits = ops.take(limits, labels)
+    confidence, order = ops.top_k(ops.where(confidence > limits, confidence, 0.0), n)
+    boxes = ops.take_along_axis(boxes, order[..., None], axis=1)
+    labels = ops.take_along_axis(labels, order, axis=1)
+    return boxes, confidence, labels, ops.sum(ops.cast(confidence > 0.0, "int32"), axis=1)
 
 
 def _vote(kept, group, boxes, confidence, voting_iou: float):

@@ -74,7 +74,7 @@ BUILDERS = {
         320,
         {"filters": 64, "use_batch_norm": True},
         {"odm_matcher": BoxMatcher(0.6)},
-        {"voting_iou": 0.6},
+        {"voting_iou": 0.6, "exclusive_classes": True},
     ),
 }
 

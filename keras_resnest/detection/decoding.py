@@ -46,6 +46,10 @@ class DetectionDecoder(Configurable):
         voting_iou: if not None, each box that remains moves to the mean, weighted by confidence, of
             all candidates of its class whose IoU with it is at least this ("box voting"). Boxes
             are placed better.
+        exclusive_classes: whether an object is of one class. The confidence of a box is multiplied
+            by the square root of 1 - p for each box of another class that has a higher confidence p
+            and an IoU with it above `iou_threshold`. Unlike `class_agnostic`, the second most
+            likely class remains, with low confidence.
 
     Raises:
         ValueError: if a threshold or `alpha` is not in [0, 1], a count is not a positive integer,
@@ -78,6 +82,7 @@ class DetectionDecoder(Configurable):
         class_agnostic: bool = False,
         alpha: float = 0.5,
         voting_iou: float | None = None,
+        exclusive_classes: bool = False,
     ):
         check_fractions(
             alpha=alpha,
@@ -103,6 +108,7 @@ class DetectionDecoder(Configurable):
         self.class_agnostic = bool(class_agnostic)
         self.alpha = float(alpha)
         self.voting_iou = None if voting_iou is None else float(voting_iou)
+        self.exclusive_classes = bool(exclusive_classes)
 
     def __call__(
         self,
@@ -141,6 +147,7 @@ class DetectionDecoder(Configurable):
             self.suppression,
             self.class_agnostic,
             self.voting_iou,
+            self.exclusive_classes,
         )
         height, width = image_shape[:2]
         if self.clip_to_image:

@@ -64,6 +64,9 @@ class NumpyDetectionDecoder:
             the confidence is `p**alpha * iou**(1 - alpha)`.
         voting_iou: if not None, each box that remains moves to the mean, weighted by confidence, of
             all boxes of its class that entered suppression and whose IoU with it is at least this.
+        exclusive_classes: whether the confidence of a box is multiplied by the square root of 1 - p
+            for each box of another class that has a higher confidence p and an IoU with it above
+            `iou_threshold`.
 
     Raises:
         ValueError: if an argument is out of range or has a wrong shape.
@@ -97,6 +100,7 @@ class NumpyDetectionDecoder:
         class_agnostic=False,
         alpha=0.5,
         voting_iou=None,
+        exclusive_classes=False,
     ):
         if np.shape(variances) != (2,):
             raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
@@ -126,6 +130,7 @@ class NumpyDetectionDecoder:
         self.voting_iou = voting_iou
         if voting_iou is not None:
             self.voting_iou = _check_fraction("voting_iou", voting_iou)
+        self.exclusive_classes = bool(exclusive_classes)
 
     @classmethod
     def from_files(cls, path):
@@ -150,7 +155,7 @@ class NumpyDetectionDecoder:
         missing = [key for key in required if key not in {**metadata, **settings}]
         if missing:
             raise ValueError(f"{path} must have the keys {', '.join(required)}. Missing: {missing}")
-        for name in ("clip_to_image", "class_agnostic", *SWITCHES):
+        for name in ("clip_to_image", "class_agnostic", "exclusive_classes", *SWITCHES):
             if not isinstance(settings.get(name, True), bool):
                 raise ValueError(
                     f'"{name}" in {path} must be true or false. Received: {settings[name]!r}'
@@ -230,11 +235,11 @@ class NumpyDetectionDecoder:
     def _decode_image(self, raw):
         """Decodes one image; boxes (n, 4), confidence (n,) and labels (n,) have no padding."""
         boxes, confidence = self._candidates(raw)  # (candidates, 4), (classes, candidates)
-        limits = np.broadcast_to(self._limits, len(confidence))
+        limits = of_class = np.broadcast_to(self._limits, len(confidence))
         classes = None
         if self.class_agnostic:
             classes = confidence.argmax(axis=0).astype(np.int32)
-            limits = limits[None, classes]  # of each box
+            limits = of_class[None, classes]  # of each box
             confidence = confidence.max(axis=0, keepdims=True)
         found = []
         best = np.zeros(0, np.float32)  # the `max_detections` highest so far
@@ -254,11 +259,20 @@ class NumpyDetectionDecoder:
             found.append((chosen, values, labels))
         boxes, confidence, labels = (np.concatenate([f[i] for f in found]) for i in range(3))
         order = np.argsort(-confidence, kind="stable")[: self.max_detections]
-        return {
-            "boxes": self._format(boxes[order]),
-            "confidence": confidence[order],
-            "labels": labels[order],
-        }
+        boxes, confidence, labels = boxes[order], confidence[order], labels[order]
+        if self.exclusive_classes:
+            confidence = self._compete(boxes, confidence, labels)
+            order = np.argsort(-confidence, kind="stable")
+            order = order[confidence[order] > of_class[labels[order]]]
+            boxes, confidence, labels = boxes[order], confidence[order], labels[order]
+        return {"boxes": self._format(boxes), "confidence": confidence, "labels": labels}
+
+    def _compete(self, boxes, confidence, labels):
+        """Lowers the confidence of boxes (n, 4) where another class is more confident."""
+        rivals = (labels[:, None] != labels) & (confidence > confidence[:, None])
+        rivals &= _pairwise_iou(boxes, boxes) > self.iou_threshold
+        chances = np.where(rivals, 1 - confidence, np.float32(1.0))
+        return confidence * np.sqrt(chances.prod(axis=1))
 
     def _candidates(self, raw):
         """Returns boxes (n, 4) of the anchors that remain, and confidence (classes, n)."""
