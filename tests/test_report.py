@@ -238,6 +238,14 @@ def test_confusion_of_known_detections():
     assert set(report.confidence_threshold.values()) == {0.5}
 
 
+def test_examples_of_missed_objects_come_from_many_images():
+    truth = [{"boxes": [[i, 0, i + 9, 9] for i in range(0, 80, 10)], "labels": [0] * 8}]
+    truth += [{"boxes": [[0, 0, 9, 9]], "labels": [0]}] * 3
+    found = [{"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int), "confidence": np.zeros(0)}]
+    report = analyzed(truth, found * 4)
+    assert sorted(view.image for view, _ in report.views["missed"]) == [0, 0, 0, 1, 2, 3]
+
+
 def test_calibration():
     """Of ten detections in each of two bins, seven and two are right."""
     rng = np.random.default_rng(0)

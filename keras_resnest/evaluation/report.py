@@ -26,6 +26,7 @@ from keras_resnest.evaluation.matching import (
     by_confidence,
     of_same_class,
     overlapping_pairs,
+    rank_in_group,
 )
 from keras_resnest.evaluation.suspicions import LabelSuspicion, find_suspicious_labels
 from keras_resnest.evaluation.voc import nan_mean
@@ -485,7 +486,10 @@ def _make_views(report: DetectionReport, sources: list, sizes: list) -> dict[str
     mistakes = mistakes + np.bincount(objects.labels[missed], minlength=len(report.class_names))
     for label in np.argsort(-mistakes, kind="stable")[:NUM_CLASSES].tolist():
         for kind, table, rows in (("false", found, false), ("missed", objects, missed)):
-            for row in rows[table.labels[rows] == label][:NUM_EXAMPLES].tolist():
+            rows = rows[table.labels[rows] == label]
+            if kind == "missed":  # from as many images as possible; the others are ordered
+                rows = rows[np.argsort(rank_in_group(table.image[rows]), kind="stable")]
+            for row in rows[:NUM_EXAMPLES].tolist():
                 box = _around(table.boxes[row][None])
                 wanted.append((kind, int(table.image[row]), box, (label, row)))
     views = {name: [None] * sum(w[0] == name for w in wanted) for name, *_ in wanted}

@@ -30,10 +30,11 @@ section { padding: 16px; margin-top: 16px; } .tile { padding: 8px 12px; }
 .tile b { display: block; font-size: 1.25rem; } .grid { display: grid; gap: 14px; }
 .grid > * { min-width: 0; } .tiles { gap: 8px; margin: 14px 0;
   grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
+.plots { columns: 3 320px; column-gap: 14px; }
+.plots > * { break-inside: avoid; padding-bottom: 14px; }
 .images { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .crops { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 8px; }
-.crops img { aspect-ratio: 1; object-fit: contain; }
+.crops img { aspect-ratio: 1; object-fit: contain; } .crops figcaption { font-size: .8rem; }
 td .faint { font-size: .9em; } figure { margin: 0; }
 svg, img { display: block; width: 100%; height: auto; }
 svg { fill: currentColor; } img { border-radius: 6px; }
@@ -124,7 +125,7 @@ def _precision(report) -> str:
     sides = {_side(row): row["AP50"] for row in report.side_precision}
     return (
         "<p>AP is the mean over IoU thresholds from 0.5 to 0.95. Small objects are below 32 x 32 "
-        'pixels, large ones above 96 x 96.</p><div class="grid plots">'
+        'pixels, large ones above 96 x 96.</p><div class="plots">'
         + _table(("class", "objects", "AP", "AP50", "AP75"), main)
         + _table(("class", "small", "medium", "large"), sizes)
         + _plot(visualization.plot_bars(sides, "AP50 by side of the object in pixels"))
@@ -162,10 +163,10 @@ def _errors(report) -> str:
     thresholds = ", ".join(f"{n} {v:.2f}" for n, v in report.confidence_threshold.items())
     matrix = visualization.plot_confusion_matrix(report.confusion, report.class_names)
     return (
-        f'<p>{text_of_worst}</p><div class="grid plots"><div>'
+        f'<p>{text_of_worst}</p><div class="plots"><div>'
         + _plot(visualization.plot_bars(costs, "AP50 lost"))
         + f"</div>{_table(('kind', 'number', 'cost'), rows)}<div>{_plot(matrix)}"
-        + '<p class="faint">Confusion of classes, of detections from these confidences on: '
+        + '<p class="faint">Confusion matrix, with the detections of at least these confidences: '
         + f"{_text(thresholds)}.</p></div></div>"
     )
 
@@ -186,10 +187,10 @@ def _confidence(report) -> str:
     plots += _plot(visualization.plot_calibration(report.calibration))
     return (
         "<p>The best threshold of a class is the confidence with the highest F1; dots mark it. The "
-        "bars show the precision of detections of similar confidence, whose number is above them: "
-        "it should follow the dashed line. The mean distance, the expected calibration error, is "
-        f"{_number(report.calibration_error)}.</p>"
-        f'<div class="grid plots">{plots}'
+        "bars show the precision of detections of similar confidence, with their number above; "
+        "ideally, they end at the dashed line. The mean distance from it, the expected calibration "
+        f"error, is {_number(report.calibration_error)}.</p>"
+        f'<div class="plots">{plots}'
         + _table(("class", "best", "precision", "recall", "F1"), rows)
         + f"</div><pre>model.detect(images, confidence_threshold={_text(best)})</pre>"
     )
@@ -292,7 +293,7 @@ def _figure(report, view, found: np.ndarray, objects: np.ndarray, folder, text: 
     link = short
     if report.files:
         link = f'<a href="{_text(_address(name, folder))}">{short}</a>'
-    caption = f"{text} · {link}" if text else link
+    caption = f"{text}<br>{link}" if text else link
     source = _draw(report, view, found, objects)
     return (
         f'<figure><img loading="lazy" alt="{short}" src="{source}">'
