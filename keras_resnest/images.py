@@ -270,7 +270,8 @@ def _naming(image: str):
     except _pillow_errors() as error:
         reason = str(error) or type(error).__name__
         if type(error).__name__ == "DecompressionBombError":
-            reason += " Set PIL.Image.MAX_IMAGE_PIXELS and `max_pixels` to read a file you trust"
+            reason = reason.partition(", could be")[0]
+            reason += ". Set PIL.Image.MAX_IMAGE_PIXELS and `max_pixels` to read a file you trust"
         raise ValueError(f"Cannot read the image {image!r}: {reason}") from error
 
 

@@ -241,6 +241,7 @@ def test_wrong_models_and_images(folder, model_name, images, word, tmp_path, cap
     "arguments, word",
     [
         (["detector.keras", "x.jpg", "--confidence", "30"], "must be between 0 and 1, not 30"),
+        (["x.keras", "x.jpg", "--confidence", "x.json"], "number or an existing file, not x.json"),
         (["detector.keras", "x.jpg", "--batch-size", "0"], "must be above 0, not 0"),
         (["detector.keras"], "required: IMAGE"),
     ],

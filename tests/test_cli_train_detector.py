@@ -1,6 +1,8 @@
 """`keras-resnest train` and `evaluate` of a detector, on a small VOC folder."""
 
+import contextlib
 import csv
+import io
 import json
 import re
 import shutil
@@ -56,7 +58,9 @@ OPTIONS = ["--image-size", 64, 128, "--epochs", 1, "--batch-size", 4]
 @pytest.fixture(scope="module")
 def trained(voc_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    assert main(["train", voc_folder, *OPTIONS, "--output", folder]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["train", voc_folder, *OPTIONS, "--output", folder]) == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder
 
 
@@ -79,6 +83,9 @@ def test_trains_and_writes_everything(trained):
     with (trained / "log.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["val_mAP"]) == pytest.approx(summary["validation"]["mAP"])
+    printed = (trained / "printed.txt").read_text()
+    assert " loss: " in printed and "Epoch 1: val_mAP " in printed
+    assert "val_mAP: " not in printed  # not again, with all the others, in the progress bar
     assert {"val_mAP50", "val_COCO/AP75", "val_AP/red", "val_AP50/red"} <= set(row)
     assert summary["arguments"]["epochs"] == 1 and summary["epochs_before_timing"] == 0
 
@@ -396,8 +403,8 @@ def test_classes_without_objects_are_named(capsys):
     print_data("Validation", report)
     print_data("Training", report)
     printed = capsys.readouterr().out
-    assert "Validation data: nothing of dog, bee: not part of the means" in printed
-    assert "Training data: nothing of dog, bee: cannot be learned" in printed
+    assert "Validation data: no objects of dog, bee: not part of the means" in printed
+    assert "Training data: no objects of dog, bee: cannot be learned" in printed
 
 
 @pytest.mark.parametrize("options, words", [([], "--anchor-sizes"), (["--classifier"], "--mixup")])

@@ -474,6 +474,13 @@ def test_the_command(model, dataset, tmp_path, capsys):
     (served,) = json.loads((tmp_path / "served/detections.json").read_text())
     assert [d["class_name"] for d in served["detections"]] == wanted["class_names"]
 
+    names = (Path(record.image).name for record in dataset.records)
+    (tmp_path / "empty.csv").write_text("\n".join([rows[0], *(f"{n},,,,," for n in names)]))
+    for command in ("analyze", "evaluate"):
+        assert main([command, files[0], tmp_path / "empty.csv", "--output", output]) == 2
+        printed = capsys.readouterr()
+        assert "empty.csv has no objects to compare" in printed.err and "batch" not in printed.out
+
     (tmp_path / "other.csv").write_text("\n".join(rows).replace("red", "cat"))
     assert main(["analyze", files[0], tmp_path / "other.csv", "--output", output]) == 2
     assert "cat" in capsys.readouterr().err

@@ -83,7 +83,9 @@ def fraction(text: str) -> float:
 def confidence(text: str) -> float | dict[str, float]:
     """An argparse type: a number from 0 to 1, or a JSON file with one for each class name."""
     if not Path(text).is_file():
-        return fraction(text)
+        with contextlib.suppress(ValueError):
+            return fraction(text)
+        raise argparse.ArgumentTypeError(f"must be a number or an existing file, not {text}")
     try:
         content = json.loads(Path(text).read_text("utf-8"))
         class_thresholds(content, list(content))

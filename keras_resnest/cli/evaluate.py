@@ -28,7 +28,6 @@ from keras_resnest.checks import value_errors
 from keras_resnest.cli.common import (
     CLASSIFIER_OPTIONS,
     READING_OPTIONS,
-    Failure,
     add_model_arguments,
     add_reading_arguments,
     add_tile_arguments,
@@ -105,6 +104,8 @@ def read_test_set(model, arguments):
         print(f"No split of {arguments.data} is for tests: all of its images are measured, also")
         print("those that the model was trained on")
     print(f"Data: {dataset.report}")
+    if dataset.report.num_boxes == dataset.report.num_difficult:
+        raise ValueError(f"{arguments.data} has no objects to compare detections with")
     return dataset
 
 
@@ -121,8 +122,6 @@ def evaluate_detector(model, arguments) -> dict:
     names = dataset.class_names
     voc = kr.evaluation.voc_average_precision(truth, found, names)
     coco = kr.evaluation.coco_average_precision(truth, found, names)
-    if np.isnan(voc.mAP):
-        raise Failure(f"{arguments.data} contains no objects")
     output, first = arguments.output, range(min(NUM_EXAMPLES, len(truth)))
     with writing_results(output):
         kr.visualization.plot_precision_recall(voc, path=output / "precision_recall.png")

@@ -111,9 +111,9 @@ def run(arguments) -> int:
         records = detect_and_write(detect, paths, arguments)
     objects = sum(len(record["detections"]) for record in records)
     skipped = f", {len(paths) - len(records)} skipped" if len(records) < len(paths) else ""
-    seconds = (time.perf_counter() - start) / len(records)
+    seconds = time.perf_counter() - start
     print(
-        f"{len(records)} images, {objects} objects{skipped}, {seconds:.2f} s per image, "
+        f"{len(records)} images, {objects} objects{skipped}, in {seconds:.1f} s, "
         f"written to {arguments.output}"
     )
     return 0

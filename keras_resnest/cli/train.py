@@ -143,7 +143,7 @@ def print_data(role: str, report) -> None:
     print(f"{role} data: {report}")
     if absent := ", ".join(name for name, count in report.class_counts.items() if not count):
         consequence = "cannot be learned" if role == "Training" else "not part of the means"
-        print(f"{role} data: nothing of {absent}: {consequence}")
+        print(f"{role} data: no objects of {absent}: {consequence}")
 
 
 def remembered_options(training, arguments) -> dict:
@@ -170,8 +170,10 @@ def make_callbacks(training, resume, chief: bool) -> list:
         write_log(resume.rows, output / "log.csv")
 
     log = keras.callbacks.LambdaCallback(on_train_begin=write, on_epoch_end=write)
+    # The bar comes before the evaluation, which adds dozens of values and prints the main ones.
+    bar = keras.callbacks.ProgbarLogger()
     # A kill loses no file of an epoch: plots come before its checkpoint, which holds the log.
-    return [*callbacks, *training.plots, *training.pace, resume, log]
+    return [bar, *callbacks, *training.plots, *training.pace, resume, log]
 
 
 def write_log(rows: list[dict], path: Path) -> None:

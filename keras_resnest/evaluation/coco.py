@@ -51,7 +51,9 @@ class COCOAveragePrecision:
         for name, *values in zip(self.class_names, *columns, strict=True):
             shown = ("-" if v is None or np.isnan(v) else f"{v:.4f}" for v in values)
             lines.append(f"{name:{width}}  " + "  ".join(f"{text:>7}" for text in shown))
-        return "\n".join(lines + [f"{name:9} {v:7.4f}" for name, v in self.metrics.items()])
+        for name, value in self.metrics.items():
+            lines.append(f"{name:9} {'-' if np.isnan(value) else format(value, '.4f'):>7}")
+        return "\n".join(lines)
 
 
 @checked

@@ -330,6 +330,8 @@ def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
         >>> path = fetch_hub_file("timm/resnet18.a1_in1k", "model.safetensors")
     """
     hub = import_hub()
+    verbosity = hub.utils.logging.get_verbosity()
+    hub.utils.logging.set_verbosity_error()  # two lines for each of its retries; the error says why
     try:
         path = None if may_change else hub.try_to_load_from_cache(repository, name)
         return path if isinstance(path, str) else hub.hf_hub_download(repository, name)
@@ -338,6 +340,8 @@ def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
         for incomplete in Path(hub.constants.HF_HUB_CACHE, folder).glob("blobs/*.incomplete"):
             incomplete.unlink()
         raise ConnectionError(_fetch_failure(name, repository, error)) from error
+    finally:
+        hub.utils.logging.set_verbosity(verbosity)
 
 
 def fetch_npm_package(name: str, version: str, integrity: str) -> Path:
