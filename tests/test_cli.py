@@ -34,7 +34,9 @@ def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_arguments([command, "--help"])
     assert stop.value.code == 0
-    assert f"\n    keras-resnest {command}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"\n    keras-resnest {command}" in printed
+    assert "\n" not in printed.split("\n\n")[0]  # usage
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["list", "--unknown"]])

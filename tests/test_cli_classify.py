@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 def classified(folder, *arguments):
     found = folder / "found.json"
-    options = ["--model", folder / "model.keras", "--classes-file", folder / "names.txt"]
+    options = ["--model", folder / "model.keras", "--classes", folder / "names.txt"]
     assert main(["classify", *arguments, *options, "--json", found]) == 0
     return {
         Path(entry["file"]).relative_to(folder).as_posix(): entry["classes"]

@@ -320,6 +320,8 @@ def test_export_a_detector_with_options_of_a_classifier(trained, tmp_path, capsy
     command = ["export", trained / "detector.keras", tmp_path / "detector.onnx"]
     assert main([*command, "--crop-size", 64]) == 2
     assert "--crop-size: only for classifiers" in capsys.readouterr().err
+    assert main([*command, "--precision", "int8"]) == 2
+    assert "--precision int8 and --images belong together" in capsys.readouterr().err
     assert main([*command, "--precision", "bfloat16"]) == 2
     assert "`precision` of onnx must be one of" in capsys.readouterr().err
 

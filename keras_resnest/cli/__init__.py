@@ -59,6 +59,14 @@ def main(argv=None) -> int:
         return 130
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the options out of the usage: up to thirty lines above the description and errors."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        needed = [action for action in actions if action.required or not action.option_strings]
+        super().add_usage(usage, needed, [], prefix)
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parses a command line; an invalid one ends the process with status 2."""
     parser = argparse.ArgumentParser(
@@ -75,7 +83,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             name,
             help=command.__doc__.split("\n", 1)[0],
             description=command.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         command.add_arguments(subparser, argv)

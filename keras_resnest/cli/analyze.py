@@ -19,7 +19,7 @@ from keras_resnest.cli.common import (
     add_reading_arguments,
     check_output,
     confidence,
-    load_keras_file,
+    open_detector,
     writing_results,
 )
 from keras_resnest.cli.evaluate import read_test_set
@@ -39,9 +39,7 @@ def add_arguments(parser, argv) -> None:
 
 def run(arguments) -> int:
     check_output(arguments.output)
-    model = load_keras_file(arguments.model)
-    if not isinstance(model, kr.RefineDet):
-        raise ValueError(f"{arguments.model} is not a detector, but a {type(model).__name__}")
+    model = open_detector(arguments.model)
     dataset = read_test_set(model, arguments)
     report = kr.evaluation.analyze(
         model, dataset, dataset.class_names, confidence_threshold=arguments.confidence

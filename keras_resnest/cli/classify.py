@@ -32,7 +32,7 @@ def add_arguments(parser, argv) -> None:
     add("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
     add("--model", default="resnest50", help="network, .keras file or preset; default: %(default)s")
     add_model_arguments(parser)
-    add("--classes", "--classes-file", type=Path, help="text file with one class name per line")
+    add("--classes", type=Path, help="text file with one class name per line")
     add("--top", type=positive(), default=5, help="classes per image; default: %(default)s")
     add("--batch-size", type=positive(), default=8, help="images at a time; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="also write the classes to this file")

@@ -106,15 +106,16 @@ def add_reading_arguments(parser: argparse.ArgumentParser, format: str = "--form
     add(format, dest="format", choices=FORMATS, help="of the data; default: recognized")
     text = "images without annotation; default: error for VOC, else background"
     add("--unannotated", choices=UNANNOTATED, help=text)
-    add("--allow-outside", action="store_true", help="read files outside of the data that it names")
+    add("--allow-outside", action="store_true", help="read files outside DATA that DATA names")
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of detecting in tiles."""
     add = parser.add_argument
-    text = "detect in tiles of this size too, multiples of 64: for small objects in large images"
+    text = "detect also in tiles of this size, multiples of 64: for small objects in large images"
     add("--tiles", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=text)
-    add("--overlap", type=float, default=0.2, help="of the tiles; default: %(default)s")
+    text = "of neighboring tiles, as a fraction of their size; default: %(default)s"
+    add("--overlap", type=float, default=0.2, help=text)
 
 
 def reading_options(arguments) -> dict:

@@ -16,8 +16,7 @@ import functools
 import http.server
 from pathlib import Path
 
-import keras_resnest as kr
-from keras_resnest.cli.common import check_output, load_keras_file, writing_results
+from keras_resnest.cli.common import check_output, open_detector, writing_results
 from keras_resnest.serving.demo import write_demo
 
 HOST = "127.0.0.1"
@@ -58,9 +57,7 @@ def run(arguments) -> int:
 def write(arguments) -> None:
     model = arguments.model
     if not model.endswith(".onnx"):
-        model = load_keras_file(model)
-        if not isinstance(model, kr.RefineDet):
-            raise ValueError(f"{arguments.model} is not a detector, but a {type(model).__name__}")
+        model = open_detector(model)
     with writing_results(arguments.output):
         write_demo(model, arguments.output, arguments.runtime)
     print(f"The page is in {arguments.output}")

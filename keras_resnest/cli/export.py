@@ -29,6 +29,7 @@ from keras_resnest.cli.common import (
     refuse_options,
 )
 
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert"}
 
 
@@ -37,17 +38,19 @@ def add_arguments(parser, argv) -> None:
     add("model", metavar="MODEL", help=".keras file, preset, or name of a classification network")
     add("target", metavar="TARGET", type=Path, help="file or folder to write")
     add("--format", choices=("tf_saved_model", *FORMATS.values()), help="default: see above")
-    add("--precision", default="float32", help="bfloat16, float16, int8; default: %(default)s")
-    add("--raw", action="store_true", help="without box decoding and non-maximum suppression")
-    text = "lowest of a detection, or the thresholds.json of `analyze`; default: the model's"
+    add("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
+    add("--raw", action="store_true", help="without decoding of boxes and non-maximum suppression")
+    text = "lowest of the detections, or the thresholds.json of `analyze`; default: the model's"
     add("--confidence", type=confidence, metavar="NUMBER|FILE", help=text)
     add("--freeze", action="store_true", help="a SavedModel of constants, see docs/serving.md")
-    add("--images", nargs="+", metavar="IMAGE", help="for int8: a few dozen typical images")
+    add("--images", nargs="+", metavar="IMAGE", help="a few dozen typical images, for int8")
     add_model_arguments(parser)
     add("--classes", type=Path, help="of a classifier: text file, one class name per line")
 
 
 def run(arguments) -> int:
+    if bool(arguments.images) != (arguments.precision == "int8"):
+        raise ValueError("--precision int8 and --images belong together")
     model = load_model(arguments.model, arguments.weights)
     format = arguments.format or FORMATS.get(arguments.target.suffix, "tf_saved_model")
     options = {"precision": arguments.precision, "freeze": arguments.freeze}

@@ -70,7 +70,7 @@ def add_arguments(parser, argv) -> None:
     add("model", metavar="MODEL", help=".keras file, preset, SavedModel folder, or URL of a server")
     text = "file, folder or pattern; or a video: file, URL, camera or camera:DEVICE"
     add("images", metavar="IMAGE", nargs="+", help=text)
-    text = "lowest to report, or the thresholds.json of `analyze`; default: %(default)s"
+    text = "lowest of the detections, or the thresholds.json of `analyze`; default: %(default)s"
     add("--confidence", type=confidence, default=0.3, metavar="NUMBER|FILE", help=text)
     add("--batch-size", type=positive(), default=8, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("detections"), help="folder; default: %(default)s")

@@ -51,14 +51,15 @@ def add_arguments(parser, argv) -> None:
     # Options of the other kind of model are errors.
     kind = train_classifier if "--classifier" in argv else train_detector
     add = parser.add_argument
-    add("data", help="folder or file of images, or tfds:NAME")
+    add("data", metavar="DATA", help="folder or file of images, or tfds:NAME")
     add("--classifier", action="store_true", help="train a classifier; see its --help")
-    add("--train-split", help="folder, split file or TFDS split; default: train")
-    add("--test-split", help="default: the first usual name that exists")
+    add("--train-split", metavar="SPLIT", help="folder, split file or TFDS split; default: train")
+    add("--test-split", metavar="SPLIT", help="default: test, else val or valid")
     add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--epochs", type=positive(), help=f"default: {kind.EPOCHS}")
     add("--batch-size", type=positive(), help=f"over all devices; default: {kind.BATCH_SIZE}")
-    add("--learning-rate", type=positive(float), help="peak; default: the recipe's, scaled")
+    text = "highest; default: the recipe's, scaled to the batch size"
+    add("--learning-rate", type=positive(float), metavar="RATE", help=text)
     add("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     add("--deterministic", action="store_true", help="bitwise reproducible; slower")
     add("--seed", type=int, default=1, help="default: %(default)s")

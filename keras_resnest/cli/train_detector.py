@@ -35,16 +35,17 @@ def add_arguments(parser) -> None:
     add_reading_arguments(parser)
     add = parser.add_argument
     text = "to choose the best model; default: val or valid, else a tenth of the training split"
-    add("--validation-split", help=text)
+    add("--validation-split", metavar="SPLIT", help=text)
     add("--recipe", choices=RECIPES, default=RECIPES[0], help="default: %(default)s")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="`list --kind detectors`; default: refinedet_tiny")
+    add("--model", help="see `keras-resnest list --kind detectors`; default: refinedet_tiny")
     add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 64")
     text = "at strides 8, 16, 32, 64; default: 32 64 128 256"
     add("--anchor-sizes", type=float, nargs=4, metavar="PIXELS", help=text)
     add("--fit-anchors", action="store_true", help="fit the anchor sizes to the training data")
-    add("--backbone-weights", help='"imagenet", another tag or a file; default: random weights')
+    text = '"imagenet", another tag or a file; default: random weights'
+    add("--backbone-weights", metavar="WEIGHTS", help=text)
     text = "frozen: for pretrained weights and small batches; default: train"
     add("--batch-norm", choices=BATCH_NORMS, help=text)
 
@@ -53,34 +54,40 @@ def add_arguments(parser) -> None:
     add("--start-from", metavar="DETECTOR", help=text)
     text = "keep the backbone's stem and first N of 4 stages unchanged"
     add("--freeze-stages", type=positive(), metavar="N", help=text)
-    text = "then train these stages too"
+    text = "train these stages too after this many epochs"
     add("--unfreeze-after", type=positive(), metavar="EPOCHS", help=text)
     text = "learning rate of the backbone, relative to the other layers; default: %(default)s"
-    add("--backbone-learning-rate-factor", type=positive(float), default=1.0, help=text)
+    add(
+        "--backbone-learning-rate-factor",
+        type=positive(float),
+        default=1.0,
+        metavar="FACTOR",
+        help=text,
+    )
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--augmentation", choices=AUGMENTATIONS, default="mild", help="default: %(default)s")
     add("--vertical-flip", action="store_true", help="for images without a natural orientation")
     add("--mosaic", type=fraction, default=0.0, metavar="PROBABILITY", help="four images in one")
     add("--mixup", type=fraction, default=0.0, metavar="PROBABILITY", help="two images in one")
-    text = f"of rare classes: {', '.join(METHODS)} or a JSON file {{class name: weight}}"
+    text = f"weights for rare classes: {', '.join(METHODS)} or a JSON file {{class name: weight}}"
     add("--class-weight", metavar="METHOD", help=text)
-    text = "sides in pixels; each batch draws one of them"
+    text = "sides of the images in pixels; one of them is drawn for each batch"
     add("--multi-scale", type=positive(), nargs="+", metavar="SIDE", help=text)
 
     add = parser.add_argument_group("course of the training").add_argument
     text = "stop after this many epochs without a better model"
     add("--patience", type=positive(), metavar="EPOCHS", help=text)
-    text = "compute each batch in so many parts, to save memory; default: %(default)s"
+    text = "compute each batch in this many parts, to save memory; default: %(default)s"
     add("--accumulate", type=positive(), default=1, metavar="PARTS", help=text)
     text = "shorten the training, and its schedule, to this time; test and export follow"
     add("--time-limit", type=positive(float), metavar="MINUTES", help=text)
-    text = "of the moving average of the weights, such as 0.99; default: the recipe's"
-    add("--ema-momentum", type=fraction, metavar="SHARE", help=text)
-    text = "and after the first and the last epoch; default: %(default)s"
+    text = "of a moving average of the weights, such as 0.99; default: the recipe's"
+    add("--ema-momentum", type=fraction, metavar="MOMENTUM", help=text)
+    text = "interval; also after the first and the last epoch; default: %(default)s"
     add("--evaluate-every", type=positive(), default=5, metavar="EPOCHS", help=text)
-    add("--checkpoint-steps", type=positive(), metavar="STEPS", help="also within epochs")
-    add("--tensorboard", action="store_true", help="write OUTPUT/tensorboard")
+    add("--checkpoint-steps", type=positive(), metavar="STEPS", help="save also within epochs")
+    add("--tensorboard", action="store_true", help="write curves to OUTPUT/tensorboard")
     add("--no-cache", action="store_true", help="decode images in every epoch, for large datasets")
 
 
