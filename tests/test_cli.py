@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_ctrl_c_ends_in_one_sentence(command, capsys, monkeypatch):
     assert main([command, *arguments.get(command, ["model", "data"])]) == 130
     said = capsys.readouterr().err.strip()
     assert said == "interrupted: to start over, run the same command"
+
+
+def test_warnings_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert main(["list", "resnest14"]) == 0
+    shown = warnings.formatwarning("x.jpg\x1b: faulty", UserWarning, "voc.py", 3, "warn()")
+    assert shown == "warning: x.jpg\\x1b: faulty\n"
 
 
 def test_version(capsys):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 
 from keras_resnest.cli import (
     analyze,
@@ -47,6 +48,7 @@ def main(argv=None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments([str(argument) for argument in argv])
+    warnings.formatwarning = lambda text, *_: f"warning: {printable(str(text))}\n"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for the processes that a command starts
     try:
         return COMMANDS[arguments.command].run(arguments)

@@ -33,7 +33,7 @@ section { padding: 16px; margin-top: 16px; } .tile { padding: 8px 12px; }
 .plots { columns: 3 320px; column-gap: 14px; }
 .plots > * { break-inside: avoid; padding-bottom: 14px; }
 .images { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
-.crops { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 8px; }
+.crops { grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 8px; }
 .crops img { aspect-ratio: 1; object-fit: contain; } .crops figcaption { font-size: .8rem; }
 td .faint { font-size: .9em; } figure { margin: 0; }
 svg, img { display: block; width: 100%; height: auto; }
