@@ -70,12 +70,12 @@ def add_arguments(parser) -> None:
     add("--vertical-flip", action="store_true", help="for images without a natural orientation")
     add("--mosaic", type=fraction, default=0.0, metavar="PROBABILITY", help="four images in one")
     add("--mixup", type=fraction, default=0.0, metavar="PROBABILITY", help="two images in one")
-    text = f"weights for rare classes: {', '.join(METHODS)} or a JSON file {{class name: weight}}"
-    add("--class-weight", metavar="METHOD", help=text)
     text = "sides of the images in pixels; one of them is drawn for each batch"
     add("--multi-scale", type=positive(), nargs="+", metavar="SIDE", help=text)
 
     add = parser.add_argument_group("course of the training").add_argument
+    text = f"weights for rare classes: {', '.join(METHODS)} or a JSON file {{class name: weight}}"
+    add("--class-weight", metavar="METHOD", help=text)
     text = "stop after this many epochs without a better model"
     add("--patience", type=positive(), metavar="EPOCHS", help=text)
     text = "compute each batch in this many parts, to save memory; default: %(default)s"

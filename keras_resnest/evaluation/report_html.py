@@ -234,8 +234,8 @@ def _examples(report, folder) -> str:
             else:
                 found, objects, text = _kept_rows(report, view.image), np.array([row]), ""
             cards.append(_figure(report, view, found, objects, folder, text))
-        title = "False positives" if kind == "false" else "Missed"
-        heading = f"<h3>{_swatch(report, label)}: {title.lower()}</h3>"
+        title = "false positives" if kind == "false" else "missed"
+        heading = f"<h3>{_swatch(report, label)}: {title}</h3>"
         content.append(f'{heading}<div class="grid crops">{"".join(cards)}</div>')
     if not content:
         return "<p>None at these confidences.</p>"
