@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments([str(argument) for argument in argv])
-    warnings.formatwarning = lambda text, *_: f"warning: {printable(str(text))}\n"
+    usual, warnings.formatwarning = warnings.formatwarning, format_warning
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for the processes that a command starts
     try:
         return COMMANDS[arguments.command].run(arguments)
@@ -59,6 +59,13 @@ def main(argv=None) -> int:
         how = str(stop) or "to start over, run the same command"
         print(f"\ninterrupted: {how}", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = usual
+
+
+def format_warning(text, *_) -> str:
+    """A warning without a line of our code."""
+    return f"warning: {printable(str(text))}\n"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
