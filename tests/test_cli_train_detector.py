@@ -84,6 +84,7 @@ def test_trains_and_writes_everything(trained):
         (row,) = csv.DictReader(file)
     assert float(row["val_mAP"]) == pytest.approx(summary["validation"]["mAP"])
     printed = (trained / "printed.txt").read_text()
+    assert "Trained 1 of 1 epochs; " in printed
     assert " loss: " in printed and "Epoch 1: val_mAP " in printed
     assert "val_mAP: " not in printed  # not again, with all the others, in the progress bar
     assert {"val_mAP50", "val_COCO/AP75", "val_AP/red", "val_AP50/red"} <= set(row)

@@ -135,7 +135,8 @@ def train(training, arguments) -> None:
             raise OSError(f"the output folder was removed during the training: {output}")
         with atomic_file(output / "result.json") as file:
             file.write_text(json.dumps(summary, indent=2, default=str))
-        print(f"Training took {seconds:.0f} s, CPU time {cpu_seconds:.0f} s")
+        done = f"{len(resume.rows)} of {training.recipe.epochs} epochs"  # --patience, --time-limit
+        print(f"Trained {done}; this run took {seconds:.0f} s, CPU time {cpu_seconds:.0f} s")
         print(f"The model, serving/1, plots and result.json are in {output}")
     kr.training.wait_for_workers(strategy)
 
