@@ -11,6 +11,8 @@ from keras_resnest.detection.loss import RefineDetLoss
 from keras_resnest.detection.refinedet import RefineDet
 
 CLASS_NAMES = ["red", "green", "blue"]
+# Heads of which TensorFlow traces a training step in about two thirds of the time.
+LEAN = {"use_batch_norm": False, "use_transfer_connection": False}
 
 
 def small_backbone(name="small", **kwargs):

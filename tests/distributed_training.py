@@ -1,6 +1,6 @@
 """Programs of test_distribution: SGD steps on fixed batches, and what the model finds.
 
-    TF_CONFIG=... python tests/distributed_training.py OUTPUT.npz frozen_detector
+    TF_CONFIG=... python tests/distributed_training.py FOLDER frozen_detector frozen_classifier
 
 trains as one of several workers. `many_devices.py` calls `main` and `with_more_replicas`.
 """
@@ -8,13 +8,14 @@ trains as one of several workers. `many_devices.py` calls `main` and `with_more_
 import argparse
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 import tensorflow as tf
-from detectors import CLASS_NAMES, rectangles, small_detector
+from detectors import CLASS_NAMES, LEAN, rectangles, small_detector
 
 from keras_resnest.backbones import ResNet
 from keras_resnest.layers.normalization import set_batch_norm
@@ -27,7 +28,7 @@ UNEVEN_ROWS = 5  # the last batch, of four, has one
 
 
 def detector(**batch_norm):
-    model = small_detector(image_shape=SHAPE, **batch_norm)
+    model = small_detector(SHAPE, LEAN, **batch_norm)
     options = {"use_ema": True, "ema_momentum": 0.5, "backbone_learning_rate_factor": 0.1}
     model.compile(SGDWithL2(1e-3, momentum=0.9, global_clipnorm=10.0, **options))
     return model
@@ -161,19 +162,21 @@ def with_more_replicas(folder):
 
 def train_as_worker():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output")
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--checkpoint", help="folder of ResumeTraining")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("models", choices=MODELS, nargs="+")
     parser.add_argument("--kill-at", type=int, default=-1, help="step at which worker 1 dies")
     arguments = parser.parse_args()
-    with create_strategy().scope():
-        model = MODELS[arguments.model]()
-    if "detector" in arguments.model:
-        check_classes_of_distributed_batches(model)
-    callbacks = [Kill(arguments.kill_at)]
-    if arguments.checkpoint:
-        callbacks.append(ResumeTraining(arguments.checkpoint))
-    np.savez(arguments.output, **train(model, arguments.model, callbacks))
+    strategy = create_strategy()
+    for kind in arguments.models:
+        with strategy.scope():
+            model = MODELS[kind]()
+        callbacks = [Kill(arguments.kill_at)]
+        if "detector" in kind:
+            check_classes_of_distributed_batches(model)
+        else:
+            callbacks.append(ResumeTraining(arguments.folder / "checkpoint"))
+        worker = strategy.cluster_resolver.task_id
+        np.savez(arguments.folder / f"{kind}_{worker}", **train(model, kind, callbacks))
 
 
 if __name__ == "__main__":

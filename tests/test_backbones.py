@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from fresh_process import run_program
 
-from keras_resnest import backbones, layers
+from keras_resnest import backbones
 from keras_resnest.backbones import (
     VARIANTS,
     ResNeSt50,
@@ -208,26 +208,6 @@ def test_resnet_refuses(options, match):
 
 
 # === Files ===
-
-
-def test_keras_files_load_in_a_fresh_process_without_custom_objects(tmp_path):
-    resnet = ResNet(**SMALL, dropblock_rate=0.1, include_top=True, classes=3)
-    resnet.compile("sgd", "sparse_categorical_crossentropy")
-    inputs = keras.Input((8, 8, 4))
-    x = layers.SplitAttention(8, radix=2, cardinality=2, dropblock_rate=0.1)(inputs)
-    x = layers.L2Normalization(10.0)(layers.DropBlock2D(0.1, 3)(x))
-    upper = layers.GroupedConv2D(8, 3, 2, "same", groups=4)(x)
-    upper = layers.TransferConnectionBlock(8)(upper)
-    x = layers.TransferConnectionBlock(8, use_batch_norm=True)(x, upper)
-    models = {"resnet": resnet, "layers": keras.Model(inputs, x)}
-    images = {"resnet": pixels(2, 35, 35, 3), "layers": pixels(2, 8, 8, 4) / 255}
-    for name, model in models.items():
-        model.save(tmp_path / f"{name}.keras")
-        np.save(tmp_path / f"{name}.npy", images[name])
-    assert run_program("predict_models.py", tmp_path, "layers", "resnet") == "ResNet P2 P3"
-    for name, model in models.items():
-        outputs = np.load(tmp_path / f"{name}_outputs.npy")
-        assert relative_error(outputs, model(images[name])) < 1e-5
 
 
 def test_saved_model_serves_without_xla(tmp_path):

@@ -3,8 +3,7 @@
 import io
 import json
 import os
-import subprocess
-import sys
+import urllib.request
 from pathlib import Path
 
 import keras
@@ -293,18 +292,15 @@ def test_names_of_imagenet(monkeypatch):
     assert second[0] == ("n00000999", "name999", 1.0)
 
 
-def test_names_of_imagenet_without_network(tmp_path):
-    code = (
-        "import numpy as np; from keras_resnest.backbones import decode_predictions\n"
-        "try: decode_predictions(np.ones((1, 1000)))\n"
-        "except ConnectionError as error: print('SAID', error)"
-    )
-    # Nothing listens at port 9.
-    proxies = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    environment = {**os.environ, **proxies, "KERAS_HOME": str(tmp_path)}
-    text = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert "SAID The names of ImageNet's classes could not be fetched" in text
-    assert "pass `class_names`" in text
+def test_names_of_imagenet_without_network(tmp_path, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers proxies
+    monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path))
+    monkeypatch.setattr("keras.src.applications.imagenet_utils.CLASS_INDEX", None)
+    words = "^The names of ImageNet's classes could not be fetched.*pass `class_names`"
+    with pytest.raises(ConnectionError, match=words):
+        decode_predictions(np.ones((1, 1000)))
 
 
 @pytest.mark.parametrize("top", [0, -1, 4, 1.5, None])

@@ -52,7 +52,8 @@ def voc_folder(tmp_path_factory):
     return folder
 
 
-OPTIONS = ["--image-size", 64, 128, "--epochs", 1, "--batch-size", 4]
+# The graph of this recipe's optimizer is the smaller one; starting from a detector uses the other.
+OPTIONS = ["--image-size", 64, 128, "--epochs", 1, "--batch-size", 4, "--recipe", "refinedet_voc"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     (voc_folder / "ImageSets/Main/one.txt").write_text("8\n")
     data = ["--train-split", "fewer", "--test-split", "train", "--validation-split", "one"]
     data += ["--batch-size", 2, "--seed", 2]
-    recipe = ["--learning-rate", 0.1, "--recipe", "refinedet_voc", "--mosaic", 0.5]
+    recipe = ["--learning-rate", 0.1, "--recipe", "detector_from_scratch", "--mosaic", 0.5]
     options = [*OPTIONS, *data, *recipe, "--epochs", 2, "--output", tmp_path]
     assert main(["train", voc_folder, *options]) == 1
     errors = capsys.readouterr().err
@@ -130,7 +131,7 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
         "steps_per_epoch: 2, here 3",
         "batch_size: 4, here 2",
         "seed: 1, here 2",
-        'recipe: "detector_from_scratch", here "refinedet_voc"',
+        'recipe: "refinedet_voc", here "detector_from_scratch"',
         "learning_rate: ",
         "mosaic: 0.0, here 0.5",
     ):
@@ -138,12 +139,13 @@ def test_the_checkpoint_of_other_data_and_settings(voc_folder, trained, tmp_path
     assert "epochs" not in errors and "output" not in errors
 
 
-def test_start_from_a_detector(voc_folder, trained, tmp_path, capsys):
+def test_start_from_a_detector(voc_folder, tmp_path, capsys):
     """Its size and anchors, and the classes that it knows; the frozen stages do not change."""
     folder = shutil.copytree(voc_folder, tmp_path / "voc")
     for path in folder.glob("Annotations/*.xml"):
         path.write_text(path.read_text().replace(f"<name>{CLASS_NAMES[0]}<", "<name>zebra<"))
-    source = trained / "detector.keras"
+    source = tmp_path / "source.keras"
+    small_detector((64, 128, 3)).save(source)
     options = ["--start-from", source, "--freeze-stages", 2, "--backbone-learning-rate-factor", 0.5]
     options += ["--ema-momentum", 0.5, "--time-limit", 60, "--patience", 3, "--tensorboard"]
     options += ["--epochs", 1, "--batch-size", 4, "--output", tmp_path / "out"]
@@ -160,7 +162,7 @@ def test_start_from_a_detector(voc_folder, trained, tmp_path, capsys):
         for a, b in zip(old.backbone.get_weights(), new.backbone.get_weights(), strict=True)
     ]
     count = len([w for w in new.backbone.weights if not w.trainable and "moving" not in w.path])
-    assert all(same[: same.index(False)]) and same.index(False) > count > 20
+    assert all(same[: same.index(False)]) and same.index(False) > count > 10
 
 
 def test_start_from_something_else(voc_folder, tmp_path, capsys):

@@ -1,8 +1,5 @@
 """The deployment graph: folded, it computes what the Keras model computes."""
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +17,6 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
-PROGRAMS = Path(__file__).parent / "programs"
 LINEAR = {"Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul"}
 TRAINING = {"VarHandleOp", "ReadVariableOp", "FusedBatchNormV3", "RandomUniform", "Dropout"}
 CALLS = {"PyFunc", "EagerPyFunc", "PyFuncStateless", "PartitionedCall", "StatefulPartitionedCall"}
@@ -507,17 +503,3 @@ def test_unknown_precision(precision):
     specification = tf.TensorSpec((None, 4), name="rows")
     with pytest.raises(ValueError, match=r"`precision` must be one of float32, bfloat16, float16"):
         deployment_function(lambda x: {"y": x}, specification, precision)
-
-
-def test_models_of_other_backends_are_rejected(tmp_path):
-    if importlib.util.find_spec("jax") is None:
-        pytest.skip("JAX is not installed")
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, PROGRAMS / "export_on_jax.py", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list(tmp_path.iterdir()) == []

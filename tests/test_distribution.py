@@ -56,16 +56,16 @@ def line_of(process, text):
     return line
 
 
-def run_workers(*arguments, outputs):
-    """Return codes and outputs of workers that run in parallel."""
-    addresses = free_addresses(len(outputs))
+def run_workers(*arguments):
+    """Return codes and outputs of two workers that run in parallel."""
+    addresses = free_addresses(2)
     processes = []
     try:
-        for i, output in enumerate(outputs):
+        for i in range(2):
             config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, *map(str, (WORKER, output, *arguments))],
+                    [sys.executable, *map(str, (WORKER, *arguments))],
                     env={**os.environ, "TF_CONFIG": json.dumps(config)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -135,15 +135,34 @@ def test_evaluation_on_two_replicas(many_devices):
     assert_passed(many_devices, "evaluation_on_replicas.main")
 
 
-@pytest.mark.parametrize(
-    "kind", ["frozen_detector", pytest.param("frozen_classifier", marks=pytest.mark.slow)]
-)
-def test_two_processes_train_as_one(many_devices, tmp_path, kind):
-    outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]
-    codes, texts = run_workers(kind, outputs=outputs)
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """Folder of two workers of which one was killed, and of the next two, which train two models.
+
+    With the names of the checkpoints of the first two, their return codes and outputs.
+    """
+    folder = tmp_path_factory.mktemp("workers")
+    lost = run_workers(folder, "frozen_classifier", "--kill-at", 7)
+    names = [path.name for path in (folder / "checkpoint").iterdir()]
+    codes, texts = run_workers(folder, "frozen_classifier", "frozen_detector")
     assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
-    for output in outputs:
-        assert_same_training(many_devices / f"{kind}_1.npz", output, found=False)
+    return folder, names, *lost
+
+
+def test_a_lost_worker_ends_the_run_which_resumes_from_its_checkpoint(many_devices, workers):
+    folder, names, codes, texts = workers
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
+    assert "Another worker of this training was lost" in texts[0], texts[0][-2000:]
+    assert [name[:12] for name in names] == ["epoch_000001"]
+    for worker in range(2):
+        output = folder / f"frozen_classifier_{worker}.npz"
+        assert_same_training(many_devices / "frozen_classifier_1.npz", output, found=False)
+
+
+def test_two_processes_train_as_one(many_devices, workers):
+    for worker in range(2):
+        output = workers[0] / f"frozen_detector_{worker}.npz"
+        assert_same_training(many_devices / "frozen_detector_1.npz", output, found=False)
 
 
 class Batches(keras.utils.PyDataset):
@@ -165,6 +184,10 @@ ROWS = tf.data.Dataset.from_tensors((tf.zeros(3), tf.zeros(1))).repeat(16)
 TEN = np.zeros((10, 3), "float32")
 
 
+def with_boxes(x, y):
+    return x, {"boxes": x, "labels": y}
+
+
 @pytest.mark.parametrize(
     ("data", "batch_size", "split", "want"),
     [
@@ -173,6 +196,7 @@ TEN = np.zeros((10, 3), "float32")
         (ROWS.batch(8), None, 0.0, [8, 8]),
         (ROWS.take(15).batch(4), None, 0.0, [4, 4, 4, 2]),
         (ROWS.take(13).batch(4), None, 0.0, [4, 4, 4, 2]),  # one row for each replica
+        (ROWS.map(with_boxes).take(7).batch(4), None, 0.0, [4, 2]),
         (TEN, 4, 0.0, 10),
         (TEN, 5, 0.0, "a batch of 5"),
         (TEN[:9], 4, 0.0, 8),
@@ -258,16 +282,3 @@ def test_a_step_is_traced_once(method):
     model.compile("adam", "mse")
     getattr(model, method)(TEN, TEN[:, :1])
     assert len(traces) == 1 and int(model.optimizer.iterations) == 1
-
-
-def test_a_lost_worker_ends_the_run_which_resumes_from_its_checkpoint(many_devices, tmp_path):
-    outputs = [tmp_path / "worker_0.npz", tmp_path / "worker_1.npz"]
-    options = ["frozen_classifier", "--checkpoint", tmp_path / "checkpoint"]
-    codes, texts = run_workers(*options, "--kill-at", 7, outputs=outputs)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
-    assert "Another worker of this training was lost" in texts[0], texts[0][-2000:]
-    assert [path.name[:12] for path in (tmp_path / "checkpoint").iterdir()] == ["epoch_000001"]
-    codes, texts = run_workers(*options, outputs=outputs)
-    assert codes == [0, 0], "\n".join(text[-2000:] for text in texts)
-    for output in outputs:
-        assert_same_training(many_devices / "frozen_classifier_1.npz", output, found=False)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
+from detectors import CLASS_NAMES, LEAN, rectangles, small_backbone, small_detector
 
 import keras_resnest as kr
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -216,7 +216,7 @@ def test_126_steps_on_adversarial_ground_truth_stay_finite():
 @pytest.mark.parametrize("objects", [0, 4])
 def test_an_epoch_without_objects(objects):
     """No row at all, or padding rows alone."""
-    model = small_detector()
+    model = small_detector(heads=LEAN)
     model.compile("sgd", run_eagerly=objects == 0)
     images, _ = rectangles(4)
     truth = {
@@ -246,7 +246,7 @@ def bad_batches():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="checked inside the graph")
 def test_faulty_batches_raise_value_errors():
-    model = small_detector()
+    model = small_detector(heads=LEAN)
     model.compile("sgd")
     import tensorflow as tf
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
 
+from keras_resnest import layers
+from keras_resnest.backbones import ResNet
 from keras_resnest.backbones.weights.torch_names import _named_variables, load_torch_state_dict
 from keras_resnest.boxes.anchors import AnchorGenerator
 from keras_resnest.boxes.matching import BoxMatcher
@@ -22,31 +24,8 @@ from keras_resnest.detection.heads import RefineDetHeads
 from keras_resnest.detection.loss import LOSS_NAMES, RefineDetLoss
 from keras_resnest.detection.refinedet import RefineDet
 
+PROGRAM = Path(__file__).parent / "programs" / "load_models.py"
 OUTPUTS = ("boxes", "confidence", "labels", "num_detections")
-
-# Run by a fresh interpreter: an import and a plain load_model must do.
-FRESH = """
-import json, pathlib, sys
-import keras
-import numpy as np
-import keras_resnest
-
-root, found, configs = pathlib.Path(sys.argv[1]), {}, {}
-batch = dict(np.load(root / "batch.npz"))
-for path in root.glob("*.keras"):
-    model = keras.saving.load_model(path)
-    assert type(model) is keras_resnest.RefineDet
-    configs[path.stem] = json.loads(json.dumps(model.get_config()))
-    for output, value in model.predict(batch["images"], verbose=0).items():
-        found[f"{path.stem}/{output}"] = value
-    if path.stem == "trained":
-        truth = {"boxes": batch["boxes"], "labels": batch["labels"]}
-        found["iterations"] = model.optimizer.iterations.numpy()
-        found["next losses"] = model.train_on_batch(batch["images"], truth)
-        found["next kernel"] = model.get_layer("conv6_1").kernel.numpy()
-np.savez(root / "found.npz", **found)
-(root / "configs.json").write_text(json.dumps(configs))
-"""
 
 
 def custom_detector():
@@ -84,7 +63,27 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def saved(models, tmp_path_factory):
+def networks():
+    """A backbone and a model of our layers, with images for each."""
+    arguments = {"radix": 2, "stem_width": 4, "deep_stem": True, "avg_down": True, "avd": "after"}
+    arguments |= {"dropblock_rate": 0.1, "include_top": True, "classes": 3}
+    resnet = ResNet([8, 16], [2, 1], [1, 2], **arguments)
+    resnet.compile("sgd", "sparse_categorical_crossentropy")
+    inputs = keras.Input((8, 8, 4))
+    x = layers.SplitAttention(8, radix=2, cardinality=2, dropblock_rate=0.1)(inputs)
+    x = layers.L2Normalization(10.0)(layers.DropBlock2D(0.1, 3)(x))
+    upper = layers.GroupedConv2D(8, 3, 2, "same", groups=4)(x)
+    upper = layers.TransferConnectionBlock(8)(upper)
+    x = layers.TransferConnectionBlock(8, use_batch_norm=True)(x, upper)
+    images = np.random.default_rng(0).uniform(0, 1, (2, 35, 35, 4)).astype("float32")
+    return {
+        "resnet": (resnet, 255 * images[..., :3]),
+        "layers": (keras.Model(inputs, x), images[:, :8, :8]),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(models, networks, tmp_path_factory):
     """Folder with the models and what the fresh process has found, and what was to be found."""
     root = tmp_path_factory.mktemp("saving")
     images, truth = rectangles(2)
@@ -94,12 +93,13 @@ def saved(models, tmp_path_factory):
         model.save(root / f"{name}.keras")
         for output, value in model.predict(images, verbose=0).items():
             want[f"{name}/{output}"] = value
+    for name, (network, inputs) in networks.items():
+        network.save(root / f"{name}.keras")
+        np.save(root / f"{name}.npy", inputs)
     want["iterations"] = models["trained"].optimizer.iterations.numpy()
     want["next losses"] = models["trained"].train_on_batch(images, truth)
     want["next kernel"] = models["trained"].get_layer("conv6_1").kernel.numpy()
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, str(root)], cwd=root, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, PROGRAM, root], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return root, want
 
@@ -120,6 +120,14 @@ def test_a_fresh_process_loads_the_same_detector(saved, found, name):
     for output in OUTPUTS:
         key = f"{name}/{output}"
         np.testing.assert_allclose(found[key], want[key], rtol=1e-5, atol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet", "layers"])
+def test_a_fresh_process_loads_networks_and_layers(networks, found, name):
+    model, images = networks[name]
+    want = np.asarray(model(images))
+    np.testing.assert_allclose(found[name], want, atol=1e-5 * np.abs(want).max())
+    assert found[f"{name}/levels"].tolist() == (["P2", "P3"] if name == "resnet" else [])
 
 
 def test_training_goes_on_where_it_stopped(saved, found):

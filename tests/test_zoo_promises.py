@@ -37,6 +37,7 @@ def networks(always):
 @pytest.fixture(scope="module", params=networks(ONE_OF_EACH))
 def backbone(request):
     """A network without a classifier, shared by the tests below."""
+    gc.collect()  # sixty networks would fill the memory: graphs hold reference cycles
     keras.utils.set_random_seed(0)
     return with_quiet_branches(create_backbone(request.param, include_top=False))
 
@@ -59,13 +60,6 @@ def with_quiet_branches(model):
         if ends_block:
             variable.assign(0.2 * variable)
     return model
-
-
-@pytest.fixture(autouse=True)
-def release_memory():
-    """Sixty networks would fill the memory: graphs hold reference cycles."""
-    yield
-    gc.collect()
 
 
 def test_pyramid_of_any_size_and_keras_file(backbone, tmp_path):

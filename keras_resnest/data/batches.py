@@ -9,6 +9,7 @@ with images in RGB, 0 to 255, and boxes "xyxy" in pixels of the image. "image_id
 "difficult" (n,) are optional.
 """
 
+import functools
 import hashlib
 import inspect
 import os
@@ -149,12 +150,7 @@ def training_batches(
     mixes = _check_mixes(mosaic, mixup)
     _check_max_boxes(max_boxes)
 
-    def clean(element):
-        element = drop_empty_boxes(_check_boxes(element))
-        rows = element["bounding_boxes"]
-        keep = None if use_difficult else ~rows["difficult"]
-        return update_element(element, element["images"], rows["boxes"], keep)
-
+    clean = functools.partial(_clean_boxes, use_difficult=use_difficult)
     cache = _with_fingerprint(cache, dataset, source, "training", use_difficult)
     stored, load = _stored(source, load, clean, cache, num_parallel_calls)
 
@@ -339,6 +335,13 @@ def _check_boxes(element: dict) -> dict:
     return {"images": image, "image_id": image_id, "bounding_boxes": rows, "error": error}
 
 
+def _clean_boxes(element: dict, use_difficult: bool) -> dict:
+    element = drop_empty_boxes(_check_boxes(element))
+    rows = element["bounding_boxes"]
+    keep = None if use_difficult else ~rows["difficult"]
+    return update_element(element, element["images"], rows["boxes"], keep)
+
+
 def _assert(condition: tf.Tensor, message: str, *values):
     return tf.debugging.Assert(condition, [f"{PREFIX} {message}", *values])
 
@@ -489,8 +492,7 @@ def classification_batches(
             element, own_seed = load(item) if load else item, fold_in(epoch_seed, index)
             return dict(element, images=augmentation(element["images"], own_seed), seed=own_seed)
 
-        limit = None if cache or load else 2048
-        buffer = _shuffle_buffer(None, int(stored.cardinality()), limit)
+        buffer = _shuffle_buffer(None, int(stored.cardinality()), None if cache or load else 2048)
         passes = epoch_passes(stored, counter, _seed(seed), buffer)
         elements = passes.map(augment, num_parallel_calls)
     else:

@@ -144,11 +144,10 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         self.dtype_policy = policy  # mixed_float16 makes `compile` scale the loss
 
         # === Config ===
-        self.num_classes = num_classes
+        self.num_classes, self.class_names = num_classes, class_names
         self.backbone = backbone
         self.image_shape = image_shape
         self.bounding_box_format = bounding_box_format
-        self.class_names = class_names
         self.anchor_generator = anchor_generator
         self.heads = heads
         self.detection_loss = detection_loss

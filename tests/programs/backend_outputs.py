@@ -67,6 +67,5 @@ for name in names:
         levels = network(image, training=False)
     for level, value in levels.items():
         outputs[f"{name} {level}"] = keras.ops.convert_to_numpy(value)
-    keras.backend.clear_session()
 np.savez(path, **outputs)
 print(keras.backend.backend())
