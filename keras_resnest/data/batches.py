@@ -560,7 +560,7 @@ def _source(
     if load is not None:
         dataset = tf.data.Dataset.range(len(dataset)).map(load, tf.data.AUTOTUNE)
     elif hasattr(dataset, "as_dataset"):
-        dataset = dataset.as_dataset()
+        dataset = getattr(dataset, "unchecked_elements", dataset.as_dataset)()
     if not isinstance(dataset, tf.data.Dataset):
         raise ValueError(
             "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
