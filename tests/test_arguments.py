@@ -38,18 +38,21 @@ def test_public_functions_name_an_argument_of_another_kind(name):
                 function(**{parameter.name: object()})
 
 
-NUMBERS = (3, 2.5, True, np.float32(1), np.int64(1), np.array(1), tf.constant(1.0))
+NAN = float("nan")
+NUMBERS = (3, 2.0, np.float32(1), np.int64(1), np.array(1), tf.constant(1.0))
 LISTS = ([1, 2], (1, 2), np.array([1, 2]), tf.constant([1, 2]))
 FIT = [
-    (int, NUMBERS, (None, "3", [3], object())),
+    (int, NUMBERS, (None, "3", [3], object(), 2.5, True, NAN, float("inf"), 1e30)),
+    (float, (*NUMBERS, 2.5, float("inf")), (None, "3", [3], True, NAN, np.array("a"))),
+    (bool, (True, np.bool_(True), 0, 1, np.array(True)), (None, "yes", 2, NAN)),
     (int | None, (None, 3), ("3", [])),
     (str, ("a",), (None, 3, ["a"], Path("a"))),
-    (Sequence[int], (*LISTS, []), (None, 3, "12", ["1", "2"], [None])),
-    (Sequence[str], (["a"], "a", ()), (None, 3, [3], Path("a"))),
-    (tuple[float, float], LISTS, ([1], (1, 2, 3), "12", 3, ["a", "b"])),
+    (Sequence[int], (*LISTS, []), (None, 3, "12", ["1", "2"], [None], {1, 2}, {1: 2}, np.array(1))),
+    (Sequence[str], (["a"], "a", ()), (None, 3, [3], Path("a"), {"a", "b"})),
+    (tuple[float, float], LISTS, ([1], np.ones(3), [1, NAN], (1, 2, 3), "12", 3, ["a", "b"])),
     (tuple[int, ...], (*LISTS, [1], ()), (3, "a", None)),
-    (np.ndarray, (*LISTS, [[1]]), (None, "a", 3, Path("a"))),
-    (Iterable, (*LISTS, iter([]), {}), (3, None, "a")),
+    (np.ndarray, (*LISTS, [[1]]), (None, "a", 3, Path("a"), np.array("a"), np.array([None]))),
+    (Iterable, (*LISTS, iter([]), {}), (3, None, "a", np.array(1))),
     (Mapping[str, int], ({}, {"a": 1}), ([], "a", None)),
     (Callable[..., dict] | str, (print, "a"), (3, None)),
     (Any, (None, 3, "a"), ()),

@@ -3,10 +3,11 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_positive
+from keras_resnest.checks import check_positive, checked
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class L2Normalization(keras.layers.Layer):
     """Scales the channel vector of every cell to unit length, then by a learned factor.
 

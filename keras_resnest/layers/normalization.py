@@ -3,10 +3,12 @@
 import keras
 from keras import ops
 
+from keras_resnest.checks import checked
 from keras_resnest.replicas import sum_over_replicas
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a fused training step on TensorFlow.
 
