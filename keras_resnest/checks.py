@@ -48,10 +48,11 @@ def checked(public):
     parameters = signature.parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     hints = {p.name: p.annotation for p in named if p.annotation is not p.empty}
+    positional = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
 
     @functools.wraps(public)
     def wrapper(*args, **kwargs):
-        given = zip((p.name for p in named), args, strict=False)
+        given = zip(positional, args, strict=False)
         for name, value in (*given, *kwargs.items()):
             if name in hints and not _fits(value, hints[name]):
                 kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
@@ -74,6 +75,8 @@ def _fits(value, hint) -> bool:
     if is_array and kind is np.ndarray:
         return _has_numbers(value)
     is_scalar = getattr(value, "shape", None) == ()
+    if is_scalar and isinstance(value, np.ndarray):
+        return _fits(value.item(), hint)
     if kind in (int, float, bool):
         if not isinstance(value, numbers.Real):
             return is_scalar and _has_numbers(value)

@@ -44,6 +44,7 @@ class Problem:
         return f"{self.file}: {self.what}{' ' * bool(self.detail)}{self.detail} - {self.action}"
 
 
+@checked
 @dataclasses.dataclass
 class AnnotationReport:
     """Counts and problems of a dataset; print it before training."""
@@ -77,6 +78,7 @@ class AnnotationReport:
         return "\n".join(lines)
 
 
+@checked
 @dataclasses.dataclass
 class ClassificationReport:
     """Counts and problems of a dataset; print it before training."""
@@ -159,6 +161,7 @@ class ImageRecord:
         return self.info.width
 
 
+@checked
 @dataclasses.dataclass(slots=True)
 class LabeledImage:
     """One image and its class."""

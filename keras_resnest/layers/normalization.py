@@ -114,6 +114,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return self.axis in (-1, 3) or bool(tf.config.list_physical_devices("GPU"))
 
 
+@checked
 def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool = False) -> None:
     """Freezes or synchronizes all batch normalization layers of a model, nested ones included.
 

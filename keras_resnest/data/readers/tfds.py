@@ -131,6 +131,8 @@ def _builder(name_or_builder: Any, data_dir: str | os.PathLike | None):
     from keras_resnest.data import shapes  # noqa: F401 (registers "shapes")
 
     name = name_or_builder
+    if not isinstance(name, str):
+        raise ValueError(f"`name_or_builder` must be a name or a builder. Received: {name!r}")
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
