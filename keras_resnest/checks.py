@@ -32,23 +32,27 @@ MAX_RELATIVE = 10.0  # a coordinate above this is in pixels
 def checked(public):
     """Decorates a public function or class: an argument of another kind raises `ValueError`.
 
-    The kinds are those of the type hints, taken coarsely: any number for `int`, `float` and `bool`,
-    anything with elements for sequences and arrays, but text only for text.
+    The kinds are those of the type hints, taken coarsely: 3.0 for `int`, 1 for `bool`, but no NaN;
+    any sequence or array for another, but text only for text. Keras' constructors have no hints:
+    what fails in an inherited one becomes a `ValueError`.
 
     Example:
         >>> @checked
         ... def resize_image(image: np.ndarray, height: int, width: int): ...
     """
     if isinstance(public, type):
-        public.__init__ = checked(public.__init__)
+        own = vars(public).get("__init__") or reading_config(public.__name__)(public.__init__)
+        public.__init__ = checked(own)
         return public
-    parameters = inspect.signature(public).parameters.values()
+    signature = inspect.signature(public)
+    parameters = signature.parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     hints = {p.name: p.annotation for p in named if p.annotation is not p.empty}
+    positional = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
 
     @functools.wraps(public)
     def wrapper(*args, **kwargs):
-        given = zip((p.name for p in named), args, strict=False)
+        given = zip(positional, args, strict=False)
         for name, value in (*given, *kwargs.items()):
             if name in hints and not _fits(value, hints[name]):
                 kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
@@ -56,6 +60,7 @@ def checked(public):
                 raise ValueError(f"`{name}` must be {kind}. Received: {name}={received}")
         return public(*args, **kwargs)
 
+    wrapper.__signature__ = signature  # Keras reads it without following wrappers
     return wrapper
 
 
@@ -67,17 +72,35 @@ def _fits(value, hint) -> bool:
         return any(_fits(value, part) for part in parts)
     if kind is None or value is None:
         return value is None and kind in (None, types.NoneType, typing.Any)
+    if is_array and kind is np.ndarray:
+        return _has_numbers(value)
+    is_scalar = getattr(value, "shape", None) == ()
+    if is_scalar and isinstance(value, np.ndarray):
+        return _fits(value.item(), hint)
     if kind in (int, float, bool):
-        return isinstance(value, numbers.Real | np.bool_) or getattr(value, "shape", None) == ()
+        if not isinstance(value, numbers.Real):
+            return is_scalar and _has_numbers(value)
+        if kind is bool or isinstance(value, bool):
+            return kind is bool and value in (0, 1)
+        return value % 1 == 0 and abs(value) < 2**63 if kind is int else value == value
     if kind in (tuple, list, Sequence, Iterable, np.ndarray):
-        if is_text or is_array or not isinstance(value, Sequence):
-            return is_array or (isinstance(value, Iterable) and (not is_text or parts == (str,)))
+        if is_array and kind is not Iterable and not is_scalar:
+            value = list(value)
+        if is_text or not isinstance(value, Sequence):
+            unordered = kind is not Iterable and isinstance(value, set | frozenset | Mapping)
+            text = is_text and parts != (str,)
+            return isinstance(value, Iterable) and not (text or is_scalar or unordered)
         if kind is tuple and Ellipsis not in parts and len(parts) != len(value):
             return not parts
         return not parts or all(_fits(element, parts[0]) for element in value)
     if kind is Callable:
         return callable(value)
     return kind is typing.Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _has_numbers(array) -> bool:
+    """Whether an array or tensor of any library has real numbers."""
+    return re.search("bool|int|float", str(getattr(array, "dtype", ""))) is not None
 
 
 def check_fractions(**arguments: float) -> None:
@@ -120,7 +143,7 @@ def check_positive(**arguments: float) -> None:
 def check_counts(**arguments: int) -> None:
     """Raises `ValueError` if an argument is not a positive integer, possibly as a float."""
     for name, value in arguments.items():
-        if not is_number(value) or value < 1 or value % 1:
+        if not is_number(value) or not 1 <= value < 2**31 or value % 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnest.checks import checked
+from keras_resnest.checks import check_counts, checked
 
 # Suffixes, in lower case, of the files that `find_images` returns.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -222,21 +222,32 @@ def center_crop_image(
     """
     from PIL import Image
 
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    if crop_size < 1 or not 0 < crop_ratio <= 1 or interpolation not in filters:
+    check_crop(crop_size, crop_ratio, interpolation)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(
-            "`crop_size` must be positive, `crop_ratio` above 0 and at most 1, `interpolation` "
-            f"one of {tuple(filters)}. Received: crop_size={crop_size}, "
-            f"crop_ratio={crop_ratio}, interpolation={interpolation!r}"
+            "`image` must be a uint8 array (height, width, 3). "
+            f"Received: {image.dtype} of shape {image.shape}"
         )
     height, width = image.shape[:2]
     # Rounded as in torchvision, which the published accuracies were measured with.
     short = max(int(crop_size / crop_ratio), crop_size)
     long = int(short * max(height, width) / min(height, width))
     size = (short, long) if height > width else (long, short)
-    resized = Image.fromarray(image).resize(size, filters[interpolation])
+    resized = Image.fromarray(image).resize(size, Image.Resampling[interpolation.upper()])
     left, top = (round((side - crop_size) / 2) for side in size)
     return np.asarray(resized.crop((left, top, left + crop_size, top + crop_size)))
+
+
+def check_crop(crop_size: int, crop_ratio: float, interpolation: str) -> None:
+    """Raises `ValueError` for arguments that `center_crop_image` does not take."""
+    check_counts(crop_size=crop_size)
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"`crop_ratio` must be above 0 and at most 1. Received: {crop_ratio}")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(
+            f'`interpolation` must be "bilinear" or "bicubic". Received: {interpolation!r}'
+        )
 
 
 # === Files and bytes ===

@@ -8,14 +8,17 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 
 from keras_resnest.checks import (
+    check_counts,
     check_finite_weights,
     check_layers_of_file,
+    checked,
     one_line,
     value_errors,
 )
@@ -278,7 +281,8 @@ def check_not_forked() -> None:
         )
 
 
-def check_global_batch(sizes, replicas: int) -> None:
+@checked
+def check_global_batch(sizes: Iterable[int | None], replicas: int) -> None:
     """Checks that the replicas can share every batch evenly.
 
     Args:
@@ -291,6 +295,7 @@ def check_global_batch(sizes, replicas: int) -> None:
     Example:
         >>> check_global_batch({32}, strategy.num_replicas_in_sync)
     """
+    check_counts(replicas=replicas)
     if replicas == 1:
         return
     if None in sizes:

@@ -8,7 +8,7 @@ cell, `path=` writes it to a file, and no display is needed.
 import colorsys
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -16,7 +16,14 @@ from keras import ops
 
 from keras_resnest.boxes.formats import check_box_format, clip_boxes, convert_boxes
 from keras_resnest.boxes.overlap import pairwise_iou
-from keras_resnest.checks import check_box_dictionary, checked, unpack_batch, value_errors
+from keras_resnest.checks import (
+    check_box_dictionary,
+    check_counts,
+    check_fractions,
+    checked,
+    unpack_batch,
+    value_errors,
+)
 from keras_resnest.images import load_image, resize_image
 
 DPI = 100  # pixels of the figure per inch; 1 point is DPI / 72 pixels
@@ -105,6 +112,8 @@ def plot_detections(
         >>> plot_detections("horses.jpg", detections, path="horses_boxes.png")
     """
     check_box_format(bounding_box_format)
+    check_fractions(confidence_threshold=confidence_threshold)
+    check_counts(**{n: v for n, v in (("columns", columns), ("size", size)) if v is not None})
     images = _load_images(image)
     found = _boxes_of_images(detections, "detections", len(images))
     truths = [None] * len(images)
@@ -114,6 +123,8 @@ def plot_detections(
         raise ValueError(
             f"`titles` must name every image. Received: {len(titles)} for {len(images)} images"
         )
+    if ax is not None and not hasattr(ax, "imshow"):
+        raise ValueError(f"`ax` must be matplotlib axes. Received: {ax!r}")
     if ax is not None and len(images) != 1:
         raise ValueError(f"`ax` takes one image. Received: {len(images)} images")
     if ax is None:
@@ -166,10 +177,13 @@ def plot_dataset(
     Example:
         >>> plot_dataset(training_dataset, ["RBC", "WBC"], rows=2, columns=4, path="train.png")
     """
+    check_counts(rows=rows, columns=columns)
     if class_names is None:
         class_names = getattr(dataset, "class_names", None)
     if hasattr(dataset, "as_dataset"):
         dataset = dataset.as_dataset()
+    if not isinstance(dataset, Iterable):
+        raise ValueError(f"`dataset` must have elements. Received: {dataset!r}")
     with value_errors():
         images = list(itertools.islice(_images_of(dataset), rows * columns))
     if not images:
@@ -385,7 +399,7 @@ def _label_corner(left, bottom, right, top, size, bounds, placed: np.ndarray) ->
 
 
 @checked
-def explain(model, image, detection: Mapping) -> np.ndarray:
+def explain(model: keras.Model, image, detection: Mapping) -> np.ndarray:
     """Shows what in the image made a detection: a class activation map (Layer-CAM).
 
     Takes the feature map of the level whose anchor became the box, before the transfer connection,
@@ -452,7 +466,12 @@ def overlay_heat(image, heat: np.ndarray) -> np.ndarray:
     """
     from matplotlib import colormaps
 
-    pixels, color = load_image(image), colormaps["inferno"](heat)[..., :3]
+    pixels, heat = load_image(image), np.asarray(heat)
+    if heat.shape != pixels.shape[:2]:
+        raise ValueError(
+            f"`heat` must have the shape of the image, {pixels.shape[:2]}. Received: {heat.shape}"
+        )
+    color = colormaps["inferno"](heat)[..., :3]
     return np.rint(pixels * (1 - 0.6 * heat[..., None]) + 153 * color * heat[..., None]).astype(
         "uint8"
     )
@@ -578,6 +597,7 @@ def plot_precision_recall(
     Example:
         >>> plot_precision_recall(evaluate_detections(model, dataset), path="precision.png")
     """
+    _check_result("result", result, "iou_thresholds")
     per_class = result.per_class(iou_threshold)
     figure = _new_figure(6.4, 4.8, layout="constrained")
     axes = figure.add_subplot()
@@ -630,6 +650,7 @@ def plot_class_curves(report, kind: str, path: str | os.PathLike | None = None):
         raise ValueError(
             f"`kind` must be {', '.join(CLASS_CURVES)} or precision over recall. Received: {kind!r}"
         )
+    _check_result("report", report, "best_thresholds")
     base = base or "confidence"
     figure, axes = _small_figure(base, value.replace("f1", "F1"), xlim=(0, 1), ylim=(0, 1.02))
     for label, name in enumerate(report.class_names):
@@ -660,6 +681,11 @@ def plot_confusion_matrix(
         >>> plot_confusion_matrix(report.confusion, report.class_names, path="confusion.png")
     """
     matrix, count = np.asarray(matrix), len(class_names)
+    if matrix.shape != (count + 1, count + 1):
+        raise ValueError(
+            f"`matrix` must have a row and a column for each of {count} classes and background. "
+            f"Received: shape {matrix.shape}"
+        )
     figure, axes = _small_figure("detected", "true", height=4.4)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     cells = np.full((*matrix.shape, 4), (*class_color(1), 0.0))
@@ -688,6 +714,8 @@ def plot_calibration(calibration: Mapping, path: str | os.PathLike | None = None
     Example:
         >>> plot_calibration(report.calibration, path="calibration.png")
     """
+    if not {"count", "precision"} <= set(calibration):
+        raise ValueError(f"`calibration` must be that of a report. Received: {calibration!r}")
     figure, axes = _small_figure("confidence", "precision", xlim=(0, 1), ylim=(0, 1.02))
     edges = np.linspace(0, 1, len(calibration["count"]) + 1)
     heights = np.nan_to_num(calibration["precision"])
@@ -723,6 +751,13 @@ def plot_bars(values: Mapping[str, float], label: str, path: str | os.PathLike |
     return _save(figure, path)
 
 
+def _check_result(name: str, value, attribute: str) -> None:
+    if not hasattr(value, attribute):
+        raise ValueError(
+            f"`{name}` must be a result of `keras_resnest.evaluation`. Received: {value!r}"
+        )
+
+
 def _small_figure(xlabel: str, ylabel: str, height: float = 3.3, **limits):
     """A figure that is still readable on a phone, and its axes."""
     figure = _new_figure(4.4, height, layout="constrained")
@@ -735,7 +770,7 @@ def _small_figure(xlabel: str, ylabel: str, height: float = 3.3, **limits):
 def _history_curves(part) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{name: (epochs from 1, values)}` of one history, in any accepted form."""
     values = getattr(part, "history", part)
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) or not all(hasattr(v, "__len__") for v in values.values()):
         raise ValueError(
             "`history` must be the result of `model.fit` or a dictionary of lists. "
             f"Received: {type(part).__name__}"

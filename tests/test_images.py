@@ -361,7 +361,7 @@ def test_resize_has_half_pixel_centers():
 
 def test_resize_rejects_wrong_arguments():
     for height, width in ((0, 5), (5, -1), (2.5, 2)):
-        with pytest.raises(ValueError, match="positive integers"):
+        with pytest.raises(ValueError, match=r"positive integers|must be int"):
             resize_image(noise(4, 4, 3), height, width)
     with pytest.raises(ValueError, match="image"):
         resize_image(noise(4, 4), 2, 2)

@@ -389,7 +389,7 @@ def test_a_loss_without_training_is_called_as_in_keras(model):
         (lambda m: RefineDetLoss(negative_ratio="3"), "`negative_ratio` must be float.*'3'"),
         (lambda m: RefineDetLoss(variances=None), "`variances` must be two positive.*None"),
         (lambda m: AnchorGenerator(sizes=32), "`sizes` must be.*Received: sizes=32"),
-        (lambda m: SplitAttention("8"), "`filters` must be positive. Received: filters='8'"),
+        (lambda m: SplitAttention("8"), "`filters` must be int. Received: filters='8'"),
         (lambda m: read_detection(None), "`source` must be str.*None"),
         (lambda m: read_voc(3), "`folder` must be str.*3"),
         (lambda m: read_csv(None), "`file` must be str.*None"),

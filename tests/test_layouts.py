@@ -17,6 +17,7 @@ from keras_resnest.data import find_splits, read_detection, read_image_folder, r
 SIZE = (64, 48)
 BOXES = [(8, 6, 40, 30), (16, 12, 48, 36), (4, 6, 20, 42)]
 NFC, NFD = (unicodedata.normalize(form, "Übung") for form in ("NFC", "NFD"))
+MAKESENSE = "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\n"
 
 
 def row(i, more=""):
@@ -140,6 +141,16 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         None,
         {f"images/{NFC}.png": [0]},
     ),
+    "YOLO with text files named a.png.txt": (
+        yolo("a") | CLASSES | {"images/b.png": None, "labels/b.png.txt": row(1)},
+        None,
+        {"images/a.png": [0], "images/b.png": [1]},
+    ),
+    "YOLO with the folder itself as a split": (
+        yolo("a") | {"data.yaml": "train: .\nval: images\nkpt_shape:\nnames: [cat]"},
+        "train",
+        {"images/a.png": [0]},
+    ),
     "YOLO with keypoints": (
         {**TRAIN, "train/labels/a.txt": row(0, " 0.9 0.9 2" * 2)}
         | {"data.yaml": "train: train/images\nkpt_shape: [2, 3]\nnames: [cat]\n"},
@@ -234,6 +245,26 @@ LAYOUTS = {  # name: (files, split, {image: boxes})
         },
         None,
         {"a.png": [0]},
+    ),
+    "CSV of makesense.ai": (
+        {"a.png": None, "labels_my-project.csv": f"{MAKESENSE}cat,8,6,32,24,a.png,64,48\n"},
+        None,
+        {"a.png": [0]},
+    ),
+    "CSV of pandas": (
+        {
+            **{"a.png": None, "b.png": None},
+            "x.csv": ",path,class,xmin,ymin,xmax,ymax\n"
+            "0,a.png,NaN,NaN,NaN,NaN,NaN\n1,b.png,cat,8,6,40,30",
+        },
+        None,
+        {"a.png": [], "b.png": [0]},
+    ),
+    "names encoded as in addresses": (
+        {"images/x y.png": None, f"images/{NFC}.png": None, "images/c%20d.png": None}
+        | {"x.json": coco("x%20y.png", "/data/local-files/?d=set%2F%C3%9Cbung.png", "c%20d.png")},
+        None,
+        {"images/x y.png": [0], f"images/{NFC}.png": [1], "images/c%20d.png": [2]},
     ),
     "CSV with decimal commas": (
         {"a.png": None}
@@ -572,6 +603,14 @@ CONTRADICTIONS = {  # name: (files, what the message says)
     "text file of two images": (
         {**yolo("a"), **CLASSES, "images/a.jpg": None},
         r"a\.txt: text file of several images",
+    ),
+    "two text files of an image": (
+        {**yolo("a"), **CLASSES, "labels/a.png.txt": row(1)},
+        r"a\.png\.txt: missing image",
+    ),
+    "COCO without file_name": (
+        {"a.png": None, "x.json": coco("a.png").replace("file_name", "filename")},
+        r"x\.json: unreadable image entry: .*'filename': 'a\.png'",
     ),
     "key used twice": (
         {**TRAIN, "data.yaml": "train: train/images\nnames:\n  0: cat\n  0: dog\n"},

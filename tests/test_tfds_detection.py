@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pycocotools.coco import COCO
 
+from keras_resnest.checks import value_errors
 from keras_resnest.data import find_splits, read_tfds, read_train_test, read_voc
 from keras_resnest.data.batches import training_batches
 
@@ -108,6 +109,22 @@ def test_voc_combined_splits_and_difficult(voc):
     assert easy.report.class_counts["person"] == 0 and easy.report.class_counts["dog"] == 1
     test = read_tfds(f"voc/{year}", "test", data_dir=data_dir)  # 2012 publishes no objects
     assert test.report.num_boxes == (1 if year == "2007" else 0)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(monkeypatch, tmp_path):
+    folder = write_voc(tmp_path, "2007")
+    bad = folder / "JPEGImages/000002.jpg"
+    bad.write_bytes(bad.read_bytes()[:-300])
+    prepare(monkeypatch, "voc/2007", tmp_path / "tfds", lambda key: tmp_path)
+    data = read_tfds("voc/2007", "train+validation", data_dir=tmp_path / "tfds")
+    named = r"^Cannot read the image '000002.jpg' of voc/2007/[\d.]+, split 'train\+validation', "
+    named += r"record voc-validation.tfrecord-00000-of-00001__0: .* truncated"
+    batches = [training_batches(data, (64, 64), 2, seed=1, cache=cache) for cache in (True, False)]
+    for failing in (data.as_dataset(), *batches):
+        with pytest.raises(ValueError, match=named), value_errors():  # as `fit` does
+            list(failing)
+    with pytest.raises(ValueError, match=named):
+        _ = data.report
 
 
 # === COCO ===

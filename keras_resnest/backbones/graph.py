@@ -1,5 +1,7 @@
 """The layers that all networks consist of, and the checks of their arguments."""
 
+from collections.abc import Sequence
+
 import keras
 from keras import layers
 
@@ -158,7 +160,7 @@ def complete_config(config: dict) -> dict:
 def _complete_image_shape(image_shape, channel_axis: int) -> tuple:
     if image_shape is None:
         return (None, None, 3) if channel_axis == -1 else (3, None, None)
-    image_shape = tuple(image_shape)
+    image_shape = tuple(image_shape) if isinstance(image_shape, Sequence) else (image_shape,)
     if len(image_shape) != 3 or image_shape[channel_axis] is None:
         wanted = "(height, width, channels)" if channel_axis else "(channels, height, width)"
         raise ValueError(

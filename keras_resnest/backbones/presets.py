@@ -29,7 +29,7 @@ from keras_resnest.backbones.weights.fetching import (
     sha256_of,
 )
 from keras_resnest.backbones.weights.torch_names import to_state_dict
-from keras_resnest.checks import one_line
+from keras_resnest.checks import checked, one_line
 from keras_resnest.version import __version__
 
 FORMAT = 1  # of the files; older versions of the package refuse presets with a higher number
@@ -101,6 +101,7 @@ def load_preset(preset: str | os.PathLike, kind: type[keras.Model]) -> keras.Mod
         return model
 
 
+@checked
 def upload_preset(folder: str | os.PathLike, uri: str) -> None:
     """Uploads a preset to the Hugging Face hub, as one commit.
 

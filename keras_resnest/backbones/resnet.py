@@ -5,11 +5,13 @@ from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.graph import CAFFE_RESCALING, check_choices, different_from
+from keras_resnest.checks import checked
 from keras_resnest.layers import SelectiveKernel, SplitAttention, SqueezeExcitation
 from keras_resnest.layers.channel_attention import round_channels
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class ResNet(Backbone):
     """Residual network.
 

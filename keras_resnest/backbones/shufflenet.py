@@ -8,10 +8,12 @@ from keras import layers, ops
 
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.graph import check_choices, different_from
+from keras_resnest.checks import checked
 from keras_resnest.layers import ChannelShuffle
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class ShuffleNet(Backbone):
     """ShuffleNet V1, V2 or V2+.
 

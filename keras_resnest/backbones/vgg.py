@@ -5,10 +5,12 @@ from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.graph import CAFFE_RESCALING
+from keras_resnest.checks import checked
 from keras_resnest.layers import GroupedConv2D
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class VGG(Backbone):
     """VGG with its dense layers as convolutions.
 

@@ -1,6 +1,6 @@
 """AnchorGenerator: the grid of boxes that a detector starts from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import keras
 import numpy as np
@@ -70,7 +70,8 @@ class AnchorGenerator(Configurable):
         """Number of anchors per cell of each level."""
         return tuple(len(level) * len(self.aspect_ratios) for level in self.sizes)
 
-    def level_sizes(self, image_shape) -> list:
+    @checked
+    def level_sizes(self, image_shape: Sequence) -> list:
         """Returns the number of anchors of each level in an image (height, width, ...)."""
         height, width = image_shape[:2]
         return [
@@ -78,7 +79,8 @@ class AnchorGenerator(Configurable):
             for n, stride in zip(self.num_anchors_per_cell, self.strides, strict=True)
         ]
 
-    def __call__(self, image_shape):
+    @checked
+    def __call__(self, image_shape: Sequence):
         """Returns the anchors of an image.
 
         Args:

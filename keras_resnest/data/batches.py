@@ -40,7 +40,7 @@ from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.dataset import check_readable
 from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
 from keras_resnest.data.rare_classes import repeat_factors
-from keras_resnest.images import center_crop_image
+from keras_resnest.images import center_crop_image, check_crop
 
 # Shapes in the elements, and their ranks.
 _DETECTION = {"images": "(h, w, 3)", "bounding_boxes": {"boxes": "(n, 4)", "labels": "(n,)"}}
@@ -268,7 +268,7 @@ def _check_max_boxes(max_boxes: int | None):
 
 
 def _check_integer(name: str, value: int, minimum: int):
-    if not isinstance(value, int) or value < minimum:
+    if not isinstance(value, int) or not minimum <= value < 2**31:
         raise ValueError(
             f"`{name}` must be an integer of at least {minimum}. Received: {name}={value!r}"
         )
@@ -377,7 +377,7 @@ def _padded_batches(
     }
     padding = dict.fromkeys(elements.element_spec)
     padding["bounding_boxes"] = {name: PADDING[name] for name in box_keys}
-    return elements.padded_batch(batch_size, padded_shapes, padding, drop_remainder)
+    return elements.padded_batch(batch_size, padded_shapes, padding, bool(drop_remainder))
 
 
 def _mix(batch: dict, mixes: list, max_boxes: int | None) -> dict:
@@ -468,6 +468,9 @@ def classification_batches(
         >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
+    check_crop(side, crop_ratio, interpolation)
+    if not 0 <= mixup < float("inf"):
+        raise ValueError(f"`mixup` must be a number of at least 0. Received: mixup={mixup!r}")
     drop_remainder = training if drop_remainder is None else drop_remainder
     source, load = _source(dataset, _CLASSIFICATION, batch_size, drop_remainder)
     num_classes = num_classes or getattr(dataset, "num_classes", None)
@@ -536,7 +539,7 @@ def _labeled_batches(
     def mix(images, labels, seeds):
         return mix_up(images, labels, mixup, seeds[0] + 1) if mixup else (images, labels)
 
-    return elements.map(to_pair, tf.data.AUTOTUNE).batch(batch_size, drop_remainder).map(mix)
+    return elements.map(to_pair, tf.data.AUTOTUNE).batch(batch_size, bool(drop_remainder)).map(mix)
 
 
 def _with_channels(element: dict) -> dict:
@@ -562,7 +565,7 @@ def _source(
     if load is not None:
         dataset = tf.data.Dataset.range(len(dataset)).map(load, tf.data.AUTOTUNE)
     elif hasattr(dataset, "as_dataset"):
-        dataset = dataset.as_dataset()
+        dataset = getattr(dataset, "unchecked_elements", dataset.as_dataset)()
     if not isinstance(dataset, tf.data.Dataset):
         raise ValueError(
             "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
@@ -697,7 +700,7 @@ def _finish(
 ) -> tf.data.Dataset:
     """Prefetches, and attaches the attributes that `fit` reads."""
     options = tf.data.Options()
-    options.deterministic = deterministic
+    options.deterministic = bool(deterministic)
     # One thread per image: faster than all threads on one image, and leaves cores to `fit`.
     options.threading.max_intra_op_parallelism = 1
     batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)

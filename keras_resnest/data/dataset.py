@@ -44,6 +44,7 @@ class Problem:
         return f"{self.file}: {self.what}{' ' * bool(self.detail)}{self.detail} - {self.action}"
 
 
+@checked
 @dataclasses.dataclass
 class AnnotationReport:
     """Counts and problems of a dataset; print it before training."""
@@ -77,6 +78,7 @@ class AnnotationReport:
         return "\n".join(lines)
 
 
+@checked
 @dataclasses.dataclass
 class ClassificationReport:
     """Counts and problems of a dataset; print it before training."""
@@ -159,6 +161,7 @@ class ImageRecord:
         return self.info.width
 
 
+@checked
 @dataclasses.dataclass(slots=True)
 class LabeledImage:
     """One image and its class."""
@@ -527,17 +530,24 @@ def image_reader(records: Sequence[ImageRecord]):
         return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
 
     def with_tensorflow(index):
-        # Inside a graph, only tf.data can continue after an error. Pillow then names the file.
-        nothing = tf.data.Dataset.from_tensors(tf.zeros((0, 0, 3), tf.uint8))
-        decoded = tf.data.Dataset.from_tensors(index).map(decode).ignore_errors()
-        image = decoded.concatenate(nothing).take(1).get_single_element()
-        return tf.cond(tf.size(image) > 0, lambda: (image, ""), lambda: with_pillow(index))
+        return decode_or(with_pillow, decode, index)
 
     if all(by_tensorflow):
         return with_tensorflow
     if not any(by_tensorflow):
         return with_pillow
     return lambda i: tf.cond(is_plain[i], lambda: with_tensorflow(i), lambda: with_pillow(i))
+
+
+def decode_or(otherwise, decode, source):
+    """In a graph, returns (`decode(source)`, ""), or `otherwise(source)` if that raises."""
+    import tensorflow as tf
+
+    # Inside a graph, only tf.data can continue after an error.
+    nothing = tf.data.Dataset.from_tensors(tf.zeros((0, 0, 3), tf.uint8))
+    decoded = tf.data.Dataset.from_tensors(source).map(decode).ignore_errors()
+    image = decoded.concatenate(nothing).take(1).get_single_element()
+    return tf.cond(tf.size(image) > 0, lambda: (image, ""), lambda: otherwise(source))
 
 
 def check_readable(element: dict) -> dict:

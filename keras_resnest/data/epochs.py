@@ -8,6 +8,8 @@ import threading
 import numpy as np
 import tensorflow as tf
 
+from keras_resnest.checks import checked
+
 _ONE = 2**30  # 1 as a fixed-point number
 
 
@@ -45,6 +47,7 @@ class EpochCounter:
         return tf.ensure_shape(tf.numpy_function(self.next_epoch, [], tf.int64), [])
 
 
+@checked
 def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
     """Fixes the epoch of all following passes over training batches, until the next call.
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_resnest.checks import is_number
+from keras_resnest.checks import checked, is_number
 from keras_resnest.data.dataset import DetectionDataset, ImageDataset, nearest
 
 METHODS = ("balanced", "effective")
 
 
+@checked
 def class_weights(
     dataset, method: str | Mapping[str, float] = "balanced", beta: float = 0.999
 ) -> list[float]:
@@ -74,6 +75,7 @@ def class_weights(
     return weights.tolist()
 
 
+@checked
 def repeat_factors(dataset, threshold: float, use_difficult: bool = True) -> np.ndarray:
     """Returns how often an epoch shows each image, on average, so that rare classes occur in more.
 

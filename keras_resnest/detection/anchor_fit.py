@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_resnest.boxes.anchors import AnchorGenerator
-from keras_resnest.checks import check_box_dictionary, check_image_shape, checked, unpack_batch
+from keras_resnest.checks import (
+    check_box_dictionary,
+    check_counts,
+    check_image_shape,
+    checked,
+    unpack_batch,
+)
 
 # Sizes in strides of their level: smaller anchors leave gaps between the cells, larger ones reach
 # beyond what the level's features see. RefineDet has 4.
@@ -165,6 +171,7 @@ def fit_anchors(
         >>> generator = fit_anchors(train, (320, 320))
         >>> model = kr.RefineDet(3, anchor_generator=generator)
     """
+    check_counts(max_boxes=max_boxes)
     shape = _check(image_shape, iou_threshold)
     start = anchor_generator or AnchorGenerator()
     boxes, labels, _ = _labeled_boxes(dataset, shape)

@@ -376,9 +376,9 @@ class MultiScaleDetector(_SeveralPasses):
 
     def __init__(
         self,
-        model,
-        image_sizes,
-        box_sizes=None,
+        model: keras.Model,
+        image_sizes: Sequence,
+        box_sizes: Sequence | None = None,
         flip: bool = True,
         turn_sizes: bool = False,
         iou_threshold: float = 0.45,

@@ -10,6 +10,7 @@ anchors.
 """
 
 import math
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -63,7 +64,7 @@ class RefineDetHeads(Configurable):
     def __init__(
         self,
         filters: int = 256,
-        extra_filters=(256, 512),
+        extra_filters: Sequence[int] = (256, 512),
         use_batch_norm: bool = False,
         use_l2_normalization: bool = True,
         use_residual_blocks: bool = False,

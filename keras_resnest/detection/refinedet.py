@@ -27,6 +27,7 @@ from keras_resnest.checks import (
     check_images,
     check_same_classes,
     check_sample_weight,
+    checked,
     class_thresholds,
     dense_boxes,
     reading_config,
@@ -61,6 +62,7 @@ INITIAL_LOSS_SCALE = 2.0**9  # from Keras' 2 ** 15, the first steps of a detecto
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Model):
     """RefineDet on any backbone with `pyramid_outputs`.
 

@@ -172,6 +172,8 @@ def unpack_labeled_batch(batch) -> tuple:
 
 def _predict(model, images) -> dict[str, np.ndarray]:
     """Padded detections of one batch."""
+    if not hasattr(model, "predict_on_batch"):
+        raise ValueError(f"`model` must be a detector. Received: {model!r}")
     images = np.asarray(images)  # JAX does not accept the tensors of tf.data
     strategy = getattr(model, "distribute_strategy", None)
     overridden = type(model).predict_on_batch is not keras.Model.predict_on_batch

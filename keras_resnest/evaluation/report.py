@@ -8,13 +8,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
 
 from keras_resnest.atomic import atomic_file
-from keras_resnest.checks import class_thresholds
+from keras_resnest.checks import checked, class_thresholds
 from keras_resnest.evaluation.box_table import BoxTable, read_tables
 from keras_resnest.evaluation.collect import detect_batches, resolve_class_names
 from keras_resnest.evaluation.errors import FOREGROUND, ErrorAnalysis, analyze_errors
@@ -209,6 +209,7 @@ class DetectionReport:
             }
         return rows
 
+    @checked
     def to_json(self, path: str | os.PathLike | None = None) -> str:
         """Returns the numbers as JSON, undefined ones as null, and writes them to `path`."""
         objects, found = self.objects, self.detections
@@ -249,6 +250,7 @@ class DetectionReport:
         _write(path, text)
         return text
 
+    @checked
     def to_html(self, path: str | os.PathLike | None = None, title: str = "Detector") -> str:
         """Returns one self-contained page with all results, and writes it to `path`.
 
@@ -273,9 +275,10 @@ class DetectionReport:
         return "\n".join(lines)
 
 
+@checked
 def analyze(
     model,
-    dataset: Iterable,
+    dataset,
     class_names: Sequence[str] | None = None,
     *,
     confidence_threshold: float | Mapping[str, float] | None = None,

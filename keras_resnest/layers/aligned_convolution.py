@@ -4,11 +4,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnest.checks import check_counts, checked
+
 # Sample points along a side of a box, as fractions of the side: centers of its thirds.
 _THIRDS = np.array([1 / 6, 3 / 6, 5 / 6])
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class AlignedConvolution(keras.layers.Layer):
     """3x3 convolution that reads its features inside a box instead of around a cell.
 
@@ -57,9 +60,8 @@ class AlignedConvolution(keras.layers.Layer):
     ):
         # Half precision cannot tell the pixels of a map apart: boxes are not cast.
         super().__init__(autocast=False, **kwargs)
-        for name, value in (("num_anchors", num_anchors), ("filters", filters)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        check_counts(num_anchors=num_anchors, filters=filters)
+        self.input_spec = [keras.layers.InputSpec(ndim=4), keras.layers.InputSpec(ndim=3)]
         self.num_anchors = int(num_anchors)
         self.filters = int(filters)
         self.use_bias = bool(use_bias)

@@ -17,7 +17,13 @@ class FeatureMapLayer(KeepsLayerChanges, keras.layers.Layer):
 
     def __init__(self, data_format: str | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.data_format = keras.config.image_data_format() if data_format is None else data_format
+        if data_format not in (None, "channels_last", "channels_first"):
+            raise ValueError(
+                '`data_format` must be "channels_last", "channels_first" or None. '
+                f"Received: data_format={data_format!r}"
+            )
+        self.data_format = data_format or keras.config.image_data_format()
+        self.input_spec = keras.layers.InputSpec(ndim=4)
 
     @property
     def _channel_axis(self) -> int:

@@ -3,12 +3,13 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_positive
+from keras_resnest.checks import check_positive, checked
 from keras_resnest.layers.base import FeatureMapLayer
 from keras_resnest.layers.split_attention import RadixSoftmax
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class SqueezeExcitation(FeatureMapLayer):
     """Scales every channel by a gate computed from the averages of all channels.
 
@@ -57,6 +58,7 @@ class SqueezeExcitation(FeatureMapLayer):
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class SelectiveKernel(FeatureMapLayer):
     """Selective kernel convolution: attention over paths with different receptive fields.
 
@@ -103,6 +105,8 @@ class SelectiveKernel(FeatureMapLayer):
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)
+        check_positive(filters=filters, groups=groups)
+        check_positive(reduction_ratio=reduction_ratio, divisor=divisor)
         if strides not in (1, 2) or num_paths < 1 or (strides == 2 and num_paths > 2):
             raise ValueError(
                 "`strides` must be 1 or 2, and `num_paths` positive, at most 2 with `strides=2`. "

@@ -5,8 +5,11 @@ import functools
 import keras
 from keras import ops
 
+from keras_resnest.checks import checked
+
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class GroupedConv2D(keras.layers.Conv2D):
     """Drop-in for `keras.layers.Conv2D` with fast, servable channel groups.
 
@@ -83,6 +86,7 @@ class GroupedConv2D(keras.layers.Conv2D):
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` that supports `channels_first` on every device.
 

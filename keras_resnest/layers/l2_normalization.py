@@ -3,10 +3,11 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_positive
+from keras_resnest.checks import check_positive, checked
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class L2Normalization(keras.layers.Layer):
     """Scales the channel vector of every cell to unit length, then by a learned factor.
 
@@ -39,6 +40,7 @@ class L2Normalization(keras.layers.Layer):
     def __init__(self, scale: float = 10.0, axis: int = -1, epsilon: float = 1e-6, **kwargs):
         super().__init__(**kwargs)
         check_positive(epsilon=epsilon)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.scale = scale
         self.axis = axis
         self.epsilon = epsilon

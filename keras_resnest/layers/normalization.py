@@ -3,10 +3,12 @@
 import keras
 from keras import ops
 
+from keras_resnest.checks import checked
 from keras_resnest.replicas import sum_over_replicas
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a fused training step on TensorFlow.
 
@@ -112,6 +114,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return self.axis in (-1, 3) or bool(tf.config.list_physical_devices("GPU"))
 
 
+@checked
 def set_batch_norm(model: keras.Model, freeze: bool = False, synchronized: bool = False) -> None:
     """Freezes or synchronizes all batch normalization layers of a model, nested ones included.
 

@@ -3,11 +3,12 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_counts, check_fractions
+from keras_resnest.checks import check_counts, check_fractions, checked
 from keras_resnest.layers.base import FeatureMapLayer
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class DropBlock2D(FeatureMapLayer):
     """Zeroes square blocks of a feature map during training.
 

@@ -3,12 +3,13 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_positive
+from keras_resnest.checks import check_fractions, check_positive, checked
 from keras_resnest.layers.base import FeatureMapLayer
 from keras_resnest.layers.regularization import DropBlock2D
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class RadixSoftmax(FeatureMapLayer):
     """Softmax across the splits of every channel, or a sigmoid for a single split.
 
@@ -67,6 +68,7 @@ class RadixSoftmax(FeatureMapLayer):
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class SplitAttention(FeatureMapLayer):
     """Split-Attention convolution.
 
@@ -130,6 +132,7 @@ class SplitAttention(FeatureMapLayer):
         check_positive(
             filters=filters, radix=radix, cardinality=cardinality, reduction_ratio=reduction_ratio
         )
+        check_fractions(dropblock_rate=dropblock_rate)
         self.filters = filters
         self.kernel_size = kernel_size
         self.strides = strides

@@ -3,11 +3,12 @@
 import keras
 from keras import ops
 
-from keras_resnest.checks import check_positive
+from keras_resnest.checks import check_positive, checked
 from keras_resnest.layers.base import FeatureMapLayer
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
+@checked
 class TransferConnectionBlock(FeatureMapLayer):
     """Turns features of the anchor refinement module into features of the detection module.
 

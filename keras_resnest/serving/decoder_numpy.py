@@ -6,6 +6,7 @@ LiteRT runs an exported network.
 
 import collections.abc
 import json
+import numbers
 import os
 import pathlib
 
@@ -145,6 +146,8 @@ class NumpyDetectionDecoder:
             FileNotFoundError: if one of the two files is missing.
             ValueError: if the JSON file lacks a key or has an invalid value.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"`path` must be a path. Received: {path!r}")
         path = pathlib.Path(path)
         metadata = _read_json(path)
         settings = metadata.get("decoder", {})
@@ -215,6 +218,10 @@ class NumpyDetectionDecoder:
         Returns:
             A new dictionary; padding rows and boxes in `"rel_*"` formats are unchanged.
         """
+        if not isinstance(detections, dict) or not {"boxes", "labels"} <= set(detections):
+            raise ValueError(
+                f"`detections` must be a result of the decoder. Received: {detections!r}"
+            )
         if self.bounding_box_format.startswith("rel_"):
             return dict(detections)
         height, width = self.image_shape[:2]
@@ -459,7 +466,7 @@ def _soften(boxes, confidence, floor, iou_threshold, limit):
 
 
 def _check_fraction(name, value):
-    if not 0.0 <= value <= 1.0:
+    if not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
     return float(value)
 
@@ -479,7 +486,7 @@ def _check_thresholds(threshold, class_names):
 
 
 def _check_count(name, value):
-    if int(value) != value or value < 1:
+    if not isinstance(value, numbers.Real) or not 1 <= value < 2**63 or value % 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
     return int(value)
 

@@ -6,6 +6,8 @@ import functools
 import keras
 import numpy as np
 
+from keras_resnest.checks import checked
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # A scale and an offset can be folded into the kernel of these operations, which is input 1.
@@ -29,6 +31,7 @@ REDUCED = {
 LARGE_CONSTANT = 2**14
 
 
+@checked
 def deployment_function(network, specification, precision: str = "float32", freeze: bool = True):
     """Returns a function of one tensor as one folded graph.
 

@@ -3,6 +3,7 @@
 import os
 
 from keras_resnest.atomic import atomic_folder
+from keras_resnest.checks import checked
 from keras_resnest.replicas import call_with_rows
 from keras_resnest.serving.graph import check_backend, deployment_function
 from keras_resnest.serving.tasks import create_task, write_metadata
@@ -18,6 +19,7 @@ num_batch_threads { value: 2 }
 """
 
 
+@checked
 def export_saved_model(
     model,
     filepath: str | os.PathLike,

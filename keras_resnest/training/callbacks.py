@@ -100,7 +100,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
         per_class: bool = True,
         bounding_box_format: str | None = None,
         steps: int | None = None,
-        verbose: int = 1,
+        verbose: int | bool = 1,
         restore_best_weights: bool = False,
         patience: int | None = None,
     ):

@@ -1,6 +1,7 @@
 """Optimizers that treat variables differently, and schedules of the learning rate."""
 
 import contextlib
+from collections.abc import Iterable
 
 import keras
 from keras import ops
@@ -92,7 +93,8 @@ def inner_optimizer(model):
     return getattr(model.optimizer, "inner_optimizer", model.optimizer)
 
 
-def shift_schedule(model, shift: int) -> None:
+@checked
+def shift_schedule(model: keras.Model, shift: int) -> None:
     """Moves the learning rate's schedule of a compiled model; nothing for a constant rate."""
     optimizer = inner_optimizer(model)
     schedule = optimizer._learning_rate
@@ -103,7 +105,8 @@ def shift_schedule(model, shift: int) -> None:
         model.make_train_function(force=True)
 
 
-def restart_optimizer(model) -> None:
+@checked
+def restart_optimizer(model: keras.Model) -> None:
     """Gives a model a new optimizer for what is trainable now; the learning rate goes on.
 
     Keras' optimizers only know the variables of their first step. Moments and averages of all
@@ -130,6 +133,7 @@ def restart_optimizer(model) -> None:
     model.make_train_function(force=True)
 
 
+@checked
 class _ByVariable:
     """Mix-in that treats some variables otherwise: no weight decay, or a lower learning rate.
 
@@ -139,7 +143,7 @@ class _ByVariable:
     def __init__(
         self,
         *args,
-        excluded_variables=EXCLUDED_VARIABLES,
+        excluded_variables: Iterable[str] = EXCLUDED_VARIABLES,
         backbone_learning_rate_factor: float = 1.0,
         **kwargs,
     ):

@@ -20,6 +20,7 @@ __all__ = ["RECIPES", "AdamW", "LinearWarmup", "Recipe", "SGDWithL2"]
 _SCALING_POWERS = {"linear": 1.0, "sqrt": 0.5}
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Hyperparameters of a training run: all but the network and the data.

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 
+from keras_resnest.checks import checked
 from keras_resnest.replicas import is_multi_worker, run_on_replicas
 from keras_resnest.trainer import batch_size_of, check_global_batch, report_lost_workers
 
@@ -56,7 +58,8 @@ def create_strategy(distribution: str = "auto"):
     return tf.distribute.get_strategy()
 
 
-def distribute_batches(strategy, make_batches, batch_size: int):
+@checked
+def distribute_batches(strategy, make_batches: Callable, batch_size: int):
     """Creates training batches for `fit` such that each worker reads only its part of the data.
 
     With a plain dataset, every worker reads all of it and drops the batches of the others, which
@@ -81,6 +84,8 @@ def distribute_batches(strategy, make_batches, batch_size: int):
         ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
         >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
     """
+    if not hasattr(strategy, "num_replicas_in_sync"):
+        raise ValueError(f"`strategy` must be a tf.distribute.Strategy. Received: {strategy!r}")
     check_global_batch({batch_size}, strategy.num_replicas_in_sync)
     if not is_multi_worker(strategy):
         return make_batches(1, 0, batch_size)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
+from keras_resnest.checks import checked
+
 # Keras' name of a weight: PyTorch's name.
 _WEIGHT_NAMES = {
     "kernel": "weight",
@@ -171,6 +173,7 @@ _KERAS_ONLY = ("seed_generator_state",)
 _TORCH_ONLY = ("num_batches_tracked",)
 
 
+@checked
 def load_torch_state_dict(
     model: keras.Model,
     state_dict: Mapping[str, np.ndarray],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_resnest.checks import check_image_shape, checked
-from keras_resnest.data.augmentation.geometry import check_probabilities
+from keras_resnest.data.augmentation.geometry import check_probabilities, checked_call
 from keras_resnest.data.augmentation.rand_augment import (
     RandAugment,
     as_uint8,
@@ -72,6 +72,7 @@ class ClassificationAugmentation:
                 f"`lighting` at least 0. Received: {self}"
             )
 
+    @checked_call
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
         """Returns the augmented image: float32 of `image_shape`, 0 to 255."""
         image = tf.convert_to_tensor(image)

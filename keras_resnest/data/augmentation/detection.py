@@ -32,6 +32,7 @@ from keras_resnest.data.augmentation.geometry import (
     centers_inside,
     check_probabilities,
     check_range,
+    checked_call,
     intersection,
     orient,
     size_of,
@@ -93,6 +94,7 @@ class PhotometricDistortion:
         check_range("hue", (0.0, self.hue), 0.0, 180.0)
         check_probabilities(self, "probability", "channel_probability")
 
+    @checked_call
     def __call__(self, element: dict, seed) -> dict:
         """Returns the element with a distorted float32 image, 0..255."""
         return dict(element, images=self.distort(element["images"], seed))
@@ -159,6 +161,7 @@ class RandomExpand:
                 f"Received: fill_color={self.fill_color!r}"
             )
 
+    @checked_call
     def __call__(self, element: dict, seed) -> dict:
         """Returns the element on its canvas: float32 image and shifted boxes."""
         element = drop_empty_boxes(element)
@@ -222,6 +225,7 @@ class RandomIoUCrop:
         check_counts(trials=self.trials)
         check_probabilities(self, "probability")
 
+    @checked_call
     def __call__(self, element: dict, seed) -> dict:
         """Returns the cropped element (float32 image)."""
         element = drop_empty_boxes(element)
@@ -298,6 +302,7 @@ class RandomTile:
     def __post_init__(self):
         check_image_shape(self.tile_shape, name="tiles")
 
+    @checked_call
     def __call__(self, element: dict, seed) -> dict:
         """Returns the element of the tile: float32 image and clipped boxes."""
         element = drop_empty_boxes(element)
@@ -334,6 +339,7 @@ class RandomTile:
 class _Orientation:
     """Base class of transpositions and flips; a subclass draws the `orientation`."""
 
+    @checked_call
     def __call__(self, element: dict, seed) -> dict:
         """Returns the reoriented element; the image keeps its dtype."""
         element = drop_empty_boxes(element)
@@ -415,6 +421,7 @@ class Resize:
         check_image_shape(self.image_shape)
         _check_dtype(self.dtype)
 
+    @checked_call
     def __call__(self, element: dict, seed=None, image_size=None) -> dict:
         """Returns the resized element; an int32 `image_size` replaces `image_shape`."""
         height, width = _height_and_width(self.image_shape, image_size)
@@ -468,6 +475,7 @@ class TrainingAugmentation:
         _check_dtype(self.dtype)
         check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
+    @checked_call
     def __call__(self, element: dict, seed, image_size=None) -> dict:
         """Returns the augmented element, with an image of `dtype`, 0..255.
 

@@ -4,7 +4,10 @@ A window is an int32 vector (x1, y1, x2, y2) in pixels of the source image. Elem
 `{"images": (h, w, 3), "bounding_boxes": {"boxes": (n, 4), "labels": (n,), ...}}`.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -13,6 +16,42 @@ from keras_resnest.images import MEAN_COLOR
 
 #: Values of the box entries in a padding row.
 PADDING = {"boxes": 0.0, "labels": -1, "difficult": False}
+
+
+# === Arguments ===
+
+
+def checked_call(call: Callable) -> Callable:
+    """Decorates `__call__` of an augmentation: another image, element or seed is a `ValueError`."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def wrapper(*args, **kwargs):
+        for name, value in list(signature.bind(*args, **kwargs).arguments.items())[1:]:
+            if name in ("element", "batch"):
+                fits = isinstance(value, Mapping) and {"images", "bounding_boxes"} <= set(value)
+                wanted = 'a dictionary of "images" and "bounding_boxes"'
+            elif name == "image":
+                fits, wanted = _fits(value, (None, None, 3), False), "an array (h, w, 3)"
+            else:
+                is_default = value is None and signature.parameters[name].default is None
+                fits, wanted = is_default or _fits(value, (2,), True), "two integers"
+            if not fits:
+                received = textwrap.shorten(repr(value), 100)
+                raise ValueError(f"`{name}` must be {wanted}. Received: {name}={received}")
+        return call(*args, **kwargs)
+
+    return wrapper
+
+
+def _fits(value, shape: tuple, is_integer: bool) -> bool:
+    """Whether a value is a tensor of numbers of a shape."""
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError):
+        return False
+    is_number = tensor.dtype.is_integer or (tensor.dtype.is_floating and not is_integer)
+    return is_number and tensor.shape.is_compatible_with(shape)
 
 
 # === Images and boxes ===
@@ -49,7 +88,7 @@ def view(
 
     image = image[low[1] : high[1], low[0] : high[0]]
     is_zoomed_out = tf.reduce_prod(extent) > tf.reduce_prod(image_extent)
-    use_area = antialias & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
+    use_area = bool(antialias) & is_zoomed_out & (tf.reduce_max(scale) <= 0.5)
     visible_size = (end - start)[::-1]
     image = tf.cond(
         use_area,

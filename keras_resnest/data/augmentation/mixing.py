@@ -22,6 +22,7 @@ from keras_resnest.data.augmentation.geometry import (
     centers_inside,
     check_probabilities,
     check_range,
+    checked_call,
     pad_rows,
     split_seed,
     view,
@@ -60,6 +61,7 @@ class Mosaic:
             )
         check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
+    @checked_call
     def __call__(self, batch: dict, seed) -> dict:
         """Returns the batch with some images replaced by mosaics."""
         seeds = split_seed(seed, 3)
@@ -153,6 +155,7 @@ class MixUp:
         if not is_number(self.alpha) or not 0.1 <= self.alpha < float("inf"):
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
+    @checked_call
     def __call__(self, batch: dict, seed) -> dict:
         """Returns the batch with some images blended."""
         seeds = split_seed(seed, 3)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from keras_resnest.checks import checked
+from keras_resnest.data.augmentation.geometry import checked_call
 
 _GRAY = (0.299, 0.587, 0.114)  # Pillow's weights of red, green, and blue
 
@@ -50,9 +51,10 @@ class RandAugment:
                 f"`num_ops` must be at least 0, `magnitude` within 0 to 30. Received: {self}"
             )
 
+    @checked_call
     def __call__(self, image: tf.Tensor, seed) -> tf.Tensor:
         """Returns the augmented image: uint8, of the same size."""
-        image = as_uint8(image)
+        image = as_uint8(tf.convert_to_tensor(image))
         seed = tf.cast(seed, tf.int64)
         drawn = tf.random.stateless_uniform([self.num_ops], seed, 0, len(OPERATIONS), tf.int32)
         signs = tf.random.stateless_uniform([self.num_ops], seed + 1, 0, 2, tf.int32) * 2 - 1

@@ -66,12 +66,12 @@ def read_coco(
     path = files.check_path(annotation_file, "annotation_file")
     content = _load(path)
     given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
-    image_names = [str(image.get("file_name", "")) for image in content["images"]]
+    images = _images(path, content["images"], faults)
+    image_names = [image["file_name"] for image in images.values()]
     tree, folder = common.find_images_of(path, image_names, given, allow_outside)
     names = _category_names(path, content["categories"], faults)
     class_names = list(dict.fromkeys(names.values())) if class_names is None else class_names
     class_names = check_class_names(class_names)
-    images = _images(path, content["images"], faults)
     objects = _objects_by_image(path, content["annotations"], images, faults)
     images = _join_repeated(path, images, objects, faults)
     if split is not None:

@@ -24,11 +24,11 @@ _SYNONYMS = {
         *("filename", "file_name", "file", "path", "image_path", "image_name", "image_id"),
         *("imageid", "img"),
     ),
-    "x1": ("xmin", "x_min", "left"),
-    "y1": ("ymin", "y_min", "top"),
-    "x2": ("xmax", "x_max", "right"),
-    "y2": ("ymax", "y_max", "bottom"),
-    "label": ("class", "class_name", "name", "category", "labelname"),
+    "x1": ("xmin", "x_min", "left", "bbox_x"),
+    "y1": ("ymin", "y_min", "top", "bbox_y"),
+    "x2": ("xmax", "x_max", "right", "bbox_width"),  # x1 is added to a width
+    "y2": ("ymax", "y_max", "bottom", "bbox_height"),
+    "label": ("class", "class_name", "name", "category", "labelname", "label_name"),
     "width": ("image_width",),
     "height": ("image_height",),
     "difficult": ("is_difficult", "isgroupof"),
@@ -178,6 +178,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
     reader = csv.reader(io.StringIO(text, newline=""), **options)
     columns: Sequence[str] | None = None
+    has_sizes = False
     spelling: dict[str, str] = {}
     line = 0
     try:
@@ -190,6 +191,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 is_relative = is_automl or {c.lower() for c in cells} >= _OPEN_IMAGES
                 columns = _AUTOML if is_automl else _header(path, cells)
                 if columns and not is_automl:
+                    has_sizes = cells[columns.index("x2")].lower() == "bbox_width"
                     continue
                 columns = columns or (*COLUMNS, *_SIZE)[: len(cells)]
             row = dict(zip(columns, cells, strict=False))
@@ -201,6 +203,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     row["split"] = spelling.setdefault(files.unified(row["split"]), row["split"])
                 for name in COLUMNS[1:5] if delimiter != "," else ():
                     row[name] = re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", row[name])
+                if all(row[name].lower() in ("", "nan") for name in COLUMNS[1:5]):  # of pandas
+                    no_label = row["label"].lower() == "nan"
+                    row |= dict.fromkeys(COLUMNS[1:5], "") | ({"label": ""} if no_label else {})
+                elif has_sizes:
+                    for start, end in (("x1", "x2"), ("y1", "y2")):
+                        row[end] = str(common.number(row[start]) + common.number(row[end]))
             yield line, row
     except csv.Error as error:  # a quote that is not closed
         raise FileError(path, "unreadable CSV file", f"after line {line}: {error}") from None

@@ -12,6 +12,7 @@ import stat
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from keras_resnest.data.dataset import Problem
 from keras_resnest.images import IMAGE_SUFFIXES, is_hidden
@@ -214,12 +215,18 @@ class FileTree:
     def named(
         self, folder: str | os.PathLike, name: str, suffixes: Sequence[str] = ()
     ) -> list[str]:
-        """Names in a folder that mean `name`, or else `name` with one of the suffixes."""
+        """Names in a folder that mean `name`, or else `name` with one of the suffixes.
+
+        If there is none, `name` may be encoded as in an address: "a%20b.jpg".
+        """
         listing, key = self._listing(os.fspath(folder)), unified(name)
         if names := closest(name, listing.get(key, ())):
             return names
         found = [n for suffix in suffixes for n in listing.get(key + suffix, ())]
         stems = closest(name, [os.path.splitext(n)[0] for n in found])
+        decoded = unquote(name)
+        if not found and decoded != name:
+            return self.named(folder, decoded, suffixes)
         return [n for n in found if os.path.splitext(n)[0] in stems]
 
     def child(
@@ -251,7 +258,9 @@ class FileTree:
         path = self.child(folder, text, suffixes)  # maybe with a backslash in its name
         if path or not re.search(r"[/\\]|^\.+$", text):
             return path
-        text = text.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: /data/local-files/?d=
+        text = text.replace("\\", "/")
+        if "?d=" in text:  # Label Studio: /data/local-files/?d=folder%2Fa.jpg
+            text = unquote(text.rpartition("?d=")[2])
         full = Path(os.path.normpath(folder / text))
         if root := next((root for root in self.roots if full.is_relative_to(root)), None):
             if path := self.descend(root, full.relative_to(root).parts, suffixes):

@@ -19,13 +19,15 @@ from keras_resnest.data.dataset import (
     ImageRecord,
     LabeledImage,
     Problem,
+    check_readable,
+    decode_or,
     decode_plain_image,
     nearest,
     summarize,
     usable_boxes,
     without_difficult,
 )
-from keras_resnest.images import ImageInfo, orientation_flags, read_image_info
+from keras_resnest.images import ImageInfo, load_image, orientation_flags, read_image_info
 
 
 @checked
@@ -129,6 +131,8 @@ def _builder(name_or_builder: Any, data_dir: str | os.PathLike | None):
     from keras_resnest.data import shapes  # noqa: F401 (registers "shapes")
 
     name = name_or_builder
+    if not isinstance(name, str):
+        raise ValueError(f"`name_or_builder` must be a name or a builder. Received: {name!r}")
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
@@ -228,15 +232,46 @@ class _TfdsSplit:
         return self._size
 
     def as_dataset(self, shuffle=False, seed=None, num_shards=1, shard_index=0):
-        import tensorflow as tf
-
         part = self.shard(num_shards, shard_index)
-        examples = part._examples(shuffle, seed)
-        if shuffle:
-            examples = examples.shuffle(min(len(part), self._shuffle_buffer), seed=seed)
-        return examples.map(self._to_element, num_parallel_calls=tf.data.AUTOTUNE)
+        return part.unchecked_elements(shuffle, seed).map(check_readable)
 
     as_dataset.__doc__ = DetectionDataset.as_dataset.__doc__
+
+    def unchecked_elements(self, shuffle: bool = False, seed: int | None = None):
+        """`tf.data.Dataset` of elements with an "error", see `check_readable`."""
+        import tensorflow as tf
+
+        examples = self._examples(shuffle, seed)
+        if shuffle:
+            examples = examples.shuffle(min(len(self), self._shuffle_buffer), seed=seed)
+
+        def decode(example):
+            image, error = decode_or(
+                self._with_pillow, lambda e: decode_plain_image(e["image"]), example
+            )
+            return {**self._to_element(dict(example, image=image)), "error": error}
+
+        return examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _with_pillow(self, example):
+        import tensorflow as tf
+
+        def load(encoded, *names):
+            try:
+                return load_image(encoded), b""
+            except ValueError as error:
+                return np.zeros((1, 1, 3), "uint8"), self._unreadable(error, *names).encode()
+
+        names = example.get("image_id", example["tfds_id"]), example["tfds_id"]
+        image, error = tf.numpy_function(load, [example["image"], *names], (tf.uint8, tf.string))
+        return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
+
+    def _unreadable(self, error: ValueError, image_id: bytes, tfds_id: bytes) -> str:
+        """What is said about an image that Pillow cannot read; `tfds_id` names file and record."""
+        return (
+            f"Cannot read the image {image_id.decode()!r} of {self._builder.info.full_name}, split "
+            f"{str(self._split)!r}, record {tfds_id.decode()}: {error.__cause__ or error}"
+        )
 
     def element_loader(self):
         return None  # TFDS files are read sequentially
@@ -290,7 +325,7 @@ class _TfdsClassification(_TfdsSplit, ClassificationDataset):
         import tensorflow as tf
 
         return {
-            "images": decode_plain_image(example["image"]),
+            "images": example["image"],
             "image_id": example["tfds_id"],
             "labels": tf.gather(self._label_map, example["label"]),
         }
@@ -325,6 +360,7 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
             hard = rows[difficult] if difficult else tf.zeros_like(rows["label"])
             return {
                 "image": example["image"],
+                "tfds_id": example["tfds_id"],
                 "image_id": image_id if is_text else tf.strings.as_string(image_id),
                 "bbox": rows["bbox"],
                 "label": rows["label"],
@@ -336,7 +372,7 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
     def _to_element(self, example):
         import tensorflow as tf
 
-        image = decode_plain_image(example["image"])  # (h, w, 3)
+        image = example["image"]  # (h, w, 3)
         boxes = tf.clip_by_value(tf.gather(example["bbox"], (1, 0, 3, 2), axis=1), 0.0, 1.0)
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         if not self._use_difficult:
@@ -359,7 +395,11 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
         return records, summarize(records, self.class_names, problems)
 
     def _record(self, example, problems: list[Problem]) -> ImageRecord:
-        info = read_image_info(example["image"])
+        try:
+            info = read_image_info(example["image"])
+        except ValueError as error:
+            names = example["image_id"], example["tfds_id"]
+            raise ValueError(self._unreadable(error, *names)) from error
         # TFDS ignores the EXIF orientation.
         is_turned = orientation_flags(info.orientation)[0]
         height, width = (info.width, info.height) if is_turned else (info.height, info.width)

@@ -220,22 +220,26 @@ class _YoloFolder:
 
     def label_file(self, image: Path) -> Path | None:
         """Text file of an image: in "labels" instead of the last "images", or beside it."""
-        labels, name = self._label_folder(image.parent), f"{image.stem}.txt"
-        return (labels and self.tree.child(labels, name)) or self.tree.child(image.parent, name)
+        folders = filter(None, (self._label_folder(image.parent), image.parent))
+        names = f"{image.stem}.txt", f"{image.name}.txt"
+        found = (self.tree.child(folder, name) for folder in folders for name in names)
+        return next(filter(None, found), None)
 
     def labels_without_image(self, places: list[Path], images: list[Path]) -> list[Path]:
         """Text files of rows that belong to no image."""
         folders = {path for path in places if path.is_dir()}
         if len(folders) < len(places):  # lists
             folders |= {path.parent for path in images}
+        used = set(map(self.label_file, images))
         lost: dict[Path, None] = {}
         for folder in sorted(folders):
             labels = self._label_folder(folder)
             for file in files.walk(labels or folder, (".txt",)):
                 beside = folder / file.parent.relative_to(labels or folder)
-                if not self.tree.named(beside, file.stem, IMAGE_SUFFIXES) and _starts_with_row(
-                    file
-                ):
+                if file in used or not _starts_with_row(file):
+                    continue
+                owners = self.tree.named(beside, file.stem, IMAGE_SUFFIXES)
+                if not any(self.label_file(beside / name) == file for name in owners):
                     lost[file] = None
         return list(lost)
 
@@ -246,7 +250,7 @@ class _YoloFolder:
     def keypoints(self) -> int | None:
         """How many numbers of keypoints follow a box; None if no `kpt_shape` is stated."""
         shape = self.settings.get("kpt_shape")
-        if shape is None:
+        if shape in (None, "", "~", "null"):
             return None
         if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_class, shape)):
             raise FileError(self.file, "unreadable kpt_shape", "expected `kpt_shape: [17, 3]`")
