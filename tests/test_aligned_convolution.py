@@ -150,7 +150,7 @@ def test_far_boxes_equal_brute_force():
     [
         ({"num_anchors": 0}, "`num_anchors` must be a positive integer.*0"),
         ({"filters": -1}, "`filters` must be a positive integer.*-1"),
-        ({"filters": 2.5}, r"`filters` must be a positive integer.*2\.5"),
+        ({"filters": 2.5}, r"`filters` must be int.*2\.5"),
         ({"kernel_initializer": "unknown"}, "unknown"),
     ],
 )

@@ -30,7 +30,7 @@ def check_channels_last() -> None:
 
 
 def check_anchor_generator(anchor_generator) -> AnchorGenerator:
-    anchor_generator = check_part("anchor_generator", anchor_generator, AnchorGenerator)
+    anchor_generator = anchor_generator or AnchorGenerator()
     if anchor_generator.strides != STRIDES:
         raise ValueError(
             f"`anchor_generator` must have the strides of the feature maps, {STRIDES}. "
@@ -39,19 +39,11 @@ def check_anchor_generator(anchor_generator) -> AnchorGenerator:
     return anchor_generator
 
 
-def check_part(name: str, value, kind: type):
-    """An argument that is an object of a kind; by default a new one."""
-    value = kind() if value is None else value
-    if not isinstance(value, kind):
-        raise ValueError(f"`{name}` must be an instance of {kind.__name__}. Received: {value!r}")
-    return value
-
-
 def check_parts(heads, detection_loss, decoder) -> tuple:
-    """The parts of a detector, checked against each other."""
-    heads = check_part("heads", heads, RefineDetHeads)
-    detection_loss = check_part("detection_loss", detection_loss, RefineDetLoss)
-    decoder = check_part("decoder", decoder, DetectionDecoder)
+    """The parts of a detector, by default new ones, checked against each other."""
+    heads = heads or RefineDetHeads()
+    detection_loss = detection_loss or RefineDetLoss()
+    decoder = decoder or DetectionDecoder()
     check_same_offsets(detection_loss, decoder)
     check_alignment(heads, detection_loss)
     return heads, detection_loss, decoder
