@@ -501,5 +501,5 @@ def test_only_direct_successors_are_folded():
 @pytest.mark.parametrize("precision", ["int8", "float64", "mixed_bfloat16", None])
 def test_unknown_precision(precision):
     specification = tf.TensorSpec((None, 4), name="rows")
-    with pytest.raises(ValueError, match=r"`precision` must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="`precision` must be"):
         deployment_function(lambda x: {"y": x}, specification, precision)

@@ -305,7 +305,7 @@ def test_bad_arguments(detector, options, word):
 
 def test_bad_tiles_for_training():
     images, truth = rectangles(1)
-    with pytest.raises(ValueError, match=r"`tiles`.*pixels"):
+    with pytest.raises(ValueError, match="`tiles` must be"):
         kr.data.training_batches(elements_of(images, truth), TILE, 1, tiles=(64.5, 64))
 
 
