@@ -180,19 +180,19 @@ def decode_detections(
         placed = vote(*rows[:2], voting_iou) if voting_iou is not None else rows[0]
         detections += [(final[i], labels[order[i]], placed[i].tolist()) for i in kept]
     detections = sorted(detections, reverse=True)[:max_detections]
-    if exclusive_classes:
-        lowered = [(lower(d, detections, iou_threshold), *d[1:]) for d in detections]
-        detections = sorted((d for d in lowered if d[0] > limits[d[1]]), reverse=True)
+    if exclusive_classes and detections:
+        lowered = compete(*zip(*detections, strict=True), iou_threshold)
+        rows = [(c, *d[1:]) for c, d in zip(lowered, detections, strict=True)]
+        detections = sorted((row for row in rows if row[0] > limits[row[1]]), reverse=True)
     return detections
 
 
-def lower(detection, detections, iou_threshold):
-    """The confidence of a detection where each object has one class."""
-    confidence, label, box = detection
-    lowered = confidence
-    for other, other_label, other_box in detections:
-        if other_label != label and other > confidence and iou(box, other_box) > iou_threshold:
-            lowered *= math.sqrt(1 - other)
+def compete(confidence, labels, boxes, iou_threshold):
+    """The confidence of each detection where each object has one class."""
+    overlaps, lowered = iou(boxes, boxes), list(confidence)
+    for i, j in np.argwhere(overlaps > iou_threshold).tolist():
+        if labels[i] != labels[j] and confidence[j] > confidence[i]:
+            lowered[i] *= math.sqrt(1 - confidence[j])
     return lowered
 
 
