@@ -353,25 +353,24 @@ def test_detect_respects_exif_orientation(trained, odd_images):
     np.testing.assert_allclose(got["boxes"], want["boxes"][0, :n] * scale, atol=1e-2)
 
 
-def test_a_new_decoder_counts_at_once():
+def test_a_new_decoder_counts_at_once(trained):
     """In `detect`, `predict` and `predict_on_batch`; replaced or changed in place."""
     image = rectangles(1, seed=9)[0]
-    model = small_detector(heads=LEAN)
-    old = model.decoder
+    old = trained.decoder
 
     def counts():
         return (
-            len(model.detect(image[0], confidence_threshold=0.0)["boxes"]),
-            int(model.predict(image, verbose=0)["num_detections"][0]),
-            int(model.predict_on_batch(image)["num_detections"][0]),
+            len(trained.detect(image[0], confidence_threshold=0.0)["boxes"]),
+            int(trained.predict(image, verbose=0)["num_detections"][0]),
+            int(trained.predict_on_batch(image)["num_detections"][0]),
         )
 
     before = counts()
-    model.decoder = DetectionDecoder(max_detections=2)
+    trained.decoder = DetectionDecoder(max_detections=2)
     assert counts() == (2, 2, 2)
-    model.decoder.max_detections = 1
+    trained.decoder.max_detections = 1
     assert counts() == (1, 1, 1)
-    model.decoder = old
+    trained.decoder = old
     assert counts() == before and before[0] > 2
 
 
