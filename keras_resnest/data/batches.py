@@ -478,13 +478,7 @@ def classification_batches(
         raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
     _check_integer("num_classes", num_classes, 1)
     counter = EpochCounter(initial_epoch)
-
-    def crop(image):
-        def on_pixels(pixels):
-            return center_crop_image(pixels, side, crop_ratio, interpolation)
-
-        return tf.ensure_shape(tf.numpy_function(on_pixels, [image], tf.uint8), (side, side, 3))
-
+    crop = _center_crop(side, crop_ratio, interpolation)
     if training:
         augmentation = _classification_augmentation(augmentation, side, crop)
         cache = _num_bytes(dataset) <= _CACHE_LIMIT if cache is None else cache
@@ -512,6 +506,16 @@ def classification_batches(
     )
     batches = _take_smallest_shard(batches, dataset, batch_size, drop_remainder)
     return _finish(batches, dataset, counter, deterministic, batch_size=batch_size, seed=seed)
+
+
+def _center_crop(side: int, crop_ratio: float, interpolation: str) -> Callable:
+    def on_pixels(pixels):
+        return center_crop_image(pixels, side, crop_ratio, interpolation)
+
+    def crop(image):
+        return tf.ensure_shape(tf.numpy_function(on_pixels, [image], tf.uint8), (side, side, 3))
+
+    return crop
 
 
 def _classification_augmentation(augmentation, side: int, crop: Callable) -> Callable:
