@@ -15,6 +15,9 @@ os.environ.setdefault("TF2ONNX_CATCH_ERRORS", "0")
 import pytest
 from sample_images import photograph, write_odd_images
 
+# Tracing makes millions of objects that stay: looking for garbage less often saves a tenth.
+gc.set_threshold(50_000)
+
 # A runner in the background may ignore Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from detectors import CLASS_NAMES, LEAN, rectangles, small_detector
+from detectors import CLASS_NAMES, rectangles, small_detector
 
 from keras_resnest.backbones import ResNet
 from keras_resnest.layers.normalization import set_batch_norm
@@ -28,7 +28,7 @@ UNEVEN_ROWS = 5  # the last batch, of four, has one
 
 
 def detector(**batch_norm):
-    model = small_detector(SHAPE, LEAN, **batch_norm)
+    model = small_detector(SHAPE, **batch_norm)
     options = {"use_ema": True, "ema_momentum": 0.5, "backbone_learning_rate_factor": 0.1}
     model.compile(SGDWithL2(1e-3, momentum=0.9, global_clipnorm=10.0, **options))
     return model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from detectors import aligned_detector, small_detector
+from detectors import WHOLE, aligned_detector, small_detector
 
 from keras_resnest.backbones import create_backbone
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -38,12 +38,12 @@ KINDS = {
     "classifier": ("classifier", {"image_shape": (64, 64, 3)}),
 }
 BUILDERS = {
-    "detector": lambda: small_detector(decoder=DECODER),
+    "detector": lambda: small_detector(heads=WHOLE, decoder=DECODER),
     "relative": lambda: aligned_detector(
         (128, 64, 3), decoder=DIOU, bounding_box_format="rel_yxyx", class_names=None
     ),
     "aware": lambda: small_detector(
-        heads={"predict_iou": True},
+        heads={**WHOLE, "predict_iou": True},
         decoder=DetectionDecoder(suppression="soft", class_agnostic=True, voting_iou=0.6, **AWARE),
     ),
     "aligned": lambda: aligned_detector(decoder=DIOU),

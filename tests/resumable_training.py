@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from detectors import LEAN, rectangles, small_backbone, small_detector
+from detectors import rectangles, small_backbone, small_detector
 
 from keras_resnest.data import RandomFlip, TrainingAugmentation, training_batches
 from keras_resnest.training.callbacks import ResumeTraining
@@ -46,7 +46,7 @@ def train(folder, arguments):
     augmentation = TrainingAugmentation(SHAPE, flip=RandomFlip(), expand=None)
     batches = training_batches(data, SHAPE, 2, augmentation, seed=5)
     # The random numbers of DropBlock must be restored too.
-    model = small_detector(SHAPE, LEAN, backbone=small_backbone(dropblock_rate=0.2))
+    model = small_detector(SHAPE, backbone=small_backbone(dropblock_rate=0.2))
     model.compile()
     resume = ResumeTraining(folder, every_steps=arguments.every_steps)
     callbacks = [resume, Kill(arguments.kill_at)]

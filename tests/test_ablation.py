@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from detectors import rectangles, small_backbone, small_detector
+from detectors import WHOLE, rectangles, small_backbone, small_detector
 from keras import ops
 
 from keras_resnest.detection.class_transfer import class_sources
@@ -29,7 +29,7 @@ def losses(model, outputs, truth):
 
 
 def test_default_is_the_full_model():
-    model = small_detector()
+    model = RefineDet(3, small_backbone(), image_shape=(64, 64, 3))
     for name in SWITCHES:
         assert getattr(model.detection_loss, name) and getattr(model.decoder, name)
     assert model.heads.use_transfer_connection
@@ -151,7 +151,7 @@ def test_without_transfer_connection():
     """No TCB; the ODM reads the source maps, and levels do not talk to each other."""
     model = small_detector(heads={"use_transfer_connection": False, "filters": 12})
     assert not [w.path for w in model.weights if "tcb" in w.path]
-    assert [w.path for w in small_detector().weights if "tcb" in w.path]
+    assert [w.path for w in small_detector(heads=WHOLE).weights if "tcb" in w.path]
     channels = [c.kernel.shape[2] for c in model.get_layer("odm").class_convolutions]
     assert channels == [c.kernel.shape[2] for c in model.get_layer("arm").class_convolutions]
     assert channels == [16, 16, 16, 512]
@@ -176,7 +176,7 @@ def test_upper_levels_reach_lower_ones_through_the_tcb_alone(transfer):
 
 
 def test_widths_are_arguments():
-    narrow = small_detector(heads={"filters": 8, "extra_filters": (6, 10)})
+    narrow = small_detector(heads={**WHOLE, "filters": 8, "extra_filters": (6, 10)})
     assert narrow.get_layer("conv6_1").filters == 6 and narrow.get_layer("conv6_2").filters == 10
     odm = narrow.get_layer("odm").class_convolutions
     assert [c.kernel.shape[2] for c in odm] == [8, 8, 8, 8]
@@ -300,4 +300,4 @@ def test_replace_classes_refuses():
     with pytest.raises(ValueError, match="class_names"):
         small_detector(class_names=None).replace_classes(["a"])
     with pytest.raises(ValueError, match="keeps the network"):
-        small_detector().replace_classes(["a"], heads=RefineDetHeads(use_transfer_connection=False))
+        small_detector(heads=WHOLE).replace_classes(["a"], heads=RefineDetHeads())

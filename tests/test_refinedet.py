@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import CLASS_NAMES, LEAN, rectangles, small_backbone, small_detector
+from detectors import CLASS_NAMES, WHOLE, rectangles, small_backbone, small_detector
 
 import keras_resnest as kr
 from keras_resnest.boxes.anchors import AnchorGenerator
@@ -23,7 +23,7 @@ from keras_resnest.images import load_image, resize_image
 @pytest.fixture(scope="module")
 def trained():
     """A detector that has learned to find rectangles."""
-    model = small_detector()
+    model = small_detector(heads=WHOLE)
     model.compile(keras.optimizers.AdamW(4e-3, global_clipnorm=10.0))
     images, truth = rectangles(64)
     model.fit(images, truth, batch_size=16, epochs=32, verbose=0)
@@ -213,7 +213,7 @@ def test_126_steps_on_adversarial_ground_truth_stay_finite():
 @pytest.mark.parametrize("objects", [0, 4])
 def test_an_epoch_without_objects(objects):
     """No row at all, or padding rows alone."""
-    model = small_detector(heads=LEAN)
+    model = small_detector()
     model.compile("sgd", run_eagerly=objects == 0)
     images, _ = rectangles(4)
     truth = {
@@ -243,7 +243,7 @@ def bad_batches():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="checked inside the graph")
 def test_faulty_batches_raise_value_errors():
-    model = small_detector(heads=LEAN)
+    model = small_detector()
     model.compile("sgd")
     import tensorflow as tf
 
@@ -412,7 +412,7 @@ def test_explains_detections_of_any_image_size_and_format(trained):
     best = {name: values[:1] for name, values in found.items()}
     heat = kr.visualization.explain(trained, large, best)
     assert heat.shape == (192, 256)
-    relative = small_detector(bounding_box_format="rel_yxyx")
+    relative = small_detector(heads=WHOLE, bounding_box_format="rel_yxyx")
     relative.set_weights(trained.get_weights())
     other = {"boxes": best["boxes"][0, [1, 0, 3, 2]] / [192, 256, 192, 256]}
     other["labels"] = best["labels"]

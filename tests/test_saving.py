@@ -10,7 +10,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from detectors import CLASS_NAMES, rectangles, small_backbone, small_detector
+from detectors import CLASS_NAMES, WHOLE, rectangles, small_backbone, small_detector
 
 from keras_resnest import layers
 from keras_resnest.backbones import ResNet
@@ -47,7 +47,7 @@ def custom_detector():
 
 @pytest.fixture(scope="module")
 def models():
-    trained = small_detector()
+    trained = small_detector(heads=WHOLE)
     # Eager steps, since tracing a training graph takes longer than the rest of this file.
     trained.compile(
         keras.optimizers.AdamW(
@@ -187,7 +187,7 @@ def test_weights_round_trip(models, tmp_path):
     for a, b in zip(other.weights, original.weights, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=a.path)
     # The network has no part that depends on the size of the images.
-    larger = small_detector((128, 128, 3))
+    larger = small_detector((128, 128, 3), WHOLE)
     larger.load_weights(tmp_path / "w.weights.h5")
     np.testing.assert_array_equal(larger.get_weights()[0], original.get_weights()[0])
 
@@ -195,8 +195,8 @@ def test_weights_round_trip(models, tmp_path):
 @pytest.mark.parametrize(
     "other, layer",
     [
-        (lambda: small_detector(heads={"filters": 32}), "tcb_p6|bn1"),
-        (lambda: small_detector(heads={"use_batch_norm": False}), "conv6_1"),
+        (lambda: small_detector(heads={**WHOLE, "filters": 32}), "tcb_p6|bn1"),
+        (small_detector, "conv6_1"),
         (lambda: refinedet_tiny(3, image_shape=(64, 128, 3)), "conv1_0"),
     ],
     ids=["filters", "batch_norm", "backbone"],
