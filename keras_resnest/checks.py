@@ -140,11 +140,13 @@ def check_positive(**arguments: float) -> None:
             raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
 
 
-def check_counts(**arguments: int) -> None:
-    """Raises `ValueError` if an argument is not a positive integer, possibly as a float."""
+def check_counts(minimum: int = 1, **arguments: int | None) -> None:
+    """Raises `ValueError` if an argument is not None or an integer, possibly as a float."""
+    wanted = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
     for name, value in arguments.items():
-        if not is_number(value) or not 1 <= value < 2**31 or value % 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+        is_count = is_number(value) and minimum <= value < 2**31 and value % 1 == 0
+        if value is not None and not is_count:
+            raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")
 
 
 def check_overlap(overlap: float) -> float:

@@ -113,7 +113,7 @@ def plot_detections(
     """
     check_box_format(bounding_box_format)
     check_fractions(confidence_threshold=confidence_threshold)
-    check_counts(**{n: v for n, v in (("columns", columns), ("size", size)) if v is not None})
+    check_counts(columns=columns, size=size)
     images = _load_images(image)
     found = _boxes_of_images(detections, "detections", len(images))
     truths = [None] * len(images)

@@ -217,7 +217,7 @@ def test_counter_and_errors():
     assert [counter.next_epoch() for _ in range(3)] == [3, 4, 5]
     counter.set_epoch(1)
     assert [counter.next_epoch() for _ in range(2)] == [1, 1]
-    for wrong in (-1, 1.0, None, True):
+    for wrong in (-1, 1.5, None, True):
         with pytest.raises(ValueError, match=r"`initial_epoch`.*Received"):
             training_batches(dataset(), SHAPE, 3, initial_epoch=wrong)
     batches = training_batches(dataset(), SHAPE, 3, augmentation=None)

@@ -81,7 +81,7 @@ def test_weights_of_a_classification_dataset():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((tf.data.Dataset.range(3),), "`dataset` must be a DetectionDataset"),
+        ((tf.data.Dataset.range(3),), "`dataset` must be DetectionDataset"),
         (
             (dataset(), "inverse"),
             "`method` must be 'balanced' or 'effective', or a dict.*'inverse'",
@@ -202,7 +202,7 @@ def test_workers_make_the_same_number_of_steps():
         ({"threshold": 0.0}, "`repeat_threshold` must be.*above 0 and at most 1.*0.0"),
         ({"threshold": 1.5}, "`repeat_threshold` must be"),
         ({"deterministic": False}, "`repeat_threshold` needs `deterministic=True`"),
-        ({"data": dataset().as_dataset()}, "`repeat_threshold` needs a DetectionDataset"),
+        ({"data": dataset().as_dataset()}, "`dataset` must be DetectionDataset"),
     ],
 )
 def test_wrong_arguments_of_epochs(arguments, message):

@@ -13,15 +13,13 @@ import functools
 import hashlib
 import inspect
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_resnest.boxes.formats import check_box_format
-from keras_resnest.checks import PREFIX, check_image_shape, checked
+from keras_resnest.checks import PREFIX, check_counts, check_image_shape, checked
 from keras_resnest.data.augmentation.classification import (
     CLASSIFICATION_AUGMENTATIONS,
     ClassificationAugmentation,
@@ -143,12 +141,12 @@ def training_batches(
         >>> model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
+    check_counts(batch_size=batch_size, max_boxes=max_boxes)
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
     augmentation = _detection_augmentation(augmentation, size, image_sizes)
     draw_size = _size_drawer(image_sizes, batch_size, deterministic)
     cut_tile = None if tiles is None else RandomTile(tiles)
-    mixes = _check_mixes(mosaic, mixup)
-    _check_max_boxes(max_boxes)
+    mixes = [mix for mix in (mosaic, mixup) if mix]
 
     clean = functools.partial(_clean_boxes, use_difficult=use_difficult)
     cache = _with_fingerprint(cache, dataset, source, "training", use_difficult)
@@ -163,11 +161,13 @@ def training_batches(
         image_size = [draw_size(epoch_seed, position)] if draw_size else []
         return dict(augmentation(element, own_seed, *image_size), seed=own_seed)
 
-    counter = EpochCounter(initial_epoch)
-    repeats = _repeats(dataset, repeat_threshold, use_difficult, deterministic)
+    counter, repeats = EpochCounter(initial_epoch), None
+    if repeat_threshold is not None:
+        _check_deterministic("repeat_threshold", deterministic)
+        repeats = repeat_factors(dataset, repeat_threshold, use_difficult)
     count = int(stored.cardinality()) if repeats is None else epoch_length(repeats)
     buffer = _shuffle_buffer(shuffle_buffer, count, None if cache is True or load else 512)
-    passes = epoch_passes(stored, counter, _seed(seed), buffer, repeats)
+    passes = epoch_passes(stored, counter, seed, buffer, repeats)
     elements = passes.map(augment, num_parallel_calls)
     static_size, num_rows = (None, None) if image_sizes else size, None if mixes else max_boxes
     keys = ("boxes", "labels"), ("seed",)
@@ -227,8 +227,8 @@ def evaluation_batches(
             "`batch_size` must be 1 with image_shape=None, as images may differ in size. "
             f"Received: batch_size={batch_size!r}"
         )
+    check_counts(batch_size=batch_size, max_boxes=max_boxes)
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
-    _check_max_boxes(max_boxes)
     resize = Resize((1, 1) if image_shape is None else size, dtype)
 
     def prepare(element):
@@ -253,41 +253,13 @@ def _detection_augmentation(augmentation, size: tuple[int, int], image_sizes) ->
     return _augmentation(augmentation, DETECTION_AUGMENTATIONS, named, size, arguments)
 
 
-def _check_mixes(mosaic: Mosaic | None, mixup: MixUp | None) -> list:
-    for name, value, kind in (("mosaic", mosaic, Mosaic), ("mixup", mixup, MixUp)):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(
-                f"`{name}` must be None or a {kind.__name__}. Received: {name}={value!r}"
-            )
-    return [mix for mix in (mosaic, mixup) if mix]
-
-
-def _check_max_boxes(max_boxes: int | None):
-    if max_boxes is not None:
-        _check_integer("max_boxes", max_boxes, 1)
-
-
-def _check_integer(name: str, value: int, minimum: int):
-    if not isinstance(value, int) or not minimum <= value < 2**31:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {minimum}. Received: {name}={value!r}"
-        )
-
-
 def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable | None:
     """Returns a function that draws the size of the batch that an image belongs to."""
     if image_sizes is None:
         return None
-    if not isinstance(image_sizes, Sequence) or not image_sizes:
-        raise ValueError(
-            "`image_sizes` must be a list of (height, width) in pixels. "
-            f"Received: image_sizes={image_sizes!r}"
-        )
-    if not deterministic:
-        raise ValueError(
-            "`image_sizes` needs `deterministic=True`, which keeps images in batches of their size."
-            " Received: deterministic=False"
-        )
+    if not image_sizes:
+        raise ValueError("`image_sizes` must have a (height, width) in pixels. Received: none")
+    _check_deterministic("image_sizes", deterministic)
     sizes = tf.constant([check_image_shape(size) for size in image_sizes])
 
     def draw(epoch_seed, position):
@@ -298,17 +270,12 @@ def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable 
     return draw
 
 
-def _repeats(
-    dataset, threshold: float | None, use_difficult: bool, deterministic: bool
-) -> np.ndarray | None:
-    if threshold is None:
-        return None
+def _check_deterministic(argument: str, deterministic: bool) -> None:
     if not deterministic:
         raise ValueError(
-            "`repeat_threshold` needs `deterministic=True`, which keeps images in the order of "
-            "their labels. Received: deterministic=False"
+            f"`{argument}` needs `deterministic=True`, which keeps the order of the images. "
+            "Received: deterministic=False"
         )
-    return repeat_factors(dataset, threshold, use_difficult)
 
 
 def _check_boxes(element: dict) -> dict:
@@ -469,6 +436,7 @@ def classification_batches(
     """
     side = check_square(image_shape)
     check_crop(side, crop_ratio, interpolation)
+    check_counts(batch_size=batch_size, num_classes=num_classes)
     if not 0 <= mixup < float("inf"):
         raise ValueError(f"`mixup` must be a number of at least 0. Received: mixup={mixup!r}")
     drop_remainder = training if drop_remainder is None else drop_remainder
@@ -476,7 +444,6 @@ def classification_batches(
     num_classes = num_classes or getattr(dataset, "num_classes", None)
     if num_classes is None:
         raise ValueError("`num_classes` is needed with a tf.data.Dataset. Received: None")
-    _check_integer("num_classes", num_classes, 1)
     counter = EpochCounter(initial_epoch)
     crop = _center_crop(side, crop_ratio, interpolation)
     if training:
@@ -490,7 +457,7 @@ def classification_batches(
             return dict(element, images=augmentation(element["images"], own_seed), seed=own_seed)
 
         buffer = _shuffle_buffer(None, int(stored.cardinality()), None if cache or load else 2048)
-        passes = epoch_passes(stored, counter, _seed(seed), buffer)
+        passes = epoch_passes(stored, counter, seed, buffer)
         elements = passes.map(augment, num_parallel_calls)
     else:
         num_bytes = int(source.cardinality()) * side * side * 3  # negative if unknown
@@ -575,7 +542,6 @@ def _source(
             "`dataset` must be a tf.data.Dataset or have `as_dataset()`. "
             f"Received: dataset={dataset!r}"
         )
-    _check_integer("batch_size", batch_size, 1)
     if not _has_layout(dataset.element_spec, layout):
         raise ValueError(
             f"`dataset` must give unbatched elements {layout}. "
@@ -675,12 +641,8 @@ def _shuffle_buffer(buffer: int | None, count: int, limit: int | None) -> int:
         if count <= 0:  # unknown
             return limit or 100_000
         return min(count, limit or count)
-    _check_integer("shuffle_buffer", buffer, 0)
+    check_counts(minimum=0, shuffle_buffer=buffer)
     return buffer
-
-
-def _seed(seed: int | None) -> int:
-    return random.randrange(2**31) if seed is None else seed
 
 
 def _take_smallest_shard(

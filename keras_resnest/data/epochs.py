@@ -3,12 +3,13 @@
 Epoch k is the same in an uninterrupted run and after resuming, whatever TensorFlow's global seeds.
 """
 
+import random
 import threading
 
 import numpy as np
 import tensorflow as tf
 
-from keras_resnest.checks import checked
+from keras_resnest.checks import check_counts, checked
 
 _ONE = 2**30  # 1 as a fixed-point number
 
@@ -27,7 +28,8 @@ class EpochCounter:
 
     def __init__(self, initial_epoch: int = 0):
         self._lock = threading.Lock()
-        self._epoch, self._step = _check_epoch("initial_epoch", initial_epoch), 1
+        check_counts(minimum=0, initial_epoch=initial_epoch)
+        self._epoch, self._step = int(initial_epoch), 1
 
     def next_epoch(self) -> np.int64:
         """Returns the epoch of the pass that begins."""
@@ -38,8 +40,9 @@ class EpochCounter:
 
     def set_epoch(self, epoch: int) -> None:
         """Fixes the epoch of every pass until the next call."""
+        check_counts(minimum=0, epoch=epoch)
         with self._lock:
-            self._epoch, self._step = _check_epoch("epoch", epoch), 0
+            self._epoch, self._step = int(epoch), 0
 
     def as_tensor(self) -> tf.Tensor:
         """`next_epoch()` in a `tf.data` graph: an int64 scalar, drawn when the graph runs."""
@@ -80,7 +83,7 @@ def set_epoch(batches: tf.data.Dataset, epoch: int) -> None:
 def epoch_passes(
     stored: tf.data.Dataset,
     counter: EpochCounter,
-    seed: int,
+    seed: int | None,
     shuffle_buffer: int,
     repeats: np.ndarray | None = None,
 ) -> tf.data.Dataset:
@@ -88,12 +91,13 @@ def epoch_passes(
 
     Its elements are (epoch seed (2,) int64, position in the epoch, index of the item, item), with
     the cardinality of `stored` if that is known. `stored` is built once, so its cache lasts. A
-    `shuffle_buffer` of 0 or 1 keeps the order.
+    `shuffle_buffer` of 0 or 1 keeps the order. Without a `seed`, Python's `random` draws one.
 
     With `repeats`, the mean number of copies of each item, an epoch has `epoch_length(repeats)`
     items, newly rounded in each pass. Copy k of item i has the index i + k * items.
     """
     stored = stored.enumerate()
+    seed = random.randrange(2**31) if seed is None else int(seed)
 
     def one_pass(_):
         own_seed = fold_in(tf.constant([seed, 0], tf.int64), counter.as_tensor())
@@ -153,9 +157,3 @@ def fold_in(seed: tf.Tensor, *numbers: tf.Tensor) -> tf.Tensor:
     for number in numbers:
         seed = tf.random.fold_in(seed, tf.cast(number, tf.int64))  # int64 in, 64 random bits out
     return seed
-
-
-def _check_epoch(name: str, epoch: int) -> int:
-    if not isinstance(epoch, int | np.integer) or isinstance(epoch, bool) or epoch < 0:
-        raise ValueError(f"`{name}` must be an integer of at least 0. Received: {name}={epoch!r}")
-    return int(epoch)

@@ -4,15 +4,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_resnest.checks import checked, is_number
-from keras_resnest.data.dataset import DetectionDataset, ImageDataset, nearest
+from keras_resnest.checks import checked
+from keras_resnest.data.dataset import ClassificationDataset, DetectionDataset, nearest
 
 METHODS = ("balanced", "effective")
 
 
 @checked
 def class_weights(
-    dataset, method: str | Mapping[str, float] = "balanced", beta: float = 0.999
+    dataset: DetectionDataset | ClassificationDataset,
+    method: str | Mapping[str, float] = "balanced",
+    beta: float = 0.999,
 ) -> list[float]:
     """Returns the weight of each class, for `RefineDetLoss(class_weights=...)`.
 
@@ -27,8 +29,8 @@ def class_weights(
     A class without boxes gets 1.
 
     Args:
-        dataset: a `DetectionDataset`, or a `ClassificationDataset`, whose images are counted. A
-            shard has the weights of the whole.
+        dataset: boxes are counted, or the images of a `ClassificationDataset`. A shard has the
+            weights of the whole.
         method: `"balanced"`, `"effective"`, or the weights by class name, 1 for other classes.
         beta: above 0 and below 1, for `"effective"`.
 
@@ -36,7 +38,7 @@ def class_weights(
         One number for each class, in the order of the labels.
 
     Raises:
-        ValueError: if an argument is of another kind, or a class name unknown.
+        ValueError: if an argument is out of range, or a class name unknown.
 
     Example:
         >>> weights = class_weights(train, "effective")
@@ -45,11 +47,6 @@ def class_weights(
 
     Source: effective number of samples from arXiv 1901.05555 eq. 2 and section 4.
     """
-    if not isinstance(dataset, ImageDataset):
-        raise ValueError(
-            "`dataset` must be a DetectionDataset or a ClassificationDataset. "
-            f"Received: {dataset!r}"
-        )
     names = dataset.class_names
     if isinstance(method, Mapping):
         if unknown := [name for name in method if name not in names]:
@@ -63,7 +60,7 @@ def class_weights(
             f"`method` must be {' or '.join(map(repr, METHODS))}, or a dictionary of weights by "
             f"class name. Received: method={method!r}"
         )
-    if not is_number(beta) or not 0 < beta < 1:
+    if not 0 < beta < 1:
         raise ValueError(f"`beta` must be above 0 and below 1. Received: beta={beta!r}")
     counts = np.array(list(dataset.whole.report.class_counts.values()), "float64")
     weights, known = np.ones(len(counts)), counts[counts > 0]
@@ -76,14 +73,16 @@ def class_weights(
 
 
 @checked
-def repeat_factors(dataset, threshold: float, use_difficult: bool = True) -> np.ndarray:
+def repeat_factors(
+    dataset: DetectionDataset, threshold: float, use_difficult: bool = True
+) -> np.ndarray:
     """Returns how often an epoch shows each image, on average, so that rare classes occur in more.
 
     A class in the fraction f of the images has the factor max(1, sqrt(threshold / f)), and an image
     the highest factor of its classes, or 1 without objects.
 
     Args:
-        dataset: a `DetectionDataset`. A shard has the fractions of the whole.
+        dataset: a shard has the fractions of the whole.
         threshold: fraction of images below which a class is rare, above 0 and up to 1.
         use_difficult: whether boxes marked as difficult count.
 
@@ -91,19 +90,14 @@ def repeat_factors(dataset, threshold: float, use_difficult: bool = True) -> np.
         float64 (images,), at least 1.
 
     Raises:
-        ValueError: if `dataset` is of another kind, or `threshold` out of range.
+        ValueError: if `threshold` is out of range.
 
     Example:
         >>> repeat_factors(train, 0.1).sum()  # images per epoch
 
     Source: repeat factor sampling of LVIS (arXiv 1908.03195), eq. 1.
     """
-    if not isinstance(dataset, DetectionDataset):
-        raise ValueError(
-            "`repeat_threshold` needs a DetectionDataset, whose labels are known. "
-            f"Received: {dataset!r}"
-        )
-    if not is_number(threshold) or not 0 < threshold <= 1:
+    if not 0 < threshold <= 1:
         raise ValueError(
             "`repeat_threshold` must be a fraction of the images, above 0 and at most 1. "
             f"Received: {threshold!r}"

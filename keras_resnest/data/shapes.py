@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from keras_resnest.checks import check_counts, is_number
+from keras_resnest.checks import check_counts
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPLITS = ("train", "validation", "test")
@@ -337,9 +337,8 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
     def __post_init__(self):
         check_counts(size=self.size)
-        for name in ("num_train", "num_validation", "num_test", "seed"):
-            if not is_number(value := getattr(self, name)) or value < 0 or value % 1:
-                raise ValueError(f"`{name}` must be an integer of at least 0. Received: {value!r}")
+        counts = {f"num_{split}": getattr(self, f"num_{split}") for split in SPLITS}
+        check_counts(minimum=0, **counts, seed=self.seed)
         counts = f"{self.num_train}-{self.num_validation}-{self.num_test}"
         self.name = self.name or f"size{self.size}_{counts}_seed{self.seed}"
         self.description = f"{self.size} x {self.size} pixels; {counts} images; seed {self.seed}"

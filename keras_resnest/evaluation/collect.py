@@ -69,8 +69,7 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
     """
     if not isinstance(dataset, Iterable):
         raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
-    if steps is not None:
-        check_counts(steps=steps)
+    check_counts(steps=steps)
     _check_finite(dataset, steps)
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)

@@ -105,7 +105,7 @@ class DetectionEvaluation(keras.callbacks.Callback):
         patience: int | None = None,
     ):
         super().__init__()
-        check_counts(frequency=frequency, **({} if patience is None else {"patience": patience}))
+        check_counts(frequency=frequency, patience=patience)
         if isinstance(validation_data, Iterator):
             raise ValueError(
                 "`validation_data` is read repeatedly, so it must not be an iterator or generator. "

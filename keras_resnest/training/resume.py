@@ -75,8 +75,7 @@ class ResumeTraining(keras.callbacks.Callback):
         metadata: Mapping | None = None,
     ):
         super().__init__()
-        if every_steps is not None:
-            check_counts(every_steps=every_steps)
+        check_counts(every_steps=every_steps)
         if every_steps is not None and keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "`every_steps` requires the TensorFlow backend. "
