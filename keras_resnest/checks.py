@@ -140,13 +140,14 @@ def check_positive(**arguments: float) -> None:
             raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
 
 
-def check_counts(minimum: int = 1, **arguments: int | None) -> None:
-    """Raises `ValueError` if an argument is not None or an integer, possibly as a float."""
+def check_counts(minimum: int = 1, **arguments: int | None) -> list[int | None]:
+    """Returns the arguments, None or integers, possibly as floats, as integers."""
     wanted = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
     for name, value in arguments.items():
         is_count = is_number(value) and minimum <= value < 2**31 and value % 1 == 0
         if value is not None and not is_count:
             raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")
+    return [None if value is None else int(value) for value in arguments.values()]
 
 
 def check_overlap(overlap: float) -> float:

@@ -141,7 +141,7 @@ def training_batches(
         >>> model.fit(training_batches(dataset, (320, 320), 16, "ssd", seed=1), epochs=10)
     """
     size, box_format = check_image_shape(image_shape), check_box_format(bounding_box_format)
-    check_counts(batch_size=batch_size, max_boxes=max_boxes)
+    batch_size, max_boxes = check_counts(batch_size=batch_size, max_boxes=max_boxes)
     source, load = _source(dataset, _DETECTION, batch_size, drop_remainder)
     augmentation = _detection_augmentation(augmentation, size, image_sizes)
     draw_size = _size_drawer(image_sizes, batch_size, deterministic)
@@ -227,7 +227,7 @@ def evaluation_batches(
             "`batch_size` must be 1 with image_shape=None, as images may differ in size. "
             f"Received: batch_size={batch_size!r}"
         )
-    check_counts(batch_size=batch_size, max_boxes=max_boxes)
+    batch_size, max_boxes = check_counts(batch_size=batch_size, max_boxes=max_boxes)
     source, _ = _source(dataset, _DETECTION, batch_size, whole_batch=False)
     resize = Resize((1, 1) if image_shape is None else size, dtype)
 
@@ -436,7 +436,7 @@ def classification_batches(
     """
     side = check_square(image_shape)
     check_crop(side, crop_ratio, interpolation)
-    check_counts(batch_size=batch_size, num_classes=num_classes)
+    batch_size, num_classes = check_counts(batch_size=batch_size, num_classes=num_classes)
     if not 0 <= mixup < float("inf"):
         raise ValueError(f"`mixup` must be a number of at least 0. Received: mixup={mixup!r}")
     drop_remainder = training if drop_remainder is None else drop_remainder
@@ -641,8 +641,7 @@ def _shuffle_buffer(buffer: int | None, count: int, limit: int | None) -> int:
         if count <= 0:  # unknown
             return limit or 100_000
         return min(count, limit or count)
-    check_counts(minimum=0, shuffle_buffer=buffer)
-    return buffer
+    return check_counts(minimum=0, shuffle_buffer=buffer)[0]
 
 
 def _take_smallest_shard(
