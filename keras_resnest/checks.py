@@ -56,6 +56,8 @@ def checked(public):
         for name, value in (*given, *kwargs.items()):
             if name in hints and not _fits(value, hints[name]):
                 kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
+                kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
+                kind = re.sub(r"Literal\[([^]]*)\]", r"one of \1", kind).replace("'", "")
                 received = textwrap.shorten(repr(value), 100)
                 raise ValueError(f"`{name}` must be {kind}. Received: {name}={received}")
         return public(*args, **kwargs)
@@ -70,6 +72,8 @@ def _fits(value, hint) -> bool:
     is_text, is_array = isinstance(value, str | os.PathLike), hasattr(value, "__array__")
     if kind in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
+    if kind is typing.Literal:
+        return isinstance(value, str) and value in parts
     if kind is None or value is None:
         return value is None and kind in (None, types.NoneType, typing.Any)
     if is_array and kind is np.ndarray:
@@ -133,10 +137,10 @@ def class_thresholds(confidence_threshold, class_names: Sequence[str]) -> list[f
     return [float(confidence_threshold[name]) for name in class_names]
 
 
-def check_positive(**arguments: float) -> None:
-    """Raises `ValueError` if an argument is not a number above zero."""
+def check_positive(**arguments: float | None) -> None:
+    """Raises `ValueError` if an argument is not None or a number above zero."""
     for name, value in arguments.items():
-        if not is_number(value) or not value > 0:
+        if value is not None and (not is_number(value) or not value > 0):
             raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
 
 
