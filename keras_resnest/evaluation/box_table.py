@@ -58,7 +58,7 @@ def check_classes(class_names, num_classes: int | None) -> tuple[str, ...]:
     """Returns the class names, or the labels as names if there are none."""
     if class_names is not None:
         return tuple(check_class_names(class_names, num_classes))
-    if num_classes is None or int(num_classes) != num_classes or num_classes < 1:
+    if num_classes is None or num_classes < 1:
         raise ValueError(
             "`class_names` or a positive `num_classes` must be given. "
             f"Received: class_names=None, num_classes={num_classes}"

@@ -1,20 +1,25 @@
-"""COCO's average precision, computed by pycocotools."""
+"""COCO's average precision and recall."""
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from keras_resnest.checks import checked
-from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
-from keras_resnest.evaluation.voc import nan_mean
-
-COCO_METRICS = (
-    *(f"AP{kind}" for kind in ("", "50", "75", "small", "medium", "large")),
-    *(f"AR{kind}" for kind in ("1", "10", "100", "small", "medium", "large")),
+from keras_resnest.evaluation.box_table import check_classes, read_tables
+from keras_resnest.evaluation.matching import (
+    ANY_AREA,
+    IOU_THRESHOLDS,
+    MAX_DETECTIONS,
+    SIZES,
+    by_confidence,
+    count_outcomes,
+    of_same_class,
+    overlapping_pairs,
+    rank_in_group,
+    sampled_precision,
 )
+from keras_resnest.evaluation.voc import nan_mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +68,7 @@ def coco_average_precision(
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
 ) -> COCOAveragePrecision:
-    """Computes COCO's twelve box metrics with pycocotools.
+    """Computes COCO's twelve box metrics, equal to those of pycocotools.
 
     AP is the mean over IoU thresholds 0.50, 0.55, ..., 0.95; at most 100 detections per class
     and image count.
@@ -92,61 +97,32 @@ def coco_average_precision(
     Source: Lin et al., Microsoft COCO (arXiv 1405.0312); cocodataset.org, "Evaluate".
     """
     class_names = check_classes(class_names, num_classes)
-    evaluation = _evaluate(*read_tables(ground_truth, detections, len(class_names)), class_names)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.summarize()
-    metrics = {
-        name: float("nan") if value < 0 else float(value)
-        for name, value in zip(COCO_METRICS, evaluation.stats, strict=True)
-    }
-    thresholds = tuple(float(value) for value in evaluation.params.iouThrs.round(2))
-    return COCOAveragePrecision(class_names, thresholds, _precision(evaluation), metrics)
+    objects, found = read_tables(ground_truth, detections, len(class_names))
+    found = by_confidence(found)
+    pairs = of_same_class(overlapping_pairs(objects, found), objects, found)
+    rank = rank_in_group(found.image, found.labels)
+    precision, recall = {}, {}
+    for size, area in {"": ANY_AREA, **SIZES}.items():
+        outcomes = count_outcomes(objects, found, len(class_names), pairs, area)
+        precision[size] = sampled_precision(found.labels, *outcomes)
+        positive, _, num_objects = outcomes
+        for most in (MAX_DETECTIONS,) if size else (1, 10, MAX_DETECTIONS):
+            hits = positive & (rank < most)
+            recall[size or str(most)] = _recall(found.labels, hits, num_objects)
+    overall = precision[""]
+    values = {"AP": overall, "AP50": overall[0], "AP75": overall[5]}
+    values |= {f"AP{size}": precision[size] for size in SIZES}
+    values |= {f"AR{name}": rows for name, rows in recall.items()}
+    return COCOAveragePrecision(
+        class_names,
+        tuple(IOU_THRESHOLDS.tolist()),
+        overall,
+        {name: nan_mean(rows) for name, rows in values.items()},
+    )
 
 
-def _evaluate(objects: BoxTable, found: BoxTable, class_names: Sequence[str]):
-    """Returns a pycocotools `COCOeval` after matching and accumulation."""
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
-        tables = (_to_coco(table, len(class_names)) for table in (objects, found))
-        evaluation = COCOeval(*tables, "bbox")
-        # Include images without objects: their detections are false positives.
-        evaluation.params.imgIds = list(range(objects.num_images))
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
-
-
-def _precision(evaluation) -> np.ndarray:
-    """AP by IoU threshold and class; nan if undefined."""
-    # (IoU, recall, class, area range, max detections), -1 if undefined.
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    return np.where(precision[:, 0] < 0, np.nan, precision.mean(axis=1))
-
-
-def _to_coco(table: BoxTable, num_classes: int):
-    """Returns the table as a pycocotools `COCO` object; unlike `loadRes`, it may be empty."""
-    from pycocotools.coco import COCO
-
-    sizes = table.boxes[:, 2:] - table.boxes[:, :2]
-    columns = {
-        "image_id": table.image,
-        "category_id": table.labels,
-        "bbox": np.concatenate([table.boxes[:, :2], sizes], axis=1),  # xywh
-        "area": table.area,
-        "iscrowd": table.iscrowd.astype(int),
-        "score": table.confidence,
-    }
-    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    index = COCO()
-    index.dataset = {
-        "images": [{"id": image} for image in range(table.num_images)],
-        "categories": [{"id": label} for label in range(num_classes)],
-        # From 1: pycocotools takes a match with id 0 for no match.
-        "annotations": [
-            {"id": number, **dict(zip(columns, row, strict=True))}
-            for number, row in enumerate(rows, 1)
-        ],
-    }
-    index.createIndex()
-    return index
+def _recall(labels: np.ndarray, hits: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
+    """Share of the objects of each class, (T, C), that hits (T, D) have found; nan without any."""
+    counts = [np.bincount(labels[row], minlength=len(num_objects)) for row in hits]
+    with np.errstate(invalid="ignore"):
+        return np.array(counts) / num_objects

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keras_resnest.checks import checked
-from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
-from keras_resnest.evaluation.matching import average_precision
-from keras_resnest.evaluation.voc import best_objects, nan_mean
+from keras_resnest.evaluation.box_table import check_classes, read_tables
+from keras_resnest.evaluation.matching import (
+    average_precision,
+    by_confidence,
+    of_same_class,
+    overlapping_pairs,
+)
+from keras_resnest.evaluation.voc import nan_mean
 
 MATCHED = 0.5  # a detection belongs to the object of its class with the highest IoU, if above
 BACKGROUND = 0.1  # a detection with less IoU with every object is on background (TIDE)
@@ -99,10 +104,11 @@ def oracle_decomposition(
     """
     class_names = check_classes(class_names, num_classes)
     objects, found = read_tables(ground_truth, detections, len(class_names))
-    found = found.take(np.argsort(-found.confidence, kind="stable"))
+    found = by_confidence(found)
     regular = objects.take(~objects.iscrowd)
-    iou, best = best_objects(regular, found, len(class_names))
-    any_iou, any_best = best_objects(_of_one_class(regular), _of_one_class(found), 1)
+    pairs = overlapping_pairs(regular, found)
+    iou, best = of_same_class(pairs, regular, found).best(len(found.labels))
+    any_iou, any_best = pairs.best(len(found.labels))
 
     matched = np.flatnonzero(iou > MATCHED)
     first = matched[_first_of_each(best[matched])]
@@ -132,10 +138,6 @@ def oracle_decomposition(
         most_confident_iou=nan_mean(iou[first]),
         best_iou=nan_mean(iou[by_iou[_first_of_each(best[by_iou])]]),
     )
-
-
-def _of_one_class(table: BoxTable) -> BoxTable:
-    return dataclasses.replace(table, labels=np.zeros_like(table.labels))
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from keras_resnest.evaluation.collect import detect_batches, resolve_class_names
 from keras_resnest.evaluation.errors import FOREGROUND, ErrorAnalysis, analyze_errors
 from keras_resnest.evaluation.matching import (
     ANY_AREA,
+    SIZES,
     Pairs,
     assign_objects,
     average_precision,
@@ -32,7 +33,6 @@ from keras_resnest.evaluation.suspicions import LabelSuspicion, find_suspicious_
 from keras_resnest.evaluation.voc import nan_mean
 from keras_resnest.images import load_image, resize_image
 
-SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # COCO's, in pixels
 SIDES = (0, 16, 32, 64, 128, 256, 1e5)  # of an object: the root of its area in pixels
 NUM_BINS = 10  # of the confidence, for calibration
 BATCH_SIZE = 16

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from keras_resnest.checks import checked
 from keras_resnest.evaluation.box_table import BoxTable, check_classes, read_tables
 
-INTERPOLATIONS = ("every_point", "eleven_point")
+Interpolation = Literal["every_point", "eleven_point"]
 MAX_PAIRS = 1 << 20  # of boxes whose IoU is computed at once; bounds the memory
 
 
@@ -132,7 +133,7 @@ def voc_average_precision(
     num_classes: int | None = None,
     *,
     iou_threshold: float | Sequence[float] = 0.5,
-    interpolation: str = "every_point",
+    interpolation: Interpolation = "every_point",
     plus_one: bool = False,
 ) -> AveragePrecision:
     """Computes average precision as the PASCAL VOC development kit does.
@@ -176,11 +177,6 @@ def voc_average_precision(
     """
     class_names = check_classes(class_names, num_classes)
     thresholds = _check_thresholds(iou_threshold)
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"`interpolation` must be one of {', '.join(INTERPOLATIONS)}. "
-            f"Received: interpolation={interpolation!r}"
-        )
     objects, found = read_tables(ground_truth, detections, len(class_names))
     if plus_one and objects.boxes.size and objects.boxes.max() <= 1.0:
         raise ValueError(
