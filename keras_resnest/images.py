@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -200,7 +200,10 @@ def _neighbors(size: int, source_size: int):
 
 @checked
 def center_crop_image(
-    image: np.ndarray, crop_size: int, crop_ratio: float = 0.875, interpolation: str = "bilinear"
+    image: np.ndarray,
+    crop_size: int,
+    crop_ratio: float = 0.875,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> np.ndarray:
     """Resizes the shorter side of an image and crops its center, as in evaluating classifiers.
 
@@ -222,7 +225,8 @@ def center_crop_image(
     """
     from PIL import Image
 
-    check_crop(crop_size, crop_ratio, interpolation)
+    check_counts(crop_size=crop_size)
+    check_crop_ratio(crop_ratio)
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(
@@ -239,15 +243,10 @@ def center_crop_image(
     return np.asarray(resized.crop((left, top, left + crop_size, top + crop_size)))
 
 
-def check_crop(crop_size: int, crop_ratio: float, interpolation: str) -> None:
-    """Raises `ValueError` for arguments that `center_crop_image` does not take."""
-    check_counts(crop_size=crop_size)
+def check_crop_ratio(crop_ratio: float) -> None:
+    """Raises `ValueError` unless `crop_ratio` is above 0 and at most 1."""
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"`crop_ratio` must be above 0 and at most 1. Received: {crop_ratio}")
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(
-            f'`interpolation` must be "bilinear" or "bicubic". Received: {interpolation!r}'
-        )
 
 
 # === Files and bytes ===

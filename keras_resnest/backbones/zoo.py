@@ -2,13 +2,12 @@
 
 import fnmatch
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_resnest.backbones.figures import FIGURES
-from keras_resnest.backbones.graph import check_choices
 from keras_resnest.backbones.registry import VARIANTS
 from keras_resnest.backbones.weights.detector_files import DETECTOR_FILES, DetectorFile
 from keras_resnest.backbones.weights.table import PRETRAINED
@@ -60,7 +59,9 @@ def _cells(model) -> tuple:
 
 
 @checked
-def list_models(pattern: str = "*", kind: str = "backbone") -> ModelTable:
+def list_models(
+    pattern: str = "*", kind: Literal["backbone", "detector"] = "backbone"
+) -> ModelTable:
     """Lists the networks that `create_backbone` builds, or the files of published detectors.
 
     Args:
@@ -80,7 +81,6 @@ def list_models(pattern: str = "*", kind: str = "backbone") -> ModelTable:
         >>> list_models("refinedet512_resnet101", kind="detector")[0].map
         36.4
     """
-    check_choices({"kind": kind}, kind=("backbone", "detector"))
     if kind == "detector":
         found = [f for f in DETECTOR_FILES if fnmatch.fnmatchcase(f.name, pattern.lower())]
         return ModelTable(found)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import keras
 import numpy as np
@@ -10,16 +11,7 @@ from keras import ops
 from keras_resnest.boxes.overlap import pairwise_diou, pairwise_iou
 from keras_resnest.checks import checked
 
-SUPPRESSIONS = ("greedy", "diou", "soft")
-
-
-def check_suppression(suppression: str) -> str:
-    """Returns the kind of suppression if it is known."""
-    if suppression not in SUPPRESSIONS:
-        raise ValueError(
-            f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
-        )
-    return suppression
+Suppression = Literal["greedy", "diou", "soft"]
 
 
 # === A batch, in the graph ===
@@ -33,7 +25,7 @@ def suppress_batch(
     pre_nms_top_k: int,
     max_detections: int,
     portable: bool = False,
-    suppression: str = "greedy",
+    suppression: Suppression = "greedy",
     class_agnostic: bool = False,
     voting_iou: float | None = None,
     exclusive_classes: bool = False,
@@ -50,7 +42,7 @@ def suppress_batch(
         max_detections: number of detections per image, over all classes.
         portable: whether to use elementary operations, which every runtime has, instead of
             TensorFlow's NMS operation. The results are equal.
-        suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`.
+        suppression: see `DetectionDecoder`.
         class_agnostic: whether each box keeps only its best class, and all classes count as one.
         voting_iou: lowest IoU of the boxes that vote, or None, see `DetectionDecoder`.
         exclusive_classes: whether classes compete for an object, see `DetectionDecoder`.
@@ -315,7 +307,7 @@ def suppress_boxes(
     confidence: np.ndarray,
     labels: np.ndarray,
     iou_threshold: float = 0.45,
-    suppression: str = "greedy",
+    suppression: Suppression = "greedy",
     class_agnostic: bool = False,
 ) -> np.ndarray:
     """Applies NMS to each class of the detections of one image.
@@ -326,7 +318,7 @@ def suppress_boxes(
         labels: int array of shape `(n,)`; rows with label -1 are padding and never kept.
         iou_threshold: a box is dropped if its IoU with a more confident box of its class
             exceeds this.
-        suppression: one of `SUPPRESSIONS`, see `DetectionDecoder`. `"soft"` keeps all boxes that
+        suppression: see `DetectionDecoder`. `"soft"` keeps all boxes that
             `lower_confidence` leaves above 0.
         class_agnostic: whether boxes of different classes suppress each other.
 
@@ -334,13 +326,13 @@ def suppress_boxes(
         Indices of the kept rows, by falling confidence.
 
     Raises:
-        ValueError: if the numbers of rows differ, or `suppression` is unknown.
+        ValueError: if the numbers of rows differ.
 
     Example:
         >>> suppress_boxes([[0, 0, 9, 9], [0, 0, 9, 10]], [0.8, 0.9], [0, 0])
         array([1])
     """
-    if check_suppression(suppression) == "soft":
+    if suppression == "soft":
         confidence = lower_confidence(boxes, confidence, labels, iou_threshold, class_agnostic)
         order = np.argsort(-confidence, kind="stable")
         return order[confidence[order] > 0]

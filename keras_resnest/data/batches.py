@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -38,7 +39,7 @@ from keras_resnest.data.augmentation.mixing import MixUp, Mosaic
 from keras_resnest.data.dataset import check_readable
 from keras_resnest.data.epochs import EpochCounter, epoch_length, epoch_passes, fold_in
 from keras_resnest.data.rare_classes import repeat_factors
-from keras_resnest.images import center_crop_image, check_crop
+from keras_resnest.images import center_crop_image, check_crop_ratio
 
 # Shapes in the elements, and their ranks.
 _DETECTION = {"images": "(h, w, 3)", "bounding_boxes": {"boxes": "(n, 4)", "labels": "(n,)"}}
@@ -188,7 +189,7 @@ def evaluation_batches(
     cache: bool | str | os.PathLike = True,
     max_boxes: int | None = None,
     bounding_box_format: str = "xyxy",
-    dtype: str = "float32",
+    dtype: Literal["float32", "uint8"] = "float32",
     include_source: bool = False,
     num_parallel_calls: int = tf.data.AUTOTUNE,
 ) -> tf.data.Dataset:
@@ -392,7 +393,7 @@ def classification_batches(
     seed: int | None = None,
     initial_epoch: int = 0,
     crop_ratio: float = 0.875,
-    interpolation: str = "bilinear",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     cache: bool | str | os.PathLike | None = None,
     drop_remainder: bool | None = None,
     num_parallel_calls: int = tf.data.AUTOTUNE,
@@ -435,7 +436,7 @@ def classification_batches(
         >>> batches = classification_batches(train, (224, 224), 32, training=True, mixup=0.2)
     """
     side = check_square(image_shape)
-    check_crop(side, crop_ratio, interpolation)
+    check_crop_ratio(crop_ratio)
     batch_size, num_classes = check_counts(batch_size=batch_size, num_classes=num_classes)
     if not 0 <= mixup < float("inf"):
         raise ValueError(f"`mixup` must be a number of at least 0. Received: mixup={mixup!r}")

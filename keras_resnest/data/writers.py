@@ -23,7 +23,6 @@ from keras_resnest.data.readers.csv import COLUMNS
 from keras_resnest.data.readers.detect_format import DEFAULT_SPLIT, FORMATS, read_detection
 from keras_resnest.data.readers.files import (
     SPLIT_SYNONYMS,
-    check_path,
     is_split_name,
     unified,
 )
@@ -68,7 +67,7 @@ def write_detection(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {format!r}")
-    target = check_path(folder, "folder").absolute()
+    target = Path(folder).absolute()
     if os.path.lexists(target):
         raise ValueError(f"`folder` must not exist. Received: {folder}")
     splits = dict(dataset) if isinstance(dataset, Mapping) else {DEFAULT_SPLIT: dataset}

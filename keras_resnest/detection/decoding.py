@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes
-from keras_resnest.boxes.suppression import check_suppression, suppress_batch
+from keras_resnest.boxes.suppression import Suppression, suppress_batch
 from keras_resnest.checks import check_counts, check_fractions, checked, class_thresholds
 from keras_resnest.configurable import Configurable
 
@@ -78,7 +78,7 @@ class DetectionDecoder(Configurable):
         negative_anchor_filtering: bool = True,
         two_step_regression: bool = True,
         variances=VARIANCES,
-        suppression: str = "greedy",
+        suppression: Suppression = "greedy",
         class_agnostic: bool = False,
         alpha: float = 0.5,
         voting_iou: float | None = None,
@@ -104,7 +104,7 @@ class DetectionDecoder(Configurable):
         self.negative_anchor_filtering = bool(negative_anchor_filtering)
         self.two_step_regression = bool(two_step_regression)
         self.variances = check_variances(variances)
-        self.suppression = check_suppression(suppression)
+        self.suppression = suppression
         self.class_agnostic = bool(class_agnostic)
         self.alpha = float(alpha)
         self.voting_iou = None if voting_iou is None else float(voting_iou)

@@ -4,6 +4,7 @@ The loss knows raw outputs, ground truth and anchors. It never sees an image or 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from keras import ops
 from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import paired_iou
-from keras_resnest.checks import check_fractions, checked, is_number
+from keras_resnest.checks import check_fractions, check_positive, checked, is_number
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -22,7 +23,7 @@ LOSS_NAMES = (
     "odm_box_loss",
     "odm_classification_loss",
 )
-BOX_LOSSES = ("smooth_l1", "giou")
+BoxLoss = Literal["smooth_l1", "giou"]
 MATCHERS = ("matcher", "odm_matcher")
 MAX_PIXEL = 1e6  # keeps the areas of diverged boxes finite
 
@@ -86,27 +87,16 @@ class RefineDetLoss(Configurable):
         two_step_regression: bool = True,
         variances=VARIANCES,
         odm_matcher: BoxMatcher | ATSSMatcher | None = None,
-        box_loss: str = "smooth_l1",
-        odm_box_loss: str | None = None,
+        box_loss: BoxLoss = "smooth_l1",
+        odm_box_loss: BoxLoss | None = None,
         box_loss_weight: float = 1.0,
         smooth_l1_knee: float = 1.0,
         joint_regression: bool = False,
         class_weights: Sequence[float] | None = None,
     ):
-        for name, value in (("box_loss", box_loss), ("odm_box_loss", odm_box_loss or box_loss)):
-            if value not in BOX_LOSSES:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(BOX_LOSSES)}. Received: {value!r}"
-                )
-        positive = {"box_loss_weight": box_loss_weight, "smooth_l1_knee": smooth_l1_knee}
-        for name, value in positive.items():
-            if not is_number(value) or value <= 0:
-                raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
-        if not is_number(negative_ratio) or negative_ratio < 0:
-            raise ValueError(
-                "`negative_ratio` must be a number that is not negative. "
-                f"Received: {negative_ratio!r}"
-            )
+        check_positive(box_loss_weight=box_loss_weight, smooth_l1_knee=smooth_l1_knee)
+        if negative_ratio < 0:
+            raise ValueError(f"`negative_ratio` must not be negative. Received: {negative_ratio!r}")
         check_fractions(objectness_threshold=objectness_threshold)
         self.matcher = matcher or BoxMatcher()
         self.negative_ratio = float(negative_ratio)

@@ -17,7 +17,7 @@ from keras_resnest.checks import (
     value_errors,
 )
 from keras_resnest.evaluation.box_table import check_classes
-from keras_resnest.evaluation.voc import AveragePrecision, voc_average_precision
+from keras_resnest.evaluation.voc import AveragePrecision, Interpolation, voc_average_precision
 
 
 @checked
@@ -98,7 +98,7 @@ def evaluate_detections(
     class_names: Sequence[str] | None = None,
     *,
     iou_threshold: float | Sequence[float] = 0.5,
-    interpolation: str = "every_point",
+    interpolation: Interpolation = "every_point",
     plus_one: bool = False,
     bounding_box_format: str | None = None,
     steps: int | None = None,

@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
+from typing import Literal
 
 import keras
 import numpy as np
 
 from keras_resnest.checks import checked
-
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 # A scale and an offset can be folded into the kernel of these operations, which is input 1.
 LINEAR = ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul")
@@ -32,7 +31,12 @@ LARGE_CONSTANT = 2**14
 
 
 @checked
-def deployment_function(network, specification, precision: str = "float32", freeze: bool = True):
+def deployment_function(
+    network,
+    specification,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    freeze: bool = True,
+):
     """Returns a function of one tensor as one folded graph.
 
     Batch normalization is folded into the preceding convolution, training-only operations are
@@ -63,10 +67,6 @@ def deployment_function(network, specification, precision: str = "float32", free
         >>> fast(images)["predictions"]
     """
     check_backend()
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"`precision` must be one of {', '.join(PRECISIONS)}. Received: {precision!r}"
-        )
     import tensorflow as tf
 
     graph_def, weights, outputs = _trace(network, specification)

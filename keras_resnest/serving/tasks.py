@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_resnest.boxes.formats import scale_boxes
+from keras_resnest.images import check_crop_ratio
 from keras_resnest.serving.graph import float32_compute
 
 PADDING = -1  # as in `DetectionDecoder`
@@ -96,10 +97,7 @@ class ImageTask:
     options = ("image_shape", "class_names", "crop_ratio")
 
     def __init__(self, model, image_shape=None, class_names=None, crop_ratio: float = 0.875):
-        if not 0.0 < crop_ratio <= 1.0:
-            raise ValueError(
-                f"`crop_ratio` must be above 0 and at most 1. Received: crop_ratio={crop_ratio}"
-            )
+        check_crop_ratio(crop_ratio)
         classes = model.output_shape[-1]
         if class_names is not None and len(class_names) != classes:
             count = len(class_names)

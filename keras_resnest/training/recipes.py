@@ -6,13 +6,12 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
 from keras_resnest.backbones import VARIANTS
-from keras_resnest.backbones.graph import check_choices
-from keras_resnest.checks import checked
+from keras_resnest.checks import check_positive, checked
 from keras_resnest.training.optimizers import EXCLUDED_VARIABLES, AdamW, LinearWarmup, SGDWithL2
 
 __all__ = ["RECIPES", "AdamW", "LinearWarmup", "Recipe", "SGDWithL2"]
@@ -74,19 +73,19 @@ class Recipe:
     source: str
     batch_size: int
     learning_rate: float
-    unit: str
+    unit: Literal["steps", "epochs"]
     duration: int
     warmup: int
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "steps"] = "cosine"
     boundaries: tuple[int, ...] = ()
     decay_factor: float = 0.1
     final_ratio: float = 0.0
-    algorithm: str = "sgd"
+    algorithm: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
     excluded_variables: tuple[str, ...] = EXCLUDED_VARIABLES
-    learning_rate_rule: str = "linear"
+    learning_rate_rule: Literal["linear", "sqrt"] = "linear"
     global_clipnorm: float | None = None
     ema_momentum: float | None = None
     label_smoothing: float = 0.0
@@ -101,14 +100,7 @@ class Recipe:
     steps_per_epoch: int | None = None
 
     def __post_init__(self):
-        check_choices(
-            vars(self),
-            unit=("steps", "epochs"),
-            schedule=("cosine", "steps"),
-            algorithm=("sgd", "adamw"),
-            learning_rate_rule=tuple(_SCALING_POWERS),
-        )
-        _check_positive(
+        check_positive(
             batch_size=self.batch_size, duration=self.duration, learning_rate=self.learning_rate
         )
         if not 0 <= self.warmup <= self.duration:
@@ -165,7 +157,7 @@ class Recipe:
             >>> RECIPES["refinedet_voc"].scaled(batch_size=16).duration
             240000
         """
-        _check_positive(
+        check_positive(
             batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
             epochs=epochs,
@@ -275,12 +267,6 @@ class Recipe:
         known = inspect.signature(VARIANTS[name.lower()].network).parameters
         wanted = ("dropblock_rate", "dropout_rate", "zero_init_last_gamma")
         return {key: getattr(recipe, key) for key in wanted if key in known}
-
-
-def _check_positive(**numbers) -> None:
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"`{name}` must be positive. Received: {name}={number!r}")
 
 
 _REFINEDET = {

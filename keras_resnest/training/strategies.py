@@ -3,18 +3,19 @@
 import json
 import os
 from collections.abc import Callable
+from typing import Literal
 
 from keras_resnest.checks import checked
 from keras_resnest.replicas import is_multi_worker, run_on_replicas
 from keras_resnest.trainer import batch_size_of, check_global_batch, report_lost_workers
 
-DISTRIBUTIONS = ("auto", "none", "mirrored", "multi_worker")
 TF_CONFIG_EXAMPLE = (
     '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 
 
-def create_strategy(distribution: str = "auto"):
+@checked
+def create_strategy(distribution: Literal["auto", "none", "mirrored", "multi_worker"] = "auto"):
     """Creates the `tf.distribute` strategy for this machine and its environment.
 
     Args:
@@ -35,11 +36,6 @@ def create_strategy(distribution: str = "auto"):
     """
     import tensorflow as tf
 
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"`distribution` must be one of {DISTRIBUTIONS}. "
-            f"Received: distribution={distribution!r}"
-        )
     config = read_tf_config()
     if distribution == "multi_worker" and config is None:
         raise ValueError(

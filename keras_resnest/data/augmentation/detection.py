@@ -21,6 +21,7 @@ evaluation, keeps every row.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import tensorflow as tf
 
@@ -415,11 +416,10 @@ class Resize:
     """
 
     image_shape: tuple[int, ...]
-    dtype: str = "float32"
+    dtype: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self):
         check_image_shape(self.image_shape)
-        _check_dtype(self.dtype)
 
     @checked_call
     def __call__(self, element: dict, seed=None, image_size=None) -> dict:
@@ -468,11 +468,10 @@ class TrainingAugmentation:
     rotation: RandomRotate90 | None = None
     min_box_size: float = 1.0
     antialias: bool = True
-    dtype: str = "float32"
+    dtype: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self):
         check_image_shape(self.image_shape)
-        _check_dtype(self.dtype)
         check_range("min_box_size", (0.0, self.min_box_size), 0.0, float("inf"))
 
     @checked_call
@@ -535,11 +534,6 @@ DETECTION_AUGMENTATIONS: dict[str, dict | None] = {
 
 
 # === Helpers ===
-
-
-def _check_dtype(dtype: str):
-    if dtype not in ("float32", "uint8"):
-        raise ValueError(f'`dtype` must be "float32" or "uint8". Received: dtype={dtype!r}')
 
 
 def _clip_colors(image: tf.Tensor) -> tf.Tensor:

@@ -24,9 +24,9 @@ def read_coco(
     annotation_file: str | os.PathLike,
     image_folder: str | os.PathLike | None = None,
     class_names: Sequence[str] | None = None,
-    on_error: str = "raise",
+    on_error: common.OnError = "raise",
     use_difficult: bool = True,
-    unannotated: str = "background",
+    unannotated: common.Unannotated = "background",
     allow_outside: bool = False,
     split: str | None = None,
 ) -> DetectionDataset:
@@ -63,7 +63,7 @@ def read_coco(
     Example: `train = read_coco("coco/annotations/instances_train2017.json", "coco/train2017")`
     """
     faults = Faults(on_error, unannotated)
-    path = files.check_path(annotation_file, "annotation_file")
+    path = Path(annotation_file)
     content = _load(path)
     given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
     images = _images(path, content["images"], faults)

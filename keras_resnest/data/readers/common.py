@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -37,7 +37,9 @@ from keras_resnest.data.readers.files import (
 )
 from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, orientation_flags, read_image_info
 
-UNANNOTATED = ("error", "skip", "background")
+OnError = Literal["raise", "skip"]
+Unannotated = Literal["error", "skip", "background"]
+UNANNOTATED = get_args(Unannotated)
 ROUNDING = 0.5  # boxes that cross the border by fewer pixels are not reported
 
 
@@ -67,22 +69,17 @@ class ImageAnnotation:
 
 
 class Faults:
-    """Collects problems.
+    """Collects problems; the arguments are those of the readers."""
 
-    Args:
-        on_error: "raise" or "skip" for faulty images.
-        unannotated: "error", "skip" or "background" for images without annotation.
-    """
-
-    def __init__(self, on_error: str, unannotated: str = "background"):
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f'`on_error` must be "raise" or "skip". Received: {on_error!r}')
-        if unannotated not in UNANNOTATED:
-            raise ValueError(
-                f"`unannotated` must be one of {', '.join(UNANNOTATED)}. Received: {unannotated!r}"
-            )
+    def __init__(self, on_error: OnError, unannotated: Unannotated = "background"):
         self.on_error, self.unannotated = on_error, unannotated
         self.problems: list[Problem] = []
+
+    def warn(self, source: str | os.PathLike, stacklevel: int) -> None:
+        """Warns once of all problems."""
+        if self.problems:
+            text = f"{source}: {count_problems(self.problems)}. See the `report` of the dataset"
+            warnings.warn(text, stacklevel=stacklevel + 1)
 
     def add(self, file: str | os.PathLike, what: str, action: str, detail: str = "") -> None:
         """Adds a problem that does not affect a whole image."""
@@ -144,11 +141,7 @@ def build_dataset(
     if not use_difficult:
         records = [without_difficult(record) for record in records]
     report = summarize(records, class_names, faults.problems)
-    if faults.problems:
-        warnings.warn(
-            f"{source}: {count_problems(faults.problems)}. See the `report` of the dataset",
-            stacklevel=4,
-        )
+    faults.warn(source, stacklevel=4)
     dataset = DetectionDataset(records, class_names, report)
     dataset.image_folder = str(image_folder)
     return dataset
@@ -250,15 +243,20 @@ def _record(annotation: ImageAnnotation, class_names: Sequence[str], faults: Fau
         if item.name not in class_names:
             hint = f"not in `class_names`. {nearest(item.name, class_names)}"
             raise FileError(annotation.file, f"unknown class {item.name!r}", hint)
-    try:
-        info = read_image_info(annotation.image)
-    except ValueError as error:
-        raise FileError(annotation.image, "unreadable image", str(error)) from error
+    info = read_info(annotation.image)
     boxes, keep = _usable(annotation, info, faults)
     labels = np.asarray([class_names.index(item.name) for item in annotation.objects], "int32")
     difficult = np.asarray([item.difficult for item in annotation.objects], bool)
     rows = boxes[keep], labels[keep], difficult[keep]
     return ImageRecord(str(annotation.image), annotation.image_id, *rows, info)
+
+
+def read_info(path: Path) -> ImageInfo:
+    """Reads the header of an image, or raises `FileError`."""
+    try:
+        return read_image_info(path)
+    except ValueError as error:
+        raise FileError(path, "unreadable image", str(error)) from error
 
 
 def _usable(

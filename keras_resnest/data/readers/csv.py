@@ -41,9 +41,9 @@ def read_csv(
     file: str | os.PathLike,
     image_folder: str | os.PathLike | None = None,
     class_names: Sequence[str] | None = None,
-    on_error: str = "raise",
+    on_error: common.OnError = "raise",
     use_difficult: bool = True,
-    unannotated: str = "background",
+    unannotated: common.Unannotated = "background",
     allow_outside: bool = False,
     split: str | None = None,
 ) -> DetectionDataset:
@@ -79,7 +79,7 @@ def read_csv(
     Example: `train = read_csv("data/train.csv", image_folder="data/images")`
     """
     faults = Faults(on_error, unannotated)
-    path = files.check_path(file, "file")
+    path = Path(file)
     if not path.exists():
         raise ValueError(f"`file` must be a CSV file. Received: {file} (no such file)")
     given = None if image_folder is None else files.check_folder(image_folder, "image_folder")
@@ -92,9 +92,7 @@ def read_csv(
     if class_names is None:
         rows = (row for rows in images.values() for _, row in rows)
         named = {row["label"] for row in rows if row.get("label")}
-        class_names = tree.class_names(path.parent, named)
-        if not class_names:
-            raise ValueError(f"No objects in {path}: give `class_names`")
+        class_names = tree.class_names(path.parent, named, path)
 
     splits = _splits_of(row for rows in images.values() for _, row in rows)
     if split is not None:

@@ -11,9 +11,9 @@ from typing import Any
 from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset, Problem
 from keras_resnest.data.readers.coco import coco_files, coco_has_objects, read_coco
+from keras_resnest.data.readers.common import OnError, Unannotated
 from keras_resnest.data.readers.csv import csv_files, csv_has_objects, read_csv
 from keras_resnest.data.readers.files import (
-    check_path,
     entries,
     find_split,
     folders_in,
@@ -55,10 +55,10 @@ def read_detection(
     split: str | None = None,
     class_names: Sequence[str] | None = None,
     image_folder: str | os.PathLike | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     use_difficult: bool = True,
     format: str | None = None,
-    unannotated: str | None = None,
+    unannotated: Unannotated | None = None,
     allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotated images in any known format: VOC, COCO, YOLO, CSV or TFDS.
@@ -98,7 +98,7 @@ def read_detection(
     options |= {"on_error": on_error, "allow_outside": allow_outside}
     if unannotated is not None:
         options["unannotated"] = unannotated
-    path, kind = check_path(source, "source"), _format_of(source, format)
+    path, kind = Path(source), _format_of(source, format)
     splits_of, read = _FORMATS[kind]
     if kind not in ("coco", "csv"):
         if image_folder is not None:
@@ -352,7 +352,7 @@ def _format_of(source: str | os.PathLike, given: str | None) -> str:
     """The format of a file or folder, as given or recognized."""
     if given is not None and given not in _FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: {given!r}")
-    path = check_path(source, "source")
+    path = Path(source)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder. Expected:{_EXPECTED}")
     if given is not None:

@@ -80,16 +80,9 @@ def read_text(path: str | os.PathLike, what: str, limit: int = SMALL) -> str:
 # === Listing ===
 
 
-def check_path(path: str | os.PathLike, argument: str) -> Path:
-    """Returns a path, or raises a `ValueError` that names the argument."""
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"`{argument}` must be a path. Received: {path!r}")
-    return Path(path)
-
-
 def check_folder(folder: str | os.PathLike, argument: str) -> Path:
     """Returns an existing folder as an absolute path, or raises a `ValueError` that names it."""
-    if not check_path(folder, argument).is_dir():
+    if not Path(folder).is_dir():
         raise ValueError(f"`{argument}` must be a folder. Received: {folder} (no such folder)")
     return Path(os.path.abspath(folder))
 
@@ -293,11 +286,15 @@ class FileTree:
             return ""
         return ". It is outside of the dataset: allow_outside=True reads it"
 
-    def class_names(self, folder: Path, named: Iterable[str]) -> list[str]:
+    def class_names(
+        self, folder: Path, named: Iterable[str], source: str | os.PathLike
+    ) -> list[str]:
         """The lines of `classes.txt`, if there is one, and all others that are named, sorted."""
         path = self.child(folder, "classes.txt")
         listed = self.read_lines(path, "list of classes") if path else []
-        return list(dict.fromkeys([*listed, *sorted(named)]))
+        if names := list(dict.fromkeys([*listed, *sorted(named)])):
+            return names
+        raise ValueError(f"No objects in {source}: give `class_names`")
 
     def read_lines(self, path: Path, what: str, keep_empty: bool = False) -> list[str]:
         """Reads a list in a text file; links must not lead out."""

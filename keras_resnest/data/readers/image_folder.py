@@ -2,7 +2,6 @@
 
 import collections
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,18 +14,18 @@ from keras_resnest.data.dataset import (
     count_problems,
     nearest,
 )
-from keras_resnest.data.readers.common import Faults
+from keras_resnest.data.readers import common
+from keras_resnest.data.readers.common import Faults, OnError
 from keras_resnest.data.readers.files import (
     FileError,
     check_folder,
-    check_path,
     composed,
     entries,
     find_split,
     folders_in,
     is_split_name,
 )
-from keras_resnest.images import IMAGE_SUFFIXES, ImageInfo, read_image_info
+from keras_resnest.images import IMAGE_SUFFIXES
 
 
 @checked
@@ -34,7 +33,7 @@ def read_image_folder(
     folder: str | os.PathLike,
     split: str | None = None,
     class_names: Sequence[str] | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> ClassificationDataset:
     """Reads a folder with one folder of images per class, as for ImageNet.
 
@@ -62,7 +61,7 @@ def read_image_folder(
         ```
     """
     faults = Faults(on_error)
-    folder = _split_folder(check_path(folder, "folder"), split)
+    folder = _split_folder(Path(folder), split)
     class_folders = _class_folders(folder, split, faults)
     names = check_class_names(class_names or sorted(composed(path.name) for path in class_folders))
     records = _read_records(folder, _labeled_paths(class_folders, names, faults), faults)
@@ -72,11 +71,7 @@ def read_image_folder(
     for i, name in enumerate(names):
         if not counts[i] and class_names is None:
             faults.add(name, "class without images", "kept as a class")
-    if faults.problems:
-        warnings.warn(
-            f"{folder}: {count_problems(faults.problems)}. See the `report` of the dataset",
-            stacklevel=3,
-        )
+    faults.warn(folder, stacklevel=3)
     report = ClassificationReport({n: counts[i] for i, n in enumerate(names)}, faults.problems)
     return ClassificationDataset(records, names, report)
 
@@ -152,18 +147,9 @@ def _read_records(
     records = []
     paths = [path for path, _ in labeled_paths]
     with ThreadPoolExecutor(16) as pool:  # mostly waits for the disk
-        infos = pool.map(_info_or_error, paths)
+        infos = [pool.submit(common.read_info, path) for path in paths]
         for (path, label), info in zip(labeled_paths, infos, strict=True):
             with faults.skipping_image():
-                if isinstance(info, FileError):
-                    raise info
                 image_id = path.relative_to(folder).as_posix()
-                records.append(LabeledImage(str(path), image_id, label, info))
+                records.append(LabeledImage(str(path), image_id, label, info.result()))
     return records
-
-
-def _info_or_error(path: Path) -> ImageInfo | FileError:
-    try:
-        return read_image_info(path)
-    except ValueError as error:
-        return FileError(path, "unreadable image", str(error))

@@ -28,10 +28,10 @@ def read_voc(
     folder: str | os.PathLike,
     split: str | None = None,
     class_names: Sequence[str] | None = None,
-    on_error: str = "raise",
+    on_error: common.OnError = "raise",
     use_difficult: bool = True,
     one_based_coordinates: bool = True,
-    unannotated: str = "error",
+    unannotated: common.Unannotated = "error",
     allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads annotations in Pascal VOC format (Everingham et al., IJCV 2010).
@@ -87,9 +87,8 @@ def read_voc(
                 )
     if class_names is None:
         named = {o.name for a in annotations.values() for o in a.objects}
-        class_names = source.tree.class_names(source.folder, named)
-        if not class_names:
-            raise ValueError(f"No objects in the XML files of {source.folder}: give `class_names`")
+        where = f"the XML files of {source.folder}"
+        class_names = source.tree.class_names(source.folder, named, where)
     images = {key: source.image_file(key, xml) for key, xml in annotations.items()}
     if source.splits.get(split) is None:  # no list says which images belong to it
         wanted = sorted({*wanted, *source.unused_images(split, images, faults)})

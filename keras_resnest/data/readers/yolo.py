@@ -27,9 +27,9 @@ def read_yolo(
     folder: str | os.PathLike,
     split: str | None = None,
     class_names: Sequence[str] | None = None,
-    on_error: str = "raise",
+    on_error: common.OnError = "raise",
     use_difficult: bool = True,
-    unannotated: str = "background",
+    unannotated: common.Unannotated = "background",
     allow_outside: bool = False,
 ) -> DetectionDataset:
     """Reads a folder of images with YOLO's text files.
@@ -131,7 +131,7 @@ class _YoloFolder:
     """The files of a YOLO dataset."""
 
     def __init__(self, source: str | os.PathLike, allow_outside: bool = False):
-        path = files.check_path(source, "folder")
+        path = Path(source)
         is_file = path.exists() and not path.is_dir()
         self.folder = files.check_folder(path.parent if is_file else path, "folder")
         self.tree = files.FileTree(self.folder, allow_outside=allow_outside)
