@@ -103,17 +103,14 @@ class NumpyDetectionDecoder:
         voting_iou=None,
         exclusive_classes=False,
     ):
-        if np.shape(variances) != (2,):
-            raise ValueError(f"`variances` must be two numbers. Received: variances={variances}")
-        if class_names is not None and not isinstance(class_names, (list, tuple)):
-            raise ValueError(f"`class_names` must be a list or None. Received: {class_names!r}")
-        if suppression not in SUPPRESSIONS:
-            raise ValueError(
-                f"`suppression` must be one of {', '.join(SUPPRESSIONS)}. Received: {suppression!r}"
-            )
+        _require(np.shape(variances) == (2,), "`variances` must be two numbers", variances)
+        is_list = class_names is None or isinstance(class_names, (list, tuple))
+        _require(is_list, "`class_names` must be a list or None", class_names)
+        _check_choice("suppression", suppression, SUPPRESSIONS)
         self.anchors = _check_anchors(anchors)
         self.image_shape = _check_image_shape(image_shape)
-        self.bounding_box_format = _check_box_format(bounding_box_format)
+        self.bounding_box_format = str(bounding_box_format).lower()
+        _check_choice("bounding_box_format", self.bounding_box_format, BOX_FORMATS)
         self.objectness_threshold = _check_fraction("objectness_threshold", objectness_threshold)
         self.confidence_threshold = confidence_threshold
         self._limits = _check_thresholds(confidence_threshold, class_names)  # (classes,) or (1,)
@@ -146,23 +143,19 @@ class NumpyDetectionDecoder:
             FileNotFoundError: if one of the two files is missing.
             ValueError: if the JSON file lacks a key or has an invalid value.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise ValueError(f"`path` must be a path. Received: {path!r}")
+        _require(isinstance(path, (str, os.PathLike)), "`path` must be a path", path)
         path = pathlib.Path(path)
         metadata = _read_json(path)
         settings = metadata.get("decoder", {})
-        if not isinstance(settings, dict):
-            raise ValueError(f'"decoder" in {path} must be an object. Received: {settings}')
+        _require(isinstance(settings, dict), f'"decoder" in {path} must be an object', settings)
         settings = {**{name: metadata[name] for name in SWITCHES if name in metadata}, **settings}
         required = ("image_shape", "bounding_box_format", "anchors", "decoder", *SWITCHES)
         missing = [key for key in required if key not in {**metadata, **settings}]
         if missing:
             raise ValueError(f"{path} must have the keys {', '.join(required)}. Missing: {missing}")
         for name in ("clip_to_image", "class_agnostic", "exclusive_classes", *SWITCHES):
-            if not isinstance(settings.get(name, True), bool):
-                raise ValueError(
-                    f'"{name}" in {path} must be true or false. Received: {settings[name]!r}'
-                )
+            value = settings.get(name, True)
+            _require(isinstance(value, bool), f'"{name}" in {path} must be true or false', value)
         anchors = _read_anchors(path, metadata["anchors"])
         shape, box_format = metadata["image_shape"], metadata["bounding_box_format"]
         try:
@@ -218,20 +211,15 @@ class NumpyDetectionDecoder:
         Returns:
             A new dictionary; padding rows and boxes in `"rel_*"` formats are unchanged.
         """
-        if not isinstance(detections, dict) or not {"boxes", "labels"} <= set(detections):
-            raise ValueError(
-                f"`detections` must be a result of the decoder. Received: {detections!r}"
-            )
+        is_result = isinstance(detections, dict) and {"boxes", "labels"} <= set(detections)
+        _require(is_result, "`detections` must be a result of the decoder", detections)
         if self.bounding_box_format.startswith("rel_"):
             return dict(detections)
         height, width = self.image_shape[:2]
         y = np.asarray(image_height, np.float32) / np.float32(height)
         x = np.asarray(image_width, np.float32) / np.float32(width)
-        if np.any(~(y > 0)) or np.any(~(x > 0)):
-            raise ValueError(
-                "`image_height` and `image_width` must be positive. Received: "
-                f"image_height={image_height}, image_width={image_width}"
-            )
+        wanted = "`image_height` and `image_width` must be positive"
+        _require(np.all(y > 0) and np.all(x > 0), wanted, (image_height, image_width))
         y, x = np.broadcast_arrays(y, x)
         sides = (y, x, y, x) if self.bounding_box_format in Y_FIRST else (x, y, x, y)
         boxes = np.asarray(detections["boxes"], np.float32)
@@ -369,17 +357,13 @@ class NumpyDetectionDecoder:
         start = (*raw["odm_boxes"].shape[:1], len(self.anchors))
         for name, value in raw.items():
             width = value.shape[-1] if value.ndim == 3 else 0
-            if value.shape[:-1] != start or width != (channels[name] or max(width, 2)):
-                raise ValueError(
-                    f"`{name}` must have shape (batch, {len(self.anchors)}, "
-                    f"{channels[name] or 'classes + 1'}), with the batch size of `odm_boxes`. "
-                    f"Received: {name}.shape={value.shape}"
-                )
-            if value.dtype.kind not in "fV":  # "V" is bfloat16, which numpy does not know
-                raise ValueError(
-                    f"`{name}` must have a float type; dequantize integers first. "
-                    f"Received: {name}.dtype={value.dtype}"
-                )
+            fits = value.shape[:-1] == start and width == (channels[name] or max(width, 2))
+            shape = f"(batch, {len(self.anchors)}, {channels[name] or 'classes + 1'})"
+            wanted = f"`{name}` must have shape {shape}, with the batch size of `odm_boxes`"
+            _require(fits, wanted, value.shape)
+            wanted = f"`{name}` must have a float type; dequantize integers first"
+            # "V" is bfloat16, which numpy does not know.
+            _require(value.dtype.kind in "fV", wanted, value.dtype)
         with np.errstate(over="ignore"):  # values beyond float32 become infinite
             return {name: value.astype(np.float32, copy=False) for name, value in raw.items()}
 
@@ -465,9 +449,18 @@ def _soften(boxes, confidence, floor, iou_threshold, limit):
 # === Arguments and files ===
 
 
+def _require(condition, wanted, received):
+    if not condition:
+        raise ValueError(f"{wanted}. Received: {received}")
+
+
+def _check_choice(name, value, choices):
+    _require(value in choices, f"`{name}` must be one of {', '.join(choices)}", repr(value))
+
+
 def _check_fraction(name, value):
-    if not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must be between 0 and 1. Received: {name}={value}")
+    is_fraction = isinstance(value, numbers.Real) and 0.0 <= value <= 1.0
+    _require(is_fraction, f"`{name}` must be between 0 and 1", value)
     return float(value)
 
 
@@ -476,52 +469,33 @@ def _check_thresholds(threshold, class_names):
     if not isinstance(threshold, collections.abc.Mapping):
         return np.array([_check_fraction("confidence_threshold", threshold)], np.float32)
     names = class_names or [str(label) for label in range(len(threshold))]
-    if set(threshold) != set(names):
-        raise ValueError(
-            "`confidence_threshold` must have a number for each class, "
-            f"{', '.join(map(str, names))}. Received: {threshold}"
-        )
+    wanted = "`confidence_threshold` must have a number for each class, "
+    _require(set(threshold) == set(names), wanted + ", ".join(map(str, names)), threshold)
     values = [_check_fraction(f"confidence_threshold[{n!r}]", threshold[n]) for n in names]
     return np.array(values, np.float32)
 
 
 def _check_count(name, value):
-    if not isinstance(value, numbers.Real) or not 1 <= value < 2**63 or value % 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+    is_count = isinstance(value, numbers.Real) and 1 <= value < 2**63 and value % 1 == 0
+    _require(is_count, f"`{name}` must be a positive integer", value)
     return int(value)
 
 
 def _check_anchors(anchors):
     anchors = np.asarray(anchors)
-    if anchors.ndim != 2 or anchors.shape[1] != 4 or anchors.dtype.kind not in "fiu":
-        raise ValueError(
-            '`anchors` must be numbers of shape (anchors, 4), "xyxy" in pixels. Received: '
-            f"anchors.shape={anchors.shape}, anchors.dtype={anchors.dtype}"
-        )
-    if not np.isfinite(anchors).all():
-        raise ValueError("`anchors` must be finite. Received: NaN or infinite numbers")
+    fits = anchors.ndim == 2 and anchors.shape[1] == 4 and anchors.dtype.kind in "fiu"
+    wanted = '`anchors` must be numbers of shape (anchors, 4), "xyxy" in pixels'
+    _require(fits, wanted, f"anchors of shape {anchors.shape} and type {anchors.dtype}")
+    _require(np.isfinite(anchors).all(), "`anchors` must be finite", "NaN or infinite numbers")
     return anchors.astype(np.float32)
 
 
 def _check_image_shape(image_shape):
     shape = tuple(image_shape) if isinstance(image_shape, (list, tuple, np.ndarray)) else ()
     integers = all(isinstance(s, (int, np.integer)) and s is not True for s in shape[:2])
-    if len(shape) < 2 or not integers or min(shape[:2]) < 1:
-        raise ValueError(
-            "`image_shape` must be (height, width, ...) in pixels, positive integers. "
-            f"Received: image_shape={image_shape}"
-        )
+    wanted = "`image_shape` must be (height, width, ...) in pixels, positive integers"
+    _require(len(shape) >= 2 and integers and min(shape[:2]) >= 1, wanted, image_shape)
     return shape
-
-
-def _check_box_format(bounding_box_format):
-    name = str(bounding_box_format).lower()
-    if name not in BOX_FORMATS:
-        raise ValueError(
-            f"`bounding_box_format` must be one of {', '.join(BOX_FORMATS)}. "
-            f"Received: bounding_box_format={bounding_box_format!r}"
-        )
-    return name
 
 
 def _read_json(path):
@@ -529,23 +503,21 @@ def _read_json(path):
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON file. Received: {error}") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} must hold a JSON object. Received: {type(metadata).__name__}")
+    wanted = f"{path} must hold a JSON object"
+    _require(isinstance(metadata, dict), wanted, type(metadata).__name__)
     return metadata
 
 
 def _read_anchors(path, name):
     """Reads an .npy file in the folder of the JSON file `path`."""
     # An untrusted JSON file must not make this program read other folders.
-    if not isinstance(name, str) or name in ("", "..") or os.path.basename(name) != name:
-        raise ValueError(
-            f'"anchors" in {path} must be the name of a file beside it. Received: {name!r}'
-        )
+    is_name = isinstance(name, str) and name not in ("", "..") and os.path.basename(name) == name
+    _require(is_name, f'"anchors" in {path} must be the name of a file beside it', repr(name))
     file = path.parent / name
     try:
         anchors = np.load(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} must be an .npy file of numbers. Received: {error}") from error
-    if not isinstance(anchors, np.ndarray):
-        raise ValueError(f"{file} must be an .npy file with one array. Received: an .npz file")
+    is_array = isinstance(anchors, np.ndarray)
+    _require(is_array, f"{file} must be an .npy file with one array", "an .npz file")
     return anchors
