@@ -145,6 +145,15 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
+def encode_image(image: np.ndarray, format: str, **options) -> bytes:
+    """Returns a uint8 image (height, width, 3) as the bytes of a file, with Pillow's options."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format, **options)
+    return stream.getvalue()
+
+
 # === Resizing ===
 
 
@@ -166,7 +175,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: if `image` has another rank, or a size is not a positive integer.
     """
-    if min(height, width) < 1 or int(height) != height or int(width) != width:
+    if min(height, width) < 1:
         raise ValueError(f"`height, width` must be positive integers. Received: {height}, {width}")
     image = np.asarray(image)
     if image.ndim not in (3, 4) or 0 in image.shape:

@@ -6,7 +6,6 @@ with "xyxy" boxes in pixels of the image.
 
 import base64
 import http.client
-import io
 import json
 import multiprocessing
 import urllib.error
@@ -27,7 +26,7 @@ from keras_resnest.cli.common import (
     refuse_options,
     reporting_unusable_model,
 )
-from keras_resnest.images import read_image_info
+from keras_resnest.images import encode_image, read_image_info
 
 SIGNATURES = ("serve_bytes", "serving_default")
 OUTPUTS = ("boxes", "confidence", "labels")
@@ -105,7 +104,7 @@ class ServedDetector:
             raise ValueError("--confidence with a file needs --class-names")
         if self.signature == "serve_bytes":
             sizes = [image.shape[:2] for image in images]
-            inputs = {"image_bytes": list(map(encode_image, paths, images))}
+            inputs = {"image_bytes": list(map(file_of, paths, images))}
         else:
             size = self.model.image_size()
             sizes = [size] * len(images)
@@ -173,16 +172,12 @@ def to_xyxy(boxes, box_format: str, size: tuple[int, int]) -> np.ndarray:
     return np.array(convert_boxes(boxes, box_format, "xyxy", *size))
 
 
-def encode_image(path: Path | None, image: np.ndarray) -> bytes:
+def file_of(path: Path | None, image: np.ndarray) -> bytes:
     """Returns the file itself if TensorFlow decodes the same pixels, else an upright PNG."""
-    from PIL import Image
-
     info = path and read_image_info(path)  # a frame of a video has no path
     if info and info.plain and info.orientation == 1:
         return path.read_bytes()
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
+    return encode_image(image, "PNG")
 
 
 def split_rows(columns: dict) -> list[dict]:

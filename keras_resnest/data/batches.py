@@ -259,7 +259,7 @@ def _size_drawer(image_sizes, batch_size: int, deterministic: bool) -> Callable 
     if image_sizes is None:
         return None
     if not image_sizes:
-        raise ValueError("`image_sizes` must have a (height, width) in pixels. Received: none")
+        raise ValueError("`image_sizes` must be a list of (height, width) in pixels. Received: []")
     _check_deterministic("image_sizes", deterministic)
     sizes = tf.constant([check_image_shape(size) for size in image_sizes])
 

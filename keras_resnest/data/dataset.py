@@ -176,10 +176,8 @@ class LabeledImage:
 
 
 class ImageDataset:
-    """Base class of the datasets. A subclass adds a `report` and `element_loader`."""
+    """Base class of the datasets. A subclass adds a `report` and `_annotation_loader`."""
 
-    _smallest_shard: int | None = None
-    _whole: "ImageDataset | None" = None
     image_folder: str | None = None  # where the names of the image files start, if it was read
 
     def __init__(self, records: Sequence, class_names: Sequence[str]):
@@ -264,8 +262,8 @@ class ImageDataset:
         if num_shards == 1:
             return self
         part = self._part(num_shards, shard_index)
-        part._smallest_shard = self.smallest_shard // num_shards
-        part.identity, part._whole = self.identity, self.whole
+        part.smallest_shard = self.smallest_shard // num_shards
+        part.identity, part.whole = self.identity, self.whole
         return part
 
     @checked
@@ -309,6 +307,25 @@ class ImageDataset:
             )
         return self.with_records(remaining), self.with_records(held_out)
 
+    def element_loader(self):
+        """Returns a function from the index of an image (int64 tensor) to its element and "error".
+
+        Returns None for a dataset that can only be read sequentially. See `check_readable`.
+        """
+        import tensorflow as tf
+
+        with tf.device("CPU:0"):  # keep these tables off the GPU
+            image_ids = tf.constant([record.image_id for record in self.records])
+            annotation = self._annotation_loader()
+        read_image = image_reader(self.records)
+
+        def load(index):
+            image, error = read_image(index)
+            element = {"images": image, "error": error, "image_id": image_ids[index]}
+            return {**element, **annotation(index)}
+
+        return load
+
     @functools.cached_property
     def identity(self) -> dict:
         """What tells this data from other data when a training is resumed; all shards have it."""
@@ -335,15 +352,15 @@ class ImageDataset:
     def _image_names(self) -> list[str]:
         return [record.image_id for record in self.records]
 
-    @property
+    @functools.cached_property
     def smallest_shard(self) -> int:
         """Number of images in the smallest shard; `len(self)` for an unsharded dataset."""
-        return len(self) if self._smallest_shard is None else self._smallest_shard
+        return len(self)
 
-    @property
+    @functools.cached_property
     def whole(self) -> "ImageDataset":
         """The dataset that this is a shard of; the dataset itself if it is none."""
-        return self if self._whole is None else self._whole
+        return self
 
     def _part(self, num_shards: int, shard_index: int) -> "ImageDataset":
         return self.with_records(self.records[shard_index::num_shards])
@@ -397,36 +414,19 @@ class DetectionDataset(ImageDataset):
             arrays = (record.boxes, record.labels, record.difficult)
             yield b"".join(array.tobytes() for array in arrays)
 
-    def element_loader(self):
-        """Returns a function from the index of an image (int64 tensor) to its element and "error".
-
-        Returns None for a dataset that can only be read sequentially.
-        """
+    def _annotation_loader(self):
         import tensorflow as tf
 
-        records = self.records
-        with tf.device("CPU:0"):  # keep these tables off the GPU
-            image_ids = tf.constant([record.image_id for record in records])
-            counts = [0] + [len(record.boxes) for record in records]
-            row_splits = tf.constant(np.cumsum(counts), tf.int64)
-            boxes = tf.constant(np.concatenate([r.boxes for r in records]), tf.float32)
-            labels = tf.constant(np.concatenate([r.labels for r in records]), tf.int32)
-            difficult = tf.constant(np.concatenate([r.difficult for r in records]), tf.bool)
-        read_image = image_reader(records)
+        counts = [0] + [len(record.boxes) for record in self.records]
+        row_splits = tf.constant(np.cumsum(counts), tf.int64)
+        columns = {
+            name: tf.constant(np.concatenate([getattr(record, name) for record in self.records]))
+            for name in ("boxes", "labels", "difficult")
+        }
 
         def load(index):
-            rows = slice(row_splits[index], row_splits[index + 1])
-            image, error = read_image(index)
-            return {
-                "images": image,
-                "error": error,
-                "image_id": image_ids[index],
-                "bounding_boxes": {
-                    "boxes": tf.ensure_shape(boxes[rows], (None, 4)),
-                    "labels": labels[rows],
-                    "difficult": difficult[rows],
-                },
-            }
+            start, end = row_splits[index], row_splits[index + 1]
+            return {"bounding_boxes": {name: rows[start:end] for name, rows in columns.items()}}
 
         return load
 
@@ -464,24 +464,11 @@ class ClassificationDataset(ImageDataset):
     def _annotations(self) -> Iterable[bytes]:
         return [np.asarray([record.label for record in self.records], "int32").tobytes()]
 
-    def element_loader(self):
-        """Returns a function from the index of an image (int64 tensor) to its element and "error".
-
-        See `check_readable`.
-        """
+    def _annotation_loader(self):
         import tensorflow as tf
 
-        with tf.device("CPU:0"):  # keep these tables off the GPU
-            image_ids = tf.constant([record.image_id for record in self.records])
-            labels = tf.constant([record.label for record in self.records], tf.int32)
-        read_image = image_reader(self.records)
-
-        def load(index):
-            image, error = read_image(index)
-            label = labels[index]
-            return {"images": image, "error": error, "image_id": image_ids[index], "labels": label}
-
-        return load
+        labels = tf.constant([record.label for record in self.records], tf.int32)
+        return lambda index: {"labels": labels[index]}
 
 
 def _check_boxes(records: Sequence[ImageRecord]) -> None:
@@ -519,15 +506,8 @@ def image_reader(records: Sequence[ImageRecord]):
         image = decode_plain_image(tf.io.read_file(paths[index]))
         return image if is_upright else _turn_upright(image, flags[index])
 
-    def load(index):
-        try:
-            return load_image(records[index].image), b""
-        except ValueError as error:
-            return np.zeros((1, 1, 3), "uint8"), str(error).encode(errors="surrogateescape")
-
     def with_pillow(index):
-        image, error = tf.numpy_function(load, [index], (tf.uint8, tf.string))
-        return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
+        return image_or_error(lambda i: load_image(records[i].image), [index])
 
     def with_tensorflow(index):
         return decode_or(with_pillow, decode, index)
@@ -537,6 +517,20 @@ def image_reader(records: Sequence[ImageRecord]):
     if not any(by_tensorflow):
         return with_pillow
     return lambda i: tf.cond(is_plain[i], lambda: with_tensorflow(i), lambda: with_pillow(i))
+
+
+def image_or_error(read, inputs: list):
+    """In a graph, returns (`read(*inputs)`, ""), or a black pixel and why that raises."""
+    import tensorflow as tf
+
+    def load(*values):
+        try:
+            return read(*values), b""
+        except ValueError as error:
+            return np.zeros((1, 1, 3), "uint8"), str(error).encode(errors="surrogateescape")
+
+    image, error = tf.numpy_function(load, inputs, (tf.uint8, tf.string))
+    return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
 
 
 def decode_or(otherwise, decode, source):

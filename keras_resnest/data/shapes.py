@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from keras_resnest.checks import check_counts
+from keras_resnest.images import encode_image
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPLITS = ("train", "validation", "test")
@@ -391,8 +392,6 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         return {name: self._generate_examples(name, n) for name, n in counts.items() if n}
 
     def _generate_examples(self, split: str, count: int):
-        from PIL import Image
-
         config = self.builder_config
         for index in range(count):
             scene = plan_scene((config.seed, SPLITS.index(split), index), config.size)
@@ -402,7 +401,6 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 {"bbox": tfds.features.BBox(*box), "label": label, "is_difficult": difficult}
                 for box, label, difficult in rows
             ]
-            jpeg = io.BytesIO()
-            Image.fromarray(draw_scene(scene)).save(jpeg, "JPEG", quality=95, subsampling=0)
-            jpeg.seek(0)
-            yield index, {"image": jpeg, "image_id": f"{split}_{index:05d}", "objects": objects}
+            jpeg = encode_image(draw_scene(scene), "JPEG", quality=95, subsampling=0)
+            image_id = f"{split}_{index:05d}"
+            yield index, {"image": io.BytesIO(jpeg), "image_id": image_id, "objects": objects}

@@ -26,7 +26,7 @@ from keras_resnest.data.readers.files import (
     is_split_name,
     unified,
 )
-from keras_resnest.images import IMAGE_SUFFIXES, is_hidden, load_image
+from keras_resnest.images import IMAGE_SUFFIXES, encode_image, is_hidden, load_image
 
 TOLERANCE = 0.01  # pixels that a box may move
 _IMAGE_FOLDERS = {"voc": "JPEGImages", **dict.fromkeys(("coco", "yolo", "csv"), "images")}
@@ -139,9 +139,7 @@ def _encoded(image: bytes | np.ndarray) -> tuple[bytes, str]:
     if isinstance(image, bytes):
         kind = Image.open(io.BytesIO(image)).format.lower()
         return image, f".{kind.replace('mpo', 'jpeg')}"
-    stream = io.BytesIO()
-    Image.fromarray(load_image(image)).save(stream, "PNG")
-    return stream.getvalue(), ".png"
+    return encode_image(load_image(image), "PNG"), ".png"
 
 
 def _named(image_id: str, suffix: str) -> PurePosixPath:

@@ -1,7 +1,7 @@
 """Error analysis of a detector: where it is wrong, what that costs, and which labels look wrong."""
 
+import collections
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -31,7 +31,7 @@ from keras_resnest.evaluation.matching import (
 )
 from keras_resnest.evaluation.suspicions import LabelSuspicion, find_suspicious_labels
 from keras_resnest.evaluation.voc import nan_mean
-from keras_resnest.images import load_image, resize_image
+from keras_resnest.images import encode_image, load_image, resize_image
 
 SIDES = (0, 16, 32, 64, 128, 256, 1e5)  # of an object: the root of its area in pixels
 NUM_BINS = 10  # of the confidence, for calibration
@@ -46,64 +46,37 @@ MARGIN = 0.6  # around the box of a crop, in sides of the box
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """An image or a part of it, as small as the page shows it.
+    """An image or a part of it, as small as the page shows it."""
 
-    Attributes:
-        image: index of the image.
-        pixels: uint8 (height, width, 3).
-        corner: (x, y) of its upper left corner in the image.
-        scale: pixels of the view for a pixel of the image.
-    """
-
-    image: int
-    pixels: np.ndarray
-    corner: np.ndarray
-    scale: float
+    image: int  # index of the image
+    pixels: np.ndarray  # uint8 (height, width, 3)
+    corner: np.ndarray  # (x, y) of its upper left corner in the image
+    scale: float  # pixels of the view for a pixel of the image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DetectionReport:
-    """Result of `analyze` for C classes, D detections and N objects.
-
-    Attributes:
-        class_names: the C names.
-        images: name of each image: its file, or its id.
-        files: whether the names are files.
-        objects: table of the objects, `"xyxy"` in pixels.
-        detections: table of the detections, by falling confidence.
-        average_precision: for `"all"`, `"small"`, `"medium"` and `"large"` objects (10, C) values
-            for the IoU thresholds 0.50, 0.55, ..., 0.95; nan without objects.
-        side_precision: AP at IoU 0.5 of objects by the root of their area: list of `{"from", "to",
-            "objects", "AP50"}`.
-        assigned: (D,) row of the object that a detection has found (IoU 0.5), or -1.
-        curves: for each class arrays `"confidence"`, `"precision"`, `"recall"`, `"f1"`.
-        best_thresholds: confidence with the highest F1 by class name.
-        confidence_threshold: confidence by class name from which on a detection counts in
-            `confusion`, `image_costs` and the examples.
-        confusion: see `confusion_matrix`.
-        errors: kinds of error and their cost, see `ErrorAnalysis`.
-        calibration: arrays `"count"`, `"confidence"` and `"precision"` of ten bins of confidence.
-        calibration_error: expected calibration error, the mean distance of both, 0 to 1.
-        image_costs: for each image its missed objects plus the confidence of its false positives.
-        suspicions: labels that look wrong, the most suspicious first.
-        speed: parameters, megabytes, milliseconds per image and devices.
-    """
+    """Result of `analyze` for C classes, D detections and N objects."""
 
     class_names: tuple[str, ...]
-    images: tuple[str, ...]
-    files: bool
-    objects: BoxTable
-    detections: BoxTable
+    images: tuple[str, ...]  # name of each image: its file, or its id
+    files: bool  # whether the names are files
+    objects: BoxTable  # "xyxy" in pixels
+    detections: BoxTable  # by falling confidence
+    # For "all", "small", "medium" and "large" objects (10, C) values for the IoU thresholds 0.50,
+    # 0.55, ..., 0.95; nan without objects
     average_precision: dict[str, np.ndarray]
+    # AP at IoU 0.5 of objects by the root of their area: {"from", "to", "objects", "AP50"}
     side_precision: list[dict]
-    assigned: np.ndarray
-    curves: list[dict[str, np.ndarray]]
-    best_thresholds: dict[str, float]
+    assigned: np.ndarray  # (D,) row of the object that a detection has found (IoU 0.5), or -1
+    curves: list[dict[str, np.ndarray]]  # "confidence", "precision", "recall", "f1" of each class
+    best_thresholds: dict[str, float]  # confidence with the highest F1 by class name
+    # By class name, from which on a detection counts in `confusion`, `image_costs` and the examples
     confidence_threshold: dict[str, float]
-    errors: ErrorAnalysis
-    calibration: dict[str, np.ndarray]
-    suspicions: list[LabelSuspicion]
-    speed: dict
+    errors: ErrorAnalysis  # kinds of error and their cost
+    calibration: dict[str, np.ndarray]  # "count", "confidence", "precision" of bins of confidence
+    suspicions: list[LabelSuspicion]  # labels that look wrong, the most suspicious first
+    speed: dict  # parameters, megabytes, milliseconds per image and devices
     pairs: Pairs = dataclasses.field(repr=False)
     views: dict[str, list] = dataclasses.field(repr=False, default_factory=dict)
 
@@ -495,19 +468,17 @@ def _make_views(report: DetectionReport, sources: list, sizes: list) -> dict[str
             for row in rows[:NUM_EXAMPLES].tolist():
                 box = _around(table.boxes[row][None])
                 wanted.append((kind, int(table.image[row]), box, (label, row)))
-    views = {name: [None] * sum(w[0] == name for w in wanted) for name, *_ in wanted}
-    places = {name: iter(range(len(v))) for name, v in views.items()}
-    numbered = sorted(
-        ((image, name, next(places[name]), box, about) for name, image, box, about in wanted),
-        key=lambda row: row[0],
-    )
-    current, pixels = None, None
-    for image, name, place, box, about in numbered:
+    made, current, pixels = {}, None, None
+    for i in sorted(range(len(wanted)), key=lambda i: wanted[i][1]):
+        _, image, box, _ = wanted[i]
         if image != current:
             current, pixels = image, load_image(sources[image])
             if pixels.shape[:2] != tuple(sizes[image]):  # a batch has stretched it
                 pixels = np.asarray(resize_image(pixels, *sizes[image])).astype("uint8")
-        views[name][place] = (_view(image, pixels, box), about)
+        made[i] = _view(image, pixels, box)
+    views = collections.defaultdict(list)
+    for i, (name, _, _, about) in enumerate(wanted):
+        views[name].append((made[i], about))
     return views
 
 
@@ -536,11 +507,7 @@ def _view(image: int, pixels: np.ndarray, box: np.ndarray | None) -> View:
 
 def _encode(image: np.ndarray) -> bytes:
     """An image of a batch in as few bytes as a thousand of them need to fit into memory."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(np.clip(image, 0, 255).astype("uint8")).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
+    return encode_image(np.clip(image, 0, 255).astype("uint8"), "JPEG", quality=90)
 
 
 # === Output ===

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_image_shape, checked
-from keras_resnest.data.augmentation.geometry import check_probabilities, checked_call
+from keras_resnest.checks import check_fractions, check_image_shape, checked
+from keras_resnest.data.augmentation.geometry import checked_call
 from keras_resnest.data.augmentation.rand_augment import (
     RandAugment,
     as_uint8,
@@ -63,7 +63,7 @@ class ClassificationAugmentation:
 
     def __post_init__(self):
         check_square(self.image_shape)
-        check_probabilities(self, "flip", "color_jitter")
+        check_fractions(flip=self.flip, color_jitter=self.color_jitter)
         low, high = self.area
         narrow, wide = self.aspect_ratio
         if not 0 < low <= high <= 1 or not 0 < narrow <= wide or self.lighting < 0:

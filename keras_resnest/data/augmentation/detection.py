@@ -25,13 +25,12 @@ from typing import Literal
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_counts, check_image_shape, checked
+from keras_resnest.checks import check_counts, check_fractions, check_image_shape, checked
 from keras_resnest.data.augmentation.geometry import (
     MEAN_COLOR,
     apply_if,
     between,
     centers_inside,
-    check_probabilities,
     check_range,
     checked_call,
     intersection,
@@ -93,7 +92,7 @@ class PhotometricDistortion:
         check_range("contrast", self.contrast, 0.0, float("inf"))
         check_range("saturation", self.saturation, 0.0, float("inf"))
         check_range("hue", (0.0, self.hue), 0.0, 180.0)
-        check_probabilities(self, "probability", "channel_probability")
+        check_fractions(probability=self.probability, channel_probability=self.channel_probability)
 
     @checked_call
     def __call__(self, element: dict, seed) -> dict:
@@ -155,7 +154,7 @@ class RandomExpand:
 
     def __post_init__(self):
         check_range("max_ratio", (1.0, self.max_ratio), 1.0, float("inf"))
-        check_probabilities(self, "probability")
+        check_fractions(probability=self.probability)
         if len(self.fill_color) != 3 or not all(0 <= value <= 255 for value in self.fill_color):
             raise ValueError(
                 "`fill_color` must be (red, green, blue) from 0 to 255. "
@@ -224,7 +223,7 @@ class RandomIoUCrop:
                 f"Received: aspect_ratio={self.aspect_ratio!r}"
             )
         check_counts(trials=self.trials)
-        check_probabilities(self, "probability")
+        check_fractions(probability=self.probability)
 
     @checked_call
     def __call__(self, element: dict, seed) -> dict:
@@ -366,7 +365,7 @@ class RandomFlip(_Orientation):
     vertical: float = 0.0
 
     def __post_init__(self):
-        check_probabilities(self, "horizontal", "vertical")
+        check_fractions(horizontal=self.horizontal, vertical=self.vertical)
 
     def orientation(self, seed) -> tuple:
         """Draws (transpose, flip_x, flip_y); a flip never transposes."""
@@ -389,7 +388,7 @@ class RandomRotate90(_Orientation):
     probability: float = 0.75
 
     def __post_init__(self):
-        check_probabilities(self, "probability")
+        check_fractions(probability=self.probability)
 
     def orientation(self, seed) -> tuple:
         """Draws (transpose, flip_x, flip_y); a quarter turn transposes, then flips."""
@@ -483,7 +482,9 @@ class TrainingAugmentation:
         element = drop_empty_boxes(element)
         boxes = element["bounding_boxes"]["boxes"]
         seeds = split_seed(seed, 5)
-        window = self._window(size_of(element["images"]), boxes, seeds)
+        size = size_of(element["images"])
+        window = self.expand.window(size, seeds[0]) if self.expand else whole_window(size)
+        window = self.crop.window(window, size, boxes, seeds[1]) if self.crop else window
         inside = centers_inside(boxes, window)
         transpose, flip_x, flip_y = self._orientation(seeds)
 
@@ -503,11 +504,6 @@ class TrainingAugmentation:
         is_large = tf.reduce_all(boxes[:, 2:] - boxes[:, :2] >= self.min_box_size, axis=-1)
         image = _cast_image(image, self.dtype, height, width)
         return update_element(element, image, boxes, inside & is_large)
-
-    def _window(self, size: tf.Tensor, boxes: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        """Draws the visible region, in pixels of the image."""
-        window = self.expand.window(size, seeds[0]) if self.expand else whole_window(size)
-        return self.crop.window(window, size, boxes, seeds[1]) if self.crop else window
 
     def _orientation(self, seeds: tf.Tensor) -> tuple:
         """Draws (transpose, flip_x, flip_y): the rotation, then the flip."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
-from keras_resnest.checks import check_fractions, is_number
 from keras_resnest.images import MEAN_COLOR
 
 #: Values of the box entries in a padding row.
@@ -176,16 +175,10 @@ def window_iou(windows: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
 # === Helpers ===
 
 
-def check_probabilities(augmentation, *names: str) -> None:
-    """Raises ValueError if one of these attributes is not between 0 and 1."""
-    check_fractions(**{name: getattr(augmentation, name) for name in names})
-
-
 def check_range(name: str, values: tuple, low: float, high: float) -> None:
     """Raises ValueError unless `values` are (lower, upper), ordered and within low to high."""
-    is_pair = isinstance(values, Sequence) and len(values) == 2
-    if not is_pair or not all(map(is_number, values)) or not low <= values[0] <= values[1] <= high:
-        received = values[1] if is_pair and values[0] == low else values
+    if not low <= values[0] <= values[1] <= high:
+        received = values[1] if values[0] == low else values
         raise ValueError(f"`{name}` must be within {low} to {high}. Received: {name}={received!r}")
 
 

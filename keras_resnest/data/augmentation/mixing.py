@@ -10,17 +10,15 @@ combined within a batch, so nothing is decoded or augmented twice. The result ha
 the image with the most boxes, at least one. Use `training_batches(mosaic=..., mixup=...)`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
 
-from keras_resnest.checks import checked, is_number
+from keras_resnest.checks import check_fractions, checked
 from keras_resnest.data.augmentation.geometry import (
     PADDING,
     between,
     centers_inside,
-    check_probabilities,
     check_range,
     checked_call,
     pad_rows,
@@ -53,9 +51,8 @@ class Mosaic:
     min_box_size: float = 1.0
 
     def __post_init__(self):
-        check_probabilities(self, "probability")
-        is_pair = isinstance(self.center, Sequence) and len(self.center) == 2
-        if not is_pair or not 0.0 < self.center[0] <= self.center[1] < 1.0:
+        check_fractions(probability=self.probability)
+        if not 0.0 < self.center[0] <= self.center[1] < 1.0:
             raise ValueError(
                 f"`center` must be (low, high) between 0 and 1. Received: center={self.center!r}"
             )
@@ -150,9 +147,9 @@ class MixUp:
     alpha: float = 32.0
 
     def __post_init__(self):
-        check_probabilities(self, "probability")
+        check_fractions(probability=self.probability)
         # With a smaller alpha, float32 gamma draws are often zero.
-        if not is_number(self.alpha) or not 0.1 <= self.alpha < float("inf"):
+        if not 0.1 <= self.alpha < float("inf"):
             raise ValueError(f"`alpha` must be at least 0.1. Received: alpha={self.alpha!r}")
 
     @checked_call

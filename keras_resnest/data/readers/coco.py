@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnest.checks import check_class_names, checked
+from keras_resnest.checks import checked
 from keras_resnest.data.dataset import DetectionDataset
 from keras_resnest.data.readers import common, files
 from keras_resnest.data.readers.common import AnnotatedObject, Faults, FileError, ImageAnnotation
@@ -71,7 +71,6 @@ def read_coco(
     tree, folder = common.find_images_of(path, image_names, given, allow_outside)
     names = _category_names(path, content["categories"], faults)
     class_names = list(dict.fromkeys(names.values())) if class_names is None else class_names
-    class_names = check_class_names(class_names)
     objects = _objects_by_image(path, content["annotations"], images, faults)
     images = _join_repeated(path, images, objects, faults)
     if split is not None:

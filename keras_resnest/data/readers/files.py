@@ -110,13 +110,13 @@ def folders_in(folder: str | os.PathLike) -> list[Path]:
     return [Path(entry.path) for entry in _scan(folder) if entry.is_dir()]
 
 
-def walk(folder: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files with these suffixes in a folder and its subfolders, sorted by path."""
+def walk(folder: str | os.PathLike, suffixes: Sequence[str] | None = None) -> Iterator[Path]:
+    """Files, all or with these suffixes, in a folder and its subfolders, sorted by path."""
     for entry in _scan(folder):
         if entry.is_dir():
             # Links to folders could form a cycle.
             yield from () if entry.is_symlink() else walk(entry.path, suffixes)
-        elif _has_suffix(entry.name, suffixes):
+        elif suffixes is None or _has_suffix(entry.name, suffixes):
             yield Path(entry.path)
 
 

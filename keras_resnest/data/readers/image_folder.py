@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from keras_resnest.data.readers.files import (
     find_split,
     folders_in,
     is_split_name,
+    walk,
 )
 from keras_resnest.images import IMAGE_SUFFIXES
 
@@ -124,21 +125,12 @@ def _labeled_paths(
             if name not in known:
                 detail = f"not in `class_names`. {nearest(name, names)}"
                 raise FileError(folder, "unknown class", detail)
-            label = known.index(name)
-            pairs += [(path, label) for path in _images(folder, faults)]
+            for path in walk(folder):
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    pairs.append((path, known.index(name)))
+                else:
+                    faults.add(path, "not an image", "left out", f"in {path.parent.name}")
     return pairs
-
-
-def _images(folder: Path, faults: Faults) -> Iterator[Path]:
-    """All images of a class, sorted by name."""
-    for path in entries(folder):
-        if path.is_dir():
-            # Links to folders could form a cycle.
-            yield from () if path.is_symlink() else _images(path, faults)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield path
-        else:
-            faults.add(path, "not an image", "left out", f"in {folder.name}")
 
 
 def _read_records(

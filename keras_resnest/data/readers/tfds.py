@@ -22,6 +22,7 @@ from keras_resnest.data.dataset import (
     check_readable,
     decode_or,
     decode_plain_image,
+    image_or_error,
     nearest,
     summarize,
     usable_boxes,
@@ -82,12 +83,7 @@ def read_tfds_classification(
     The dataset needs the features `image` and `label`. Images stay in the TFDS files; gray ones
     become RGB. `records` is empty, and `report` is counted on each access.
 
-    Args:
-        name_or_builder: as in `read_tfds`.
-        split: as in `read_tfds`.
-        class_names: as in `read_tfds`.
-        data_dir: as in `read_tfds`.
-        download: as in `read_tfds`.
+    Arguments as in `read_tfds`.
 
     Example: `train = read_tfds_classification("cifar10", split="train")`
     """
@@ -254,24 +250,19 @@ class _TfdsSplit:
         return examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _with_pillow(self, example):
-        import tensorflow as tf
-
-        def load(encoded, *names):
-            try:
-                return load_image(encoded), b""
-            except ValueError as error:
-                return np.zeros((1, 1, 3), "uint8"), self._unreadable(error, *names).encode()
-
         names = example.get("image_id", example["tfds_id"]), example["tfds_id"]
-        image, error = tf.numpy_function(load, [example["image"], *names], (tf.uint8, tf.string))
-        return tf.ensure_shape(image, (None, None, 3)), tf.ensure_shape(error, ())
+        return image_or_error(functools.partial(self._read, load_image), [example["image"], *names])
 
-    def _unreadable(self, error: ValueError, image_id: bytes, tfds_id: bytes) -> str:
-        """What is said about an image that Pillow cannot read; `tfds_id` names file and record."""
-        return (
-            f"Cannot read the image {image_id.decode()!r} of {self._builder.info.full_name}, split "
-            f"{str(self._split)!r}, record {tfds_id.decode()}: {error.__cause__ or error}"
-        )
+    def _read(self, read, encoded: bytes, image_id: bytes, tfds_id: bytes):
+        """Returns `read(encoded)`; if that raises, names the image, its file and record."""
+        try:
+            return read(encoded)
+        except ValueError as error:
+            name, split = self._builder.info.full_name, str(self._split)
+            raise ValueError(
+                f"Cannot read the image {image_id.decode()!r} of {name}, split {split!r}, record "
+                f"{tfds_id.decode()}: {error.__cause__ or error}"
+            ) from error
 
     def element_loader(self):
         return None  # TFDS files are read sequentially
@@ -395,11 +386,8 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
         return records, summarize(records, self.class_names, problems)
 
     def _record(self, example, problems: list[Problem]) -> ImageRecord:
-        try:
-            info = read_image_info(example["image"])
-        except ValueError as error:
-            names = example["image_id"], example["tfds_id"]
-            raise ValueError(self._unreadable(error, *names)) from error
+        names = example["image_id"], example["tfds_id"]
+        info = self._read(read_image_info, example["image"], *names)
         # TFDS ignores the EXIF orientation.
         is_turned = orientation_flags(info.orientation)[0]
         height, width = (info.width, info.height) if is_turned else (info.height, info.width)

@@ -311,14 +311,14 @@ class _YoloFolder:
         inner = (path for paths in places.values() for path in paths)
         images = base + [path for path in inner if not base or path.is_symlink()]  # see `walk`
         lists = files.split_lists(self.folder, self.tree).items()
-        named = {name: [path] for name, path in lists if not self._is_label_file(path)}
+        named = {}
+        for name, path in lists:
+            has_image = self.tree.named(path.parent, path.stem, IMAGE_SUFFIXES)
+            if not has_image and not _starts_with_row(path):  # no label file
+                named[name] = [path]
         if named:  # folders may have another meaning
             places = {name: paths for name, paths in places.items() if files.is_split_name(name)}
         return {None: images, **places, **named}
-
-    def _is_label_file(self, path: Path) -> bool:
-        has_image = self.tree.named(path.parent, path.stem, IMAGE_SUFFIXES)
-        return bool(has_image) or _starts_with_row(path)
 
     def _usual_folders(self) -> dict[str, list[Path]]:
         """Folders of images by split; "" has those of all splits, if there are more."""
