@@ -30,30 +30,21 @@ ASPECT_RATIOS = np.exp2(np.arange(-8, 9) / 4.0)  # 1/4 to 4
 class AnchorCoverage:
     """The result of `anchor_coverage`; `print` shows it as a table.
 
-    Attributes:
-        image_shape: (height, width) that the boxes were scaled to.
-        iou_threshold: lowest IoU at which an anchor covers an object.
-        class_names: names of the classes.
-        counts: objects per class.
-        covered: covered objects per class.
-        mean_iou: mean IoU with the best anchor per class, nan without objects.
-        size_quantiles: (5 %, 50 %) quantiles of the objects' size per class, the square root of
-            their area in pixels; nan without objects.
-        best_iou: IoU of each object with its best anchor.
-
     Example:
         >>> anchor_coverage(train, AnchorGenerator(), (320, 320)).per_class()["Platelets"]
         0.531
     """
 
-    image_shape: tuple[int, int]
-    iou_threshold: float
+    image_shape: tuple[int, int]  # (height, width) that the boxes were scaled to
+    iou_threshold: float  # lowest IoU at which an anchor covers an object
     class_names: tuple[str, ...]
-    counts: np.ndarray
-    covered: np.ndarray
-    mean_iou: np.ndarray
+    counts: np.ndarray  # objects per class
+    covered: np.ndarray  # covered objects per class
+    mean_iou: np.ndarray  # mean IoU with the best anchor per class, nan without objects
+    # (5 %, 50 %) quantiles of the objects' size per class, the square root of their area in pixels;
+    # nan without objects
     size_quantiles: np.ndarray
-    best_iou: np.ndarray
+    best_iou: np.ndarray  # IoU of each object with its best anchor
 
     @property
     def coverage(self) -> float:

@@ -24,20 +24,12 @@ from keras_resnest.evaluation.voc import nan_mean
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class COCOAveragePrecision:
-    """Result of `coco_average_precision`.
-
-    Attributes:
-        class_names: the C names.
-        iou_thresholds: 0.50, 0.55, ..., 0.95.
-        average_precision: (10, C) values in [0, 1]; nan for a class without objects.
-        metrics: COCO's twelve metrics by name, `"AP"`, `"AP50"`, ..., `"ARlarge"`; nan if
-            undefined.
-    """
+    """Result of `coco_average_precision` for C classes."""
 
     class_names: tuple[str, ...]
-    iou_thresholds: tuple[float, ...]
-    average_precision: np.ndarray
-    metrics: dict[str, float]
+    iou_thresholds: tuple[float, ...]  # 0.50, 0.55, ..., 0.95
+    average_precision: np.ndarray  # (10, C) values in [0, 1]; nan for a class without objects
+    metrics: dict[str, float]  # COCO's twelve, "AP", "AP50", ..., "ARlarge"; nan if undefined
 
     def per_class(self) -> dict[str, float | None]:
         """Returns AP over IoU 0.50:0.95 by class name; None for a class without objects."""

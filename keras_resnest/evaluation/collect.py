@@ -70,7 +70,9 @@ def detect_batches(model, dataset: Iterable, bounding_box_format: str | None, st
     if not isinstance(dataset, Iterable):
         raise ValueError(f"`dataset` must be batches. Received: {type(dataset).__name__}")
     check_counts(steps=steps)
-    _check_finite(dataset, steps)
+    cardinality = getattr(dataset, "cardinality", None)  # a tf.data.Dataset; -1: infinite
+    if steps is None and cardinality is not None and int(cardinality()) == -1:
+        raise ValueError("`steps` must be given for an infinite dataset. Received: steps=None")
     predicted_format = getattr(model, "bounding_box_format", None) or "xyxy"
     given_format = check_box_format(bounding_box_format or predicted_format)
     is_empty = True
@@ -105,19 +107,9 @@ def evaluate_detections(
 ) -> AveragePrecision:
     """Measures the VOC average precision of a detector on a dataset.
 
-    Calls `collect_detections` and `voc_average_precision`. Resizing does not change IoU, so the
-    result equals that for the original images.
-
-    Args:
-        model: as in `collect_detections`.
-        dataset: as in `collect_detections`.
-        class_names: names of the classes; default `model.class_names`, or the numbers 0 to
-            `model.num_classes` - 1.
-        iou_threshold: as in `voc_average_precision`.
-        interpolation: as in `voc_average_precision`.
-        plus_one: as in `voc_average_precision`.
-        bounding_box_format: as in `collect_detections`.
-        steps: as in `collect_detections`.
+    Calls `collect_detections` and `voc_average_precision`, with their arguments. `class_names` are
+    by default those of the model, or the numbers 0 to `model.num_classes` - 1. Resizing does not
+    change IoU, so the result equals that for the original images.
 
     Returns:
         `AveragePrecision`; printing it shows a table.
@@ -186,12 +178,6 @@ def _predict(model, images) -> dict[str, np.ndarray]:
             f"Received: {type(predicted).__name__}"
         )
     return {name: predicted[name] for name in ("boxes", "confidence", "labels")}
-
-
-def _check_finite(dataset, steps: int | None) -> None:
-    cardinality = getattr(dataset, "cardinality", None)  # a tf.data.Dataset; -1: infinite
-    if steps is None and cardinality is not None and int(cardinality()) == -1:
-        raise ValueError("`steps` must be given for an infinite dataset. Received: steps=None")
 
 
 def _split_batch(batch: Mapping, source: str, size: tuple[int, int], original_sizes) -> list[dict]:

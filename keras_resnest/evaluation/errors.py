@@ -28,22 +28,15 @@ DESCRIPTIONS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ErrorAnalysis:
-    """Kinds of error of D detections and N objects.
+    """Kinds of error of D detections and N objects."""
 
-    Attributes:
-        kind: (D,) index of `KINDS`; -1 for a true positive or a detection that does not count.
-        missed: (N,) bool, whether no detection is near the object.
-        counts: number of errors by name of the kind.
-        costs: gain in AP at IoU 0.5, 0 to 1, if the errors of a kind were mended, by name; also
-            `"false positives"` and `"false negatives"`, if all of these were.
-        average_precision: AP at IoU 0.5 of the detections as they are.
-    """
-
-    kind: np.ndarray
-    missed: np.ndarray
-    counts: dict[str, int]
+    kind: np.ndarray  # (D,) index of `KINDS`; -1 for a detection that is right or does not count
+    missed: np.ndarray  # (N,) bool, whether no detection is near the object
+    counts: dict[str, int]  # number of errors by name of the kind
+    # Gain in AP at IoU 0.5, 0 to 1, if the errors of a kind were mended, by name; also "false
+    # positives" and "false negatives", if all of these were
     costs: dict[str, float]
-    average_precision: float
+    average_precision: float  # AP at IoU 0.5 of the detections as they are
 
 
 def analyze_errors(
@@ -56,12 +49,8 @@ def analyze_errors(
     of which neither is right disappear; missed objects are not counted. As in TIDE, the 100 most
     confident detections of each image count.
 
-    Args:
-        objects: N objects.
-        found: D detections by falling confidence.
-        pairs: all overlapping pairs, of whatever classes.
-        assigned: (D,) row of the object that a detection has at IoU 0.5, or -1.
-        num_classes: number of classes.
+    The detections must be by falling confidence. `pairs` are all that overlap, of whatever classes;
+    `assigned` has the row of the object that each detection has at IoU 0.5, or -1.
 
     Source: Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors",
     arXiv 2008.08115.

@@ -152,18 +152,10 @@ def average_precision(
     area: tuple[float, float] = ANY_AREA,
     thresholds=IOU_THRESHOLDS,
 ) -> np.ndarray:
-    """Computes COCO's average precision, equal to pycocotools.
+    """Returns COCO's average precision (T thresholds, classes); nan for a class without objects.
 
-    Args:
-        objects: the ground truth.
-        found: the detections; by falling confidence if `pairs` are given.
-        num_classes: number of classes.
-        pairs: pairs of the same class, if they are known.
-        area: lowest and highest area of the objects that count, in square pixels.
-        thresholds: T IoU thresholds.
-
-    Returns:
-        (T, num_classes) values; nan for a class without objects.
+    `found` must be by falling confidence if their `pairs` of the same class are given. Objects
+    count whose area, in square pixels, is within `area`.
     """
     if pairs is None:
         found = by_confidence(found)

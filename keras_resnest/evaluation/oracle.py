@@ -21,20 +21,14 @@ BACKGROUND = 0.1  # a detection with less IoU with every object is on background
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OracleDecomposition:
-    """Result of `oracle_decomposition`.
-
-    Attributes:
-        class_names: the C names.
-        average_precision: (10, C) values in [0, 1] by name of the replacement, for the IoU
-            thresholds 0.50, 0.55, ..., 0.95; nan for a class without objects.
-        most_confident_iou: mean IoU of the most confident detection of each object that has one.
-        best_iou: mean IoU of the best detection of each of these objects.
-    """
+    """Result of `oracle_decomposition` for C classes."""
 
     class_names: tuple[str, ...]
+    # (10, C) values in [0, 1] by name of the replacement, for the IoU thresholds 0.50, 0.55, ...,
+    # 0.95; nan for a class without objects
     average_precision: dict[str, np.ndarray]
-    most_confident_iou: float
-    best_iou: float
+    most_confident_iou: float  # mean of the most confident detection of each object that has one
+    best_iou: float  # mean of the best detection of each of these objects
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:

@@ -61,14 +61,7 @@ SECTIONS = {
 
 
 def render(report, title: str, folder: str | None) -> str:
-    """Returns the page.
-
-    Args:
-        report: a `DetectionReport`.
-        title: first words of the page.
-        folder: folder of the page, to which the links to images are relative; None for absolute
-            links.
-    """
+    """Returns the page; the links to images are relative to its `folder`, or absolute."""
     links = "".join(f'<a href="#{name}">{text}</a>' for name, text in SECTIONS.items())
     parts = {
         "precision": _precision(report),
@@ -122,7 +115,10 @@ def _precision(report) -> str:
         (_swatch(report, label), *(_number(row[f"AP{k}"]) for k in ("small", "medium", "large")))
         for label, row in enumerate(classes.values())
     ]
-    sides = {_side(row): row["AP50"] for row in report.side_precision}
+    sides = {}
+    for row in report.side_precision:
+        upper = f"to {row['to']:g}" if row["to"] < 1e4 else "or more"
+        sides[f"{row['from']:g} {upper} ({row['objects']})"] = row["AP50"]
     return (
         "<p>AP is the mean over IoU thresholds from 0.5 to 0.95. Small objects are below 32 x 32 "
         'pixels, large ones above 96 x 96.</p><div class="plots">'
@@ -132,11 +128,6 @@ def _precision(report) -> str:
         + _plot(visualization.plot_class_curves(report, "precision over recall"))
         + "</div>"
     )
-
-
-def _side(row: dict) -> str:
-    upper = f"to {row['to']:g}" if row["to"] < 1e4 else "or more"
-    return f"{row['from']:g} {upper} ({row['objects']})"
 
 
 def _errors(report) -> str:

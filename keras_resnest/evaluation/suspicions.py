@@ -16,21 +16,13 @@ MISSING = 0.3  # highest IoU, with any object, of a detection of an object witho
 
 @dataclasses.dataclass(frozen=True)
 class LabelSuspicion:
-    """A label that looks wrong.
+    """A label that looks wrong."""
 
-    Attributes:
-        kind: `"missing"`, `"wrong class"` or `"badly placed"`.
-        score: 0 to 1, from less to more suspicious.
-        image: index of the image.
-        detection: row of the detection that contradicts.
-        object: row of the object, -1 for a missing label.
-    """
-
-    kind: str
-    score: float
-    image: int
-    detection: int
-    object: int
+    kind: str  # "missing", "wrong class" or "badly placed"
+    score: float  # 0 to 1, from less to more suspicious
+    image: int  # index of the image
+    detection: int  # row of the detection that contradicts
+    object: int  # row of the object, -1 for a missing label
 
 
 def find_suspicious_labels(
@@ -45,12 +37,8 @@ def find_suspicious_labels(
     - Badly placed: the most confident detection of the object's class near it is below IoU 0.7; its
       confidence, times 1 - IoU.
 
-    Each detection and each object appears once, scores below 0.2 and crowds do not.
-
-    Args:
-        objects: N objects.
-        found: D detections by falling confidence.
-        pairs: all overlapping pairs, of whatever classes.
+    Each detection and each object appears once, scores below 0.2 and crowds do not. The detections
+    must be by falling confidence; `pairs` are all that overlap, of whatever classes.
 
     Source: the three scores follow Tkachenko et al., "ObjectLab" (arXiv 2309.00832).
     """

@@ -18,28 +18,18 @@ MAX_PAIRS = 1 << 20  # of boxes whose IoU is computed at once; bounds the memory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AveragePrecision:
-    """Result of `voc_average_precision` for T IoU thresholds and C classes.
-
-    Attributes:
-        class_names: the C names.
-        iou_thresholds: the T thresholds.
-        average_precision: (T, C) values in [0, 1]; nan for a class without objects.
-        num_objects: (C,) objects of each class, without `difficult` ones.
-        true_positives: (T, C) numbers of detections.
-        false_positives: (T, C) numbers of detections. Detections matched to a `difficult` object
-            count as neither.
-        interpolation: `"every_point"` or `"eleven_point"`.
-        curves: T lists of C dictionaries of `recall`, `precision` and `confidence`, one value
-            per counted detection, in order of decreasing confidence.
-    """
+    """Result of `voc_average_precision` for T IoU thresholds and C classes."""
 
     class_names: tuple[str, ...]
     iou_thresholds: tuple[float, ...]
-    average_precision: np.ndarray
-    num_objects: np.ndarray
+    average_precision: np.ndarray  # (T, C) values in [0, 1]; nan for a class without objects
+    num_objects: np.ndarray  # (C,) objects of each class, without `difficult` ones
+    # (T, C) numbers of detections; those matched to a `difficult` object count as neither
     true_positives: np.ndarray
     false_positives: np.ndarray
-    interpolation: str
+    interpolation: Interpolation
+    # T lists of C dictionaries of `recall`, `precision` and `confidence`, one value per counted
+    # detection, in order of decreasing confidence
     curves: list[list[dict[str, np.ndarray]]]
 
     @property
