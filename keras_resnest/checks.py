@@ -33,8 +33,8 @@ def checked(public):
     """Decorates a public function or class: an argument of another kind raises `ValueError`.
 
     The kinds are those of the type hints, taken coarsely: 3.0 for `int`, 1 for `bool`, but no NaN;
-    any sequence or array for another, but text only for text. Keras' constructors have no hints:
-    what fails in an inherited one becomes a `ValueError`.
+    any sequence or array for another, but text only for text, and for `Literal` only its words.
+    Keras' constructors have no hints: what fails in an inherited one becomes a `ValueError`.
 
     Example:
         >>> @checked
@@ -55,15 +55,20 @@ def checked(public):
         given = zip(positional, args, strict=False)
         for name, value in (*given, *kwargs.items()):
             if name in hints and not _fits(value, hints[name]):
-                kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hints[name]))
-                kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
-                kind = re.sub(r"Literal\[([^]]*)\]", r"one of \1", kind).replace("'", "")
                 received = textwrap.shorten(repr(value), 100)
-                raise ValueError(f"`{name}` must be {kind}. Received: {name}={received}")
+                raise ValueError(
+                    f"`{name}` must be {_in_words(hints[name])}. Received: {name}={received}"
+                )
         return public(*args, **kwargs)
 
     wrapper.__signature__ = signature  # Keras reads it without following wrappers
     return wrapper
+
+
+def _in_words(hint) -> str:
+    kind = re.sub(r"[\w.]+\.", "", inspect.formatannotation(hint))
+    kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
+    return re.sub(r"Literal\[([^]]*)\]", r"one of \1", kind).replace("'", "")
 
 
 def _fits(value, hint) -> bool:
@@ -169,11 +174,7 @@ def is_number(value) -> bool:
 
 @contextlib.contextmanager
 def reading_config(kind: str):
-    """Turns what an invalid configuration raises into a ValueError: strangers write `.keras` files.
-
-    Args:
-        kind: what is configured, for the message.
-    """
+    """Turns what a bad configuration of a `kind` raises into a ValueError: strangers write them."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:

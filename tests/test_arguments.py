@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -59,6 +59,8 @@ FIT = [
     (Callable[..., dict] | str, (print, "a"), (3, None)),
     (Any, (None, 3, "a"), ()),
     (kr.data.Mosaic | None, (None, kr.data.Mosaic()), ("a", 3)),
+    (Literal["a", "b"], ("a", "b"), (None, "c", "", 3, ["a"], Path("a"), np.array(["a"]))),
+    (Literal["a", "b"] | None, (None, "a"), ("c", 3)),
 ]
 
 

@@ -233,12 +233,7 @@ def load_keras_file(path: str):
 
 
 def open_detector(source: str, builder: str | None = None):
-    """Opens a detector.
-
-    Args:
-        source: a .keras file or a preset; with `builder`, the file or tag of published weights.
-        builder: name of the builder of these weights.
-    """
+    """Opens a .keras file or a preset, or the published weights (file or tag) of a builder."""
     if builder is not None:
         return getattr(kr.builders, builder)(weights=source)
     model = load_keras_file(source)

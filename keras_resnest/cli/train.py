@@ -121,6 +121,7 @@ def train(training, arguments) -> None:
     history = training.fit(make_callbacks(training, resume, chief), 1 if chief else 0)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     result = training.evaluate()  # on all workers
+    training.rows = resume.rows  # of all epochs, also of earlier runs
     if chief:
         shown = {k: v for k, v in vars(arguments).items() if k not in ("argv", "command", "output")}
         summary = {

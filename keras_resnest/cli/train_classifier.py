@@ -1,6 +1,5 @@
 """`keras-resnest train` for classifiers: options, data, model and report."""
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -85,8 +84,8 @@ class Training:
     def report(self, history, result) -> dict:
         """Writes plots and models; returns the results."""
         output, model = self.output, self.model
-        log = read_log(output / "log.csv")
-        if log["epoch"]:
+        if self.rows:
+            log = {name: [row[name] for row in self.rows] for name in self.rows[0]}
             kr.visualization.plot_history(log, path=output / "history.png")
             plot_accuracy(log, output / "accuracy.png")
         with atomic_file(output / "classifier.keras") as file:
@@ -177,14 +176,6 @@ def build_model(arguments, recipe, num_classes: int):
         jit_compile="auto" if has_gpu else False,  # XLA compiles for minutes on a CPU
     )
     return model
-
-
-def read_log(path: Path) -> dict[str, list]:
-    """Reads the columns of log.csv, including the epochs of earlier runs."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: [float(row[name]) for row in rows] for name in (rows or [{}])[0]}
-    return {**columns, "epoch": [int(epoch) for epoch in columns.get("epoch", [])]}
 
 
 def plot_accuracy(log: dict, path: Path) -> None:

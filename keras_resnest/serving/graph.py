@@ -70,11 +70,13 @@ def deployment_function(
     import tensorflow as tf
 
     graph_def, weights, outputs = _trace(network, specification)
-    graph = _Graph(_fold_constants(graph_def, outputs.values()), weights)
+    graph_def = _fold_constants(graph_def, outputs.values())
+    graph = _Graph(graph_def, weights)
     graph.fold_scales_and_offsets()
     if precision != "float32":
         graph.reduce_precision(tf.as_dtype(precision))
-    graph_def = _fold_constants(graph.to_graph_def(), outputs.values())
+    graph_def = _replace_nodes(graph_def, graph.nodes.values())
+    graph_def = _fold_constants(graph_def, outputs.values())
     return _to_function(graph_def, weights, specification, outputs, freeze)
 
 
@@ -244,15 +246,12 @@ class _Graph:
     """A GraphDef that can be rewritten: nodes, consumers and large weights by name."""
 
     def __init__(self, graph_def, weights: dict):
-        self.graph_def, self.weights = graph_def, weights
+        self.weights = weights
         self.nodes = {node.name: node for node in graph_def.node}
         self.consumers = {name: [] for name in self.nodes}
         for node in graph_def.node:
             for source in node.input:
                 self.consumers[_node_name(source)].append(node)
-
-    def to_graph_def(self):
-        return _replace_nodes(self.graph_def, self.nodes.values())
 
     def constant(self, source: str):
         """Returns the value of a constant, None for any other tensor."""

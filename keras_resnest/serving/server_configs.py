@@ -16,15 +16,11 @@ dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
 
 
 def write_server_configs(path: pathlib.Path, format: str, images, outputs: dict) -> None:
-    """Writes the configurations of the servers that run a format, named after the model.
+    """Writes the configurations of the servers that run a format, beside the model at `path`.
 
-    Args:
-        path: the exported model, in the folder to write to.
-        format: `"onnx"` or `"openvino"`; there is no server for LiteRT.
-        images: `tf.TensorSpec` of the input, (batch, height, width, 3).
-        outputs: `tf.TensorSpec`s of the outputs by name.
+    `images` is the `tf.TensorSpec` of the input, `outputs` has those of the outputs by name.
     """
-    if format not in TRITON_BACKENDS:
+    if format not in TRITON_BACKENDS:  # there is no server for LiteRT
         return
     text = TRITON_CONFIG.format(backend=TRITON_BACKENDS[format], file=path.name)
     text += _tensor("input", "images", images)
