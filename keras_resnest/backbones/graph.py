@@ -1,12 +1,14 @@
 """The layers that all networks consist of, and the checks of their arguments."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import keras
 from keras import layers
 
 from keras_resnest.layers import BatchNormalization, DepthwiseConv2D, DropBlock2D, GroupedConv2D
 
+Pooling = Literal["avg", "max"]
 # Mean and standard deviation of ImageNet's training images, RGB, 0 to 255.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STANDARD_DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -137,9 +139,6 @@ def complete_config(config: dict) -> dict:
     config = {k: list(v) if k.startswith("stackwise") else v for k, v in config.items()}
     if config["data_format"] is None:
         config["data_format"] = keras.config.image_data_format()
-    check_choices(
-        config, data_format=("channels_last", "channels_first"), pooling=(None, "avg", "max")
-    )
     channel_axis = -1 if config["data_format"] == "channels_last" else 0
     config["image_shape"] = _complete_image_shape(config["image_shape"], channel_axis)
     if config["include_rescaling"] and config["image_shape"][channel_axis] != 3:
@@ -168,14 +167,6 @@ def _complete_image_shape(image_shape, channel_axis: int) -> tuple:
             f"Received: {image_shape}"
         )
     return image_shape
-
-
-def check_choices(config: dict, **choices) -> None:
-    """Raises `ValueError` if `config[name]` is not one of the values in `choices[name]`."""
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            received = f"{name}={config[name]!r}"
-            raise ValueError(f"`{name}` must be one of {allowed}. Received: {received}")
 
 
 def different_from(config: dict, defaults: dict) -> dict:

@@ -1,12 +1,15 @@
 """One residual network whose arguments make it ResNet, ResNeXt, ResNeSt and others."""
 
+from typing import Literal
+
 import keras
 from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.graph import CAFFE_RESCALING, check_choices, different_from
+from keras_resnest.backbones.graph import CAFFE_RESCALING, Pooling, different_from
 from keras_resnest.checks import checked
 from keras_resnest.layers import SelectiveKernel, SplitAttention, SqueezeExcitation
+from keras_resnest.layers.base import DataFormat
 from keras_resnest.layers.channel_attention import round_channels
 
 
@@ -84,13 +87,13 @@ class ResNet(Backbone):
         stackwise_num_filters,
         stackwise_num_blocks,
         stackwise_num_strides=(1, 2, 2, 2),
-        block_type: str = "bottleneck",
+        block_type: Literal["basic", "bottleneck"] = "bottleneck",
         expansion: int = 4,
         radix: int = 0,
         scale: int = 1,
         selective_kernel: dict | None = None,
         se_ratio: float = 0.0,
-        se_position: str = "output",
+        se_position: Literal["output", "middle"] = "output",
         cardinality: int = 1,
         base_width: int = 64,
         group_width: int | None = None,
@@ -101,17 +104,17 @@ class ResNet(Backbone):
         caffe_stem: bool = False,
         stride_in_1x1: bool = False,
         avg_down: bool = False,
-        avd: str | None = None,
+        avd: Literal["before", "after"] | None = None,
         zero_init_last_gamma: bool = False,
         dropblock_rate: float = 0.0,
         dropout_rate: float = 0.0,
         include_top: bool = False,
         classes: int = 1000,
         classifier_activation="softmax",
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
         include_rescaling: bool = True,
         image_shape=None,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         dtype=None,
         **kwargs,
     ):
@@ -297,12 +300,6 @@ def _check_config(config):
         )
     if not set(strides) <= {1, 2}:
         raise ValueError(f"`stackwise_num_strides` must be 1 or 2. Received: {strides}")
-    check_choices(
-        config,
-        block_type=("basic", "bottleneck"),
-        avd=(None, "before", "after"),
-        se_position=("output", "middle"),
-    )
     _check_block(config)
 
 

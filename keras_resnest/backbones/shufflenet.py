@@ -2,14 +2,16 @@
 
 import itertools
 from functools import partial
+from typing import Literal
 
 import keras
 from keras import layers, ops
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.graph import check_choices, different_from
+from keras_resnest.backbones.graph import Pooling, different_from
 from keras_resnest.checks import checked
 from keras_resnest.layers import ChannelShuffle
+from keras_resnest.layers.base import DataFormat
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -65,7 +67,7 @@ class ShuffleNet(Backbone):
         stackwise_num_filters,
         stackwise_num_blocks,
         groups: int = 0,
-        channel_split: str = "halves",
+        channel_split: Literal["halves", "alternate"] = "halves",
         block_kinds=None,
         stackwise_activations=None,
         stackwise_se=None,
@@ -80,10 +82,10 @@ class ShuffleNet(Backbone):
         include_top: bool = False,
         classes: int = 1000,
         classifier_activation="softmax",
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
         include_rescaling: bool = True,
         image_shape=None,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         dtype=None,
         **kwargs,
     ):
@@ -226,7 +228,6 @@ def _head(graph, x, config):
 
 
 def _check_config(config):
-    check_choices(config, channel_split=("halves", "alternate"))
     filters = config["stackwise_num_filters"]
     names = ("stackwise_num_filters", "stackwise_num_blocks", "stackwise_activations")
     if len({len(config[name]) for name in (*names, "stackwise_se")}) > 1 or not filters:

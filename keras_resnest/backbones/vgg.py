@@ -4,9 +4,10 @@ import keras
 from keras import layers
 
 from keras_resnest.backbones.backbone import Backbone
-from keras_resnest.backbones.graph import CAFFE_RESCALING
+from keras_resnest.backbones.graph import CAFFE_RESCALING, Pooling
 from keras_resnest.checks import checked
 from keras_resnest.layers import GroupedConv2D
+from keras_resnest.layers.base import DataFormat
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -56,10 +57,10 @@ class VGG(Backbone):
         include_top: bool = False,
         classes: int = 1000,
         classifier_activation="softmax",
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
         include_rescaling: bool = True,
         image_shape=None,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         dtype=None,
         **kwargs,
     ):

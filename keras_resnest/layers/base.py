@@ -1,10 +1,14 @@
 """Base class of layers on feature maps."""
 
+from typing import Literal
+
 import keras
 
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.layers.convolution import GroupedConv2D
 from keras_resnest.layers.normalization import BatchNormalization
+
+DataFormat = Literal["channels_last", "channels_first"]
 
 
 class FeatureMapLayer(KeepsLayerChanges, keras.layers.Layer):
@@ -15,13 +19,8 @@ class FeatureMapLayer(KeepsLayerChanges, keras.layers.Layer):
         **kwargs: arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, data_format: str | None = None, **kwargs):
+    def __init__(self, data_format: DataFormat | None = None, **kwargs):
         super().__init__(**kwargs)
-        if data_format not in (None, "channels_last", "channels_first"):
-            raise ValueError(
-                '`data_format` must be "channels_last", "channels_first" or None. '
-                f"Received: data_format={data_format!r}"
-            )
         self.data_format = data_format or keras.config.image_data_format()
         self.input_spec = keras.layers.InputSpec(ndim=4)
 

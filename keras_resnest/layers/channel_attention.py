@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.checks import check_positive, checked
-from keras_resnest.layers.base import FeatureMapLayer
+from keras_resnest.layers.base import DataFormat, FeatureMapLayer
 from keras_resnest.layers.split_attention import RadixSoftmax
 
 
@@ -34,7 +34,7 @@ class SqueezeExcitation(FeatureMapLayer):
     Source: Squeeze-and-Excitation Networks, https://arxiv.org/abs/1709.01507, section 3.
     """
 
-    def __init__(self, hidden_channels: int, data_format: str | None = None, **kwargs):
+    def __init__(self, hidden_channels: int, data_format: DataFormat | None = None, **kwargs):
         super().__init__(data_format, **kwargs)
         check_positive(hidden_channels=hidden_channels)
         self.hidden_channels = hidden_channels
@@ -101,7 +101,7 @@ class SelectiveKernel(FeatureMapLayer):
         reduction_ratio: float = 1 / 16,
         divisor: int = 8,
         split_input: bool = False,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.checks import check_positive, checked
-from keras_resnest.layers.base import FeatureMapLayer
+from keras_resnest.layers.base import DataFormat, FeatureMapLayer
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -34,7 +34,7 @@ class ChannelShuffle(FeatureMapLayer):
     Source: ShuffleNet, https://arxiv.org/abs/1707.01083, section 3.1.
     """
 
-    def __init__(self, groups: int, data_format: str | None = None, **kwargs):
+    def __init__(self, groups: int, data_format: DataFormat | None = None, **kwargs):
         super().__init__(data_format, **kwargs)
         check_positive(groups=groups)
         self.groups = groups

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.checks import check_counts, check_fractions, checked
-from keras_resnest.layers.base import FeatureMapLayer
+from keras_resnest.layers.base import DataFormat, FeatureMapLayer
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -42,7 +42,7 @@ class DropBlock2D(FeatureMapLayer):
         rate: float,
         block_size: int = 7,
         seed: int | None = None,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)

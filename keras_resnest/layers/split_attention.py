@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.checks import check_fractions, check_positive, checked
-from keras_resnest.layers.base import FeatureMapLayer
+from keras_resnest.layers.base import DataFormat, FeatureMapLayer
 from keras_resnest.layers.regularization import DropBlock2D
 
 
@@ -40,7 +40,9 @@ class RadixSoftmax(FeatureMapLayer):
     Source: ResNeSt, https://arxiv.org/abs/2004.08955, section 3.1.
     """
 
-    def __init__(self, radix: int, cardinality: int = 1, data_format: str | None = None, **kwargs):
+    def __init__(
+        self, radix: int, cardinality: int = 1, data_format: DataFormat | None = None, **kwargs
+    ):
         super().__init__(data_format, **kwargs)
         check_positive(radix=radix, cardinality=cardinality)
         self.radix = radix
@@ -125,7 +127,7 @@ class SplitAttention(FeatureMapLayer):
         dropblock_rate: float = 0.0,
         dropblock_size: int = 3,
         kernel_initializer="he_normal",
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)

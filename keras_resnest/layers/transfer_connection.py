@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_resnest.checks import check_positive, checked
-from keras_resnest.layers.base import FeatureMapLayer
+from keras_resnest.layers.base import DataFormat, FeatureMapLayer
 
 
 @keras.saving.register_keras_serializable("keras_resnest")
@@ -45,7 +45,7 @@ class TransferConnectionBlock(FeatureMapLayer):
         self,
         filters: int = 256,
         use_batch_norm: bool = False,
-        data_format: str | None = None,
+        data_format: DataFormat | None = None,
         **kwargs,
     ):
         super().__init__(data_format, **kwargs)
