@@ -30,7 +30,6 @@ def add_arguments(parser, argv) -> None:
     add("model", metavar="MODEL", help=".keras file or preset of a detector")
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     add("--split", help="default: test or val, else all images")
-    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add_reading_arguments(parser)
     text = "of the confusion matrix and the examples; default: the best of each class"
     add("--confidence", type=confidence, metavar="NUMBER|FILE", help=text)

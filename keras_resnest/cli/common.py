@@ -103,6 +103,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_reading_arguments(parser: argparse.ArgumentParser, format: str = "--format") -> None:
     """Adds the options of reading a detection dataset; `format` is the name of that option."""
     add = parser.add_argument
+    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add(format, dest="format", choices=FORMATS, help="of the data; default: recognized")
     text = "images without annotation; default: error for VOC, else background"
     add("--unannotated", choices=UNANNOTATED, help=text)

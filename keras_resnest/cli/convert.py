@@ -31,7 +31,6 @@ def add_arguments(parser, argv) -> None:
     add("--split", type=fraction, nargs="+", metavar="FRACTION", help=text)
     add("--seed", type=int, default=0, help="of --split; default: %(default)s")
     add("--link", action="store_true", help="write symbolic links instead of copies of the images")
-    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add_reading_arguments(parser, "--source-format")
 
 

@@ -56,7 +56,6 @@ def add_arguments(parser, argv) -> None:
     add("data", metavar="DATA", help="folder or file of annotated images, or tfds:NAME")
     text = "default: test or val, else all images; validation for TFDS classifiers"
     add("--split", help=text)
-    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add_reading_arguments(parser)
     add("--batch-size", type=positive(), default=16, help="images at a time; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder; default: %(default)s")

@@ -28,9 +28,10 @@ from keras_resnest.cli.common import (
     read_class_names,
     refuse_options,
 )
+from keras_resnest.serving.files import SUFFIXES
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert"}
+FORMATS = {suffix: format for format, suffix in SUFFIXES.items()}
 
 
 def add_arguments(parser, argv) -> None:

@@ -55,7 +55,6 @@ def add_arguments(parser, argv) -> None:
     add("--classifier", action="store_true", help="train a classifier; see its --help")
     add("--train-split", metavar="SPLIT", help="folder, split file or TFDS split; default: train")
     add("--test-split", metavar="SPLIT", help="default: test, else val or valid")
-    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--epochs", type=positive(), help=f"default: {kind.EPOCHS}")
     add("--batch-size", type=positive(), help=f"over all devices; default: {kind.BATCH_SIZE}")
     text = "highest; default: the recipe's, scaled to the batch size"

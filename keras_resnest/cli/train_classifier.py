@@ -19,6 +19,7 @@ TEST_SPLITS = ("val", "validation", "valid", "test")
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
+    add("--skip-faulty", action="store_true", help="leave out images that cannot be used")
     add("--data-dir", help="folder of TFDS; default: that of TFDS")
     add("--model", default="resnest50", help="see `keras-resnest list`; default: %(default)s")
     add("--weights", help='"imagenet", another tag or a file; default: random weights')
