@@ -157,6 +157,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--anchors", choices=("fitted", "default"), default="fitted", help="default: %(default)s")
     add("--max-images", type=int, metavar="N", help="of each split, to try the program out")
     add("--dtype", help='precision, such as "mixed_bfloat16"')
+    add("--ema-momentum", type=float, help="of a moving average of the weights, such as 0.998")
     add("--decomposition", action="store_true", help="print the oracle table of the last run")
     add("--verbose", type=int, default=2, help="of fit (default: one line per epoch)")
     add("--output", type=Path, default=Path("runs/bccd.json"), help="default: %(default)s")
@@ -204,6 +205,8 @@ def build(arguments, train, switches: dict, steps_per_epoch: int) -> kr.RefineDe
         dtype=arguments.dtype,
     )
     given = {"learning_rate": arguments.learning_rate, "batch_size": arguments.batch_size}
+    if arguments.ema_momentum:
+        given["ema_momentum"] = arguments.ema_momentum
     recipe = kr.recipes.RECIPES["detector_from_scratch"]
     recipe = dataclasses.replace(recipe, **{**given, **options["recipe"]})
     recipe = recipe.scaled(arguments.batch_size, steps_per_epoch, arguments.epochs)

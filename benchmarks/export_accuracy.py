@@ -1,6 +1,6 @@
 """Measures the accuracy of exports: mAP of a trained detector in every format and precision.
 
-    keras-resnest train bccd --epochs 30 --fit-anchors --output runs/bccd
+    keras-resnest train bccd --epochs 30 --output runs/bccd
     python benchmarks/export_accuracy.py runs/bccd/detector.keras --data bccd
 
 Each export runs in its own runtime over the test split, one image at a time. int8 is calibrated on

@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_data(arguments):
-    """Returns class names, training batches, validation batches and test batches."""
+    """Returns the training set, and batches for training, validation and test."""
     counts = {"num_train": 96, "num_validation": 16, "num_test": 32} if arguments.fast else {}
     shape = (arguments.size, arguments.size, 3)
     sets = {
@@ -64,16 +64,15 @@ def read_data(arguments):
     train = kr.data.training_batches(sets["train"], shape, size, augmentation, seed=1)
     validation = kr.data.evaluation_batches(sets["validation"], shape, size)
     test = kr.data.evaluation_batches(sets["test"], shape, size)
-    return sets["train"].class_names, train, validation, test
+    return sets["train"], train, validation, test
 
 
-def build_model(class_names, arguments, steps_per_epoch: int, epochs: int) -> kr.RefineDet:
-    side = arguments.size
-    anchor_sizes = (side / 8, side / 4, side / 2, side * 3 / 4)
+def build_model(train_set, arguments, steps_per_epoch: int, epochs: int) -> kr.RefineDet:
+    shape = (arguments.size, arguments.size, 3)
     model = kr.builders.refinedet_tiny(
-        class_names=class_names,
-        image_shape=(side, side, 3),
-        anchor_generator=kr.detection.AnchorGenerator(sizes=anchor_sizes),
+        class_names=train_set.class_names,
+        image_shape=shape,
+        anchor_generator=kr.detection.fit_anchors(train_set, shape),
     )
     recipe = dataclasses.replace(
         kr.recipes.RECIPES["detector_from_scratch"],
@@ -122,8 +121,9 @@ def main() -> None:
     keras.utils.set_random_seed(1)
     epochs = 2 if arguments.fast else arguments.epochs
 
-    class_names, train, validation, test = read_data(arguments)
-    model = build_model(class_names, arguments, len(train), epochs)
+    train_set, train, validation, test = read_data(arguments)
+    class_names = train_set.class_names
+    model = build_model(train_set, arguments, len(train), epochs)
     print(f"RefineDet with {model.count_params():,} parameters for {', '.join(class_names)}")
     evaluation = kr.callbacks.DetectionEvaluation(validation, frequency=2)
     history = model.fit(train, epochs=epochs, callbacks=[evaluation])

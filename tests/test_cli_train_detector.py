@@ -19,8 +19,8 @@ from keras_resnest.cli import main, parse_arguments
 from keras_resnest.cli.common import reading_options
 from keras_resnest.cli.train import print_data
 from keras_resnest.cli.train_detector import weigh_classes
-from keras_resnest.data import AnnotationReport, read_splits, read_train_test
-from keras_resnest.detection import RefineDetLoss
+from keras_resnest.data import AnnotationReport, read_splits, read_train_test, read_voc
+from keras_resnest.detection import AnchorGenerator, RefineDetLoss, fit_anchors
 
 OBJECT = (
     "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
@@ -90,6 +90,14 @@ def test_trains_and_writes_everything(trained):
     assert "val_mAP: " not in printed  # not again, with all the others, in the progress bar
     assert {"val_mAP50", "val_COCO/AP75", "val_AP/red", "val_AP50/red"} <= set(row)
     assert summary["arguments"]["epochs"] == 1 and summary["epochs_before_timing"] == 0
+
+
+def test_the_anchors_fit_the_training_images(voc_folder, trained):
+    """As those of refinedet_tiny do unless sizes are given."""
+    fitted = fit_anchors(read_voc(voc_folder, "train"), (64, 128))
+    model = keras.saving.load_model(trained / "detector.keras")
+    assert model.anchor_generator.get_config() == fitted.get_config()
+    assert fitted.sizes != AnchorGenerator().sizes
 
 
 @pytest.mark.slow

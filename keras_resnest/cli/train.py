@@ -5,7 +5,7 @@ COCO .json or a .csv file, or tfds:NAME. A classifier (--classifier) takes a fol
 of images per class, optionally inside "train" and "val" folders, or tfds:NAME. Without splits, a
 fifth of the data is held out for testing.
 
-    keras-resnest train my_folder --epochs 60 --fit-anchors
+    keras-resnest train my_folder --epochs 60
     keras-resnest train tfds:voc/2007 --train-split train+validation --augmentation ssd \\
         --model refinedet320_vgg16 --recipe refinedet_voc --batch-size 32
     keras-resnest train my_folder --start-from coco.keras

@@ -41,9 +41,9 @@ def add_arguments(parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="see `keras-resnest list --kind detectors`; default: refinedet_tiny")
     add("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="multiples of 64")
-    text = "at strides 8, 16, 32, 64; default: 32 64 128 256"
+    text = "at strides 8, 16, 32, 64; default: 32 64 128 256, but fitted for refinedet_tiny"
     add("--anchor-sizes", type=float, nargs=4, metavar="PIXELS", help=text)
-    add("--fit-anchors", action="store_true", help="fit the anchor sizes to the training data")
+    add("--fit-anchors", action="store_true", help="fit them to the training data")
     text = '"imagenet", another tag or a file; default: random weights'
     add("--backbone-weights", metavar="WEIGHTS", help=text)
     text = "frozen: for pretrained weights and small batches; default: train"
@@ -271,7 +271,8 @@ def build_model(arguments, train_set) -> kr.RefineDet:
     if arguments.anchor_sizes:
         config = {**anchors.get_config(), "sizes": arguments.anchor_sizes}
         anchors = kr.detection.AnchorGenerator.from_config(config)
-    if arguments.fit_anchors:
+    fits = not (arguments.start_from or arguments.anchor_sizes) and name == "refinedet_tiny"
+    if arguments.fit_anchors or fits:
         anchors = kr.detection.fit_anchors(train_set, image_shape, anchors)
     if kr.training.is_chief():
         print(kr.detection.anchor_coverage(train_set, anchors, image_shape))
