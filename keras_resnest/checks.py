@@ -34,7 +34,8 @@ def checked(public):
 
     The kinds are those of the type hints, taken coarsely: 3.0 for `int`, 1 for `bool`, but no NaN;
     any sequence or array for another, but text only for text, and for `Literal` only its words.
-    Keras' constructors have no hints: what fails in an inherited one becomes a `ValueError`.
+    What is given for `int` arrives as an `int`. Keras' constructors have no hints: what fails in an
+    inherited one becomes a `ValueError`.
 
     Example:
         >>> @checked
@@ -50,16 +51,24 @@ def checked(public):
     hints = {p.name: p.annotation for p in named if p.annotation is not p.empty}
     positional = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
 
+    def fitting(name, value):
+        if name not in hints:
+            return value
+        if not _fits(value, hints[name]):
+            received = textwrap.shorten(repr(value), 100)
+            raise ValueError(
+                f"`{name}` must be {_in_words(hints[name])}. Received: {name}={received}"
+            )
+        if value is not None and hints[name] in (int, int | None):
+            with contextlib.suppress(TypeError):  # a tensor of a graph
+                return int(value)
+        return value
+
     @functools.wraps(public)
     def wrapper(*args, **kwargs):
-        given = zip(positional, args, strict=False)
-        for name, value in (*given, *kwargs.items()):
-            if name in hints and not _fits(value, hints[name]):
-                received = textwrap.shorten(repr(value), 100)
-                raise ValueError(
-                    f"`{name}` must be {_in_words(hints[name])}. Received: {name}={received}"
-                )
-        return public(*args, **kwargs)
+        given = [fitting(*pair) for pair in zip(positional, args, strict=False)]
+        kwargs = {name: fitting(name, value) for name, value in kwargs.items()}
+        return public(*given, *args[len(given) :], **kwargs)
 
     wrapper.__signature__ = signature  # Keras reads it without following wrappers
     return wrapper
@@ -74,7 +83,7 @@ def _in_words(hint) -> str:
 def _fits(value, hint) -> bool:
     """Whether a value is of the kind of a type hint."""
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    is_text, is_array = isinstance(value, str | os.PathLike), hasattr(value, "__array__")
+    is_text, is_array = isinstance(value, str | bytes | os.PathLike), hasattr(value, "__array__")
     if kind in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
     if kind is typing.Literal:
@@ -84,8 +93,8 @@ def _fits(value, hint) -> bool:
     if is_array and kind is np.ndarray:
         return _has_numbers(value)
     is_scalar = getattr(value, "shape", None) == ()
-    if is_scalar and isinstance(value, np.ndarray):
-        return _fits(value.item(), hint)
+    if is_scalar and isinstance(value, np.ndarray) and kind is not typing.Any:
+        return _has_numbers(value) and _fits(value.item(), hint)
     if kind in (int, float, bool):
         if not isinstance(value, numbers.Real):
             return is_scalar and _has_numbers(value)
@@ -97,7 +106,7 @@ def _fits(value, hint) -> bool:
             value = list(value)
         if is_text or not isinstance(value, Sequence):
             unordered = kind is not Iterable and isinstance(value, set | frozenset | Mapping)
-            text = is_text and parts != (str,)
+            text = is_text and not (isinstance(value, str) and parts == (str,))
             return isinstance(value, Iterable) and not (text or is_scalar or unordered)
         if kind is tuple and Ellipsis not in parts and len(parts) != len(value):
             return not parts
@@ -198,10 +207,10 @@ def check_class_names(class_names: Sequence[str], num_classes: int | None = None
     Raises:
         ValueError: if the names are not different strings, or not `num_classes` of them.
     """
-    if not isinstance(class_names, Iterable):
+    if not _fits(class_names, Iterable) and not isinstance(class_names, str):
         raise ValueError(f"`class_names` must be a list of names. Received: {class_names!r}")
     names = [class_names] if isinstance(class_names, str) else list(class_names)
-    different = len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
+    different = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     if not names or not different or num_classes not in (None, len(names)):
         count = "" if num_classes is None else f"{num_classes} "
         raise ValueError(
@@ -361,6 +370,18 @@ def check_box_dictionary(boxes) -> None:
         )
 
 
+def float_outputs(outputs) -> dict:
+    """Returns the raw outputs of a detector as float32."""
+    names = {"arm_boxes", "arm_objectness", "odm_boxes", "odm_logits"}
+    if not isinstance(outputs, Mapping) or not names <= set(outputs):
+        received = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(
+            f"`outputs` must be what the model returns, with {', '.join(sorted(names))}. "
+            f"Received: {received}"
+        )
+    return {name: ops.cast(value, "float32") for name, value in outputs.items()}
+
+
 def check_box_shapes(boxes: Mapping) -> None:
     """Raises `ValueError` unless a batch has the shapes of ground truth, as far as they are known.
 
@@ -438,13 +459,14 @@ def check_sample_weight(sample_weight):
     Raises:
         ValueError: if there is not one weight for each image, or a weight is negative or NaN.
     """
-    weight = ops.convert_to_tensor(keras.tree.flatten(sample_weight)[0], "float32")
-    if tuple(weight.shape[1:]) not in ((), (1,)):
+    weight, *_ = keras.tree.flatten(sample_weight) or [None]
+    shape = tuple(getattr(weight, "shape", ()))
+    if not shape or shape[1:] not in ((), (1,)) or not _has_numbers(weight):
         raise ValueError(
             "`sample_weight` must have one weight for each image, shape (batch,). "
-            f"Received: shape {tuple(weight.shape)}"
+            f"Received: {type(weight).__name__} of shape {shape}"
         )
-    weight = ops.reshape(weight, (-1,))
+    weight = ops.reshape(ops.cast(weight, "float32"), (-1,))
     return require(
         weight,
         ops.all((weight >= 0.0) & (weight < float("inf"))),

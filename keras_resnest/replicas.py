@@ -28,7 +28,7 @@ def is_multi_worker(strategy=None) -> bool:
         return False
     import tensorflow as tf
 
-    strategy = strategy or tf.distribute.get_strategy()
+    strategy = _checked(strategy)
     kind = tf.distribute.MultiWorkerMirroredStrategy
     return isinstance(strategy, kind) and strategy.extended._in_multi_worker_mode()
 
@@ -37,13 +37,22 @@ def is_chief(strategy=None) -> bool:
     """Whether this process is the worker that writes files; True with a single process."""
     if keras.backend.backend() != "tensorflow":
         return True
-    import tensorflow as tf
 
-    resolver = (strategy or tf.distribute.get_strategy()).cluster_resolver
+    resolver = _checked(strategy).cluster_resolver
     if resolver is None or not resolver.task_type:
         return True
     has_chief = "chief" in resolver.cluster_spec().jobs
     return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
+
+
+def _checked(strategy):
+    """The strategy, by default the current one."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy() if strategy is None else strategy
+    if not isinstance(strategy, tf.distribute.Strategy):
+        raise ValueError(f"`strategy` must be a tf.distribute.Strategy. Received: {strategy!r}")
+    return strategy
 
 
 def run_on_replicas(strategy, function):

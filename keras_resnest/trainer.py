@@ -7,8 +7,9 @@ import contextlib
 import functools
 import inspect
 import os
+import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 
 import keras
@@ -17,6 +18,7 @@ import numpy as np
 from keras_resnest.checks import (
     check_counts,
     check_finite_weights,
+    check_fractions,
     check_layers_of_file,
     checked,
     one_line,
@@ -24,12 +26,24 @@ from keras_resnest.checks import (
 )
 from keras_resnest.replicas import call_with_rows, is_multi_worker, num_replicas, sum_over_replicas
 
+# The hints that Keras' methods lack.
+_COUNTS = ("batch_size", "steps", "steps_per_epoch", "validation_batch_size", "validation_steps")
+_HINTS = {**dict.fromkeys(_COUNTS, int | None), "epochs": int, "initial_epoch": int}
+_HINTS |= {
+    "validation_split": float | None,
+    "validation_freq": int | Sequence[int],
+    "class_weight": Mapping | None,
+}
+_HINTS |= {"shuffle": bool | str, "verbose": bool | int | str}
+_CALLBACK = keras.callbacks.Callback
+_HINTS["callbacks"] = _CALLBACK | Sequence[_CALLBACK] | None
+
 
 def same_arguments_as(method):
     """Decorates an override of a Keras method so that it takes the same arguments.
 
-    The override receives all passed arguments by keyword. `help` shows Keras' signature, and its
-    docstring unless the override has one.
+    The override receives all passed arguments by keyword, of the kinds of `_HINTS`. `help` shows
+    Keras' signature, and its docstring unless the override has one.
 
     Args:
         method: the method of `keras.Model`.
@@ -40,14 +54,20 @@ def same_arguments_as(method):
         ...     return super().fit(x, callbacks=[*callbacks, guard], **kwargs)
     """
     signature = inspect.signature(method)
+    parameters = signature.parameters.values()
+    hinted = [p.replace(annotation=_HINTS.get(p.name, p.annotation)) for p in parameters]
 
     def decorate(override):
         @functools.wraps(override if override.__doc__ else method)
         def wrapper(*args, **kwargs):
             arguments = signature.bind(*args, **kwargs).arguments
             extra = arguments.pop("kwargs", {})
+            check_counts(**{n: v for n, v in arguments.items() if n in _COUNTS and v is not None})
+            check_fractions(validation_split=arguments.get("validation_split") or 0.0)
             return override(**arguments, **extra)
 
+        wrapper.__signature__ = signature.replace(parameters=hinted)
+        wrapper = checked(wrapper)
         wrapper.__signature__ = signature
         return wrapper
 
@@ -96,6 +116,7 @@ class DistributedTraining:
     @same_arguments_as(keras.Model.fit)
     def fit(self, x=None, batch_size=None, callbacks=None, **kwargs):
         check_not_forked()
+        _check_rows(x=x, **kwargs)
         strategy = getattr(self, "_distribute_strategy", None)
         given = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
         swaps = [each for each in given if isinstance(each, keras.callbacks.SwapEMAWeights)]
@@ -116,12 +137,14 @@ class DistributedTraining:
     @same_arguments_as(keras.Model.evaluate)
     def evaluate(self, x=None, **kwargs):
         check_not_forked()
+        _check_rows(x=x, **kwargs)
         with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().evaluate(x, **kwargs)
 
     @same_arguments_as(keras.Model.predict)
     def predict(self, x, **kwargs):
         check_not_forked()
+        _check_rows(x=x)
         with value_errors(), report_lost_workers(getattr(self, "_distribute_strategy", None)):
             return super().predict(x, **kwargs)
 
@@ -364,6 +387,21 @@ def _leave_out_rest(x, others: dict, batch_size: int | None, replicas: int) -> t
             stacklevel=4,
         )
     return x, others
+
+
+def _check_rows(**data) -> None:
+    """Raises `ValueError` if data are None, or arrays without rows or numbers."""
+    for name in ("x", "y", "sample_weight", "validation_data"):
+        leaves = keras.tree.flatten(data.get(name))
+        shapes = [tuple(leaf.shape) for leaf in leaves if hasattr(leaf, "shape")]
+        is_absent = all(leaf is None for leaf in leaves)
+        is_absent = is_absent and (name == "x" or data.get(name) is not None)
+        is_object = any(str(getattr(leaf, "dtype", None)) == "object" for leaf in leaves)
+        if is_absent or is_object or not all(shape and shape[0] != 0 for shape in shapes):
+            received = textwrap.shorten(repr(data.get(name)), 100)
+            raise ValueError(
+                f"`{name}` must be numbers, with at least one row. Received: {name}={received}"
+            )
 
 
 def _num_rows(batch):

@@ -1,13 +1,17 @@
 """Arguments of another kind than their type hints end in one sentence that names them."""
 
 import inspect
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from detectors import rectangles, small_backbone, small_detector
 
 import keras_resnest as kr
 from keras_resnest.checks import checked
@@ -50,14 +54,15 @@ FIT = [
     (int | None, (None, 3), ("3", [])),
     (str, ("a",), (None, 3, ["a"], Path("a"))),
     (Sequence[int], (*LISTS, []), (None, 3, "12", ["1", "2"], [None], {1, 2}, {1: 2}, np.array(1))),
-    (Sequence[str], (["a"], "a", ()), (None, 3, [3], Path("a"), {"a", "b"})),
+    (Sequence[str], (["a"], "a", ()), (None, 3, [3], Path("a"), b"a", {"a", "b"})),
     (tuple[float, float], LISTS, ([1], np.ones(3), [1, NAN], (1, 2, 3), "12", 3, ["a", "b"])),
     (tuple[int, ...], (*LISTS, [1], ()), (3, "a", None)),
+    (os.PathLike | str, ("a", Path("a")), (3, np.array("a"))),
     (np.ndarray, (*LISTS, [[1]]), (None, "a", 3, Path("a"), np.array("a"), np.array([None]))),
     (Iterable, (*LISTS, iter([]), {}), (3, None, "a", np.array(1))),
     (Mapping[str, int], ({}, {"a": 1}), ([], "a", None)),
     (Callable[..., dict] | str, (print, "a"), (3, None)),
-    (Any, (None, 3, "a"), ()),
+    (Any, (None, 3, "a", np.array("a")), ()),
     (kr.data.Mosaic | None, (None, kr.data.Mosaic()), ("a", 3)),
     (Literal["a", "b"], ("a", "b"), (None, "c", "", 3, ["a"], Path("a"), np.array(["a"]))),
     (Literal["a", "b"] | None, (None, "a"), ("c", 3)),
@@ -77,6 +82,18 @@ def test_kinds_of_type_hints(hint, good, bad):
             public(value)
 
 
+def test_integers_arrive_as_integers():
+    @checked
+    def public(seed: int | None, *others, scale: float = 1):
+        return (seed, *others, scale)
+
+    for one in (1, 1.0, np.int64(1), np.array(1), np.array(1.0), tf.constant(1)):
+        assert list(map(type, public(one, 2.0, scale=2))) == [int, float, int]
+        assert type(public(seed=one)[0]) is int
+    assert public(None, 3) == (None, 3, 1)
+    assert tf.function(lambda x: public(x)[0] + 1)(tf.constant(1)).numpy() == 2
+
+
 def test_arguments_of_keras_before_those_with_hints():
     optimizer = kr.recipes.SGDWithL2(0.5, excluded_variables={"bias"})
     assert float(optimizer.learning_rate) == 0.5
@@ -87,6 +104,7 @@ def test_arguments_of_keras_before_those_with_hints():
 
 
 JUNK = (None, -1, 2.5, "junk", {}, {"a": 1}, object(), NAN, np.zeros((2, 2)), np.zeros((2,) * 5))
+JUNK += (np.array(3), np.array("a"), [None], [], [{}], b"a", 10**30, {1}, tf.constant("a"), print)
 LAYERS = (
     kr.layers.AlignedConvolution(3, 4),
     *(kr.layers.ChannelShuffle(2), kr.layers.DropBlock2D(0.1), kr.layers.GroupedConv2D(4, 3)),
@@ -117,3 +135,76 @@ def test_augmentations_refuse_other_elements_and_seeds(name):
             augmentation(junk, (1, 2))
         with pytest.raises(ValueError, match=r"^`seed` must be two integers"):
             augmentation(good, junk)
+
+
+# === Methods of models ===
+
+IMAGES, TRUTH = rectangles(2, (64, 64, 3))
+CALL = {"x": IMAGES, "verbose": 0}
+FIT_CALL = {**CALL, "y": TRUTH}
+METHODS = {
+    "predict": CALL | dict.fromkeys(("batch_size", "steps", "callbacks")),
+    "fit": FIT_CALL
+    | {"epochs": 1, "validation_split": 0.0, "shuffle": False}
+    | dict.fromkeys(("batch_size", "callbacks")),
+    "evaluate": FIT_CALL | dict.fromkeys(("batch_size", "steps", "callbacks")),
+    "train_on_batch": {"x": IMAGES, "y": TRUTH, "sample_weight": None},
+    "predict_on_batch": {"x": IMAGES},
+    "decode": {"outputs": {}, "image_shape": None},
+    "anchors_for": {"image_shape": (64, 64)},
+    "class_name": {"label": 1},
+    "freeze_stages": {"num_stages": None},
+    "replace_classes": {"class_names": ["a"], "mapping": None},
+    "detect": {"images": IMAGES[0]},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    detector = small_detector((64, 64, 3))
+    detector.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    return detector
+
+
+def refuses(method, name, junk, **arguments):
+    """Whether a method takes junk or refuses it in a sentence about the argument."""
+    try:
+        method(**{**arguments, name: junk})
+    except ValueError as error:
+        assert re.search(rf"\b({name}|x|images?|bounding_boxes|Ground truth)\b", str(error)), str(
+            error
+        )
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [(m, name) for m, names in METHODS.items() for name in names if name != "verbose"],
+)
+def test_methods_of_a_detector_name_what_they_refuse(model, method, name):
+    arguments = {**METHODS[method], **({"outputs": model(IMAGES)} if method == "decode" else {})}
+    for junk in JUNK:
+        if name != "epochs" or not isinstance(junk, int):  # some are very many
+            refuses(getattr(model, method), name, junk, **arguments)
+    model.freeze_stages(None)
+
+
+def test_methods_of_other_objects_name_what_they_refuse(model, tmp_path):
+    net = small_backbone(classes=2)
+    net.compile("sgd", "mse", run_eagerly=True)
+    voc = kr.evaluation.voc_average_precision([], [], class_names=["a"])
+    tiles = kr.detection.TiledDetector(model, (64, 64))
+    features = np.zeros((2, 2, 2, 16), "float32")
+    for junk in ([None], {}):
+        refuses(model.fit, "validation_data", junk, **FIT_CALL)
+    for junk in JUNK:
+        for name in ("x", "batch_size", "callbacks"):
+            refuses(net.fit, name, junk, **{"x": IMAGES, "y": features, "verbose": 0})
+        refuses(net.predict, "x", junk, verbose=0)
+        for name in ("class_names", "crop_ratio"):
+            refuses(net.export, name, junk, filepath=tmp_path / "x.onnx", format="onnx")
+        refuses(voc.at, "iou_threshold", junk)
+        refuses(tiles.predict_on_batch, "x", junk)
+        refuses(kr.training.is_chief, "strategy", junk)
+        refuses(kr.training.wait_for_workers, "strategy", junk)
+        for name in ("strides", "sizes", "aspect_ratios"):
+            refuses(kr.detection.AnchorGenerator, name, [junk] * 4)

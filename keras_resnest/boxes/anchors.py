@@ -1,6 +1,6 @@
 """AnchorGenerator: the grid of boxes that a detector starts from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -8,6 +8,13 @@ from keras import ops
 
 from keras_resnest.checks import checked
 from keras_resnest.configurable import Configurable
+
+
+def height_and_width(image_shape: Sequence) -> tuple:
+    """Returns the first two sides of an image (height, width, ...)."""
+    if len(image_shape) < 2:
+        raise ValueError(f"`image_shape` must be (height, width, ...). Received: {image_shape}")
+    return tuple(image_shape[:2])
 
 
 @checked
@@ -38,16 +45,12 @@ class AnchorGenerator(Configurable):
 
     def __init__(
         self,
-        strides=(8, 16, 32, 64),
-        sizes=(32, 64, 128, 256),
-        aspect_ratios=(1.0, 2.0, 0.5),
+        strides: Sequence[int] = (8, 16, 32, 64),
+        sizes: Sequence[float | Sequence[float]] = (32, 64, 128, 256),
+        aspect_ratios: Sequence[float] = (1.0, 2.0, 0.5),
         offset: float = 0.5,
         clip: bool = False,
     ):
-        lists = {"strides": strides, "sizes": sizes, "aspect_ratios": aspect_ratios}
-        for argument, values in lists.items():
-            if not isinstance(values, Iterable) or isinstance(values, str):
-                raise ValueError(f"`{argument}` must be a list. Received: {argument}={values!r}")
         self.strides = tuple(int(s) for s in strides)
         self.sizes = tuple(tuple(float(s) for s in np.ravel(level)) for level in sizes)
         self.aspect_ratios = tuple(float(r) for r in aspect_ratios)
@@ -71,16 +74,16 @@ class AnchorGenerator(Configurable):
         return tuple(len(level) * len(self.aspect_ratios) for level in self.sizes)
 
     @checked
-    def level_sizes(self, image_shape: Sequence) -> list:
+    def level_sizes(self, image_shape: Sequence[int]) -> list:
         """Returns the number of anchors of each level in an image (height, width, ...)."""
-        height, width = image_shape[:2]
+        height, width = height_and_width(image_shape)
         return [
             n * -(-height // stride) * -(-width // stride)
             for n, stride in zip(self.num_anchors_per_cell, self.strides, strict=True)
         ]
 
     @checked
-    def __call__(self, image_shape: Sequence):
+    def __call__(self, image_shape: Sequence[int]):
         """Returns the anchors of an image.
 
         Args:
@@ -91,7 +94,7 @@ class AnchorGenerator(Configurable):
             float32 `"xyxy"` boxes in pixels, of shape `(anchors, 4)`: a NumPy array, or a tensor
             if height or width is a tensor.
         """
-        height, width = image_shape[:2]
+        height, width = height_and_width(image_shape)
         static = isinstance(height, int | np.integer) and isinstance(width, int | np.integer)
         xp, dtype = (np, "float64") if static else (ops, "float32")
         sides = xp.array([width, height], dtype=dtype)

@@ -293,7 +293,7 @@ class ImageDataset:
             raise ValueError('For TFDS, use splits such as "train[:80%]" and "train[80%:]"')
         remaining, held_out = [], []
         seen = collections.Counter()
-        for i in np.random.default_rng(seed).permutation(len(self)):
+        for i in np.random.default_rng(seed % 2**64).permutation(len(self)):
             record = self.records[i]
             group = getattr(record, "label", None)
             # Hold out round(n * fraction) of the n images of a group, evenly spread.

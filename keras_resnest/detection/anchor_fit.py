@@ -168,7 +168,7 @@ def fit_anchors(
     boxes, labels, _ = _labeled_boxes(dataset, shape)
     if not len(boxes):
         raise ValueError("`dataset` must have objects to fit anchors to. Received: none")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     rows = np.sort(rng.permutation(len(boxes))[:max_boxes])
     search = _Search(boxes[rows], labels[rows], shape, start, iou_threshold)
     best = search.climb(search.start, fit_aspect_ratios)

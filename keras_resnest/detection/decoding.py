@@ -8,7 +8,13 @@ from keras import ops
 from keras_resnest.boxes.formats import clip_boxes, convert_boxes
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes
 from keras_resnest.boxes.suppression import Suppression, suppress_batch
-from keras_resnest.checks import check_counts, check_fractions, checked, class_thresholds
+from keras_resnest.checks import (
+    check_counts,
+    check_fractions,
+    checked,
+    class_thresholds,
+    float_outputs,
+)
 from keras_resnest.configurable import Configurable
 
 PADDING = -1  # fills the rows beyond `num_detections`
@@ -169,7 +175,7 @@ class DetectionDecoder(Configurable):
 
     def candidates(self, outputs: dict, anchors):
         """Returns boxes (batch, anchors, 4) and confidence (batch, anchors, classes) before NMS."""
-        raw = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        raw = float_outputs(outputs)
         anchors = ops.convert_to_tensor(anchors, dtype="float32")
         if self.two_step_regression:
             anchors = decode_boxes(raw["arm_boxes"], anchors, self.variances)  # (B, A, 4)

@@ -258,6 +258,11 @@ class _SeveralPasses(Configurable):
             `max_detections`, there are as many rows as the image with most detections needs.
         """
         images = np.asarray(x)
+        if images.shape[3:] != (3,) or images.dtype.kind not in "uif":
+            raise ValueError(
+                "`x` must be images (batch, height, width, 3), 0 to 255. "
+                f"Received: {images.dtype} {images.shape}"
+            )
         with value_errors():
             check_images(images)
         rows = self._detect(images)

@@ -13,7 +13,13 @@ from keras import ops
 from keras_resnest.boxes.matching import BACKGROUND, ATSSMatcher, BoxMatcher
 from keras_resnest.boxes.offsets import VARIANCES, check_variances, decode_boxes, encode_boxes
 from keras_resnest.boxes.overlap import paired_iou
-from keras_resnest.checks import check_fractions, check_positive, checked, is_number
+from keras_resnest.checks import (
+    check_fractions,
+    check_positive,
+    checked,
+    float_outputs,
+    is_number,
+)
 from keras_resnest.configurable import Configurable
 from keras_resnest.replicas import sum_over_replicas
 
@@ -155,7 +161,7 @@ class RefineDetLoss(Configurable):
 
     def _stages(self, outputs: dict, boxes, labels, anchors, level_sizes) -> tuple:
         """What `_stage` returns for each stage."""
-        outputs = {name: ops.cast(value, "float32") for name, value in outputs.items()}
+        outputs = float_outputs(outputs)
         self.check_num_classes(outputs["odm_logits"].shape[-1] - 1)
         anchors = ops.convert_to_tensor(anchors, "float32")
         any_object = ops.minimum(labels, 0)  # the ARM knows a single class

@@ -14,7 +14,7 @@ from keras import layers, ops
 from keras_resnest.backbones import create_backbone
 from keras_resnest.backbones.backbone import Backbone
 from keras_resnest.backbones.presets import SharedAsPreset
-from keras_resnest.boxes.anchors import AnchorGenerator
+from keras_resnest.boxes.anchors import AnchorGenerator, height_and_width
 from keras_resnest.boxes.formats import check_box_format, convert_boxes
 from keras_resnest.checks import (
     check_batch_shape,
@@ -176,6 +176,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         for variable in self.variables:
             variable.in_backbone = id(variable) in own
 
+    @checked
     def freeze_stages(self, num_stages: int | None) -> None:
         """Freezes the stem and the first stages of the backbone; the rest of it is trained.
 
@@ -233,7 +234,8 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
                 )
         if keras.backend.backend() == "tensorflow" and kwargs.get("jit_compile", "auto") == "auto":
             kwargs["jit_compile"] = False
-        optimizer = _default_optimizer() if optimizer is None else keras.optimizers.get(optimizer)
+        with reading_config("the optimizer"):
+            optimizer = keras.optimizers.get(optimizer or _default_optimizer())
         if self.dtype_policy.name == "mixed_float16" and kwargs.get("auto_scale_loss", True):
             optimizer = _with_loss_scaling(optimizer)
         super().compile(optimizer=optimizer, **kwargs)
@@ -266,12 +268,12 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
     def train_on_batch(self, x, y=None, **kwargs):
         _refuse_class_weight(kwargs)
         with value_errors():
-            return super().train_on_batch(*self._prepare(x, y), **kwargs)
+            return super().train_on_batch(*self._prepare_batch(x, y), **kwargs)
 
     @same_arguments_as(keras.Model.test_on_batch)
     def test_on_batch(self, x, y=None, **kwargs):
         with value_errors():
-            return super().test_on_batch(*self._prepare(x, y), **kwargs)
+            return super().test_on_batch(*self._prepare_batch(x, y), **kwargs)
 
     def train_step(self, *args):
         """Runs one step; the batch, in either layout, is the last argument on every backend."""
@@ -373,15 +375,19 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
 
     # === Prediction ===
 
-    def anchors_for(self, image_shape):
+    @checked
+    def anchors_for(self, image_shape: Sequence[int]):
         """Returns the anchors, `"xyxy"` in pixels (anchors, 4), of images (height, width, ...)."""
-        height, width = image_shape[:2]
+        height, width = height_and_width(image_shape)
         known = isinstance(height, int) and isinstance(width, int)
         if known and (height, width) == self.image_shape[:2]:
             return self.anchors
         return self.anchor_generator((height, width))
 
-    def decode(self, outputs: dict, image_shape=None, portable: bool = False) -> dict:
+    @checked
+    def decode(
+        self, outputs, image_shape: Sequence[int] | None = None, portable: bool = False
+    ) -> dict:
         """Turns raw outputs into detections, as `predict` returns them.
 
         Args:
@@ -485,9 +491,12 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
             max_pixels,
         )
 
+    @checked
     def class_name(self, label: int) -> str:
         """Returns the name of a class, or its number if the model has no `class_names`."""
-        return self.label_names[int(label)]
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"`label` must be 0 to {self.num_classes - 1}. Received: {label}")
+        return self.label_names[label]
 
     @property
     def label_names(self) -> list[str]:
@@ -505,12 +514,18 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
             check_box_dictionary(y)
         return _as_keras_reads(x), dense_boxes(y)
 
+    def _prepare_batch(self, x, y) -> tuple:
+        x, y = self._prepare(x, y)
+        if not hasattr(x, "shape"):
+            raise ValueError(f"`x` must be a batch of images. Received: a {type(x).__name__}")
+        return x, y
+
     def _check_arrays(self, images) -> None:
         """Checks arrays and tensors that are passed directly, on every backend."""
-        if images is None:
-            raise ValueError("`x` must be images, or a dataset of batches. Received: x=None")
         if isinstance(images, dict):
             images = images.get("images")
+        if images is None:
+            raise ValueError("`x` must be images, or a dataset of batches. Received: x=None")
         if isinstance(images, list | tuple | str | os.PathLike):
             raise ValueError(
                 "`x` must be one array of images; `detect` takes lists and files. "

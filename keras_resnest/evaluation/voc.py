@@ -37,6 +37,7 @@ class AveragePrecision:
         """Mean over thresholds and all classes with objects; nan without objects."""
         return nan_mean(self.average_precision)
 
+    @checked
     def at(self, iou_threshold: float) -> "AveragePrecision":
         """Returns the result for one of the thresholds."""
         row = self._row(iou_threshold)
@@ -45,6 +46,7 @@ class AveragePrecision:
         rows = {name: getattr(self, name)[row : row + 1] for name in names}
         return dataclasses.replace(self, **rows)
 
+    @checked
     def per_class(self, iou_threshold: float | None = None) -> dict[str, dict]:
         """Returns the numbers of each class by name; an undefined AP is None.
 
@@ -66,6 +68,7 @@ class AveragePrecision:
             for i, name in enumerate(self.class_names)
         }
 
+    @checked
     def curve(self, class_name: str, iou_threshold: float | None = None) -> dict[str, np.ndarray]:
         """Returns `{"recall", "precision", "confidence"}` of one class."""
         if class_name not in self.class_names:

@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import keras
 from keras import ops
 
 from keras_resnest.boxes.formats import scale_boxes
+from keras_resnest.checks import checked
 from keras_resnest.images import check_crop_ratio
 from keras_resnest.serving.graph import float32_compute
 
@@ -96,7 +98,14 @@ class ImageTask:
 
     options = ("image_shape", "class_names", "crop_ratio")
 
-    def __init__(self, model, image_shape=None, class_names=None, crop_ratio: float = 0.875):
+    @checked
+    def __init__(
+        self,
+        model,
+        image_shape=None,
+        class_names: Sequence[str] | None = None,
+        crop_ratio: float = 0.875,
+    ):
         check_crop_ratio(crop_ratio)
         classes = model.output_shape[-1]
         if class_names is not None and len(class_names) != classes:

@@ -80,10 +80,9 @@ def distribute_batches(strategy, make_batches: Callable, batch_size: int):
         ...     return kr.data.training_batches(part, shape, batch_size, seed=1)
         >>> model.fit(distribute_batches(model.distribute_strategy, make_batches, 32))
     """
-    if not hasattr(strategy, "num_replicas_in_sync"):
-        raise ValueError(f"`strategy` must be a tf.distribute.Strategy. Received: {strategy!r}")
+    multi_worker = is_multi_worker(strategy)
     check_global_batch({batch_size}, strategy.num_replicas_in_sync)
-    if not is_multi_worker(strategy):
+    if not multi_worker:
         return make_batches(1, 0, batch_size)
     attributes = {}
 
