@@ -565,6 +565,9 @@ def value_errors():
             raise ValueError(codecs.escape_decode(message)[0].decode()) from None
         if "Input dataset was expected to contain" in text:  # `_cached` in data/batches.py
             raise ValueError(
-                "The cached data lacks an image that could not be used; cache=False names it"
+                "The cached data lacks an image that could not be used; cache=False names it. Of "
+                "data of TFDS, `report` names a damaged file"
             ) from None
+        if type(error).__name__ == "DataLossError":
+            raise ValueError("A file of TFDS is damaged; `report` of the data names it") from None
         raise

@@ -5,6 +5,7 @@ Only the downloads are replaced, by folders written here.
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -125,6 +126,20 @@ def test_an_image_that_cannot_be_decoded_is_named(monkeypatch, tmp_path):
             list(failing)
     with pytest.raises(ValueError, match=named):
         _ = data.report
+
+
+def test_a_damaged_file_is_named(monkeypatch, tmp_path):
+    write_voc(tmp_path, "2007")
+    prepare(monkeypatch, "voc/2007", tmp_path / "tfds", lambda key: tmp_path)
+    (file,) = tmp_path.glob("tfds/**/voc-train.tfrecord*")
+    whole = file.read_bytes()
+    for content in (b"", whole[:-100]):
+        file.write_bytes(content)
+        data = read_tfds("voc/2007", "train+validation", data_dir=tmp_path / "tfds")
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} is damaged.*0 of its 1 "):
+            _ = data.report
+    with pytest.raises(ValueError, match="`report` of the data names it"), value_errors():
+        list(training_batches(data, (64, 64), 1, seed=1))
 
 
 # === COCO ===

@@ -195,7 +195,8 @@ def _path_of(preset, name: str) -> str:
 
 
 def _local(folder) -> Path:
-    if not isinstance(folder, str | os.PathLike) or "://" in str(folder):
+    is_path = isinstance(folder, str | os.PathLike) and "://" not in str(folder)
+    if not is_path or os.path.isfile(folder):
         raise ValueError(
             "A preset is saved in a folder, and loaded from a folder or hf://user/name. "
             f"Received: {folder!r}"

@@ -268,7 +268,26 @@ class _TfdsSplit:
         return None  # TFDS files are read sequentially
 
     def images(self) -> Iterator[bytes]:
-        return (example["image"] for example in self._examples().as_numpy_iterator())
+        return (example["image"] for example in self._arrays(self._examples()))
+
+    def _arrays(self, examples) -> Iterator:
+        """Examples as arrays; a damaged file raises `ValueError`."""
+        import tensorflow as tf
+
+        try:
+            yield from examples.as_numpy_iterator()
+        except tf.errors.OpError as error:
+            for part in self._builder.info.splits[self._split].file_instructions:
+                count = 0
+                with contextlib.suppress(tf.errors.OpError):
+                    for _ in tf.data.TFRecordDataset(part.filename):
+                        count += 1
+                if count < part.examples_in_shard:
+                    raise ValueError(
+                        f"{part.filename} is damaged or missing: {count} of its "
+                        f"{part.examples_in_shard} records can be read. Prepare the dataset again"
+                    ) from error
+            raise
 
     def fingerprint(self) -> str:
         names = self._builder.info.full_name, str(self._split), self.class_names
@@ -308,7 +327,7 @@ class _TfdsClassification(_TfdsSplit, ClassificationDataset):
     @property
     def report(self) -> ClassificationReport:
         labels = self._examples().map(lambda example: example["label"])
-        counts = collections.Counter(int(label) for label in labels.as_numpy_iterator())
+        counts = collections.Counter(int(label) for label in self._arrays(labels))
         named = {self._label_names[i]: count for i, count in counts.items()}
         return ClassificationReport({name: named.get(name, 0) for name in self.class_names})
 
@@ -381,8 +400,7 @@ class _TfdsDataset(_TfdsSplit, DetectionDataset):
     @functools.cached_property
     def _records_and_report(self) -> tuple[list[ImageRecord], AnnotationReport]:
         problems: list[Problem] = []
-        examples = self._examples().as_numpy_iterator()
-        records = [self._record(example, problems) for example in examples]
+        records = [self._record(example, problems) for example in self._arrays(self._examples())]
         return records, summarize(records, self.class_names, problems)
 
     def _record(self, example, problems: list[Problem]) -> ImageRecord:
