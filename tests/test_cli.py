@@ -62,6 +62,23 @@ def test_wrong_commands_end_with_status_2(argv, capsys):
     assert stop.value.code == 2 and "usage: keras-resnest" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("convert data new --format voc --seed 0", "--seed: only with --split"),
+        ("demo a.keras --no-serve --port 0", "--port: only without --no-serve"),
+        ("export a.keras a.onnx --freeze", "--freeze: only for SavedModels"),
+        ("train tfds:voc --skip-faulty", "--skip-faulty: only for files, not for TFDS"),
+        ("train tfds:mnist --classifier --skip-faulty", "--skip-faulty: only for files"),
+        ("train data --classifier --data-dir x", "--data-dir: only for tfds:NAME"),
+        ("evaluate resnest50 data --data-dir x", "--data-dir: only for tfds:NAME"),
+    ],
+)
+def test_options_without_effect_are_refused(command, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2 and words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_ctrl_c_ends_in_one_sentence(command, capsys, monkeypatch):
     monkeypatch.setattr(COMMANDS[command], "run", lambda _: signal.raise_signal(signal.SIGINT))

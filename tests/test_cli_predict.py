@@ -265,6 +265,7 @@ def test_a_model_with_nan_is_refused(model, folder, tmp_path, capsys):
     [
         (["--grpc", "localhost:8500"], "--grpc: only for servers"),
         (["--signature", "serve_bytes"], "--signature: only for SavedModels"),
+        (["--overlap", "0"], "--overlap: only with --tiles"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(folder, options, word, capsys):

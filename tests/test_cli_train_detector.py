@@ -193,7 +193,7 @@ def test_start_from_something_else(voc_folder, tmp_path, capsys):
         (["a.keras", "--model", "refinedet_tiny"], "has its own network"),
         (["a.keras", "--backbone-weights", "imagenet"], "--backbone-weights: not with"),
         (["anchors.keras", "--freeze-stages", 5], "`num_stages` must be None or one of 1, 2, 3, 4"),
-        (["a.keras", "--unfreeze-after", 5], "--unfreeze-after needs --freeze-stages"),
+        (["a.keras", "--unfreeze-after", 5], "--unfreeze-after: only with --freeze-stages"),
     ):
         path = tmp_path / start[0] if (tmp_path / start[0]).exists() else start[0]
         command = ["train", voc_folder, "--start-from", path, *start[1:]]
@@ -210,7 +210,7 @@ def test_start_from_something_else(voc_folder, tmp_path, capsys):
         (["FOLDER", "--format", "coco"], "has no COCO file"),
         (["FOLDER", "--model", "refinedet1"], "--model must be one of refinedet320_vgg16"),
         (["FOLDER", "--class-weight", "balance"], "--class-weight must be balanced, effective or"),
-        (["FOLDER", "--restarts", "2"], "--restarts needs --workers"),
+        (["FOLDER", "--restarts", "2"], "--restarts: only with --workers"),
         (["FOLDER", "--accumulate", "3"], "--accumulate must divide the 8 images of a device"),
     ],
 )
@@ -317,6 +317,7 @@ def test_evaluate_gives_what_the_training_gave(voc_folder, trained, tmp_path, ca
     [
         (["--split", "absent"], "absent"),
         (["--weights", "imagenet"], "has its own"),
+        (["--overlap", "0.5"], "--overlap: only with --tiles"),
         (["--limit", "3", "--crop-size", "64"], "--crop-size, --limit: only for classifiers"),
     ],
 )

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import os
 import sys
@@ -115,12 +116,22 @@ def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "detect also in tiles of this size, multiples of 64: for small objects in large images"
     add("--tiles", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=text)
-    text = "of neighboring tiles, as a fraction of their size; default: %(default)s"
-    add("--overlap", type=float, default=0.2, help=text)
+    text = "of neighboring --tiles, as a fraction of their size; default: 0.2"
+    add("--overlap", type=float, metavar="FRACTION", help=text)
+
+
+def tile_options(arguments) -> dict:
+    """Returns the arguments of `detect` for tiles from the command line."""
+    if arguments.tiles is None:
+        refuse_options(arguments, ["overlap"], "with --tiles")
+    given = {"tiles": arguments.tiles, "overlap": arguments.overlap}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def reading_options(arguments) -> dict:
     """Returns the arguments of `read_detection` from the command line."""
+    if (getattr(arguments, "data", None) or arguments.source).startswith("tfds:"):
+        refuse_options(arguments, ("skip_faulty", "allow_outside"), "for files, not for TFDS")
     options = {name: getattr(arguments, name) for name in READING_OPTIONS}
     return {**options, "on_error": "skip" if arguments.skip_faulty else "raise"}
 
@@ -128,7 +139,8 @@ def reading_options(arguments) -> dict:
 def refuse_options(arguments, names, requirement: str) -> None:
     """Raises ValueError if any of these options is used."""
     values = {name: getattr(arguments, name, None) for name in names}
-    used = [f"--{k.replace('_', '-')}" for k, v in values.items() if v not in (None, False)]
+    used = [v is not None and v is not False for v in values.values()]
+    used = [f"--{name.replace('_', '-')}" for name in itertools.compress(values, used)]
     if used:
         raise ValueError(f"{', '.join(used)}: only {requirement}")
 

@@ -15,6 +15,7 @@ from keras_resnest.cli.common import (
     add_reading_arguments,
     fraction,
     reading_options,
+    refuse_options,
     writing_results,
 )
 from keras_resnest.data.readers.detect_format import FORMATS
@@ -29,13 +30,15 @@ def add_arguments(parser, argv) -> None:
     add("--format", dest="target_format", choices=FORMATS, required=True, help="of TARGET")
     text = f"split all images at random into {', '.join(SPLITS)}; default: keep the splits"
     add("--split", type=fraction, nargs="+", metavar="FRACTION", help=text)
-    add("--seed", type=int, default=0, help="of --split; default: %(default)s")
+    add("--seed", type=int, help="of --split; default: 0")
     add("--link", action="store_true", help="write symbolic links instead of copies of the images")
     add_reading_arguments(parser, "--source-format")
 
 
 def run(arguments) -> int:
     fractions = arguments.split
+    if fractions is None:
+        refuse_options(arguments, ["seed"], "with --split")
     if fractions and not (
         len(fractions) in (2, 3) and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6
     ):
@@ -46,7 +49,7 @@ def run(arguments) -> int:
         raise ValueError("--split: only for files, TFDS has its own splits")
     parts = kr.data.read_all_splits(arguments.source, **reading_options(arguments))
     if fractions:
-        parts = split_at_random(parts, fractions, arguments.seed)
+        parts = split_at_random(parts, fractions, arguments.seed or 0)
     with writing_results(arguments.target):
         kr.data.write_detection(parts, arguments.target, arguments.target_format, arguments.link)
     for name, part in parts.items():

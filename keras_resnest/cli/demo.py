@@ -16,7 +16,7 @@ import functools
 import http.server
 from pathlib import Path
 
-from keras_resnest.cli.common import check_output, open_detector, writing_results
+from keras_resnest.cli.common import check_output, open_detector, refuse_options, writing_results
 from keras_resnest.serving.demo import write_demo
 
 HOST = "127.0.0.1"
@@ -34,7 +34,7 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=".keras file or preset of a detector, or exported .onnx")
     add("--output", type=Path, default=Path("runs/demo"), help="folder; default: %(default)s")
-    add("--port", type=port, default=8000, help="0: any that is free; default: %(default)s")
+    add("--port", type=port, help="0: any that is free; default: 8000")
     add("--no-serve", action="store_true", help="only write the folder")
     text = "folder or .tgz of the npm package onnxruntime-web; default: fetched once by npm"
     add("--runtime", type=Path, metavar="FOLDER|FILE", help=text)
@@ -43,10 +43,12 @@ def add_arguments(parser, argv) -> None:
 def run(arguments) -> int:
     check_output(arguments.output)
     if arguments.no_serve:
+        refuse_options(arguments, ["port"], "without --no-serve")
         write(arguments)
         return 0
     # The server is there before the work, so that a used port is noticed.
-    with create_server(arguments.output, arguments.port) as server:
+    port = 8000 if arguments.port is None else arguments.port
+    with create_server(arguments.output, port) as server:
         write(arguments)
         print(f"http://{HOST}:{server.server_port} until Ctrl-C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

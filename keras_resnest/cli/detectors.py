@@ -25,6 +25,7 @@ from keras_resnest.cli.common import (
     read_class_names,
     refuse_options,
     reporting_unusable_model,
+    tile_options,
 )
 from keras_resnest.images import encode_image, read_image_info
 
@@ -43,7 +44,7 @@ def load_detector(arguments):
     name, signature = arguments.model, arguments.signature
     is_keras = is_preset(name) or not ("://" in name or Path(name).is_dir())
     if not is_keras:
-        refuse_options(arguments, ["tiles"], "for .keras files and presets")
+        refuse_options(arguments, ["tiles", "overlap"], "for .keras files and presets")
     if "://" in name and not is_preset(name):
         is_kserve = arguments.protocol == "kserve"
         if is_kserve and (arguments.grpc or signature == "serve_bytes"):
@@ -58,7 +59,7 @@ def load_detector(arguments):
     if is_keras:
         if signature:
             raise ValueError("--signature: only for SavedModels and servers")
-        return keras_detector(name, arguments.tiles, arguments.overlap, arguments.batch_size)
+        return keras_detector(name, arguments.batch_size, tile_options(arguments))
     with reporting_unusable_model(name):
         model, assets = SavedModel(name), Path(name, "assets.extra")
         facts = json.loads((assets / "model.json").read_text("utf-8"))
@@ -70,11 +71,11 @@ def load_detector(arguments):
     )
 
 
-def keras_detector(path: str, tiles=None, overlap: float = 0.2, batch_size: int = 8):
+def keras_detector(path: str, batch_size: int, tiles: dict):
     model = open_detector(path)
 
     def detect(paths, images, confidence) -> list[dict]:
-        found = model.detect(images, confidence, batch_size, tiles=tiles, overlap=overlap)
+        found = model.detect(images, confidence, batch_size, **tiles)
         for image, detections in zip(images, found, strict=True):
             size = image.shape[:2]
             detections["boxes"] = to_xyxy(detections["boxes"], model.bounding_box_format, size)

@@ -41,6 +41,7 @@ from keras_resnest.cli.common import (
     published_weights,
     reading_options,
     refuse_options,
+    tile_options,
     writing_results,
 )
 from keras_resnest.cli.train_classifier import read_labeled
@@ -74,7 +75,7 @@ def run(arguments) -> int:
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")
         result = evaluate_detector(model, arguments)
     else:
-        refuse_options(arguments, (*READING_OPTIONS, "tiles"), "for detectors")
+        refuse_options(arguments, (*READING_OPTIONS, "tiles", "overlap"), "for detectors")
         result = evaluate_classifier(model, dataset or read_classification(arguments), arguments)
     facts = {"model": arguments.model, "data": arguments.data, "split": arguments.split}
     with writing_results(arguments.output):
@@ -109,10 +110,11 @@ def read_test_set(model, arguments):
 
 
 def evaluate_detector(model, arguments) -> dict:
+    tiles = tile_options(arguments)
     dataset = read_test_set(model, arguments)
     size, batch_size = model.image_shape, arguments.batch_size
-    if arguments.tiles:
-        model = kr.detection.TiledDetector(model, arguments.tiles, arguments.overlap, batch_size)
+    if tiles:
+        model = kr.detection.TiledDetector(model, **tiles, batch_size=batch_size)
         size, batch_size = None, 1
     batches = kr.data.evaluation_batches(
         dataset, size, batch_size, cache=False, include_source=True

@@ -52,8 +52,10 @@ def add_arguments(parser, argv) -> None:
 def run(arguments) -> int:
     if bool(arguments.images) != (arguments.precision == "int8"):
         raise ValueError("--precision int8 and --images belong together")
-    model = load_model(arguments.model, arguments.weights)
     format = arguments.format or FORMATS.get(arguments.target.suffix, "tf_saved_model")
+    if format != "tf_saved_model":
+        refuse_options(arguments, ["freeze"], "for SavedModels")
+    model = load_model(arguments.model, arguments.weights)
     options = {"precision": arguments.precision, "freeze": arguments.freeze}
     if isinstance(model, kr.RefineDet):
         refuse_options(arguments, CLASSIFIER_OPTIONS, "for classifiers")

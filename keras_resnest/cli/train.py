@@ -36,7 +36,7 @@ import keras
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file, naming_path
 from keras_resnest.cli import train_classifier, train_detector, workers
-from keras_resnest.cli.common import Failure, check_output, positive
+from keras_resnest.cli.common import Failure, check_output, positive, refuse_options
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # Options that may change when a training is resumed ...
@@ -65,15 +65,15 @@ def add_arguments(parser, argv) -> None:
     add("--output", type=Path, default=Path(kind.OUTPUT), help="folder; default: %(default)s")
     kind.add_arguments(parser)
     add("--workers", type=positive(), help="number of processes on this machine")
-    add("--restarts", type=int, default=0, help="after a lost worker; default: %(default)s")
+    add("--restarts", type=positive(), help="after a lost worker; default: none")
 
 
 def run(arguments) -> int:
-    if arguments.restarts and arguments.workers is None:
-        raise ValueError("--restarts needs --workers")
+    if arguments.workers is None:
+        refuse_options(arguments, ["restarts"], "with --workers")
     try:
         if arguments.workers is not None and not os.environ.get("TF_CONFIG"):
-            return workers.run_workers(arguments.argv, arguments.workers, arguments.restarts)
+            return workers.run_workers(arguments.argv, arguments.workers, arguments.restarts or 0)
         workers.check_cluster_size(arguments.workers)
         training = prepare(arguments)
         try:

@@ -7,7 +7,7 @@ import numpy as np
 
 import keras_resnest as kr
 from keras_resnest.atomic import atomic_file
-from keras_resnest.cli.common import positive
+from keras_resnest.cli.common import positive, refuse_options
 from keras_resnest.data.readers.files import find_split, folders_in
 
 EPOCHS = BATCH_SIZE = "that of the recipe"
@@ -129,8 +129,10 @@ def read_train_test(arguments):
 def read_labeled(arguments, split: str | None, class_names: list[str] | None = None):
     """Reads a split of a folder of class folders, or of a TFDS dataset."""
     if arguments.data.startswith("tfds:"):
+        refuse_options(arguments, ["skip_faulty"], "for files, not for TFDS")
         name, data_dir = arguments.data.removeprefix("tfds:"), arguments.data_dir
         return kr.data.read_tfds_classification(name, split, class_names, data_dir=data_dir)
+    refuse_options(arguments, ["data_dir"], "for tfds:NAME")
     on_error = "skip" if arguments.skip_faulty else "raise"
     return kr.data.read_image_folder(arguments.data, split, class_names, on_error=on_error)
 

@@ -19,6 +19,7 @@ from keras_resnest.cli.common import (
     positive,
     print_figures,
     reading_options,
+    refuse_options,
 )
 from keras_resnest.data.rare_classes import METHODS
 from keras_resnest.data.readers.files import read_text
@@ -207,8 +208,8 @@ def check_arguments(arguments) -> None:
             raise ValueError(f"--model: not with --start-from {source}, which has its own network")
         if not is_saved_model(source) and not name:
             raise ValueError(f"--start-from {source} needs --model, the network of these weights")
-    if arguments.unfreeze_after and not arguments.freeze_stages:
-        raise ValueError("--unfreeze-after needs --freeze-stages")
+    if arguments.freeze_stages is None:
+        refuse_options(arguments, ["unfreeze_after"], "with --freeze-stages")
     if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
 
