@@ -435,10 +435,12 @@ def explain(model: keras.Model, image, detection: Mapping) -> np.ndarray:
     boxes, confidence = model.decoder.candidates(outputs_of(maps, training=False), model.anchors)
     if model.decoder.clip_to_image:
         boxes = clip_boxes(boxes, *size)
-    overlaps = pairwise_iou(box[None], ops.convert_to_numpy(boxes)[0])[0]
+    boxes = ops.convert_to_numpy(boxes)[0]
+    overlaps = pairwise_iou(box[None], boxes)[0]
+    overlaps[np.abs(boxes - box).max(axis=1) < 1.0] = 1.0  # also of boxes at a border, without area
     confidence = ops.convert_to_numpy(confidence)[0, :, label]
     anchor = int(np.argmax(overlaps * confidence))
-    if overlaps[anchor] < 0.5 or confidence[anchor] <= 0:
+    if not (overlaps[anchor] >= 0.5 and confidence[anchor] > 0):
         raise ValueError(
             "`detection` must be one that the model finds in this image. Received: label "
             f'{label} at {box.round(1).tolist()}, "xyxy" in the image resized to {size}'

@@ -437,6 +437,15 @@ def test_explains_detections_of_all_heads(heads):
     assert np.isfinite(heat).all() and heat.max() == 1
 
 
+def test_explains_a_box_that_the_border_leaves_no_area():
+    outside = AnchorGenerator(sizes=(16, 32, 64, 128), offset=-2.0)
+    model, image = small_detector(anchor_generator=outside), rectangles(1)[0][0]
+    found = model.detect(image, confidence_threshold=0.0)
+    flat = np.flatnonzero((found["boxes"][:, 2:] == found["boxes"][:, :2]).any(axis=1))
+    heat = kr.visualization.explain(model, image, {k: v[flat[0]] for k, v in found.items()})
+    assert np.isfinite(heat).all() and heat.max() == 1
+
+
 def test_refuses_to_explain_what_is_not_a_detection(trained):
     image = rectangles(1)[0][0]
     found = trained.detect(image, confidence_threshold=0.0)
@@ -445,6 +454,8 @@ def test_refuses_to_explain_what_is_not_a_detection(trained):
     nothing = {"boxes": [2000, 2000, 2010, 2010], "labels": 0}
     with pytest.raises(ValueError, match=r"that the model finds.*label 0 at"):
         kr.visualization.explain(trained, image, nothing)
+    with pytest.raises(ValueError, match=r"that the model finds.*nan"):
+        kr.visualization.explain(trained, image, {"boxes": [np.nan] * 4, "labels": 0})
     with pytest.raises(ValueError, match=r"label of 0 to 2.*7"):
         kr.visualization.explain(trained, image, {"boxes": [0, 0, 9, 9], "labels": 7})
 
