@@ -260,6 +260,10 @@ def test_list_shows_what_matches(capsys):
         "x",
         "320",
     ]
+    assert main(["list", "--kind", "detectors", "*320_resnet101"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"\n\n{list_models('*320_resnet101', kind='detector')}\n")
+    assert "| 32.0 | coco_refinedet_resnet101_320x320_final.caffemodel | https:" in printed
     assert main(["list", "--kind", "recipes"]) == 0
     assert "refinedet_voc" in capsys.readouterr().out
 

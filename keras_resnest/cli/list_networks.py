@@ -4,7 +4,8 @@
     keras-resnest list "resnest50*" resnet50 regnety_016
     keras-resnest list --kind detectors
 
-The table of networks shows parameters, GFLOPs, published ImageNet accuracy, weights and licenses.
+The table of networks shows parameters, GFLOPs, published ImageNet accuracy, weights and licenses;
+that of detectors, the authors' weights: data, published mAP, file, where it is and its license.
 """
 
 import fnmatch
@@ -41,4 +42,7 @@ def run(arguments) -> int:
         print(ModelTable(found.values()))
     else:
         print("\n".join(f"{name:32} {row}" for name, row in found.items()))
+    files = kr.list_models(kind="detector") if kind == "detectors" else []
+    if files := [file for file in files if file.name in found]:
+        print(f"\n{ModelTable(files)}")
     return 0
