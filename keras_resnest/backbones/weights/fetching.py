@@ -333,8 +333,13 @@ def fetch_hub_file(repository: str, name: str, may_change: bool = False) -> str:
     verbosity = hub.utils.logging.get_verbosity()
     hub.utils.logging.set_verbosity_error()  # two lines for each of its retries; the error says why
     try:
-        path = None if may_change else hub.try_to_load_from_cache(repository, name)
-        return path if isinstance(path, str) else hub.hf_hub_download(repository, name)
+        cached = isinstance(path := hub.try_to_load_from_cache(repository, name), str)
+        if cached and not may_change:
+            return path
+        if not cached:  # without network, `hf_hub_download` would try again for 24 s
+            with contextlib.suppress(hub.errors.HfHubHTTPError):
+                hub.get_hf_file_metadata(hub.hf_hub_url(repository, name))
+        return hub.hf_hub_download(repository, name)
     except Exception as error:
         folder = hub.file_download.repo_folder_name(repo_id=repository, repo_type="model")
         for incomplete in Path(hub.constants.HF_HUB_CACHE, folder).glob("blobs/*.incomplete"):
@@ -385,6 +390,7 @@ def import_hub():
     """Returns the module `huggingface_hub`, which takes a while to import."""
     import huggingface_hub
     import huggingface_hub.constants
+    import huggingface_hub.errors
     import huggingface_hub.file_download
 
     return huggingface_hub
