@@ -52,7 +52,7 @@ def test_help_shows_an_example(command, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert f"\n    keras-resnest {command}" in printed
-    assert "\n" not in printed.split("\n\n")[0]  # usage
+    assert "\n" not in (usage := printed.split("\n\n")[0]) and "[options]" in usage
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["list", "--unknown"]])

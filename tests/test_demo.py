@@ -282,6 +282,7 @@ def test_the_command_writes_again_and_serves_until_ctrl_c(exported, tmp_path):
     output, archive = tmp_path / "site", package(tmp_path)
     command = ["demo", exported, "--output", output]
     assert main([*command, "--no-serve", "--runtime", archive]) == 0
+    assert json.loads((output / "demo.json").read_text())["title"] == "Detector for a"
     folder = tmp_path / "node_modules" / "onnxruntime-web"
     folder.mkdir(parents=True)
     (output / RUNTIME_FILES[0]).rename(folder / RUNTIME_FILES[0])

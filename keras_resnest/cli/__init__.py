@@ -69,11 +69,13 @@ def format_warning(text, *_) -> str:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the options out of the usage: up to thirty lines above the description and errors."""
+    """Writes "[options]" in the usage: they are up to thirty lines above description and errors."""
 
     def add_usage(self, usage, actions, groups, prefix=None):
         needed = [action for action in actions if action.required or not action.option_strings]
-        super().add_usage(usage, needed, [], prefix)
+        super().add_usage(
+            usage, [argparse.Action([], "", metavar="[options]"), *needed], [], prefix
+        )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

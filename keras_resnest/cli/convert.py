@@ -27,7 +27,9 @@ def add_arguments(parser, argv) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder or file of annotated images, or tfds:NAME")
     add("target", metavar="TARGET", type=Path, help="folder to create")
-    add("--format", dest="target_format", choices=FORMATS, required=True, help="of TARGET")
+    text = f"of TARGET: {', '.join(FORMATS)}"
+    options = {"choices": FORMATS, "metavar": "FORMAT", "required": True, "help": text}
+    add("--format", dest="target_format", **options)
     text = f"split all images at random into {', '.join(SPLITS)}; default: keep the splits"
     add("--split", type=fraction, nargs="+", metavar="FRACTION", help=text)
     add("--seed", type=int, help="of --split; default: 0")

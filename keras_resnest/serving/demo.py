@@ -24,6 +24,7 @@ RUNTIME_INTEGRITY = (
 )
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 FACTS = "demo.json"
+MAX_NAMES = 6  # in the title
 # Places of `RUNTIME_FILES` in a folder: itself, an installed package, an unpacked one.
 RUNTIME_FOLDERS = ("", "dist", "package/dist", f"node_modules/{RUNTIME}/dist")
 
@@ -71,10 +72,17 @@ def _page_facts(model: pathlib.Path) -> dict:
     matrix = convert_boxes(np.eye(4), facts["bounding_box_format"], "xyxy", height, width)
     return {
         **facts,
-        "name": model.stem,
+        "title": _title(facts["class_names"]) or model.stem,
         "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colors],
         "to_xyxy": np.asarray(matrix).tolist(),
     }
+
+
+def _title(class_names: list[str] | None) -> str:
+    if not class_names:
+        return ""
+    more = f" and {len(class_names) - MAX_NAMES} more" if len(class_names) > MAX_NAMES else ""
+    return f"Detector for {', '.join(class_names[:MAX_NAMES])}{more}"
 
 
 def _read_metadata(model: pathlib.Path) -> dict:
