@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from detectors import WHOLE, rectangles, small_detector
 
 from keras_resnest.trainer import DistributedTraining
@@ -258,3 +259,15 @@ def test_the_schedule_ends_in_time(monkeypatch, tmp_path, minutes, epochs):
     if epochs > 1:
         assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.0, abs=1e-3)
     assert train(20)[1] == []  # complete
+
+
+def test_pace_under_a_strategy():
+    """A strategy mirrors the numbers of the optimizer, even on one device."""
+    schedule = keras.optimizers.schedules.CosineDecay(1.0, 80)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = detector(
+            optimizer=keras.optimizers.SGD(schedule, momentum=0.9), dtype="mixed_float16"
+        )
+    frozen, limit = len(model.trainable_weights), TimeLimit(10)
+    fit(model, epochs=2, callbacks=[UnfreezeStages(1), limit])
+    assert len(model.trainable_weights) > frozen and limit.elapsed > 0 and not limit.stopped

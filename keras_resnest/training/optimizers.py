@@ -80,7 +80,7 @@ class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self):
         schedule = keras.optimizers.schedules.serialize(self.schedule)
-        return {"schedule": schedule, "shift": int(self.shift)}
+        return {"schedule": schedule, "shift": number_in(self.shift)}
 
     @classmethod
     def from_config(cls, config):
@@ -91,6 +91,11 @@ class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
 def inner_optimizer(model):
     """Returns the optimizer of a model, without loss scaling."""
     return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def number_in(variable) -> int | float:
+    """Returns the number in a variable, which a strategy may have mirrored."""
+    return ops.convert_to_numpy(variable).item()
 
 
 @checked
@@ -120,13 +125,13 @@ def restart_optimizer(model: keras.Model) -> None:
     config, schedule = old.get_config(), old._learning_rate
     with strategy.scope() if strategy is not None else contextlib.nullcontext():
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-            done = int(old._iterations)
+            done = number_in(old.iterations)
             if isinstance(schedule, ShiftedSchedule):
-                done, schedule = done + int(schedule.shift), schedule.schedule
+                done, schedule = done + number_in(schedule.shift), schedule.schedule
             config["learning_rate"] = ShiftedSchedule(schedule, done)
         optimizer = type(old).from_config(config)
         if old is not model.optimizer:
-            scale = float(model.optimizer.dynamic_scale)
+            scale = number_in(model.optimizer.dynamic_scale)
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
         optimizer.build(model.trainable_variables)
     model.optimizer = optimizer

@@ -9,6 +9,7 @@ from keras_resnest.replicas import gather_over_replicas, is_multi_worker
 from keras_resnest.training.optimizers import (
     ShiftedSchedule,
     inner_optimizer,
+    number_in,
     restart_optimizer,
     shift_schedule,
 )
@@ -79,7 +80,7 @@ class TimeLimit(keras.callbacks.Callback):
             shift_schedule(self.model, 0)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._step = int(inner_optimizer(self.model)._iterations)
+        self._step = number_in(inner_optimizer(self.model).iterations)
 
     def on_train_batch_end(self, batch, logs=None):
         now = time.monotonic()
@@ -101,7 +102,7 @@ class TimeLimit(keras.callbacks.Callback):
     def _plan(self, epochs: int) -> None:
         """Makes the schedule end with the last epoch that fits, of so many that are planned."""
         optimizer = inner_optimizer(self.model)
-        steps = int(optimizer._iterations) - self._step  # of an epoch
+        steps = number_in(optimizer.iterations) - self._step  # of an epoch
         if not epochs or not steps:
             return
         left = epochs - self.skipped / steps  # epochs of the schedule
@@ -112,4 +113,4 @@ class TimeLimit(keras.callbacks.Callback):
         elif count < epochs and isinstance(optimizer._learning_rate, ShiftedSchedule):
             jump = round(left * steps / count) - steps
             self.skipped += jump
-            shift_schedule(self.model, int(optimizer._learning_rate.shift) + jump)
+            shift_schedule(self.model, number_in(optimizer._learning_rate.shift) + jump)
