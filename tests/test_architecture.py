@@ -3,12 +3,11 @@
 import ast
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import pytest
+from fresh_process import run_program
 
 import keras_resnest as kr
 from keras_resnest.version import __version__
@@ -96,14 +95,7 @@ def test_files_do_not_import_each_other_in_a_circle():
 
 def test_importing_the_package_loads_nothing_heavy():
     """Nor does importing `keras_resnest.data`, but its `Shapes` is found."""
-    code = (
-        "import keras, sys; before = set(sys.modules); import keras_resnest.data;"
-        "print([m for m in ('matplotlib.figure', 'pycocotools', 'tensorflow_datasets', 'keras_cv',"
-        " 'PIL.Image', 'huggingface_hub') if m in set(sys.modules) - before]);"
-        "keras_resnest.data.Shapes; assert 'tensorflow_datasets' in sys.modules"
-    )
-    output = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert output.strip() == "[]"
+    assert run_program("import_the_package.py") == "[]"
 
 
 def public_objects():

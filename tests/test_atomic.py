@@ -13,29 +13,8 @@ import pytest
 from keras_resnest import atomic
 from keras_resnest.atomic import atomic_file, atomic_folder
 
-# Kills itself before the Nth operation on the file system. `atomic.py` alone starts quickly.
-PROGRAM = """
-import os, runpy, signal, sys
-
-names = runpy.run_path(sys.argv[1])
-if sys.argv[3] == "two steps":
-    names["atomic_folder"].__wrapped__.__globals__["_exchange"] = lambda one, other: False
-count, last = 0, int(sys.argv[4])
-
-def hook(event, arguments):
-    global count
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree",
-                 "tempfile.mkdtemp", "ctypes.dlsym"):
-        count += 1
-        if count == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(hook)
-with names["atomic_folder"](sys.argv[2]) as folder:
-    (folder / "saved_model.pb").write_text("second")
-    (folder / "assets.extra").mkdir()
-    (folder / "assets.extra" / "model.json").write_text("second")
-"""
+# Kills itself before the Nth operation on the file system.
+PROGRAM = Path(__file__).parent / "programs" / "killed_while_replacing.py"
 
 
 def write(folder, text):
@@ -59,7 +38,7 @@ def test_a_kill_at_any_moment_loses_no_version(tmp_path, way):
         target = tmp_path / str(moment) / "1"
         with atomic_folder(target) as folder:
             write(folder, "first")
-        command = [sys.executable, "-c", PROGRAM, atomic.__file__, target, way, str(moment)]
+        command = [sys.executable, PROGRAM, atomic.__file__, target, way, str(moment)]
         status = subprocess.run(command).returncode
         assert status in (0, -signal.SIGKILL)
         if way == "exchange":  # nothing has to be put back
