@@ -230,6 +230,14 @@ def check_same_classes(data, class_names: Sequence[str] | None) -> None:
         )
 
 
+def float_policy(dtype) -> keras.DTypePolicy:
+    """Returns the policy of a model's `dtype`, by default Keras' own."""
+    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    if "float" not in policy.variable_dtype:
+        raise ValueError(f"`dtype` must be a float type or policy. Received: dtype={dtype!r}")
+    return policy
+
+
 def check_image_shape(
     image_shape: Sequence[int], multiple_of: int = 1, name: str = "image_shape"
 ) -> tuple[int, int]:

@@ -198,6 +198,7 @@ def test_training_lowers_the_loss():
         ({"avd": "middle"}, "`avd` must be one of"),
         ({"pooling": "sum"}, "`pooling` must be one of"),
         ({"data_format": "NCHW"}, "`data_format` must be one of"),
+        ({"dtype": "int32"}, "`dtype` must be a float type"),
         ({"block_type": "basic"}, "Basic blocks have no radix"),
     ],
 )

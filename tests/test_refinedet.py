@@ -89,6 +89,7 @@ def test_builder_passes_its_options_on():
         ({"anchor_generator": AnchorGenerator(strides=(8,), sizes=(32,))}, "anchor_generator"),
         ({"decoder": "text"}, "must be DetectionDecoder .* Received: decoder='text'"),
         ({"heads": RefineDetLoss()}, "`heads` must be RefineDetHeads"),
+        ({"dtype": "int32"}, "`dtype` must be a float type"),
     ],
 )
 def test_bad_arguments(arguments, word):

@@ -6,7 +6,7 @@ import keras
 
 from keras_resnest.backbones.graph import GraphBuilder, complete_config
 from keras_resnest.backbones.presets import SharedAsPreset
-from keras_resnest.checks import reading_config
+from keras_resnest.checks import float_policy, reading_config
 from keras_resnest.layers.changes import KeepsLayerChanges
 from keras_resnest.trainer import DistributedTraining
 
@@ -55,7 +55,7 @@ class Backbone(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mod
     """
 
     def __init__(self, build_graph: Callable, config: dict, dtype=None, **kwargs):
-        dtype = keras.dtype_policies.get(dtype)
+        dtype = float_policy(dtype)
         config = {name: value for name, value in config.items() if name not in NOT_IN_CONFIG}
         config = complete_config(config)
         inputs = keras.Input(config["image_shape"], name="images")

@@ -29,6 +29,7 @@ from keras_resnest.checks import (
     check_sample_weight,
     checked,
     class_thresholds,
+    float_policy,
     dense_boxes,
     reading_config,
     unpack_batch,
@@ -133,7 +134,7 @@ class RefineDet(KeepsLayerChanges, SharedAsPreset, DistributedTraining, keras.Mo
         heads, detection_loss, decoder = check_parts(heads, detection_loss, decoder)
         decoder.thresholds(class_names, num_classes)
         detection_loss.check_num_classes(num_classes)
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        policy = float_policy(dtype)
         backbone = _backbone(backbone, dtype)
 
         # === Functional model ===
