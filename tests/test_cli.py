@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectors import rectangles, small_detector
+from detectors import WHOLE, rectangles, small_detector
 from PIL import Image
 
 from keras_resnest.cli import COMMANDS, main, parse_arguments
@@ -169,7 +169,7 @@ def test_example_fine_tune_classifier(tmp_path, capsys):
 @pytest.mark.slow
 def test_example_serve_and_call(tmp_path, capsys):
     write_images(tmp_path)
-    small_detector().save(tmp_path / "detector.keras")
+    small_detector(heads=WHOLE).save(tmp_path / "detector.keras")
     files = [tmp_path / "detector.keras", tmp_path / "0.png", "--output", tmp_path / "serving/1"]
     run_example("serve_and_call.py", *files)
     assert "Both find the same objects." in capsys.readouterr().out
