@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from detectors import rectangles, small_backbone, small_detector
+from detectors import WHOLE, rectangles, small_backbone, small_detector
 
 from keras_resnest.backbones import ResNet
 from keras_resnest.detection.decoding import DetectionDecoder
@@ -63,7 +63,7 @@ def detector(dtype):
     # Batches of 4 at 64 x 64 pixels have four numbers per channel on P6: normalized by their own
     # statistics, any rounding error would grow, in float32 as well.
     model = small_detector(
-        SHAPE, backbone=small_backbone(dtype=dtype), dtype=dtype, freeze_batch_norm=True
+        SHAPE, WHOLE, backbone=small_backbone(dtype=dtype), dtype=dtype, freeze_batch_norm=True
     )
     # Three times this rate, and weights that are changed by 2^-9 move the float32 curve by 1 %.
     model.compile(keras.optimizers.SGD(1e-4, momentum=0.9, global_clipnorm=10.0))
@@ -171,7 +171,7 @@ def test_the_global_policy_is_as_the_argument(dtype):
     former = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
-        model = small_detector(SHAPE)
+        model = small_detector(SHAPE, WHOLE)
         model.compile("sgd")
     finally:
         keras.config.set_dtype_policy(former)
