@@ -8,7 +8,8 @@ if __name__ == "__main__":
     before = set(sys.modules)
     import keras_resnest.data
 
-    heavy = {"matplotlib.figure", "tensorflow_datasets", "keras_cv", "PIL.Image", "huggingface_hub"}
+    heavy = {"matplotlib.figure", "pycocotools", "tensorflow_datasets", "keras_cv", "PIL.Image"}
+    heavy.add("huggingface_hub")
     loaded = sorted(heavy & (set(sys.modules) - before))
     assert keras_resnest.data.Shapes and "tensorflow_datasets" in sys.modules
     print(loaded)
